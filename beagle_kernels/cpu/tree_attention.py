@@ -1,0 +1,78 @@
+"""`tree_attention` on the CPU: the extension's, which reads each key once for all nodes and heads that share it.
+
+Large trees, float64, and a checkout where the extension is not built, go row by row through PyTorch's flash kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import implementation
+from ..extension import DTYPES, address, contiguous, dense, executor, missing_cpu
+from ..reference.tree_attention import gather_pages
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+LARGE = 480000
+"""Nodes times query heads a key head from which a matrix product pays: measured with 300 to 1,000 keys."""
+
+
+@implementation("tree_attention", "cpu")
+def tree_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Tensor, block_table: Tensor | None, scale: float
+) -> Tensor:
+    small = q.shape[1] * q.shape[2] < LARGE * k.shape[1]
+    if small and q.dtype in DTYPES and missing_cpu("cpu") is None:
+        return _compiled(q, k, v, lengths, mask, block_table, scale)
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    key_heads, group = k.shape[1], q.shape[2] // k.shape[1]
+    bits = (mask[..., None] >> torch.arange(64) & 1).bool().flatten(2)
+    bias = torch.zeros(bits.shape, dtype=q.dtype).masked_fill_(~bits, -torch.inf)
+    seen = bits.any(1)
+    total = k.shape[2] * (1 if block_table is None else block_table.shape[1])
+    for row, (length, tail) in enumerate(zip(lengths.tolist(), seen.tolist(), strict=True)):
+        length = min(max(length, 0), total)
+        used = max((j + 1 for j, one in enumerate(tail[: total - length]) if one), default=0)
+        if not q.shape[1] or length + used == 0:
+            continue
+        keys, values = _slots(k, v, row, length + used, block_table)
+        if not all(tail[:used]):
+            hole = torch.cat([torch.zeros(length, dtype=torch.bool), ~seen[row, :used]])[:, None]
+            keys, values = keys.masked_fill(hole, 0.0), values.masked_fill(hole, 0.0)
+        rows_bias = torch.zeros(q.shape[1], length + used, dtype=q.dtype)
+        rows_bias[:, length:] = bias[row, :, :used]
+        # Query heads as [Hkv, G, N, D], keys as the same with stride 0 over G: nothing is copied.
+        queries = q[row].unflatten(1, (key_heads, group)).permute(1, 2, 0, 3)
+        keys, values = (x[:, None].expand(-1, group, -1, -1) for x in (keys, values))
+        part = _flash(queries, keys, values, attn_mask=rows_bias, scale=scale)[0]
+        out[row].unflatten(1, (key_heads, group)).copy_(part.permute(2, 0, 1, 3))
+    return out
+
+
+def _compiled(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Tensor, block_table: Tensor | None, scale: float
+) -> Tensor:
+    q, k, v, lengths, mask = dense(q), dense(k), dense(v), lengths.contiguous(), mask.contiguous()
+    block_table = contiguous(block_table)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    sizes = *q.shape[:3], k.shape[1], q.shape[3], k.shape[2], mask.shape[2]
+    table_width = 0 if block_table is None else block_table.shape[1]
+    with executor(q.device) as (module, threads):
+        module.tree_attention(
+            threads, tuple(x.data_ptr() for x in (q, k, v, out)), DTYPES[q.dtype], sizes,
+            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]), lengths.data_ptr(), mask.data_ptr(),
+            address(block_table), table_width, k.shape[0], scale,
+        )  # fmt: skip
+    return out
+
+
+def _slots(k: Tensor, v: Tensor, row: int, slots: int, block_table: Tensor | None) -> list[Tensor]:
+    """The row's first slots, [Hkv, slots, D] each."""
+    if block_table is None:
+        parts = k[row, :, :slots], v[row, :, :slots]
+    else:
+        table = block_table[row : row + 1, : -(-slots // k.shape[2])]
+        parts = (gather_pages(x, table)[0, :, :slots] for x in (k, v))
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in parts]

@@ -1,0 +1,68 @@
+"""Tree attention: the nodes of a draft tree see the whole prefix and, of the tree, what their bits name.
+
+Row b's cache holds its prefix in slots 0 .. lengths[b] - 1 and its tree in the slots after it. Node n sees slot s if
+
+    s < lengths[b], or bit s - lengths[b] of mask[b, n] is set
+
+and out_n = softmax_s(scale q_n . k_s) v over those. Slots that no node sees are never used.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends, checks
+from . import triton as _triton  # noqa: F401
+from .cpu import tree_attention as _cpu  # noqa: F401
+from .reference import tree_attention as _reference  # noqa: F401
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    mask: Tensor,
+    *,
+    scale: float | None = None,
+    block_table: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of draft-tree nodes to a cache that holds the prefix and the tree (DESIGN section 3).
+
+    q [B, N, Hq, D]; k, v [B, Hkv, S, D] or, with block_table int32 [B, max_pages], pages [P, Hkv, page, D] of which
+    row b's slot s is in page block_table[b, s // page]; lengths int32 [B], the prefix; mask int64 [B, N, W]: slot
+    lengths[b] + j is visible if bit j % 64 of word j // 64 is set; scale defaults to D ** -0.5. Bits of slots past
+    the cache are ignored, and so are a row's pages past what its nodes see (any id may stand there). Returns out
+    [B, N, Hq, D] in q's dtype, 0 for a node that sees nothing. Not differentiable.
+
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
+    """
+    op = "tree_attention"
+    checks.tensor(op, "q", q, (None, None, None, None), checks.FLOATS)
+    checks.tensor(op, "k", k, (None if block_table is not None else q.shape[0], None, None, q.shape[3]), (q.dtype,))
+    checks.tensor(op, "v", v, k.shape, (q.dtype,))
+    checks.heads(op, q.shape[2], k.shape[1])
+    checks.tensor(op, "lengths", lengths, (q.shape[0],), (torch.int32,))
+    checks.tensor(op, "mask", mask, (q.shape[0], q.shape[1], None), (torch.int64,))
+    if block_table is not None:
+        checks.tensor(op, "block_table", block_table, (q.shape[0], None), (torch.int32,))
+    if mask.shape[2] < 1:
+        raise ValueError(f"{op}: mask has shape {list(mask.shape)}; allowed: at least one word a node")
+    checks.same_device(op, q=q, k=k, v=v, lengths=lengths, mask=mask, block_table=block_table)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return torch.ops.beagle.tree_attention(q, k, v, lengths, mask, block_table, scale, backend)
+
+
+@torch.library.custom_op("beagle::tree_attention", mutates_args=())
+def _op(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Tensor, block_table: Tensor | None, scale: float,
+    backend: str = "auto",
+) -> Tensor:
+    return backends.call("tree_attention", backend, q.device, q, k, v, lengths, mask, block_table, scale)
+
+
+@_op.register_fake
+def _(q, k, v, lengths, mask, block_table, scale, backend="auto"):
+    return q.new_empty(q.shape)

@@ -1,0 +1,45 @@
+"""The attention ops and the distillation loss as Triton kernels. Importing this does not import Triton: a call does."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+
+from ..backends import implementation, probe
+
+MODULES = {
+    "block_attention": "block_attention",
+    "block_attention_backward": "block_attention",
+    "extend_attention": "extend_attention",
+    "extend_attention_backward": "extend_attention",
+    "tree_attention": "tree_attention",
+    "distill_loss": "distill_loss",
+}
+
+
+@probe("triton")
+def why_not(device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cuda" or (device_type == "cpu" and interpreting()):
+        return None
+    return "it takes CUDA tensors (CPU tensors only under Triton's interpreter)"
+
+
+def interpreting() -> bool:
+    """Whether Triton has been imported with its interpreter on."""
+    triton = sys.modules.get("triton")
+    return triton is not None and triton.knobs.runtime.interpret
+
+
+def _register_on_first_call(op: str, module: str) -> None:
+    """Stand in for the implementation until its module, which registers the real one, has been imported."""
+
+    @implementation(op, "triton")
+    def first_call(*args):
+        return getattr(importlib.import_module(f"{__name__}.{module}"), op)(*args)
+
+
+for _op, _module in MODULES.items():
+    _register_on_first_call(_op, _module)

@@ -1,0 +1,353 @@
+"""`block_attention` in Triton: a causal flash kernel whose key limit moves by windows.
+
+Each program finds its rows' sequence by bisection in cu_seqlens and their key limit in closed form, so there is no
+mask and no block list. Tiles that every row sees whole run without mask code. Scores are held in base 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backends import implementation
+from .configs import Config, architecture, choose, tune
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def sequence_of(o_row, p_cu, p_offset, T, num_seqs, STEPS: tl.constexpr):
+    """First row, end and first window of each row's sequence; end = first for a row outside all. STEPS 0: only one."""
+    if STEPS > 0:
+        b_low = o_row * 0
+        b_high = b_low + num_seqs
+        for _ in tl.static_range(STEPS):
+            b_mid = tl.minimum((b_low + b_high) // 2, num_seqs - 1)
+            m_right = (b_low < b_high) & (tl.load(p_cu + b_mid + 1) <= o_row)
+            b_high = tl.where(m_right, b_high, tl.minimum(b_mid, b_high))
+            b_low = tl.where(m_right, b_mid + 1, b_low)
+        b_seq = tl.minimum(b_low, num_seqs - 1)
+        b_first = tl.load(p_cu + b_seq)
+        m_inside = (b_low < num_seqs) & (b_first <= o_row)
+        b_end = tl.where(m_inside, tl.minimum(tl.load(p_cu + b_seq + 1), T), b_first)
+        return b_first, b_end, b_first + tl.load(p_offset + b_seq)
+    else:
+        b_zero = o_row * 0
+        return b_zero, b_zero + T, b_zero + tl.load(p_offset)
+
+
+@triton.jit
+def key_range(o_row, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
+    """The keys [first, limit) that each row sees; limit = first where it sees none."""
+    b_first, b_end, b_begin = sequence_of(o_row, p_cu, p_offset, T, num_seqs, STEPS)
+    b_since = o_row - b_begin
+    b_limit = tl.where((b_since >= 0) & (b_end > b_first), o_row - b_since % window, b_first)
+    return b_first, tl.maximum(b_limit, b_first)
+
+
+@triton.jit
+def row_range(o_key, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
+    """The rows [first, limit) that see each key: those of the windows that start after it."""
+    _, b_end, b_begin = sequence_of(o_key, p_cu, p_offset, T, num_seqs, STEPS)
+    b_first = b_begin + (tl.maximum(o_key + 1 - b_begin, 0) + window - 1) // window * window
+    return tl.minimum(b_first, b_end), b_end
+
+
+@triton.jit
+def tile_loop_bounds(b_first, b_limit, BLOCK_N: tl.constexpr):
+    """Tiles start at lo; those in [full_lo, full_hi) lie in every range [first, limit), those past hi in none."""
+    m_sees = b_limit > b_first
+    lo = tl.min(tl.where(m_sees, b_first, 2147483647))
+    hi = tl.max(tl.where(m_sees, b_limit, 0))
+    lo = tl.minimum(lo, hi)
+    full_lo = lo + tl.cdiv(tl.max(b_first) - lo, BLOCK_N) * BLOCK_N
+    full_hi = tl.minimum(lo + tl.maximum(tl.min(b_limit) - lo, 0) // BLOCK_N * BLOCK_N, hi)
+    full_lo = tl.maximum(tl.minimum(full_lo, hi), lo)
+    return lo, full_lo, tl.maximum(full_hi, full_lo), hi
+
+
+@triton.jit
+def load_rows(p_base, o_row, stride, o_d, T, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    p_row = p_base + o_row[:, None].to(tl.int64) * stride + o_d[None, :]
+    if MASKED:
+        return tl.load(p_row, mask=(o_row[:, None] < T) & (o_d[None, :] < D), other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(p_row)
+    else:
+        return tl.load(p_row, mask=o_d[None, :] < D, other=0.0)
+
+
+@triton.jit
+def store_rows(p_base, o_row, stride, o_d, T, b_value, D: tl.constexpr):
+    p_row = p_base + o_row[:, None].to(tl.int64) * stride + o_d[None, :]
+    tl.store(p_row, b_value.to(p_base.dtype.element_ty), mask=(o_row[:, None] < T) & (o_d[None, :] < D))
+
+
+@triton.jit
+def forward_tiles(
+    b_acc, b_max, b_sum, b_q, p_k, p_v, s_kt, s_vt, lo, hi, b_first, b_limit, o_d, T, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):
+    o_n = tl.arange(0, BLOCK_N)
+    for start in range(lo, hi, BLOCK_N):
+        o_key = start + o_n
+        b_k = load_rows(p_k, o_key, s_kt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BM, BN]
+        if MASKED:
+            m_s = (o_key[None, :] >= b_first[:, None]) & (o_key[None, :] < b_limit[:, None])
+            b_s = tl.where(m_s, b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
+        b_p = tl.exp2(b_s - b_pivot[:, None])
+        b_decay = tl.exp2(b_max - b_pivot)
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_v = load_rows(p_v, o_key, s_vt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
+        b_max = b_new
+    return b_acc, b_max, b_sum
+
+
+@triton.jit(do_not_specialize=["T", "num_seqs", "window"])
+def forward_kernel(
+    p_q, p_k, p_v, p_offset, p_cu, p_out, p_lse, T, num_seqs, window, scale,
+    s_qt, s_qh, s_kt, s_kh, s_vt, s_vh,
+    HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
+):
+    # Late rows have the most keys: they start first.
+    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_h = tl.program_id(1)
+    o_row = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    o_inside = tl.minimum(o_row, T - 1)
+    b_first, b_limit = key_range(o_inside, p_cu, p_offset, T, num_seqs, window, STEPS)
+    lo, full_lo, full_hi, hi = tile_loop_bounds(b_first, b_limit, BLOCK_N)
+
+    p_k += (i_h // GROUP).to(tl.int64) * s_kh
+    p_v += (i_h // GROUP).to(tl.int64) * s_vh
+    b_q = load_rows(p_q + i_h.to(tl.int64) * s_qh, o_row, s_qt, o_d, T, D, BLOCK_D, True)  # [BM, BD]
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    scale *= LOG2E
+    if STEPS > 0:
+        b_acc, b_max, b_sum = forward_tiles(
+            b_acc, b_max, b_sum, b_q, p_k, p_v, s_kt, s_vt, lo, full_lo, b_first, b_limit, o_d, T, scale,
+            D, BLOCK_D, BLOCK_N, True,
+        )
+    b_acc, b_max, b_sum = forward_tiles(
+        b_acc, b_max, b_sum, b_q, p_k, p_v, s_kt, s_vt, full_lo, full_hi, b_first, b_limit, o_d, T, scale,
+        D, BLOCK_D, BLOCK_N, False,
+    )
+    b_acc, b_max, b_sum = forward_tiles(
+        b_acc, b_max, b_sum, b_q, p_k, p_v, s_kt, s_vt, full_hi, hi, b_first, b_limit, o_d, T, scale,
+        D, BLOCK_D, BLOCK_N, True,
+    )
+    m_sees = b_limit > b_first
+    b_safe = tl.where(m_sees, b_sum, 1.0)
+    store_rows(p_out + i_h * D, o_row, HQ * D, o_d, T, b_acc / b_safe[:, None], D)
+    b_lse = tl.where(m_sees, (b_max + tl.log2(b_safe)) * LN2, float("-inf"))
+    tl.store(p_lse + o_row.to(tl.int64) * HQ + i_h, b_lse, mask=o_row < T)
+
+
+@triton.jit
+def dq_tiles(
+    b_dq, b_q, b_g, b_lse, b_delta, p_k, p_v, s_kt, s_vt, lo, hi, b_first, b_limit, o_d, T, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):
+    o_n = tl.arange(0, BLOCK_N)
+    for start in range(lo, hi, BLOCK_N):
+        o_key = start + o_n
+        b_k = load_rows(p_k, o_key, s_kt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
+        b_v = load_rows(p_v, o_key, s_vt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
+        b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None])  # [BM, BN]
+        if MASKED:
+            m_s = (o_key[None, :] >= b_first[:, None]) & (o_key[None, :] < b_limit[:, None])
+            b_p = tl.where(m_s, b_p, 0.0)
+        b_ds = b_p * (tl.dot(b_g, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+    return b_dq
+
+
+@triton.jit(do_not_specialize=["T", "num_seqs", "window"])
+def dq_kernel(
+    p_q, p_k, p_v, p_offset, p_cu, p_out, p_lse, p_g, p_h, p_dq, p_delta, T, num_seqs, window, scale,
+    s_qt, s_qh, s_kt, s_kh, s_vt, s_vh, s_gt, s_gh, s_ht, s_hh,
+    HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, HAS_H: tl.constexpr,
+):
+    """dQ, and on the way delta = g . out - h, which the kernel of dK and dV reads."""
+    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_h = tl.program_id(1)
+    o_row = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_row = o_row < T
+    o_flat = o_row.to(tl.int64) * HQ + i_h
+    b_first, b_limit = key_range(tl.minimum(o_row, T - 1), p_cu, p_offset, T, num_seqs, window, STEPS)
+    lo, full_lo, full_hi, hi = tile_loop_bounds(b_first, b_limit, BLOCK_N)
+
+    b_q = load_rows(p_q + i_h.to(tl.int64) * s_qh, o_row, s_qt, o_d, T, D, BLOCK_D, True)  # [BM, BD]
+    b_g = load_rows(p_g + i_h.to(tl.int64) * s_gh, o_row, s_gt, o_d, T, D, BLOCK_D, True)  # [BM, BD]
+    b_out = load_rows(p_out + i_h * D, o_row, HQ * D, o_d, T, D, BLOCK_D, True)  # [BM, BD]
+    b_delta = tl.sum(b_g.to(tl.float32) * b_out.to(tl.float32), 1)
+    if HAS_H:
+        b_delta -= tl.load(p_h + o_row.to(tl.int64) * s_ht + i_h.to(tl.int64) * s_hh, mask=m_row, other=0.0)
+    tl.store(p_delta + o_flat, b_delta, mask=m_row)
+    b_lse = tl.load(p_lse + o_flat, mask=m_row, other=0.0) * LOG2E
+    p_k += (i_h // GROUP).to(tl.int64) * s_kh
+    p_v += (i_h // GROUP).to(tl.int64) * s_vh
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if STEPS > 0:
+        b_dq = dq_tiles(
+            b_dq, b_q, b_g, b_lse, b_delta, p_k, p_v, s_kt, s_vt, lo, full_lo, b_first, b_limit, o_d, T, scale * LOG2E,
+            D, BLOCK_D, BLOCK_N, True,
+        )
+    b_dq = dq_tiles(
+        b_dq, b_q, b_g, b_lse, b_delta, p_k, p_v, s_kt, s_vt, full_lo, full_hi, b_first, b_limit, o_d, T, scale * LOG2E,
+        D, BLOCK_D, BLOCK_N, False,
+    )
+    b_dq = dq_tiles(
+        b_dq, b_q, b_g, b_lse, b_delta, p_k, p_v, s_kt, s_vt, full_hi, hi, b_first, b_limit, o_d, T, scale * LOG2E,
+        D, BLOCK_D, BLOCK_N, True,
+    )
+    store_rows(p_dq + i_h * D, o_row, HQ * D, o_d, T, b_dq * scale, D)
+
+
+@triton.jit
+def dkv_tiles(
+    b_dk, b_dv, b_k, b_v, p_q, p_g, p_lse, p_delta, s_qt, s_gt, lo, hi, b_first, b_limit, o_d, T, scale,
+    HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):
+    o_n = tl.arange(0, BLOCK_N)
+    for start in range(lo, hi, BLOCK_N):
+        o_row = start + o_n
+        b_q = load_rows(p_q, o_row, s_qt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
+        b_g = load_rows(p_g, o_row, s_gt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
+        o_flat = (tl.minimum(o_row, T - 1) if MASKED else o_row).to(tl.int64) * HQ
+        b_lse = tl.load(p_lse + o_flat) * LOG2E
+        b_delta = tl.load(p_delta + o_flat)
+        b_p = tl.exp2(tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale - b_lse[None, :])  # [BM, BN]
+        if MASKED:
+            m_s = (o_row[None, :] >= b_first[:, None]) & (o_row[None, :] < b_limit[:, None])
+            b_p = tl.where(m_s, b_p, 0.0)
+        b_dv = tl.dot(b_p.to(b_g.dtype), b_g, b_dv, input_precision="ieee")
+        b_ds = b_p * (tl.dot(b_v, tl.trans(b_g), input_precision="ieee") - b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=["T", "num_seqs", "window"])
+def dkv_kernel(
+    p_q, p_k, p_v, p_offset, p_cu, p_lse, p_g, p_delta, p_dk, p_dv, T, num_seqs, window, scale,
+    s_qt, s_qh, s_kt, s_kh, s_vt, s_vh, s_gt, s_gh,
+    HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
+):
+    """One block of keys of one key head, against the rows of every query head that reads it: no atomics."""
+    i_m, i_h = tl.program_id(0), tl.program_id(1)
+    o_key = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    b_first, b_limit = row_range(tl.minimum(o_key, T - 1), p_cu, p_offset, T, num_seqs, window, STEPS)
+    lo, full_lo, full_hi, hi = tile_loop_bounds(b_first, b_limit, BLOCK_N)
+
+    b_k = load_rows(p_k + i_h.to(tl.int64) * s_kh, o_key, s_kt, o_d, T, D, BLOCK_D, True)  # [BM, BD]
+    b_v = load_rows(p_v + i_h.to(tl.int64) * s_vh, o_key, s_vt, o_d, T, D, BLOCK_D, True)  # [BM, BD]
+    b_dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for i_g in range(GROUP):
+        head = (i_h * GROUP + i_g).to(tl.int64)
+        b_dk, b_dv = dkv_tiles(
+            b_dk, b_dv, b_k, b_v, p_q + head * s_qh, p_g + head * s_gh, p_lse + head, p_delta + head, s_qt, s_gt,
+            lo, full_lo, b_first, b_limit, o_d, T, scale * LOG2E, HQ, D, BLOCK_D, BLOCK_N, True,
+        )
+        b_dk, b_dv = dkv_tiles(
+            b_dk, b_dv, b_k, b_v, p_q + head * s_qh, p_g + head * s_gh, p_lse + head, p_delta + head, s_qt, s_gt,
+            full_lo, full_hi, b_first, b_limit, o_d, T, scale * LOG2E, HQ, D, BLOCK_D, BLOCK_N, False,
+        )
+        b_dk, b_dv = dkv_tiles(
+            b_dk, b_dv, b_k, b_v, p_q + head * s_qh, p_g + head * s_gh, p_lse + head, p_delta + head, s_qt, s_gt,
+            full_hi, hi, b_first, b_limit, o_d, T, scale * LOG2E, HQ, D, BLOCK_D, BLOCK_N, True,
+        )
+    heads = HQ // GROUP * D
+    store_rows(p_dk + i_h * D, o_key, heads, o_d, T, b_dk * scale, D)
+    store_rows(p_dv + i_h * D, o_key, heads, o_d, T, b_dv, D)
+
+
+def rows_contiguous(*tensors: Tensor) -> list[Tensor]:
+    """The kernels want a last dimension of stride 1; any other strides will do."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def block_d(head_size: int) -> int:
+    """The head size padded to what a matrix instruction takes."""
+    if head_size > 256:
+        raise ValueError(f"head size is {head_size}; the triton backend allows at most 256")
+    return max(16, triton.next_power_of_2(head_size))
+
+
+def _shape(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> dict:
+    """Constants of the kernels that follow from the shapes; bisection steps in few sizes, as each is a compilation."""
+    heads, width = q.shape[1:]
+    steps = 0 if cu_seqlens is None else next(n for n in (4, 8, 16, 31) if cu_seqlens.numel() <= 2**n)
+    return dict(HQ=heads, GROUP=heads // k.shape[1], D=width, BLOCK_D=block_d(width), STEPS=steps)
+
+
+def _launch(kernel, name: str, heads: int, q: Tensor, args: tuple, constants: dict) -> None:
+    config = choose(name, architecture(q.device), constants["BLOCK_D"], q.dtype)
+    grid = (triton.cdiv(q.shape[0], config.block_m), heads)
+    tiles = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.warps, num_stages=config.stages)
+    with torch.cuda.device_of(q):
+        kernel[grid](*args, **constants, **tiles)
+
+
+@implementation("block_attention", "triton")
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, offset: Tensor, cu_seqlens: Tensor | None, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = rows_contiguous(q, k, v)
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    num_seqs = offset.numel()
+    if q.numel() == 0 or num_seqs == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    sizes = q.shape[0], num_seqs, window, scale
+    strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
+    args = q, k, v, offset.contiguous(), cu_seqlens, out, lse, *sizes, *strides
+    _launch(forward_kernel, "block_forward", q.shape[1], q, args, _shape(q, k, cu_seqlens))
+    return out, lse
+
+
+@implementation("block_attention_backward", "triton")
+def block_attention_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    offset: Tensor, cu_seqlens: Tensor | None, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, grad_out = rows_contiguous(q, k, v, grad_out)
+    out, lse, num_seqs = out.contiguous(), lse.contiguous(), offset.numel()
+    grads = [x.new_empty(x.shape) for x in (q, k, v)]
+    if q.numel() == 0 or num_seqs == 0:
+        return tuple(grad.zero_() for grad in grads)
+    delta, offset, constants = torch.empty_like(lse), offset.contiguous(), _shape(q, k, cu_seqlens)
+    sizes = q.shape[0], num_seqs, window, scale
+    strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:2]
+    lse_strides = (0, 0) if grad_lse is None else grad_lse.stride()
+    args = q, k, v, offset, cu_seqlens, out, lse, grad_out, grad_lse, grads[0], delta, *sizes, *strides, *lse_strides
+    _launch(dq_kernel, "block_dq", q.shape[1], q, args, constants | {"HAS_H": grad_lse is not None})
+    args = q, k, v, offset, cu_seqlens, lse, grad_out, delta, grads[1], grads[2], *sizes, *strides
+    _launch(dkv_kernel, "block_dkv", k.shape[1], q, args, constants)
+    return tuple(grads)
+
+
+def tune_block_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, offset: Tensor, cu_seqlens: Tensor | None = None
+) -> dict[str, Config]:
+    """On request: find the fastest tiles for calls like this one, forward and backward, and use them from here on."""
+    args = offset, cu_seqlens, window, q.shape[-1] ** -0.5
+    out, lse = block_attention(q, k, v, *args)
+    key = architecture(q.device), block_d(q.shape[-1]), q.dtype
+    forward, backward = lambda: block_attention(q, k, v, *args), lambda: block_attention_backward(*grads, *args)
+    grads = torch.randn_like(out), None, q, k, v, out, lse
+    runs = {"block_forward": forward, "block_dq": backward, "block_dkv": backward}
+    return {kernel: tune(kernel, *key, run) for kernel, run in runs.items()}

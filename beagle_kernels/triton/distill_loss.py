@@ -1,0 +1,83 @@
+"""`distill_loss` on a GPU: the vendor's matrix products, and one Triton kernel a chunk between them.
+
+The kernel reads student and teacher logits once for both softmaxes and the cross term, and once more to leave the logit
+gradient where the student's logits were.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backends import implementation
+
+BUDGET = 512 << 20
+"""Bytes of logits that exist at one time."""
+BLOCK = 4096
+"""Logits a program takes at a time."""
+
+
+@triton.jit(do_not_specialize=["V"])
+def softmax_kernel(p_z, p_t, p_weight, p_loss, V, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Cross-entropy of one row: lse z - softmax(t) . z."""
+    i_row = tl.program_id(0)
+    o_v = tl.arange(0, BLOCK_V)
+    p_z += i_row.to(tl.int64) * V
+    p_t += i_row.to(tl.int64) * V
+    z_max = tl.full([], float("-inf"), tl.float32)
+    t_max = tl.full([], float("-inf"), tl.float32)
+    z_sum = tl.full([], 0.0, tl.float32)
+    t_sum = tl.full([], 0.0, tl.float32)
+    cross = tl.full([], 0.0, tl.float32)
+    for start in range(0, V, BLOCK_V):
+        m_v = start + o_v < V
+        b_z = tl.load(p_z + start + o_v, mask=m_v, other=float("-inf")).to(tl.float32)  # [BV]
+        b_t = tl.load(p_t + start + o_v, mask=m_v, other=float("-inf")).to(tl.float32)  # [BV]
+        z_new = tl.maximum(z_max, tl.max(b_z, 0))
+        t_new = tl.maximum(t_max, tl.max(b_t, 0))
+        b_p = tl.exp(b_t - t_new)
+        decay = tl.exp(t_max - t_new)
+        z_sum = z_sum * tl.exp(z_max - z_new) + tl.sum(tl.exp(b_z - z_new), 0)
+        t_sum = t_sum * decay + tl.sum(b_p, 0)
+        cross = cross * decay + tl.sum(b_p * tl.where(m_v, b_z, 0.0), 0)
+        z_max, t_max = z_new, t_new
+    tl.store(p_loss + i_row, z_max + tl.log(z_sum) - cross / t_sum)
+    if GRADIENT:
+        weight = tl.load(p_weight + i_row)
+        z_scale, t_scale = weight / z_sum, weight / t_sum
+        for start in range(0, V, BLOCK_V):
+            m_v = start + o_v < V
+            b_z = tl.load(p_z + start + o_v, mask=m_v, other=float("-inf")).to(tl.float32)  # [BV]
+            b_t = tl.load(p_t + start + o_v, mask=m_v, other=float("-inf")).to(tl.float32)  # [BV]
+            b_dz = z_scale * tl.exp(b_z - z_max) - t_scale * tl.exp(b_t - t_max)
+            tl.store(p_z + start + o_v, b_dz.to(p_z.dtype.element_ty), mask=m_v)
+
+
+@implementation("distill_loss", "triton")
+def distill_loss(
+    student: Tensor, teacher: Tensor, weight: Tensor, row_weight: Tensor, regression: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """One wait for the device: the number of rows with a weight."""
+    vocab, width = weight.shape
+    used = row_weight.nonzero().squeeze(-1)
+    chunk = max(1, min(BUDGET // (2 * vocab * student.dtype.itemsize), used.numel()))
+    logits = student.new_empty(2, chunk, vocab)
+    loss = student.new_zeros((), dtype=torch.float32)
+    grad = student.new_zeros(student.shape if gradient else (0,))
+    for rows in used.split(chunk):
+        s, t, w = student[rows], teacher[rows], row_weight[rows]
+        z, target = (torch.mm(x, weight.T, out=out[: len(rows)]) for x, out in zip((s, t), logits, strict=True))
+        cross_entropy = torch.empty_like(w)
+        with torch.cuda.device_of(student):
+            softmax_kernel[(len(rows),)](
+                z, target, w, cross_entropy, vocab, GRADIENT=gradient, BLOCK_V=BLOCK, num_warps=8
+            )
+        s, t = s.float(), t.float()
+        loss += (w * (cross_entropy + regression * F.smooth_l1_loss(s, t, reduction="none").mean(-1))).sum()
+        if gradient:
+            through_head = (z @ weight).float()
+            grad[rows] = (through_head + w[:, None] * regression / width * (s - t).clamp_(-1, 1)).to(grad.dtype)
+    return loss, grad

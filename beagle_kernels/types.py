@@ -1,0 +1,105 @@
+"""The named tuples that the ops take and return."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sampling(NamedTuple):
+    """How each row samples: one value a row, all on the rows' device.
+
+    seed [R] int64; temperature [R] f32, 0 is greedy; top_k [R] int32, 0 is off; top_p [R] f32 in
+    (0, 1], 1 is off; min_p [R] f32 in [0, 1], 0 is off. Filters do not apply at temperature 0.
+    """
+
+    seed: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        rows: int,
+        seed: int | Tensor = 0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Sampling:
+        """The same settings for `rows` rows; an int seed s means s + r for row r, a tensor [rows] is taken as it is.
+
+        Raises ValueError for a temperature below 0, top_k below 0, top_p outside (0, 1], min_p outside [0, 1].
+        """
+        check_sampling(temperature, top_k, top_p, min_p)
+        if not isinstance(seed, Tensor):
+            seed = torch.arange(rows, dtype=torch.int64, device=device) + seed
+        elif seed.shape != (rows,):
+            raise ValueError(f"seed has shape {tuple(seed.shape)}; allowed: an int or an int64 tensor [{rows}]")
+        return cls(
+            seed.to(device=device, dtype=torch.int64),
+            torch.full((rows,), temperature, dtype=torch.float32, device=device),
+            torch.full((rows,), top_k, dtype=torch.int32, device=device),
+            torch.full((rows,), top_p, dtype=torch.float32, device=device),
+            torch.full((rows,), min_p, dtype=torch.float32, device=device),
+        )
+
+    def repeat(self, times: int) -> Sampling:
+        """Each row `times` times in a row: [R] -> [R * times]."""
+        return Sampling(*(field.repeat_interleave(times) for field in self))
+
+
+class DraftTree(NamedTuple):
+    """A batch of draft trees; node 0 is the root, parents precede children.
+
+    tokens [B, N] int64; parents [B, N] int32, the root's and padding's -1; depth [B, N] int32; mask [B, N, W]
+    int64, bit b of word w set where node 64 w + b is an ancestor, the root or the node itself; size [B] int32,
+    nodes in use; max_depth, a Python int, bounds depth.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depth: Tensor
+    mask: Tensor
+    size: Tensor
+    max_depth: int
+
+
+class Verdict(NamedTuple):
+    """What verification accepted.
+
+    path [B, max_depth + 1] int32: the root (0), then the accepted nodes, padded with -1; num_accepted [B] int32:
+    draft tokens, without the root; next_token [B] int64: the target's choice at the last node of the path;
+    status [B] int32: bits STATUS_NAN, STATUS_NO_FINITE, STATUS_BAD_TREE.
+    """
+
+    path: Tensor
+    num_accepted: Tensor
+    next_token: Tensor
+    status: Tensor
+
+
+STATUS_NAN = 1
+"""A NaN in the row's logits, taken as -inf."""
+STATUS_NO_FINITE = 2
+"""No finite logit in the row: token 0 was chosen."""
+STATUS_BAD_TREE = 4
+"""The tree or a parent or token id in it is invalid: nothing of that row was accepted."""
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    """Raise ValueError, naming the value and what is allowed, for settings no distribution has."""
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; allowed: 0 (greedy) or a positive finite number")
+    if top_k < 0:
+        raise ValueError(f"top_k is {top_k}; allowed: 0 (off) or a positive integer")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p is {top_p}; allowed: above 0, at most 1 (off)")
+    if not 0.0 <= min_p <= 1.0:
+        raise ValueError(f"min_p is {min_p}; allowed: 0 (off) to 1")

@@ -1,0 +1,79 @@
+"""Tokens a round and acceptance by depth on held-out prompts: python -m bench.acceptance --help
+
+Writes what a draft's card shows and what the default tree is chosen from. It measures acceptance, not time: prompts
+run in batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+import beagle_kernels
+from beagle_sd.bundled import bundled_folder, load_draft, load_target
+from beagle_sd.generate import TreeShape, generate
+from bench.real_prompts import batches, encoded_prompts
+
+SHAPES = ["2,1,3", "4,1,5", "3,3,6", "4,4,8", "4,6,16"]
+"""depth,branch,num_nodes"""
+
+
+def measure(target, draft, prompts, pad, shape: TreeShape, temperature: float, args) -> dict:
+    """One row: tokens a round over all prompts, weighted by rounds."""
+    tokens, rounds, reached = 0.0, 0, []
+    for ids, mask in batches(prompts, args.batch, pad):
+        report = generate(
+            target, draft, ids, mask, max_new_tokens=args.max_new_tokens, temperature=temperature, seed=args.seed,
+            depth=shape.depth, branch=shape.branch, num_nodes=shape.num_nodes,
+        ).report  # fmt: skip
+        tokens += report.tokens_per_round * report.row_rounds
+        rounds += report.row_rounds
+        reached.append(report.reached)
+    depths = [sum(column) for column in zip(*reached, strict=True)]
+    return {
+        "depth": shape.depth, "branch": shape.branch, "num_nodes": shape.num_nodes, "temperature": temperature,
+        "tokens_per_round": round(tokens / rounds, 4),
+        "acceptance_by_depth": [round(b / a, 4) for a, b in zip(depths, depths[1:]) if a],
+        "row_rounds": rounds,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", default="smollm2-135m")
+    parser.add_argument("--draft", type=Path, help="a folder; default: the bundled one")
+    parser.add_argument("--prompts", default="mt-bench", help="mt-bench, humaneval or gsm8k")
+    parser.add_argument("--count", type=int, default=80)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="depth,branch,num_nodes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    target, tokenizer = load_target(args.target, dtype=getattr(torch, args.dtype))
+    draft = load_draft(args.draft or bundled_folder(args.target), target)
+    prompts = encoded_prompts(args.prompts, tokenizer, args.count)
+    rows = []
+    for temperature in args.temperatures:
+        for text in args.shapes:
+            shape = TreeShape(*map(int, text.split(",")))
+            rows.append(measure(target, draft, prompts, tokenizer.pad_token_id, shape, temperature, args))
+            print(json.dumps(rows[-1]), flush=True)
+    result = {
+        "target": args.target, "prompts": args.prompts, "count": len(prompts), "max_new_tokens": args.max_new_tokens,
+        "dtype": args.dtype, "seed": args.seed, "device": str(target.device),
+        "versions": {"beagle_kernels": beagle_kernels.__version__, "torch": torch.__version__,
+                     "transformers": transformers.__version__},
+        "shapes": rows,
+    }  # fmt: skip
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

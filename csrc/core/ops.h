@@ -1,0 +1,154 @@
+// The arguments of every op, as the executors and the bindings see them. Pointers are device pointers for CUDA.
+// Logits: rows with the last dimension contiguous; strides in elements. dtype: 0 f32, 1 f16, 2 bf16.
+#pragma once
+
+#include "common.h"
+
+namespace beagle {
+
+// One row's sampling settings; temperature 0 is greedy and takes no filter.
+struct Knobs {
+  uint64_t seed;
+  float temperature;
+  int32_t top_k;
+  float top_p, min_p;
+  BEAGLE_FN bool noisy() const { return temperature > 0.0f; }
+  BEAGLE_FN bool filters(int64_t vocab) const {
+    return noisy() && ((top_k > 0 && top_k < vocab) || top_p < 1.0f || min_p > 0.0f);
+  }
+};
+
+struct Settings {
+  const int64_t* seed;
+  const float* temperature;
+  const int32_t* top_k;
+  const float* top_p;
+  const float* min_p;
+  BEAGLE_FN Knobs at(int64_t row) const {
+    return {uint64_t(seed[row]), temperature[row], top_k[row], top_p[row], min_p[row]};
+  }
+};
+
+struct Tree {
+  const int64_t* tokens;
+  const int32_t* parents;
+  const int32_t* depth;
+  const int64_t* mask;
+  const int32_t* size;
+  int32_t nodes, words, max_depth;
+};
+
+struct Verdict {
+  int32_t* path;
+  int32_t* num_accepted;
+  int64_t* next_token;
+  int32_t* status;
+};
+
+struct ChooseTokens {
+  const void* logits;
+  int32_t dtype;
+  int64_t rows, vocab, stride;
+  const int64_t* positions;
+  Settings settings;
+  uint32_t stream;
+  const int64_t* rounds;  // or null
+  uint64_t* keys;         // workspace [rows, chunks]
+  int32_t* flags;         // workspace [rows, chunks]
+  int64_t chunks;
+  int64_t* tokens;
+  int32_t* status;
+};
+
+struct TopCandidates {
+  const void* logits;
+  int32_t dtype;
+  int64_t rows, vocab, stride;
+  int32_t k;
+  const int64_t* positions;
+  Settings settings;
+  const int64_t* token_ids;  // or null
+  uint64_t* keys;            // workspace [rows, chunks, k]
+  float* sums;               // workspace [rows, chunks, 2]
+  int64_t chunks;
+  int64_t* tokens;
+  float* scores;
+};
+
+struct BuildTree {
+  const int64_t* root;
+  const int64_t* tokens;
+  const float* scores;
+  const int32_t* parents;
+  int64_t batch;
+  int32_t candidates, nodes, words, max_depth;
+  int32_t* label;  // workspace [batch, candidates]
+  int64_t* out_tokens;
+  int32_t* out_parents;
+  int32_t* out_depth;
+  int64_t* out_mask;
+  int32_t* out_size;
+};
+
+struct AcceptTree {
+  Tree tree;
+  int64_t batch;
+  const int64_t* chosen;
+  Verdict verdict;
+};
+
+struct VerifyTree {
+  const void* logits;
+  int32_t dtype;
+  int64_t batch, vocab, stride_b, stride_n;
+  Tree tree;
+  const int64_t* positions;
+  Settings settings;
+  uint64_t* keys;  // workspace [batch, nodes, chunks]
+  int32_t* flags;  // workspace [batch, nodes, chunks]
+  int64_t chunks;
+  Verdict verdict;
+};
+
+struct VerifyChain {
+  const void* target;
+  const void* draft;
+  int32_t dtype;  // of both
+  int64_t batch, steps, vocab, draft_vocab, target_b, target_n, draft_b, draft_n;
+  const int64_t* draft_tokens;
+  const int64_t* positions;
+  Settings settings;
+  bool block;
+  const int64_t* token_ids;  // or null
+  void* laws;                // workspace [batch, 2 steps + 1] of Law
+  Verdict verdict;
+};
+
+struct CompactCache {
+  char* cache;
+  int64_t layers, batch, heads, slots, width;                          // slots a page; width in bytes
+  int64_t stride_layer, stride_kv, stride_batch, stride_head, stride_slot;  // in bytes
+  int64_t pages, table_width;
+  const int32_t* path;
+  int64_t path_length;
+  const int32_t* num_accepted;
+  const int32_t* lengths;
+  const int32_t* table;  // or null
+};
+
+// q, k, v with the last dimension contiguous, strides in elements; out contiguous [batch, nodes, heads, width].
+// slots: of a row, or of a page where there is a table [batch, table_width].
+struct TreeAttention {
+  const void *q, *k, *v;
+  void* out;
+  int32_t dtype;
+  int64_t batch, nodes, heads, kv_heads, width, slots, words;
+  int64_t q_batch, q_node, q_head, k_batch, k_head, k_slot, v_batch, v_head, v_slot;
+  const int32_t* lengths;
+  const int64_t* mask;
+  const int32_t* table;  // or null
+  int64_t table_width, pages;
+  float scale;
+};
+
+}  // namespace beagle

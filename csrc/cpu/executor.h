@@ -1,0 +1,18 @@
+// The host executor: one function an op, `threads` at most.
+#pragma once
+
+#include "../core/ops.h"
+
+namespace beagle::cpu {
+
+void choose_tokens(const ChooseTokens& op, int threads);
+void top_candidates(const TopCandidates& op, int threads);
+void build_tree(const BuildTree& op, int threads);
+void accept_tree(const AcceptTree& op, int threads);
+void verify_tree(const VerifyTree& op, int threads);
+void verify_chain(const VerifyChain& op, int threads);
+void compact_cache(const CompactCache& op, int threads);
+// on the host alone: a GPU has the Triton kernel
+void tree_attention(const TreeAttention& op, int threads);
+
+}  // namespace beagle::cpu

@@ -1,0 +1,44 @@
+// One launch: a thread for each (row, layer, K or V, head, column), the columns fastest so that a warp's bytes join.
+#include "../core/cache.h"
+
+#include "executor.h"
+#include "team.cuh"
+
+namespace beagle::cuda {
+namespace {
+
+template <class Unit>
+__global__ void __launch_bounds__(kThreads) move_columns(const CompactCache op) {
+  const int64_t columns = op.width / int64_t(sizeof(Unit)), planes = op.layers * 2 * op.heads;
+  const int64_t b = blockIdx.y;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < planes * columns;
+       i += int64_t(gridDim.x) * kThreads) {
+    const int64_t column = i % columns, plane = i / columns, head = plane % op.heads, half = plane / op.heads;
+    char* start = op.cache + half / 2 * op.stride_layer + half % 2 * op.stride_kv + head * op.stride_head;
+    move_column<Unit>(op, b, start, column * int64_t(sizeof(Unit)));
+  }
+}
+
+struct alignas(16) Sixteen { uint64_t words[2]; };
+
+template <class Unit>
+void launch(const CompactCache& op, void* stream) {
+  const int64_t work = op.layers * 2 * op.heads * (op.width / int64_t(sizeof(Unit)));
+  const int64_t blocks = least<int64_t>((work + kThreads - 1) / kThreads, 1 << 20);
+  if (work > 0) move_columns<Unit><<<dim3(blocks, op.batch), kThreads, 0, stream_of(stream)>>>(op);
+}
+
+}  // namespace
+
+void compact_cache(const CompactCache& op, void* stream) {
+  if (op.batch == 0) return;
+  if (op.batch > 65535) throw std::invalid_argument("batch above 65535 rows");
+  const int64_t alignment = reinterpret_cast<int64_t>(op.cache) | op.width | op.stride_layer | op.stride_kv |
+                            op.stride_batch | op.stride_head | op.stride_slot;
+  if (alignment % 16 == 0) launch<Sixteen>(op, stream);
+  else if (alignment % 4 == 0) launch<uint32_t>(op, stream);
+  else launch<char>(op, stream);
+  check_launch();
+}
+
+}  // namespace beagle::cuda

@@ -1,0 +1,16 @@
+// The CUDA executor: each op launches on the stream given and returns.
+#pragma once
+
+#include "../core/ops.h"
+
+namespace beagle::cuda {
+
+void choose_tokens(const ChooseTokens& op, void* stream);
+void top_candidates(const TopCandidates& op, void* stream);
+void build_tree(const BuildTree& op, void* stream);
+void accept_tree(const AcceptTree& op, void* stream);
+void verify_tree(const VerifyTree& op, void* stream);
+void verify_chain(const VerifyChain& op, void* stream);
+void compact_cache(const CompactCache& op, void* stream);
+
+}  // namespace beagle::cuda

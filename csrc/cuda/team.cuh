@@ -1,0 +1,83 @@
+// A CUDA block as a Team, and what every launch shares.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../core/ops.h"
+
+namespace beagle::cuda {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+
+// A block of kThreads; shared holds one value a warp, twice, so that consecutive reductions need one barrier each.
+struct Block {
+  static constexpr int kTile = 8;
+  uint64_t (*shared)[kWarps];
+  int turn = 0;
+
+  __device__ int rank() const { return threadIdx.x; }
+  __device__ int size() const { return kThreads; }
+  __device__ void sync() const { __syncthreads(); }
+
+  template <class T, class Join>
+  __device__ __forceinline__ T reduce(T x, Join join) {
+    for (int s = 16; s > 0; s /= 2) x = join(x, __shfl_xor_sync(~0u, x, s));
+    uint64_t* slots = shared[turn ^= 1];
+    if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = bits_of(x);
+    __syncthreads();
+    T all = value_of<T>(slots[0]);
+    for (int w = 1; w < kWarps; ++w) all = join(all, value_of<T>(slots[w]));
+    return all;
+  }
+  template <class T>
+  __device__ __forceinline__ T max(T x) { return reduce(x, [](T a, T b) { return a < b ? b : a; }); }
+  template <class T>
+  __device__ __forceinline__ T sum(T x) { return reduce(x, [](T a, T b) { return a + b; }); }
+  __device__ __forceinline__ bool any(bool x) { return __syncthreads_or(x); }
+
+  __device__ __forceinline__ uint64_t scan(uint64_t x) {
+    uint64_t inclusive = x;
+    for (int s = 1; s < 32; s *= 2) {
+      const uint64_t left = __shfl_up_sync(~0u, inclusive, s);
+      if (threadIdx.x % 32 >= s) inclusive += left;
+    }
+    uint64_t* slots = shared[turn ^= 1];
+    if (threadIdx.x % 32 == 31) slots[threadIdx.x / 32] = inclusive;
+    __syncthreads();
+    uint64_t before = inclusive - x;
+    for (int w = 0; w < threadIdx.x / 32; ++w) before += slots[w];
+    return before;
+  }
+  __device__ __forceinline__ void add(uint64_t* p, uint64_t x) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
+  }
+  __device__ __forceinline__ void set(uint64_t* p, uint64_t bits) {
+    atomicOr(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(bits));
+  }
+
+ private:
+  static __device__ __forceinline__ uint64_t bits_of(uint64_t x) { return x; }
+  static __device__ __forceinline__ uint64_t bits_of(double x) { return uint64_t(__double_as_longlong(x)); }
+  template <class T>
+  static __device__ __forceinline__ T value_of(uint64_t bits) { return bit_cast<T>(bits); }
+};
+
+inline void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+inline cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+// Calls body with a null pointer of the logits' type.
+template <class Body>
+void by_dtype(int32_t dtype, const Body& body) {
+  if (dtype == 0) body(static_cast<const float*>(nullptr));
+  if (dtype == 1) body(static_cast<const Half*>(nullptr));
+  if (dtype == 2) body(static_cast<const BFloat*>(nullptr));
+}
+
+}  // namespace beagle::cuda

@@ -1,0 +1,159 @@
+// Drives every op of the host executor on exactly sized buffers, for the sanitizers; sanitize.sh builds and runs it.
+#include <cstdio>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "core/chain.h"
+#include "cpu/executor.h"
+
+using namespace beagle;
+
+namespace {
+
+std::mt19937 rng(1);
+int below(int n) { return int(rng() % uint32_t(n)); }
+
+struct Knobbed {
+  std::vector<int64_t> seed, positions;
+  std::vector<float> temperature, top_p, min_p;
+  std::vector<int32_t> top_k;
+  explicit Knobbed(int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) {
+      seed.push_back(int64_t(rng()) << 20), positions.push_back(below(1000));
+      temperature.push_back(float(below(3)) * 0.6f), top_k.push_back(below(3) * 7);
+      top_p.push_back(below(2) ? 1.0f : 0.8f), min_p.push_back(below(2) ? 0.0f : 0.05f);
+    }
+  }
+  Settings settings() const {
+    return {seed.data(), temperature.data(), top_k.data(), top_p.data(), min_p.data()};
+  }
+};
+
+// Logits of any dtype as raw bits: normal numbers, with a few infinities and NaNs.
+std::vector<uint16_t> logits(int64_t count, int dtype) {
+  std::vector<uint16_t> bits(size_t(count * (dtype == 0 ? 2 : 1)));
+  std::normal_distribution<float> normal(0, 3);
+  for (int64_t i = 0; i < count; ++i) {
+    const float z = below(500) ? normal(rng) : below(2) ? -kInf : kInf - kInf;
+    if (dtype == 0) __builtin_memcpy(&bits[size_t(2 * i)], &z, 4);
+    if (dtype == 1) bits[size_t(i)] = uint16_t(rng());
+    if (dtype == 2) bits[size_t(i)] = uint16_t(bit_cast<uint32_t>(z) >> 16);
+  }
+  return bits;
+}
+
+void choose(int threads) {
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    const int64_t rows = 1 + below(4), vocab = 1 + below(3000), chunks = 1 + below(4);
+    const auto z = logits(rows * vocab, dtype);
+    const Knobbed knobs(rows);
+    std::vector<uint64_t> keys(size_t(rows * chunks));
+    std::vector<int32_t> flags(size_t(rows * chunks)), status(size_t(rows), 0);
+    std::vector<int64_t> tokens(size_t(rows), 0);
+    cpu::choose_tokens({z.data(), dtype, rows, vocab, vocab, knobs.positions.data(), knobs.settings(), 0, nullptr,
+                        keys.data(), flags.data(), chunks, tokens.data(), status.data()}, threads);
+    const int32_t k = 1 + below(int(vocab < 40 ? vocab : 40));
+    std::vector<uint64_t> kept(size_t(rows * 2 * k));
+    std::vector<int64_t> best(size_t(rows * k));
+    std::vector<float> scores(size_t(rows * k));
+    cpu::top_candidates({z.data(), dtype, rows, vocab, vocab, k, knobs.positions.data(), knobs.settings(), nullptr,
+                         kept.data(), nullptr, 2, best.data(), scores.data()}, threads);
+  }
+}
+
+void trees(int threads) {
+  const int64_t batch = 1 + below(20);
+  const int32_t count = below(300), nodes = 1 + below(140), words = (nodes + 63) / 64, max_depth = 1 + below(8);
+  std::vector<int64_t> root(size_t(batch), 3), tokens, out_tokens(size_t(batch * nodes));
+  std::vector<float> scores;
+  std::vector<int32_t> parents, label(size_t(batch * count)), out_parents(size_t(batch * nodes)), size(size_t(batch), 0);
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int32_t i = 0; i < count; ++i) {
+      const int32_t parent = below(50) ? below(i + 1) - 1 : below(400) - 100;
+      const bool sound = parent >= 0 && parent < i;
+      tokens.push_back(below(4)), parents.push_back(parent);
+      scores.push_back((sound ? scores[size_t(b * count + parent)] : 0.0f) - float(below(4)));
+    }
+  }
+  std::vector<int32_t> depth(size_t(batch * nodes));
+  std::vector<int64_t> mask(size_t(batch * nodes * words));
+  cpu::build_tree({root.data(), tokens.data(), scores.data(), parents.data(), batch, count, nodes, words, max_depth,
+                   label.data(), out_tokens.data(), out_parents.data(), depth.data(), mask.data(), size.data()},
+                  threads);
+  for (int damage = 0; damage < 3; ++damage) {
+    if (damage == 1) out_parents[size_t(below(int(batch * nodes)))] = below(2000) - 1000;
+    if (damage == 2) size[size_t(below(int(batch)))] = below(1000) - 500, depth[0] = -7;
+    const Tree tree{out_tokens.data(), out_parents.data(), depth.data(), mask.data(), size.data(), nodes, words,
+                    max_depth};
+    std::vector<int64_t> chosen(size_t(batch * nodes)), next(size_t(batch), 0);
+    for (auto& token : chosen) token = below(4);
+    std::vector<int32_t> path(size_t(batch * (max_depth + 1))), accepted(size_t(batch), 0), status(size_t(batch), 0);
+    const Verdict verdict{path.data(), accepted.data(), next.data(), status.data()};
+    cpu::accept_tree({tree, batch, chosen.data(), verdict}, threads);
+    const int64_t vocab = 70, chunks = 2;
+    const auto z = logits(batch * nodes * vocab, 2);
+    const Knobbed knobs(batch);
+    std::vector<uint64_t> keys(size_t(batch * nodes * chunks));
+    std::vector<int32_t> flags(size_t(batch * nodes * chunks));
+    cpu::verify_tree({z.data(), 2, batch, vocab, nodes * vocab, vocab, tree, knobs.positions.data(), knobs.settings(),
+                      keys.data(), flags.data(), chunks, verdict}, threads);
+  }
+}
+
+void chains(int threads) {
+  const int64_t batch = 1 + below(4), steps = below(5), vocab = 5 + below(600), reduced = 1 + below(int(vocab));
+  const auto target = logits(batch * (steps + 1) * vocab, 0), draft = logits(batch * steps * reduced, 0);
+  std::vector<int64_t> ids, drafted, next(size_t(batch), 0);
+  for (int64_t i = 0; i < reduced; ++i) ids.push_back(i);
+  for (int64_t i = 0; i < batch * steps; ++i) drafted.push_back(below(30) ? below(int(reduced)) : below(2000) - 1000);
+  const Knobbed knobs(batch);
+  std::vector<Law> laws(size_t(batch * (2 * steps + 1)));
+  std::vector<int32_t> path(size_t(batch * (steps + 1))), accepted(size_t(batch), 0), status(size_t(batch), 0);
+  for (const bool block : {false, true}) {
+    cpu::verify_chain({target.data(), draft.data(), 0, batch, steps, vocab, reduced, (steps + 1) * vocab, vocab,
+                       steps * reduced, reduced, drafted.data(), knobs.positions.data(), knobs.settings(), block,
+                       ids.data(), laws.data(), {path.data(), accepted.data(), next.data(), status.data()}}, threads);
+  }
+}
+
+void caches(int threads) {
+  const int64_t layers = 1 + below(40), batch = 1 + below(3), heads = 1 + below(3), slots = 1 + below(60);
+  const int64_t width = 1 + below(200), length = 1 + below(12);
+  std::vector<char> cache(size_t(layers * 2 * batch * heads * slots * width));
+  std::vector<int32_t> path, accepted, lengths, table;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < length; ++i) path.push_back(int32_t(i) + below(9) - 1);
+    accepted.push_back(below(20) - 1), lengths.push_back(below(70) - 5);
+    for (int i = 0; i < 3; ++i) table.push_back(below(int(batch) + 2) - 1);
+  }
+  const int64_t slot = width, head = slots * slot, row = heads * head, half = batch * row;
+  for (const int32_t* pages : {static_cast<const int32_t*>(nullptr), static_cast<const int32_t*>(table.data())}) {
+    cpu::compact_cache({cache.data(), layers, batch, heads, slots, width, 2 * half, half, row, head, slot, batch,
+                        pages ? 3 : 0, path.data(), length, accepted.data(), lengths.data(), pages}, threads);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int round = 0; round < 25; ++round) {
+    for (const int threads : {1, 3}) choose(threads), trees(threads), chains(threads), caches(threads);
+  }
+  std::vector<std::thread> callers;
+  const auto z = logits(4 * 500, 2);
+  const Knobbed knobs(4);
+  for (int t = 0; t < 4; ++t) {
+    callers.emplace_back([&] {
+      uint64_t keys[8];
+      int32_t flags[8], status[4];
+      int64_t tokens[4];
+      for (int i = 0; i < 200; ++i) {
+        cpu::choose_tokens({z.data(), 2, 4, 500, 500, knobs.positions.data(), knobs.settings(), 0, nullptr, keys, flags,
+                            2, tokens, status}, 3);
+      }
+    });
+  }
+  for (auto& caller : callers) caller.join();
+  std::puts("every op ran");
+}

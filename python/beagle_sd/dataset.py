@@ -1,0 +1,85 @@
+"""Packed training batches from shards: a fixed order for a seed, so that a resumed run sees the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from beagle_sd import shards
+from beagle_sd.objective import Batch
+
+
+class StateDataset:
+    """Sequences of a folder of shards, read from disk as they are needed.
+
+    Every `held_out`-th sequence (by its index) is kept for evaluation and never trained on.
+    """
+
+    def __init__(self, folder: str | Path, *, context: int = 2048, held_out: int = 50):
+        paths = shards.shard_paths(folder)
+        if not paths:
+            raise shards.ShardError(f"{folder} has no shards: run `beagle-sd prepare` first")
+        self.context = context
+        self.train: list[tuple[int, int, int, int]] = []
+        self.evaluation: list[tuple[int, int, int, int]] = []
+        for number, path in enumerate(paths):
+            start = 0
+            for place, sequence in enumerate(shards.read_shard(path, with_states=False)):
+                length = len(sequence.tokens)
+                held = held_out and sequence.index % held_out == held_out - 1
+                (self.evaluation if held else self.train).append((number, place, start, length))
+                start += length
+        self._files = [safe_open(path, "pt") for path in paths]
+
+    @property
+    def width(self) -> int:
+        """The size of the states."""
+        return self._files[0].get_slice("states").get_shape()[1]
+
+    def tokens_of(self, entries: list[tuple[int, int, int, int]]) -> int:
+        """Tokens in these sequences, after cutting to the context length."""
+        return sum(min(length, self.context) for *_, length in entries)
+
+    def epoch(self, epoch: int, tokens_per_batch: int, seed: int) -> list[list[int]]:
+        """The training sequences of an epoch in batches of about tokens_per_batch tokens: the same for a seed."""
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.train), generator=generator).tolist()
+        return _packs(order, [min(entry[3], self.context) for entry in self.train], tokens_per_batch)
+
+    def evaluation_batches(self, tokens_per_batch: int) -> Iterator[Batch]:
+        """The held-out sequences."""
+        lengths = [min(entry[3], self.context) for entry in self.evaluation]
+        for numbers in _packs(list(range(len(self.evaluation))), lengths, tokens_per_batch):
+            yield self.load([self.evaluation[number] for number in numbers])
+
+    def load(self, entries: list[tuple[int, int, int, int]]) -> Batch:
+        """Read these sequences into one packed batch."""
+        parts = {"tokens": [], "states": [], "loss_mask": []}
+        lengths = []
+        for number, _, start, length in entries:
+            length = min(length, self.context)
+            for name, values in parts.items():
+                values.append(self._files[number].get_slice(name)[start : start + length])
+            lengths.append(length)
+        sizes = torch.tensor([0, *lengths])
+        return Batch(
+            torch.cat(parts["tokens"]).long(),
+            torch.cat(parts["states"]),
+            torch.cat(parts["loss_mask"]).bool(),
+            sizes.cumsum(0).to(torch.int32),
+            torch.cat([torch.arange(length) for length in lengths]),
+        )
+
+
+def _packs(order: list[int], lengths: list[int], tokens_per_batch: int) -> list[list[int]]:
+    packs, room = [], 0
+    for number in order:
+        if not packs or lengths[number] > room:
+            packs.append([])
+            room = tokens_per_batch
+        packs[-1].append(number)
+        room -= lengths[number]
+    return packs

@@ -1,0 +1,211 @@
+"""What the commands do: load, run, show."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from transformers.generation.streamers import BaseStreamer
+
+from beagle_sd import conversations, shards
+from beagle_sd.answers import encode_chat, write_answers
+from beagle_sd.bundled import bundled_folder, load_draft, load_target, measured_acceptance
+from beagle_sd.calibration import choose_shape, measure_costs
+from beagle_sd.dataset import StateDataset
+from beagle_sd.draft import BeagleDraft
+from beagle_sd.generate import Generated, TreeShape
+from beagle_sd.generate import generate as decode
+from beagle_sd.training import Trainer, TrainingConfig
+
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class RunStreamer(BaseStreamer):
+    """Prints each round's run: what the draft proposed and the target accepted in green, the target's own plain."""
+
+    def __init__(self, console: Console, tokenizer):
+        self.console, self.tokenizer = console, tokenizer
+        self.ids: list[int] = []
+        self.shown = 0
+        self.prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt:
+            self.prompt = False
+            return
+        run = value.flatten().tolist()
+        for accepted in [True] * (len(run) - 1) + [False]:
+            self.ids.append(run.pop(0))
+            text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+            if text.endswith("\ufffd"):
+                continue
+            self.console.print(Text(text[self.shown :], style="bold green" if accepted else ""), end="",
+                               soft_wrap=True)
+            self.shown = len(text)
+
+    def end(self) -> None:
+        self.console.print()
+
+
+def answer(console: Console, prompt: str, target_name: str, draft_folder: Path | None, *, raw: bool, compare: bool,
+           dtype: str, device: str | None, shape: tuple[int | None, int | None, int | None],
+           **settings) -> None:  # fmt: skip
+    """Decode speculatively while showing it, then plainly, and print both times."""
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; allowed: a word or more")
+    folder = Path(draft_folder) if draft_folder else bundled_folder(target_name)
+    target, tokenizer = load_target(target_name, dtype=_dtype(dtype), device=device)
+    draft = load_draft(folder, target)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if raw else encode_chat(
+        tokenizer, [{"role": "user", "content": prompt}])
+    tree = _tree(console, target, draft, folder, shape)
+    input_ids = torch.tensor([ids])
+    options = {**settings, "depth": tree.depth, "branch": tree.branch, "num_nodes": tree.num_nodes}
+    decode(target, draft, input_ids, **{**options, "max_new_tokens": 4})
+    found = decode(target, draft, input_ids, streamer=RunStreamer(console, tokenizer), **options)
+    plain = decode(target, None, input_ids, **settings) if compare else None
+    console.print(_table(found, plain, tree))
+    if plain is not None:
+        same = torch.equal(found.sequences, plain.sequences)
+        console.print("Same tokens as plain decoding." if same else _first_difference(found, plain, len(ids)))
+
+
+def _tree(console: Console, target, draft, folder: Path, shape) -> TreeShape:
+    """The shape asked for, or the one that pays by measured costs and the draft's measured acceptance."""
+    if any(part is not None for part in shape):
+        default = TreeShape.default(target.device)
+        return TreeShape(*(usual if given is None else given for given, usual in zip(
+            shape, (default.depth, default.branch, default.num_nodes), strict=True)))
+    measured = {TreeShape(row["depth"], row["branch"], row["num_nodes"]): row["tokens_per_round"]
+                for row in measured_acceptance(folder) if row["temperature"] == 0.0}
+    if not measured:
+        return TreeShape.default(target.device)
+    costs = measure_costs(target, draft, list(measured))
+    best = choose_shape(costs, measured)
+    expected = costs.speedup(best, measured[best]) if best in measured else 1.0
+    console.print(f"[dim]tree from measured costs: {best.num_nodes} nodes, depth {best.depth}, branch {best.branch}; "
+                  f"expected {expected:.2f}x plain decoding[/]", highlight=False)
+    return best
+
+
+def _table(found: Generated, plain: Generated | None, tree: TreeShape) -> Table:
+    table = Table("", "tokens", "seconds", "tokens/s", "tokens a round", "accepted, by depth")
+    for name, result in (("speculative", found), ("plain", plain)):
+        if result is None:
+            continue
+        report = result.report
+        by_depth = " ".join(f"{share:.2f}" for share in report.acceptance_by_depth)
+        label = f"{name}, {tree.num_nodes} nodes" if result is found else name
+        table.add_row(label, str(report.new_tokens), f"{sum(report.seconds.values()):.2f}",
+                      f"{report.tokens_per_second:.1f}", f"{report.tokens_per_round:.2f}", by_depth)
+    if plain is not None:
+        ratio = sum(plain.report.seconds.values()) / sum(found.report.seconds.values())
+        table.caption = f"{ratio:.2f}x plain decoding ({'faster' if ratio > 1 else 'slower'}), prefill included"
+    return table
+
+
+def _first_difference(found: Generated, plain: Generated, prompt: int) -> str:
+    length = min(found.sequences.shape[1], plain.sequences.shape[1])
+    differs = (found.sequences[0, :length] != plain.sequences[0, :length]).nonzero()
+    place = int(differs[0]) - prompt if len(differs) else length - prompt
+    return (f"Differs from plain decoding from token {place} on: two logits lay within this dtype's rounding "
+            "(fp32 is exact in practice).")
+
+
+def prepare(console: Console, source: Path, out: Path, target_name: str, *, regenerate: bool, batch: int,
+            max_new_tokens: int, context: int, seed: int, dtype: str, device: str | None) -> None:  # fmt: skip
+    """Store states for training: of conversations as they are, or of answers that the target writes."""
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} is not a file; allowed: .jsonl, .txt or .npz")
+    target, tokenizer = load_target(target_name, dtype=_dtype(dtype), device=device)
+    writer = shards.ShardWriter(out, _manifest(target, target_name, source, regenerate, max_new_tokens, context))
+    done = {sequence.index for sequence in shards.read_sequences(out, with_states=False)}
+    if regenerate:
+        messages = list(conversations.read_messages(source))
+        work = [(index, turns) for index, turns in messages if index not in done]
+        sequences = write_answers(target, tokenizer, work, batch=batch, max_new_tokens=max_new_tokens, seed=len(done))
+    else:
+        work = [item for item in conversations.read_conversations(source, tokenizer, context)
+                if item.index not in done]
+        sequences = conversations.states_of(target, work)
+    tokens, began = 0, time.perf_counter()
+    with _progress(console) as progress:
+        bar = progress.add_task("prepare", total=len(work))
+        for sequence in sequences:
+            writer.add(sequence)
+            tokens += len(sequence.tokens)
+            progress.update(bar, advance=1, description=f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
+    writer.flush()
+    console.print(f"{len(work)} of {len(work) + len(done)} conversations, {tokens} tokens, now in {out}")
+    if regenerate:
+        sources = {index: json.loads(line).get("source", "") for index, line in enumerate(source.open())}
+        conversations.export_answers(out, out / "answers.npz", sources)
+        console.print(f"the answers' token ids alone: {out / 'answers.npz'}")
+
+
+def train(console: Console, data: Path, out: Path, target_name: str, config: TrainingConfig, *, draft_vocab: int,
+          append_states: bool, device: str | None) -> None:  # fmt: skip
+    """Train a draft on a folder of shards, with a progress bar, evaluation and checkpoints."""
+    target, _ = load_target(target_name, device=device)
+    shards.check_manifest(data, hidden_size=target.config.hidden_size, vocab_size=target.config.vocab_size)
+    dataset = StateDataset(data, context=config.context, held_out=config.held_out)
+    ids = frequent_tokens(data, draft_vocab, target.config.vocab_size) if draft_vocab else None
+    torch.manual_seed(config.seed)
+    draft = BeagleDraft.from_target(target, ids, append_states=append_states)
+    trainer = Trainer(draft, dataset, out, config)
+    console.print(f"{len(dataset.train)} sequences, {dataset.tokens_of(dataset.train)} tokens; {trainer.block_steps} "
+                  f"steps of stage 1, {trainer.total_steps - trainer.block_steps} of stage 2; at step {trainer.step}")
+    with _progress(console) as progress:
+        bar = progress.add_task("train", total=trainer.total_steps, completed=trainer.step)
+
+        def show(step: int, metrics: dict) -> None:
+            progress.update(bar, completed=step, description=f"stage {metrics['stage']} loss {metrics['loss']:.3f}")
+            if "acceptance_by_depth" in metrics:
+                console.print(f"step {step}: acceptance by depth {metrics['acceptance_by_depth']}")
+
+        trainer.run(show)
+    console.print(f"the draft is in {out / 'final'}")
+
+
+def frequent_tokens(data: Path, count: int, vocab_size: int) -> torch.Tensor:
+    """The `count` most frequent assistant tokens of a shard folder, ascending; ties and the rest by lowest id."""
+    if not 1 <= count <= vocab_size:
+        raise ValueError(f"draft_vocab is {count}; allowed: 0 (all) or 1 to {vocab_size}")
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for sequence in shards.read_sequences(data, with_states=False):
+        following = torch.cat([sequence.tokens[1:], torch.tensor([sequence.final_token])])
+        counts += torch.bincount(following[sequence.loss_mask & (following >= 0)], minlength=vocab_size)
+    return counts.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def _manifest(target, name: str, source: Path, regenerate: bool, max_new_tokens: int, context: int) -> dict:
+    import hashlib
+
+    return {
+        "target": name,
+        "model_type": target.config.model_type,
+        "hidden_size": target.config.hidden_size,
+        "vocab_size": target.config.vocab_size,
+        "source": source.name,
+        "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "regenerate": regenerate,
+        "max_new_tokens": max_new_tokens if regenerate else None,
+        "context": None if regenerate else context,
+    }
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                    console=console)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    if name not in _DTYPES:
+        raise ValueError(f"dtype is {name!r}; allowed: {', '.join(_DTYPES)}")
+    return _DTYPES[name]

@@ -1,0 +1,113 @@
+"""A Hugging Face causal LM as the decoding loop and the trainer see it: untouched, checked, called in one way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from beagle_sd.cache import TreeCache, causal, visible_keys
+
+_PREFILL_CHUNK = 512
+
+
+class UnsupportedTarget(ValueError):
+    """The target has something that drafting or tree verification cannot honour; the message names it."""
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raise UnsupportedTarget with the reason unless every layer is full attention and the head is plain."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedTarget(f"{kind} is an encoder-decoder; allowed: decoder-only causal LMs")
+    layers = set(getattr(config, "layer_types", None) or ())
+    if layers - {"full_attention"}:
+        raise UnsupportedTarget(f"{kind} has layers of type {sorted(layers - {'full_attention'})}; "
+                                "allowed: full_attention only")
+    if not layers and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise UnsupportedTarget(f"{kind} has sliding_window={config.sliding_window}; allowed: full attention "
+                                "(set sliding_window=None if your texts are shorter)")
+    for name in ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers"):
+        if not getattr(config, name, None):
+            raise UnsupportedTarget(f"{kind} has no {name} in its config; allowed: transformer decoders")
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if not rope and getattr(config, "rope_theta", None) is None or getattr(config, "alibi", False):
+        raise UnsupportedTarget(f"{kind} has no rotary positions; allowed: RoPE (learned positions end with their "
+                                "table and ALiBi is a mask of its own)")
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        raise UnsupportedTarget(f"{kind} has rope_type={rope['rope_type']!r}, whose angles change with the length of "
+                                "the text; allowed: fixed angles (default, linear, yarn, llama3)")
+    for name in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling",
+                 "embedding_multiplier", "scale_emb"):
+        value = getattr(config, name, None)
+        if value not in (None, 1, 1.0):
+            raise UnsupportedTarget(f"{kind} sets {name}={value}; allowed: targets without it")
+
+
+class Target:
+    """What is used of a target: embedding, top hidden states over new tokens, LM head.
+
+    Raises UnsupportedTarget for a model that cannot be verified as a tree.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        config = model.config.get_text_config()
+        check_supported(config)
+        if not getattr(model, "_supports_attention_backend", False):
+            raise UnsupportedTarget(f"{type(model).__name__} does not take registered attention functions; allowed: "
+                                    "models that go through transformers' AttentionInterface")
+        self.model = model
+        self.config = config
+        self.decoder = model.base_model
+        self.embedding: nn.Module = model.get_input_embeddings()
+        self.head: nn.Linear = model.get_output_embeddings()
+        if self.head is None:
+            raise UnsupportedTarget(f"{type(model).__name__} has no LM head; allowed: causal LMs")
+        if getattr(self.head, "bias", None) is not None:
+            raise UnsupportedTarget(f"{config.model_type}'s LM head has a bias; allowed: heads without")
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def new_cache(self, batch: int, slots: int) -> TreeCache:
+        """An empty cache of `slots` positions a row."""
+        config = self.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return TreeCache(config.num_hidden_layers, batch, heads, slots, width, self.dtype, self.device)
+
+    def forward(self, tokens: Tensor, depth: Tensor, among: Tensor, cache: TreeCache) -> Tensor:
+        """Top hidden states [B, N, d] of N new tokens a row, written to the cache behind its lengths.
+
+        tokens [B, N] int64; depth [B, N], added to the row's length to give positions; among [B, N, N] bool: which
+        new tokens each one sees (itself too), besides everything below the row's length.
+        """
+        limit = int(cache.lengths.max()) + tokens.shape[1]
+        cache.expect(tokens.shape[1], limit)
+        return self.decoder(
+            input_ids=tokens,
+            attention_mask=visible_keys(cache.lengths, among, limit),
+            position_ids=cache.lengths.long()[:, None] + depth.long(),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def prefill(self, tokens: Tensor, lengths: Tensor, cache: TreeCache) -> Tensor:
+        """Run right-padded prompts [B, T] with `lengths` [B] into an empty cache; hidden states [B, T, d].
+
+        What is returned beyond a row's length is padding's and means nothing.
+        """
+        batch, total = tokens.shape
+        states = []
+        for start in range(0, total, _PREFILL_CHUNK):
+            part = tokens[:, start : start + _PREFILL_CHUNK]
+            cache.lengths.fill_(start)
+            step = torch.arange(part.shape[1], device=tokens.device).expand(batch, -1)
+            states.append(self.forward(part, step, causal(batch, part.shape[1], tokens.device), cache))
+        cache.lengths.copy_(lengths)
+        return torch.cat(states, 1)

@@ -1,0 +1,294 @@
+"""Two-Stage Block-Attention Training (paper: section 3.3): steps, evaluation, checkpoints that resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from beagle_kernels import distill_loss
+from beagle_sd.dataset import StateDataset
+from beagle_sd.draft import BeagleDraft
+from beagle_sd.objective import Batch, block_states, row_weights, simulated_states
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """All settings of a run; the defaults are the paper's, for a 7B target. Small targets want a higher lr.
+
+    window, steps: positions a window has in stage 1 (block attention; 1 is plain next-token training) and in
+    stage 2 (simulation); block_epochs, simulation_epochs may be fractions; tokens_per_step is a batch's size;
+    schedule "constant" or "cosine" (to a tenth) after warm-up; noise is the standard deviation of Gaussian noise
+    on the states that give the keys; eval_steps, save_steps: every so many steps.
+    """
+
+    window: int = 5
+    steps: int = 4
+    block_epochs: float = 10.0
+    simulation_epochs: float = 10.0
+    tokens_per_step: int = 32768
+    context: int = 2048
+    lr: float = 3e-5
+    schedule: str = "constant"
+    warmup_steps: int = 2000
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 0.5
+    regression: float = 10.0
+    noise: float = 0.0
+    detach_states: bool = False
+    autocast: bool = False
+    held_out: int = 50
+    eval_steps: int = 500
+    eval_tokens: int = 16384
+    save_steps: int = 500
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("window", "steps", "tokens_per_step", "context", "eval_steps", "save_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: at least 1")
+        for name in ("block_epochs", "simulation_epochs", "lr", "warmup_steps", "regression", "noise", "held_out"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 or more")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"schedule is {self.schedule!r}; allowed: 'constant', 'cosine'")
+
+
+class TrainingStopped(RuntimeError):
+    """The loss is not finite; the last good checkpoint is kept."""
+
+
+class Trainer:
+    """Trains `draft` on `dataset` and keeps checkpoints under `folder`; begins again where the last one stands."""
+
+    def __init__(self, draft: BeagleDraft, dataset: StateDataset, folder: str | Path, config: TrainingConfig):
+        self.draft, self.dataset, self.config = draft, dataset, config
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.device = draft.q_proj.weight.device
+        self.head = draft.head.to(torch.float32)
+        fused = {"fused": True} if self.device.type == "cuda" else {}
+        self.optimizer = torch.optim.AdamW(draft.parameters(), lr=config.lr, betas=config.betas,
+                                           weight_decay=config.weight_decay, **fused)
+        if not dataset.train:
+            raise ValueError(f"no sequence to train on: all {len(dataset.evaluation)} are held out "
+                             f"(held_out={config.held_out}; 0 holds none out)")
+        if dataset.width != draft.config.hidden_size:
+            raise ValueError(f"the states are {dataset.width} wide; allowed: the draft's hidden_size, "
+                             f"{draft.config.hidden_size}")
+        per_epoch = len(dataset.epoch(0, config.tokens_per_step, config.seed))
+        self.block_steps = round(config.block_epochs * per_epoch)
+        self.total_steps = self.block_steps + round(config.simulation_epochs * per_epoch)
+        self.step = 0
+        self.tokens_seen = 0
+        self._epochs: dict[int, list[list[int]]] = {}
+        self._resume()
+
+    def run(self, progress: Callable[[int, dict], None] = lambda step, metrics: None) -> None:
+        """Train to the end, calling progress(step, metrics) after every step."""
+        self.draft.train()
+        while self.step < self.total_steps:
+            began = time.perf_counter()
+            metrics = self._train_step()
+            metrics["seconds"] = time.perf_counter() - began
+            self.step += 1
+            if self.step % self.config.eval_steps == 0 or self.step in (self.block_steps, self.total_steps):
+                metrics["acceptance_by_depth"] = self.evaluate()
+            self._log(metrics)
+            if self.step % self.config.save_steps == 0 or self.step == self.total_steps:
+                self.save()
+            progress(self.step, metrics)
+        self._write(self.folder / "final", self.draft.save_pretrained)
+
+    @torch.no_grad()
+    def evaluate(self, depth: int = 6) -> list[float]:
+        """Acceptance by depth on held-out windows (the paper's figure 3): the share of windows in which the
+        draft's first choice equals the target's at row m, among those where it did at all rows before."""
+        self.draft.eval()
+        reached, accepted = torch.zeros(depth), torch.zeros(depth)
+        seen = 0
+        for batch in self.dataset.evaluation_batches(self.config.tokens_per_step):
+            if seen >= self.config.eval_tokens:
+                break
+            seen += len(batch.tokens)
+            batch = self._move(batch)
+            offset = torch.zeros(len(batch.cu_seqlens) - 1, dtype=torch.int32, device=self.device)
+            with self._autocast():
+                states = simulated_states(self.draft, batch, batch.states, depth, offset)
+            counted = row_weights(batch, depth, offset, simulated=False) > 0
+            matches = self._agreement(states, batch.states, counted)
+            for m in range(depth):
+                rows = ((batch.positions % depth == m) & counted).nonzero().flatten()
+                rows = rows[rows >= m]
+                whole = torch.stack([matches[rows - i] for i in range(m + 1)])
+                reached[m] += whole[1:].all(0).sum().cpu() if m else len(rows)
+                accepted[m] += whole.all(0).sum().cpu()
+        self.draft.train()
+        return [round(value, 4) for value in (accepted / reached.clamp(min=1)).tolist()]
+
+    def _agreement(self, states: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
+        """[T] bool: the draft's first choice is the target's, over the whole vocabulary."""
+        matches = torch.zeros(len(states), dtype=torch.bool, device=self.device)
+        full_head = self.draft.target.head.weight.float()
+        for rows in counted.nonzero().flatten().split(512):
+            mine = (states[rows].float() @ self.head.T).argmax(-1)
+            if self.draft.draft_vocab is not None:
+                mine = self.draft.draft_vocab[mine]
+            matches[rows] = mine == (teacher[rows].float() @ full_head.T).argmax(-1)
+        return matches
+
+    def _train_step(self) -> dict:
+        config = self.config
+        simulated = self.step >= self.block_steps
+        window = config.steps if simulated else config.window
+        batch = self._move(self._next_batch())
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+        offset = torch.randint(window, (len(batch.cu_seqlens) - 1,), generator=generator, dtype=torch.int32)
+        offset = offset.to(self.device)
+        keys_of = batch.states.float()
+        if config.noise:
+            keys_of = keys_of + config.noise * torch.randn(keys_of.shape, generator=generator).to(self.device)
+        weights = row_weights(batch, window, offset, simulated=simulated)
+        with self._autocast():
+            if simulated:
+                states = simulated_states(self.draft, batch, keys_of, window, offset,
+                                          detach_states=config.detach_states)
+            else:
+                states = block_states(self.draft, batch, keys_of, window, offset)
+        total = weights.sum().clamp(min=1e-9)
+        loss = distill_loss(states.float(), batch.states.float(), self.head, weights,
+                            regression=config.regression) / total
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), config.clip)
+        value = loss.item()
+        if not (math.isfinite(value) and math.isfinite(norm.item())):
+            raise TrainingStopped(f"step {self.step}: loss is {value}, gradient norm {norm.item()}; "
+                                  f"the last good checkpoint is kept in {self.folder}; lower lr (now {config.lr})?")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.tokens_seen += len(batch.tokens)
+        return {"stage": 2 if simulated else 1, "loss": value, "gradient_norm": norm.item(), "lr": self._lr(),
+                "tokens_seen": self.tokens_seen}
+
+    def _lr(self) -> float:
+        config = self.config
+        if self.step < config.warmup_steps:
+            return config.lr * (self.step + 1) / config.warmup_steps
+        if config.schedule == "constant":
+            return config.lr
+        done = (self.step - config.warmup_steps) / max(1, self.total_steps - config.warmup_steps)
+        return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
+
+    def _next_batch(self) -> Batch:
+        per_epoch = len(self._epoch(0))
+        epoch, place, step = 0, 0, self.step
+        while step >= per_epoch:
+            step -= per_epoch
+            epoch += 1
+            per_epoch = len(self._epoch(epoch))
+        place = step
+        return self.dataset.load([self.dataset.train[number] for number in self._epoch(epoch)[place]])
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        if epoch not in self._epochs:
+            self._epochs[epoch] = self.dataset.epoch(epoch, self.config.tokens_per_step, self.config.seed)
+        return self._epochs[epoch]
+
+    def _move(self, batch: Batch) -> Batch:
+        return Batch(*(part.to(self.device, non_blocking=True) for part in batch))
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.config.autocast else nullcontext()
+
+    def _log(self, metrics: dict) -> None:
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step, **metrics}) + "\n")
+
+    def save(self) -> Path:
+        """Write a checkpoint; it appears whole or not at all, and all but the last two are removed after."""
+        final = self.folder / f"checkpoint-{self.step:07d}"
+
+        def write(folder: Path) -> None:
+            self.draft.save_pretrained(folder)
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+            state = {"step": self.step, "tokens_seen": self.tokens_seen, "settings": self._settings()}
+            (folder / "trainer.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+        self._write(final, write)
+        for old in checkpoints(self.folder)[:-2]:
+            shutil.rmtree(old)
+        return final
+
+    def _write(self, final: Path, write: Callable[[Path], object]) -> None:
+        """Let `write` fill a folder beside `final`, then give it that name."""
+        partial = self.folder / f".{final.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            write(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _settings(self) -> dict:
+        """All that a resumed run must share with the one before."""
+        shape = self.draft.config.to_dict()
+        names = ("target_type", "hidden_size", "vocab_size", "draft_vocab_size", "append_states", "norm_query",
+                 "norm_state", "norm_output")
+        data = {"sequences": len(self.dataset.train), "tokens": self.dataset.tokens_of(self.dataset.train)}
+        return asdict(self.config) | {"betas": list(self.config.betas)} | data | {name: shape[name] for name in names}
+
+    def _resume(self) -> None:
+        for remains in self.folder.glob(".*.partial"):
+            shutil.rmtree(remains)
+        if found := checkpoints(self.folder):
+            self._load(found[-1])
+        self._forget_after(self.step)
+
+    def _load(self, folder: Path) -> None:
+        try:
+            state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+            weights = load_file(folder / "model.safetensors")
+            moments = torch.load(folder / "optimizer.pt", map_location=self.device)
+        except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{folder} is not a whole checkpoint ({error}); delete it to go on from the one before") \
+                from error
+        was, now = state["settings"], self._settings()
+        if differing := [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]:
+            raise ValueError(f"{folder} was trained with other settings ({', '.join(differing)}); use the same, or a "
+                             "new folder")
+        if self.draft.draft_vocab is not None and not torch.equal(weights["draft_vocab"], self.draft.draft_vocab.cpu()):
+            raise ValueError(f"{folder} was trained with another draft_vocab; use the same, or a new folder")
+        self.draft.load_state_dict(weights)
+        self.optimizer.load_state_dict(moments)
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+
+    def _forget_after(self, step: int) -> None:
+        """Drop metrics of steps that will be run again."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            os.replace(partial, path)
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The whole checkpoints of a training folder, oldest first."""
+    return sorted(path for path in Path(folder).glob("checkpoint-*") if (path / "trainer.json").is_file())

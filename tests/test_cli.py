@@ -1,0 +1,92 @@
+"""The command line from prompts to a trained draft, on a small target of the tests' own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from models import small_target
+from tokenizers_for_tests import small_tokenizer
+from typer.testing import CliRunner
+
+from beagle_sd.cli import app
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    small_target().save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def run(*args, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def write_prompts(path, count: int = 30):
+    lines = [{"messages": [{"role": "user", "content": "abc"[: 1 + i % 3]}], "source": "test"} for i in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
+    prompts, states, out = write_prompts(tmp_path / "prompts.jsonl"), tmp_path / "states", tmp_path / "run"
+    said = run("prepare", prompts, states, "--target", target, "--regenerate", "--batch", 8, "--max-new-tokens", 20)
+    assert "30 of 30 conversations" in said and (states / "answers.npz").is_file()
+    assert "0 of 30 conversations" in run("prepare", prompts, states, "--target", target, "--regenerate", "--batch", 8,
+                                          "--max-new-tokens", 20)
+    trained = run("train", states, out, "--target", target, "--draft-vocab", 40, "--block-epochs", 2,
+                  "--simulation-epochs", 2, "--tokens-per-step", 512, "--lr", 1e-3, "--warmup-steps", 2)
+    assert "acceptance by depth" in trained and (out / "final" / "model.safetensors").is_file()
+    shown = run("generate", "ab", "--target", target, "--draft", out / "final", "--max-new-tokens", 12)
+    assert "Same tokens as plain decoding." in shown and "tokens a round" in shown
+    again = run("prepare", states / "answers.npz", tmp_path / "again", "--target", target)
+    assert "30 of 30 conversations" in again
+
+
+@pytest.mark.parametrize("args,message", [
+    (("generate", " "), "the prompt is empty"),
+    (("generate", "a", "--temperature", "-1"), "temperature is -1.0; allowed: 0"),
+    (("generate", "a", "--top-p", "0"), "top_p is 0.0; allowed: above 0"),
+    (("generate", "a", "--num-nodes", "0"), "num_nodes is 0; allowed: 1 to 1024"),
+    (("generate", "a", "--dtype", "int3"), "dtype is 'int3'; allowed: auto"),
+    (("generate", "a", "--draft", "{nowhere}"), "{nowhere}"),
+])  # fmt: skip
+def test_wrong_arguments_of_generate(target, tmp_path, args, message):
+    from beagle_sd import BeagleDraft
+
+    BeagleDraft.from_target(small_target()).save_pretrained(tmp_path / "draft")
+    nowhere = str(tmp_path / "nowhere")
+    args = [arg.format(nowhere=nowhere) for arg in args]
+    if "--draft" not in args:
+        args += ["--draft", str(tmp_path / "draft")]
+    said = run(*args, "--target", target, code=1)
+    assert message.format(nowhere=nowhere) in said.replace("\n", ""), said
+
+
+def test_wrong_files(target, tmp_path):
+    assert "is not a file; allowed" in run("prepare", tmp_path / "no.jsonl", tmp_path / "s", "--target", target, code=1)
+    assert "manifest.json is missing" in run("train", tmp_path, tmp_path / "o", "--target", target, code=1)
+    assert "no draft is bundled" in run("generate", "a", "--target", "unknown/model", code=1)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    assert "line 1 has no assistant turn" in run("prepare", bad, tmp_path / "t", "--target", target, code=1)
+
+
+def test_states_of_another_target_are_refused(target, tmp_path):
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats.write_text(json.dumps({"messages": turns}) + "\n")
+    run("prepare", chats, tmp_path / "states", "--target", target)
+    other = tmp_path / "other"
+    small_target(hidden_size=32).save_pretrained(other)
+    small_tokenizer().save_pretrained(other)
+    said = run("train", tmp_path / "states", tmp_path / "o", "--target", other, code=1)
+    assert "hidden_size=64; this target has 32" in said.replace("\n", "")
+
+
+def test_info_names_backends():
+    assert "reference" in run("info")

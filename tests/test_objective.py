@@ -1,0 +1,134 @@
+"""The one-pass simulation against a literal reading of the paper's figure 2."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import small_draft, small_target
+
+from beagle_sd.objective import Batch, block_states, row_weights, simulated_states
+
+DTYPE = torch.float64
+
+
+def make_batch(lengths: list[int], width: int = 64) -> Batch:
+    torch.manual_seed(3)
+    total = sum(lengths)
+    return Batch(
+        torch.randint(0, 97, (total,)),
+        torch.randn(total, width, dtype=DTYPE),
+        torch.rand(total) < 0.8,
+        torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        torch.cat([torch.arange(length) for length in lengths]),
+    )
+
+
+def dense_attention(queries, keys, values, visible):
+    """Plain softmax attention [T, Hq, D] over keys [K, Hkv, D] with a bool mask [T, K]; rows without a key give 0."""
+    group = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    scores = torch.einsum("thd,khd->htk", queries, keys) * queries.shape[-1] ** -0.5
+    scores = scores.masked_fill(~visible, -torch.inf)
+    empty = ~visible.any(1)
+    weights = torch.softmax(scores.masked_fill(empty[None, :, None], 0.0), -1).masked_fill(empty[None, :, None], 0.0)
+    return torch.einsum("htk,khd->thd", weights, values)
+
+
+def literal_passes(draft, batch, window, offset) -> list[torch.Tensor]:
+    """`window` passes over [true | draft] keys, 2T of them, with figure 2's dense mask; pass r reads pass r - 1."""
+    sequence = batch.sequence
+    own = offset.long()[sequence]
+    place = batch.positions
+    start = place - (place - own) % window
+    same = sequence[:, None] == sequence
+    inside = (place >= own)[:, None] & (place >= own)
+    true_visible = same & (place < start[:, None]) & (place >= own)[:, None]
+    draft_visible = same & inside & (place >= start[:, None]) & (place < place[:, None])
+    embedded = draft.embed(batch.tokens)
+    queries = draft.queries(embedded, place)
+    keys, values = draft.keys_values(batch.states, place)
+    passes = []
+    for number in range(window):
+        if number == 0 or not draft.config.append_states:
+            attended = dense_attention(queries, keys, values, true_visible)
+        else:
+            more_keys, more_values = draft.keys_values(passes[-1], place)
+            attended = dense_attention(queries, torch.cat((keys, more_keys)), torch.cat((values, more_values)),
+                                       torch.cat((true_visible, draft_visible), 1))
+        passes.append(draft.block(embedded, attended))
+    return passes
+
+
+@pytest.mark.parametrize("append_states", [True, False])
+@pytest.mark.parametrize("window,offsets", [(4, [0, 2, 1]), (3, [2, 0, 1]), (1, [0, 0, 0]), (5, [4, 3, 0])])
+def test_simulation_equals_the_literal_passes(window, offsets, append_states):
+    draft = small_draft(small_target(), append_states=append_states, initializer_range=0.2).to(DTYPE)
+    batch = make_batch([23, 3, 17])
+    offset = torch.tensor(offsets, dtype=torch.int32)
+    weight = row_weights(batch, window, offset, simulated=True).to(DTYPE)
+    probe = torch.randn_like(batch.states)
+    step = (batch.positions - offset.long()[batch.sequence]) % window
+    counted = row_weights(batch, window, offset, simulated=False).to(DTYPE)
+    assert torch.equal(weight, counted * (window - step)) and counted.sum() > 5
+
+    states = simulated_states(draft, batch, batch.states, window, offset)
+    (weight[:, None] * probe * states.pow(2)).sum().backward()
+    ours = {name: parameter.grad.clone() for name, parameter in draft.named_parameters()}
+    draft.zero_grad()
+    loss = 0.0
+    passes = literal_passes(draft, batch, window, offset)
+    for number, literal in enumerate(passes):
+        loss = loss + ((counted * (step <= number))[:, None] * probe * literal.pow(2)).sum()
+    loss.backward()
+
+    rows = counted > 0
+    torch.testing.assert_close(states[rows], passes[-1][rows], rtol=1e-10, atol=1e-10)
+    for name, parameter in draft.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_stage_one_is_the_first_pass():
+    draft = small_draft(small_target(), initializer_range=0.2).to(DTYPE)
+    batch, offset = make_batch([20, 9]), torch.tensor([3, 1], dtype=torch.int32)
+    states = block_states(draft, batch, batch.states, 5, offset)
+    rows = row_weights(batch, 5, offset, simulated=False) > 0
+    torch.testing.assert_close(states[rows], literal_passes(draft, batch, 5, offset)[0][rows], rtol=1e-10, atol=1e-10)
+
+
+def test_detached_states_change_gradients_but_not_values():
+    draft = small_draft(small_target(), initializer_range=0.2).to(DTYPE)
+    batch, offset = make_batch([20]), torch.tensor([1], dtype=torch.int32)
+    gradients = []
+    for detach in (False, True):
+        draft.zero_grad()
+        states = simulated_states(draft, batch, batch.states, 4, offset, detach_states=detach)
+        states.pow(3).sum().backward()
+        gradients.append((states.detach().clone(), draft.down_proj.weight.grad.clone()))
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert not torch.allclose(gradients[0][1], gradients[1][1])
+
+
+def test_rows_that_carry_no_loss():
+    batch = make_batch([12])._replace(loss_mask=torch.ones(12, dtype=torch.bool))
+    at = lambda offset, window: row_weights(batch, window, torch.tensor([offset], dtype=torch.int32), simulated=False)  # noqa: E731
+    assert at(0, 4).tolist() == [0] * 4 + [1] * 8, "the window at position 0 has no true key"
+    assert at(3, 4).tolist() == [0] * 3 + [1] * 9, "rows before the first window see nothing"
+
+
+def test_sequences_shorter_than_a_window():
+    draft = small_draft(small_target()).to(DTYPE)
+    batch, offset = make_batch([2, 1, 9]), torch.tensor([3, 1, 2], dtype=torch.int32)
+    states = simulated_states(draft, batch, batch.states, 4, offset)
+    assert states.isfinite().all()
+    weights = row_weights(batch, 4, offset, simulated=True)
+    assert weights[:3].eq(0).all()
+
+
+def test_no_window_at_all():
+    """Every sequence shorter than its offset: zeros, and a backward pass that gives zeros."""
+    draft = small_draft(small_target()).to(DTYPE)
+    batch, offset = make_batch([2, 1]), torch.tensor([3, 1], dtype=torch.int32)
+    states = simulated_states(draft, batch, batch.states, 4, offset)
+    assert states.shape == (3, 64) and states.eq(0).all()
+    states.sum().backward()
+    assert all(parameter.grad is None or parameter.grad.eq(0).all() for parameter in draft.parameters())

@@ -1,0 +1,272 @@
+"""Training: it learns, it resumes bit for bit, and it stops rather than spoil what it has."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import agreeable_target, small_draft, small_target
+from shard_cases import MANIFEST, random_sequence, write_states
+
+from beagle_sd import BeagleDraft, generate
+from beagle_sd.dataset import StateDataset
+from beagle_sd.shards import ShardWriter
+from beagle_sd.training import Trainer, TrainingConfig, TrainingStopped, checkpoints
+
+CONFIG = TrainingConfig(
+    window=4, steps=3, block_epochs=3.0, simulation_epochs=2.0, tokens_per_step=120, lr=1e-2, warmup_steps=3,
+    schedule="cosine", noise=0.05, held_out=6, eval_steps=7, save_steps=4, seed=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_states(tmp_path_factory.mktemp("states"), small_target())
+
+
+def trainer_of(data: Path, folder: Path, config: TrainingConfig = CONFIG, **draft) -> Trainer:
+    return Trainer(small_draft(small_target(), **draft), StateDataset(data, held_out=config.held_out), folder, config)
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without the times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds")
+    return lines
+
+
+def weights_of(folder: Path) -> dict:
+    return BeagleDraft.from_pretrained(folder / "final").state_dict()
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = trainer_of(data, folder)
+    trainer.run()
+    return trainer, folder
+
+
+def assert_same_run(folder: Path, whole) -> None:
+    assert metrics_of(folder) == metrics_of(whole[1])
+    assert all(torch.equal(weight, weights_of(whole[1])[name]) for name, weight in weights_of(folder).items())
+
+
+def test_the_loss_falls_in_both_stages(whole):
+    trainer, folder = whole
+    lines = metrics_of(folder)
+    assert [line["step"] for line in lines] == list(range(1, trainer.total_steps + 1))
+    assert [line["stage"] for line in lines] == [1] * trainer.block_steps + [2] * (len(lines) - trainer.block_steps)
+    first, last = lines[0]["loss"], [line["loss"] for line in lines if line["stage"] == 1][-3:]
+    assert sum(last) / 3 < 0.9 * first
+    assert sum(line["loss"] for line in lines[-3:]) / 3 < 0.9 * first
+    evaluated = [line["step"] for line in lines if "acceptance_by_depth" in line]
+    assert evaluated == sorted({*range(7, len(lines) + 1, 7), trainer.block_steps, trainer.total_steps})
+    assert lines[-1]["tokens_seen"] == trainer.tokens_seen > 5 * 0.8 * 10 * 28
+
+
+def test_a_run_leaves_two_checkpoints_and_the_draft(whole):
+    trainer, folder = whole
+    names = sorted(path.name for path in folder.iterdir())
+    last, before = trainer.total_steps, (trainer.total_steps - 1) // 4 * 4
+    assert names == [f"checkpoint-{before:07d}", f"checkpoint-{last:07d}", "final", "metrics.jsonl"]
+    again = BeagleDraft.from_pretrained(folder / "final")
+    assert all(torch.equal(weight, trainer.draft.state_dict()[name]) for name, weight in again.state_dict().items())
+
+
+def test_the_learning_rate_follows_its_schedule(whole):
+    rates = [line["lr"] for line in metrics_of(whole[1])]
+    assert rates[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
+    assert rates[3] == pytest.approx(1e-2) and all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert 1e-3 <= rates[-1] < 1.5e-3
+
+
+@pytest.mark.slow
+def test_training_raises_acceptance(tmp_path):
+    """What the losses are for: more tokens a round on text of the same target, drafted from true states."""
+    target = agreeable_target()
+    target.get_input_embeddings().weight.data.div_(4)
+    data = write_states(tmp_path / "data", target, count=60)
+    draft = small_draft(target)
+    ids = StateDataset(data, held_out=0).load([(0, 0, 0, 8)]).tokens[None]
+    tokens_per_round = lambda: generate(target, draft, ids, max_new_tokens=32, depth=4, branch=1,  # noqa: E731
+                                        num_nodes=5).report.tokens_per_round  # fmt: skip
+    before = tokens_per_round()
+    config = replace(CONFIG, block_epochs=30, simulation_epochs=20, save_steps=1000, eval_steps=1000, held_out=0)
+    Trainer(draft, StateDataset(data, held_out=0), tmp_path / "out", config).run()
+    assert tokens_per_round() > before + 0.5
+
+
+class Stop(Exception):
+    """Raised from the progress callback, as Ctrl-C would be."""
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6, 13])
+def test_a_stopped_run_resumes_bit_for_bit(stop, data, whole, tmp_path):
+    """Before the first checkpoint, at one, after one, and in stage 2."""
+    def interrupt(step, metrics):
+        if step == stop:
+            raise Stop
+
+    with pytest.raises(Stop):
+        trainer_of(data, tmp_path).run(interrupt)
+    resumed = trainer_of(data, tmp_path)
+    assert resumed.step == stop // 4 * 4
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, resumed.step + 1))
+    resumed.run()
+    assert_same_run(tmp_path, whole)
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from test_training import trainer_of
+data, folder, when, where = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+trainer = trainer_of(data, folder)
+die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+def progress(step, metrics):
+    if step == when:
+        if where == "between steps":
+            die()
+        torch.save = die
+trainer.run(progress)
+"""
+
+
+@pytest.mark.parametrize("where", ["between steps", "in a checkpoint"])
+def test_a_killed_run_resumes_bit_for_bit(where, data, whole, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    command = [sys.executable, "-c", _KILLED, str(data), str(tmp_path), "9", where]
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == -9
+    if where == "in a checkpoint":
+        assert (tmp_path / ".checkpoint-0000012.partial" / "model.safetensors").is_file(), "killed halfway"
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    resumed = trainer_of(data, tmp_path)
+    assert resumed.step == 8 and not list(tmp_path.glob(".*"))
+    resumed.run()
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_finished_run_does_nothing_more(data, whole, tmp_path):
+    import shutil
+
+    shutil.copytree(whole[1], tmp_path / "copy")
+    trainer = trainer_of(data, tmp_path / "copy")
+    assert trainer.step == trainer.total_steps
+    trainer.run(lambda step, metrics: pytest.fail("trained on"))
+    assert_same_run(tmp_path / "copy", whole)
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"lr": 1e-3}, "lr 0.01 -> 0.001"), ({"steps": 2}, "steps 3 -> 2"), ({"betas": (0.9, 0.99)}, "betas"),
+    ({"held_out": 0}, "held_out 6 -> 0, sequences 10 -> 12"),
+], ids=str)  # fmt: skip
+def test_other_settings_are_refused(change, message, data, whole):
+    with pytest.raises(ValueError, match=f"trained with other settings .*{message}.*use the same, or a new folder"):
+        trainer_of(data, whole[1], replace(CONFIG, **change))
+
+
+def test_another_draft_is_refused(data, whole, tmp_path):
+    with pytest.raises(ValueError, match="append_states True -> False"):
+        trainer_of(data, whole[1], append_states=False)
+    trainer_of(data, tmp_path, draft_vocab=torch.arange(50)).save()
+    trainer_of(data, tmp_path, draft_vocab=torch.arange(50))
+    with pytest.raises(ValueError, match="trained with another draft_vocab"):
+        trainer_of(data, tmp_path, draft_vocab=torch.arange(1, 51))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer.json"])
+@pytest.mark.parametrize("keep", [0, 100])
+def test_a_damaged_checkpoint_is_named(name, keep, data, tmp_path):
+    trainer_of(data, tmp_path).save()
+    path = checkpoints(tmp_path)[-1] / name
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="checkpoint-0000000 is not a whole checkpoint .*delete it"):
+        trainer_of(data, tmp_path)
+
+
+def test_states_that_are_not_numbers_stop_the_run(data, tmp_path):
+    trainer = trainer_of(data, tmp_path)
+    load, calls = trainer.dataset.load, []
+
+    def spoiled(entries):
+        calls.append(entries)
+        batch = load(entries)
+        if len(calls) == 6:
+            batch.states[3] = torch.nan
+        return batch
+
+    trainer.dataset.load = spoiled
+    with pytest.raises(TrainingStopped, match=r"step 5: loss is nan.*last good checkpoint is kept in .*lower lr"):
+        trainer.run()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000004"]
+    assert all(parameter.isfinite().all() for parameter in trainer.draft.parameters())
+    assert not (tmp_path / "final").exists()
+    assert trainer_of(data, tmp_path).step == 4
+
+
+@pytest.mark.parametrize("steps,lengths", [(1, [9, 2]), (4, [1, 2, 3]), (5, [4, 5, 6, 30]), (7, [7, 14, 6])], ids=str)
+def test_stage_two_at_window_boundaries(steps, lengths, tmp_path):
+    """Sequences shorter than, equal to and around the window, in one batch; those without a countable row too."""
+    writer = ShardWriter(tmp_path / "data", MANIFEST)
+    for index, length in enumerate(lengths):
+        writer.add(random_sequence(index, length))
+    writer.flush()
+    config = replace(CONFIG, steps=steps, block_epochs=0.0, simulation_epochs=6.0, held_out=0, tokens_per_step=999)
+    trainer_of(tmp_path / "data", tmp_path / "out", config).run()
+    lines = metrics_of(tmp_path / "out")
+    assert len(lines) == 6 and all(line["stage"] == 2 for line in lines)
+    assert max(lengths) <= steps or any(line["loss"] > 0 for line in lines)
+
+
+def test_reduced_vocabulary_and_detached_states_train(data, tmp_path):
+    config = replace(CONFIG, detach_states=True, regression=0.0, noise=0.0)
+    trainer_of(data, tmp_path, config, draft_vocab=torch.arange(0, 97, 2), append_states=True).run()
+    lines = metrics_of(tmp_path)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert len(lines[-1]["acceptance_by_depth"]) == 6
+
+
+def test_evaluation_counts_as_figure_3_does(data, tmp_path):
+    """A draft that always agrees is always right; one that never does, never."""
+    trainer = trainer_of(data, tmp_path)
+    right = trainer._agreement
+    trainer._agreement = lambda states, teacher, counted: counted.clone()
+    assert trainer.evaluate(depth=3) == [1.0, 1.0, 1.0]
+    trainer._agreement = lambda states, teacher, counted: torch.zeros_like(counted)
+    assert trainer.evaluate(depth=3) == [0.0, 0.0, 0.0]
+    batch = next(trainer.dataset.evaluation_batches(200))
+    counted = torch.ones(len(batch.tokens), dtype=torch.bool)
+    assert right(batch.states, batch.states, counted).all()
+    assert not right(-batch.states, batch.states, counted).any()
+
+
+def test_states_of_another_width_are_refused(tmp_path):
+    writer = ShardWriter(tmp_path / "data", MANIFEST)
+    writer.add(random_sequence(0, 9, width=32))
+    writer.flush()
+    with pytest.raises(ValueError, match="the states are 32 wide; allowed: the draft's hidden_size, 64"):
+        trainer_of(tmp_path / "data", tmp_path / "out", replace(CONFIG, held_out=0))
+
+
+def test_nothing_to_train_on_is_said(data, tmp_path):
+    with pytest.raises(ValueError, match="no sequence to train on: all 12 are held out"):
+        trainer_of(data, tmp_path, replace(CONFIG, held_out=1))
+
+
+@pytest.mark.parametrize("wrong", [{"window": 0}, {"lr": -1.0}, {"schedule": "linear"}, {"save_steps": 0}], ids=str)
+def test_wrong_settings_are_refused(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name} is .*; allowed"):
+        replace(CONFIG, **wrong)

@@ -1,0 +1,143 @@
+"""tree_attention: prefix and ancestors, dense and paged caches whose unused slots hold NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from beagle_kernels.tree_attention import tree_attention
+
+BACKENDS = ["reference", "cpu"]
+
+
+def random_tree(batch: int, nodes: int, gen: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ancestor masks of random trees, as bool [B, N, N] and as int64 words [B, N, W]."""
+    bits = torch.zeros(batch, nodes, nodes, dtype=torch.bool)
+    for b in range(batch):
+        for n in range(nodes):
+            if n:
+                bits[b, n] = bits[b, int(torch.randint(n, (), generator=gen))]
+            bits[b, n, n] = True
+    return bits, pack(bits)
+
+
+def pack(bits: torch.Tensor) -> torch.Tensor:
+    words = -(-bits.shape[-1] // 64)
+    padded = torch.nn.functional.pad(bits, (0, 64 * words - bits.shape[-1])).unflatten(-1, (words, 64)).long()
+    return (padded << torch.arange(64)).sum(-1)
+
+
+def case(batch=3, nodes=7, hq=4, hkv=2, d=8, prefix=(0, 5, 40), slack=3, dtype=torch.float64, seed=0):
+    """q, k, v, lengths, mask and the bool mask; every slot that no node sees holds NaN."""
+    gen = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor(prefix, dtype=torch.int32)
+    slots = int(lengths.max()) + nodes + slack
+    q = torch.randn(batch, nodes, hq, d, generator=gen, dtype=torch.float64).to(dtype)
+    k, v = (torch.randn(batch, hkv, slots, d, generator=gen, dtype=torch.float64).to(dtype) for _ in range(2))
+    for b, length in enumerate(prefix):
+        k[b, :, length + nodes :] = float("nan")
+        v[b, :, length + nodes :] = float("nan")
+    bits, mask = random_tree(batch, nodes, gen)
+    return (q, k, v, lengths, mask), bits
+
+
+def literal(q, k, v, lengths, bits, scale=None):
+    out, group = torch.zeros_like(q), q.shape[2] // k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    for b, length in enumerate(lengths.tolist()):
+        for n in range(q.shape[1]):
+            slots = list(range(length)) + [length + j for j in range(bits.shape[2]) if bits[b, n, j]]
+            slots = [s for s in slots if s < k.shape[2]]
+            keys, values = (x[b, :, slots].repeat_interleave(group, 0) for x in (k, v))
+            weights = torch.softmax(torch.einsum("hd,hsd->hs", q[b, n], keys) * scale, -1)
+            out[b, n] = torch.einsum("hs,hsd->hd", weights, values)
+    return out
+
+
+def paged(x: torch.Tensor, page: int, spare: int, order: torch.Tensor) -> torch.Tensor:
+    """The dense cache [B, Hkv, S, D], S a multiple of page, cut into pages laid out in `order` among NaN pages."""
+    batch, heads, slots, d = x.shape
+    cut = x.unflatten(2, (slots // page, page)).transpose(1, 2).reshape(-1, heads, page, d)
+    pages = x.new_full((cut.shape[0] + spare, heads, page, d), float("nan"))
+    pages[order] = cut
+    return pages
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hq, hkv", [(4, 4), (4, 1), (8, 1), (6, 2)])
+@pytest.mark.parametrize("nodes", [1, 7, 70])
+def test_equals_the_definition(backend, nodes, hq, hkv):
+    args, bits = case(nodes=nodes, hq=hq, hkv=hkv)
+    torch.testing.assert_close(tree_attention(*args, backend=backend), literal(*args[:4], bits))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scale_and_slots_past_the_cache(backend):
+    """Bits may name slots past the cache: they are ignored."""
+    (q, k, v, lengths, mask), bits = case(slack=0, prefix=(2, 5, 9))
+    mask, bits = torch.full_like(mask, -1), torch.ones(3, 7, 64, dtype=torch.bool)
+    k, v = torch.randn_like(k), torch.randn_like(v)
+    got = tree_attention(q, k, v, lengths, mask, scale=0.7, backend=backend)
+    torch.testing.assert_close(got, literal(q, k, v, lengths, bits, 0.7))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_node_that_sees_nothing(backend):
+    (q, k, v, lengths, mask), _ = case(prefix=(0, 0, 4))
+    mask[0] = 0
+    got = tree_attention(q, k, v, lengths, mask, backend=backend)
+    assert not got[0].any() and got[1:].all()
+    empty = tree_attention(q[:, :0], k, v, lengths, mask[:, :0], backend=backend)
+    assert empty.shape == (3, 0, 4, 8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_paged(backend):
+    """Shuffled pages among NaN pages give what the dense cache gives; unused table entries may be anything."""
+    (q, k, v, lengths, mask), bits = case(slack=1, prefix=(0, 5, 40))
+    page, slots = 16, k.shape[2]
+    assert slots % page == 0
+    order = torch.randperm(3 * slots // page + 2, generator=torch.Generator().manual_seed(1))[: 3 * slots // page]
+    table = order.view(3, -1).int()
+    for b, length in enumerate(lengths.tolist()):
+        table[b, -(-(length + 7) // page) :] = -7
+    pages = paged(k, page, 2, order), paged(v, page, 2, order)
+    got = tree_attention(q, *pages, lengths, mask, block_table=table, backend=backend)
+    torch.testing.assert_close(got, literal(q, k, v, lengths, bits))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend):
+    """A cache kept as [B, S, Hkv, D], queries kept as [B, Hq, N, D]."""
+    (q, k, v, lengths, mask), bits = case()
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    torch.testing.assert_close(tree_attention(q, k, v, lengths, mask, backend=backend), literal(q, k, v, lengths, bits))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    (q, k, v, lengths, mask), _ = case(dtype=torch.float32)
+    opcheck(torch.ops.beagle.tree_attention.default, (q, k, v, lengths, mask, None, 0.3, backend))
+
+
+def test_compiles_in_one_graph():
+    args, bits = case()
+    compiled = torch.compile(lambda *x: tree_attention(*x) * 2, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), literal(*args[:4], bits) * 2)
+
+
+def test_bad_inputs():
+    (q, k, v, lengths, mask), _ = case(dtype=torch.float32)
+    table = torch.zeros(2, 4, dtype=torch.int32)
+    for args, more, error, message in [
+        ((q[0], k, v, lengths, mask), {}, ValueError, r"q has shape \[7, 4, 8\]"),
+        ((q, k[:2], v, lengths, mask), {}, ValueError, r"k has shape \[2, 2, 50, 8\]"),
+        ((q, k, v.half(), lengths, mask), {}, TypeError, "v is float16"),
+        ((q, k, v, lengths.long(), mask), {}, TypeError, "lengths is int64"),
+        ((q, k, v, lengths, mask[..., :0]), {}, ValueError, "at least one word"),
+        ((q, k, v, lengths, mask), {"block_table": table}, ValueError, r"block_table has shape \[2, 4\]"),
+        ((q[:, :, :3], k, v, lengths, mask), {}, ValueError, "3 query heads and 2 key heads"),
+    ]:
+        with pytest.raises(error, match=message):
+            tree_attention(*args, **more)
