@@ -126,8 +126,8 @@ def main() -> None:
                                  SAMPLINGS[sampling], truth)  # fmt: skip
                 rows.append({"sampling": sampling, "shape": shape, "batch": batch, **asdict(result)})
                 print(json.dumps(rows[-1]), flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                if args.out:
+                    args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if any(row["faults"] for row in rows):
         raise SystemExit("faults: speculative decoding differed from the truth beyond a tie")
 

@@ -22,7 +22,7 @@ from bench.real_prompts import batches, encoded_prompts
 
 
 def contenders(target, draft, shapes: list[TreeShape], options: dict) -> dict:
-    """name -> run(ids, mask) -> (new tokens, tokens a round)."""
+    """name -> run(ids, mask) -> (new tokens, tokens a round or None if it does not say)."""
 
     def plain(ids, mask):
         out = target.generate(ids, attention_mask=mask, do_sample=False, **options)
@@ -38,7 +38,7 @@ def contenders(target, draft, shapes: list[TreeShape], options: dict) -> dict:
 
     def prompt_lookup(ids, mask):
         out = target.generate(ids, attention_mask=mask, do_sample=False, prompt_lookup_num_tokens=4, **options)
-        return out.shape[1] - ids.shape[1], float("nan")
+        return out.shape[1] - ids.shape[1], None
 
     named = {"target.generate": plain, "transformers prompt lookup": prompt_lookup}
     for shape in shapes:
@@ -68,7 +68,7 @@ def main() -> None:
                                  chosen]))  # fmt: skip
     runs = contenders(target, draft, shapes, {"max_new_tokens": args.max_new_tokens})
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    rounds: dict[str, list[float]] = {name: [] for name in runs}
+    rounds: dict[str, list[float | None]] = {name: [] for name in runs}
     prompts = list(batches(encoded_prompts(args.prompts, tokenizer, args.count), 1, tokenizer.pad_token_id))
     for number, (ids, mask) in enumerate([prompts[0], *prompts]):
         names = list(runs)
@@ -83,7 +83,7 @@ def main() -> None:
         ratios = sorted(base / own for base, own in zip(seconds["target.generate"], seconds[name], strict=True))
         quantiles = statistics.quantiles(ratios, n=10, method="inclusive") if len(ratios) > 1 else ratios * 9
         rows.append({"contender": name, "ms_per_token": round(1e3 * statistics.median(seconds[name]), 2),
-                     "tokens_per_round": round(statistics.mean(rounds[name]), 3),
+                     "tokens_per_round": None if None in rounds[name] else round(statistics.mean(rounds[name]), 3),
                      "speedup_20_50_80": [round(quantiles[place], 3) for place in (1, 4, 7)]})  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
     result = {"target": args.target, "dtype": args.dtype, "prompts": args.prompts, "count": args.count,

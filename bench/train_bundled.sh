@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Trains the bundled draft of SmolLM2-135M from the stored answers, then measures it. Safe to kill and run again.
 #   bench/train_bundled.sh FOLDER
-# More answers first: beagle-sd prompts FOLDER/prompts.jsonl && beagle-sd prepare FOLDER/prompts.jsonl FOLDER/states --regenerate
+# More answers first: beagle-sd prompts FOLDER/prompts.jsonl --seed 2, then
+#                     beagle-sd prepare FOLDER/prompts.jsonl FOLDER/states --regenerate --dtype bfloat16
 set -euo pipefail
 work=${1:?"usage: bench/train_bundled.sh FOLDER (checkpoints and states go there, about 2 GB)"}
 cd "$(dirname "$0")/.."
-beagle-sd prepare bench/data/smollm2-135m-answers.npz "$work/states"
+beagle-sd prepare bench/data/smollm2-135m-answers.npz "$work/states" --dtype bfloat16
 beagle-sd train "$work/states" "$work/run" --draft-vocab 8192 --window 5 --steps 4 \
-    --block-epochs 2 --simulation-epochs 3 --tokens-per-step 2048 --lr 2e-3 --schedule cosine --warmup-steps 40 \
-    --regression 1.0 --eval-steps 150 --save-steps 100
+    --block-epochs 1 --simulation-epochs 2 --tokens-per-step 2048 --lr 2e-3 --schedule cosine --warmup-steps 40 \
+    --regression 1.0 --eval-steps 300 --save-steps 100
 python - "$work" <<'PYTHON'
 import sys
 import torch
