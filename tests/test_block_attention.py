@@ -246,3 +246,16 @@ def test_bad_inputs():
             block_attention(*args)
     with pytest.raises(ValueError, match="cannot serve"):
         block_attention(q, k, v, 2, offset, backend="cuda")
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 7])
+def test_every_short_sequence_alone(window):
+    """A sequence that fills the whole input, with every length and offset around the window's multiples."""
+    for rows in range(1, 4 * window + 2):
+        for offset in range(window):
+            q, k, v = (torch.randn(rows, heads, 8) for heads in (2, 1, 1))
+            start = torch.tensor([offset], dtype=torch.int32)
+            out, lse = block_attention(q, k, v, window, start)
+            want, want_lse = block_attention(q.double(), k.double(), v.double(), window, start, backend="reference")
+            torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
+            torch.testing.assert_close(lse.double(), want_lse.double(), atol=1e-5, rtol=0)

@@ -246,7 +246,7 @@ def test_evaluation_counts_as_figure_3_does(data, tmp_path):
     assert trainer.evaluate(depth=3) == [1.0, 1.0, 1.0]
     trainer._agreement = lambda states, teacher, counted: torch.zeros_like(counted)
     assert trainer.evaluate(depth=3) == [0.0, 0.0, 0.0]
-    batch = next(trainer.dataset.evaluation_batches(200))
+    batch = trainer.dataset.load(trainer.dataset.evaluation_packs(200)[0])
     counted = torch.ones(len(batch.tokens), dtype=torch.bool)
     assert right(batch.states, batch.states, counted).all()
     assert not right(-batch.states, batch.states, counted).any()
@@ -270,3 +270,62 @@ def test_wrong_settings_are_refused(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name} is .*; allowed"):
         replace(CONFIG, **wrong)
+
+
+@pytest.mark.parametrize("processes, micro_batches", [(1, 3), (2, 1), (2, 2)])
+def test_a_shared_batch_trains_as_a_whole_one(processes, micro_batches, data, whole, tmp_path):
+    """Losses are sums over the weight of the whole batch: processes and micro-batches change rounding only."""
+    run_shared(data, tmp_path / "out", processes, micro_batches)
+    for mine, theirs in zip(metrics_of(tmp_path / "out"), metrics_of(whole[1]), strict=True):
+        assert mine["tokens_seen"] == theirs["tokens_seen"] and mine["lr"] == theirs["lr"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+        assert mine.keys() == theirs.keys()
+    first, same = metrics_of(tmp_path / "out")[0], metrics_of(whole[1])[0]
+    assert first["loss"] == pytest.approx(same["loss"], rel=1e-6)
+    assert first["gradient_norm"] == pytest.approx(same["gradient_norm"], rel=1e-5)
+
+
+def test_two_processes_resume_as_they_were(data, tmp_path):
+    for folder, stop in (("straight", 0), ("stopped", 6)):
+        run_shared(data, tmp_path / folder, 2, 2, stop)
+    run_shared(data, tmp_path / "stopped", 2, 2)
+    assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "straight")
+    assert all(torch.equal(weight, weights_of(tmp_path / "straight")[name])
+               for name, weight in weights_of(tmp_path / "stopped").items())
+
+
+_SHARED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from test_training import CONFIG, trainer_of
+data, folder, micro_batches, stop = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+trainer = trainer_of(data, folder, replace(CONFIG, micro_batches=micro_batches))
+def progress(step, metrics):
+    if step == stop:
+        sys.exit(0)
+trainer.run(progress)
+"""
+
+
+def run_shared(data: Path, folder: Path, processes: int, micro_batches: int, stop: int = 0) -> None:
+    script = folder.parent / "shared.py"
+    script.write_text(_SHARED)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launch, str(script), str(data), str(folder), str(micro_batches), str(stop)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_tensorboard_holds_every_step(data, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = Trainer(small_draft(small_target()), StateDataset(data, held_out=6), tmp_path, CONFIG, tensorboard=True)
+    trainer.run()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = {event.step: event.value for event in events.Scalars("loss")}
+    assert logged == pytest.approx({line["step"]: line["loss"] for line in metrics_of(tmp_path)})
+    assert len(events.Scalars("acceptance/depth_5")) == sum("acceptance_by_depth" in x for x in metrics_of(tmp_path))

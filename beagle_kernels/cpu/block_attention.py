@@ -27,7 +27,7 @@ def _blocks(rows: int, window: int, offset: Tensor, cu_seqlens: Tensor | None, d
 
     Which of a block's own keys a row sees does not depend on the block, so all masks are views of one.
     """
-    block = min(max(BLOCK // window, 1) * window, rows)
+    block = min(max(BLOCK // window, 1), -(-rows // window)) * window
     seen = torch.arange(block)[:, None] // window * window
     mask = torch.zeros(block, rows + max(block - window, 0), dtype=dtype)
     mask[:, rows:].masked_fill_(torch.arange(mask.shape[1] - rows) >= seen, -torch.inf)

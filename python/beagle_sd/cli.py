@@ -108,6 +108,8 @@ def train(
     noise: Annotated[float, typer.Option(help="Standard deviation of noise on the target's states.")] = 0.0,
     append_states: Annotated[bool, typer.Option(help="Let nodes see their ancestors' draft states.")] = True,
     autocast: Annotated[bool, typer.Option(help="Matrix products in bf16.")] = False,
+    micro_batches: Annotated[int, typer.Option(help="Parts in which a process does its share of a step.")] = 1,
+    tensorboard: Annotated[bool, typer.Option(help="Also log for TensorBoard, in OUT/tensorboard.")] = False,
     eval_steps: Annotated[int, typer.Option(help="Steps between evaluations.")] = 500,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
     seed: Seed = 0,
@@ -122,10 +124,23 @@ def train(
             window=window, steps=steps, block_epochs=block_epochs, simulation_epochs=simulation_epochs,
             tokens_per_step=tokens_per_step, context=context, lr=lr, schedule=schedule, warmup_steps=warmup_steps,
             regression=regression, noise=noise, autocast=autocast, eval_steps=eval_steps, save_steps=save_steps,
-            seed=seed,
+            seed=seed, micro_batches=micro_batches,
         )  # fmt: skip
         session.train(console, data, out, target, config, draft_vocab=draft_vocab, append_states=append_states,
-                      device=device)
+                      device=device, tensorboard=tensorboard)
+
+
+@app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(help="Folder of `train`.")],
+    out: Annotated[Path | None, typer.Option(help="Picture to write; default: RUN/plot.png.")] = None,
+) -> None:
+    """Draw a run's loss and its acceptance by depth from its log."""
+    from beagle_sd.plot import plot_run
+
+    with _clear_errors():
+        plot_run(run, out or run / "plot.png")
+        console.print(f"{out or run / 'plot.png'}")
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -49,11 +48,16 @@ class StateDataset:
         order = torch.randperm(len(self.train), generator=generator).tolist()
         return _packs(order, [min(entry[3], self.context) for entry in self.train], tokens_per_batch)
 
-    def evaluation_batches(self, tokens_per_batch: int) -> Iterator[Batch]:
-        """The held-out sequences."""
+    def evaluation_packs(self, tokens_per_batch: int, tokens: int | None = None) -> list[list[tuple]]:
+        """The held-out sequences in batches, as `load` takes them; no further batch from `tokens` tokens on."""
         lengths = [min(entry[3], self.context) for entry in self.evaluation]
+        packs, seen = [], 0
         for numbers in _packs(list(range(len(self.evaluation))), lengths, tokens_per_batch):
-            yield self.load([self.evaluation[number] for number in numbers])
+            if tokens is not None and seen >= tokens:
+                break
+            packs.append([self.evaluation[number] for number in numbers])
+            seen += self.tokens_of(packs[-1])
+        return packs
 
     def load(self, entries: list[tuple[int, int, int, int]]) -> Batch:
         """Read these sequences into one packed batch."""

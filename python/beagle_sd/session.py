@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -150,15 +151,20 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
 
 
 def train(console: Console, data: Path, out: Path, target_name: str, config: TrainingConfig, *, draft_vocab: int,
-          append_states: bool, device: str | None) -> None:  # fmt: skip
-    """Train a draft on a folder of shards, with a progress bar, evaluation and checkpoints."""
-    target, _ = load_target(target_name, device=device)
+          append_states: bool, device: str | None, tensorboard: bool) -> None:  # fmt: skip
+    """Train a draft on a folder of shards, with a progress bar, evaluation and checkpoints; this process's share of
+    it under `torchrun` or `accelerate launch`."""
+    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    if not processes.is_main_process:
+        console = Console(quiet=True)
+    with processes.main_process_first():
+        target, _ = load_target(target_name, device=device or processes.device)
     shards.check_manifest(data, hidden_size=target.config.hidden_size, vocab_size=target.config.vocab_size)
     dataset = StateDataset(data, context=config.context, held_out=config.held_out)
     ids = frequent_tokens(data, draft_vocab, target.config.vocab_size) if draft_vocab else None
     torch.manual_seed(config.seed)
     draft = BeagleDraft.from_target(target, ids, append_states=append_states)
-    trainer = Trainer(draft, dataset, out, config)
+    trainer = Trainer(draft, dataset, out, config, tensorboard=tensorboard)
     console.print(f"{len(dataset.train)} sequences, {dataset.tokens_of(dataset.train)} tokens; {trainer.block_steps} "
                   f"steps of stage 1, {trainer.total_steps - trainer.block_steps} of stage 2; at step {trainer.step}")
     with _progress(console) as progress:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,6 +23,7 @@ from beagle_kernels import distill_loss
 from beagle_sd.dataset import StateDataset
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.objective import Batch, block_states, row_weights, simulated_states
+from beagle_sd.parallel import mean_gradients, own, shares, summed
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,10 @@ class TrainingConfig:
     """All settings of a run; the defaults are the paper's, for a 7B target. Small targets want a higher lr.
 
     window, steps: positions a window has in stage 1 (block attention; 1 is plain next-token training) and in
-    stage 2 (simulation); block_epochs, simulation_epochs may be fractions; tokens_per_step is a batch's size;
-    schedule "constant" or "cosine" (to a tenth) after warm-up; noise is the standard deviation of Gaussian noise
-    on the states that give the keys; eval_steps, save_steps: every so many steps.
+    stage 2 (simulation); block_epochs, simulation_epochs may be fractions; tokens_per_step is a batch's size over
+    all processes; micro_batches: the parts, one after the other, in which a process does its share; schedule
+    "constant" or "cosine" (to a tenth) after warm-up; noise is the standard deviation of Gaussian noise on the
+    states that give the keys; eval_steps, save_steps: every so many steps.
     """
 
     window: int = 5
@@ -39,6 +42,7 @@ class TrainingConfig:
     block_epochs: float = 10.0
     simulation_epochs: float = 10.0
     tokens_per_step: int = 32768
+    micro_batches: int = 1
     context: int = 2048
     lr: float = 3e-5
     schedule: str = "constant"
@@ -57,7 +61,7 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("window", "steps", "tokens_per_step", "context", "eval_steps", "save_steps"):
+        for name in ("window", "steps", "tokens_per_step", "micro_batches", "context", "eval_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: at least 1")
         for name in ("block_epochs", "simulation_epochs", "lr", "warmup_steps", "regression", "noise", "held_out"):
@@ -72,13 +76,19 @@ class TrainingStopped(RuntimeError):
 
 
 class Trainer:
-    """Trains `draft` on `dataset` and keeps checkpoints under `folder`; begins again where the last one stands."""
+    """Trains `draft` on `dataset` and keeps checkpoints under `folder`; begins again where the last one stands.
 
-    def __init__(self, draft: BeagleDraft, dataset: StateDataset, folder: str | Path, config: TrainingConfig):
+    Under `torchrun` or `accelerate launch` every process makes the same trainer and does its share of each batch.
+    tensorboard: also write the metrics for TensorBoard.
+    """
+
+    def __init__(self, draft: BeagleDraft, dataset: StateDataset, folder: str | Path, config: TrainingConfig, *,
+                 tensorboard: bool = False):  # fmt: skip
         self.draft, self.dataset, self.config = draft, dataset, config
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = draft.q_proj.weight.device
+        self.processes = PartialState(cpu=self.device.type == "cpu")
         self.head = draft.head.to(torch.float32)
         fused = {"fused": True} if self.device.type == "cuda" else {}
         self.optimizer = torch.optim.AdamW(draft.parameters(), lr=config.lr, betas=config.betas,
@@ -96,6 +106,7 @@ class Trainer:
         self.tokens_seen = 0
         self._epochs: dict[int, list[list[int]]] = {}
         self._resume()
+        self._writer = self._tensorboard() if tensorboard and self.processes.is_main_process else None
 
     def run(self, progress: Callable[[int, dict], None] = lambda step, metrics: None) -> None:
         """Train to the end, calling progress(step, metrics) after every step."""
@@ -111,20 +122,18 @@ class Trainer:
             if self.step % self.config.save_steps == 0 or self.step == self.total_steps:
                 self.save()
             progress(self.step, metrics)
-        self._write(self.folder / "final", self.draft.save_pretrained)
+        if self.processes.is_main_process:
+            self._write(self.folder / "final", self.draft.save_pretrained)
+        self.processes.wait_for_everyone()
 
     @torch.no_grad()
     def evaluate(self, depth: int = 6) -> list[float]:
         """Acceptance by depth on held-out windows (the paper's figure 3): the share of windows in which the
         draft's first choice equals the target's at row m, among those where it did at all rows before."""
         self.draft.eval()
-        reached, accepted = torch.zeros(depth), torch.zeros(depth)
-        seen = 0
-        for batch in self.dataset.evaluation_batches(self.config.tokens_per_step):
-            if seen >= self.config.eval_tokens:
-                break
-            seen += len(batch.tokens)
-            batch = self._move(batch)
+        counts = torch.zeros(2, depth, device=self.device)
+        for entries in own(self.dataset.evaluation_packs(self.config.tokens_per_step, self.config.eval_tokens)):
+            batch = self._move(self.dataset.load(entries))
             offset = torch.zeros(len(batch.cu_seqlens) - 1, dtype=torch.int32, device=self.device)
             with self._autocast():
                 states = simulated_states(self.draft, batch, batch.states, depth, offset)
@@ -134,9 +143,10 @@ class Trainer:
                 rows = ((batch.positions % depth == m) & counted).nonzero().flatten()
                 rows = rows[rows >= m]
                 whole = torch.stack([matches[rows - i] for i in range(m + 1)])
-                reached[m] += whole[1:].all(0).sum().cpu() if m else len(rows)
-                accepted[m] += whole.all(0).sum().cpu()
+                counts[0, m] += whole[1:].all(0).sum() if m else len(rows)
+                counts[1, m] += whole.all(0).sum()
         self.draft.train()
+        reached, accepted = summed(counts).cpu()
         return [round(value, 4) for value in (accepted / reached.clamp(min=1)).tolist()]
 
     def _agreement(self, states: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
@@ -151,39 +161,59 @@ class Trainer:
         return matches
 
     def _train_step(self) -> dict:
-        config = self.config
-        simulated = self.step >= self.block_steps
-        window = config.steps if simulated else config.window
-        batch = self._move(self._next_batch())
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-        offset = torch.randint(window, (len(batch.cu_seqlens) - 1,), generator=generator, dtype=torch.int32)
-        offset = offset.to(self.device)
-        keys_of = batch.states.float()
-        if config.noise:
-            keys_of = keys_of + config.noise * torch.randn(keys_of.shape, generator=generator).to(self.device)
-        weights = row_weights(batch, window, offset, simulated=simulated)
-        with self._autocast():
-            if simulated:
-                states = simulated_states(self.draft, batch, keys_of, window, offset,
-                                          detach_states=config.detach_states)
-            else:
-                states = block_states(self.draft, batch, keys_of, window, offset)
-        total = weights.sum().clamp(min=1e-9)
-        loss = distill_loss(states.float(), batch.states.float(), self.head, weights,
-                            regression=config.regression) / total
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), config.clip)
-        value = loss.item()
-        if not (math.isfinite(value) and math.isfinite(norm.item())):
-            raise TrainingStopped(f"step {self.step}: loss is {value}, gradient norm {norm.item()}; "
+        config, stage = self.config, 2 if self.step >= self.block_steps else 1
+        window = config.steps if stage == 2 else config.window
+        entries = self._next_entries()
+        offsets = torch.randint(window, (len(entries),), generator=self._generator(), dtype=torch.int32)
+        lengths = [min(entry[3], config.context) for entry in entries]
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for part in own(shares(lengths, self.processes.num_processes * config.micro_batches)):
+            if part:
+                batch = self.dataset.load([entries[place] for place in part])
+                noise = self._noise(part, lengths, batch.states.shape[1])
+                sums += self._backward(self._move(batch), offsets[part].to(self.device), noise, stage, window)
+        loss, weight, tokens = summed(sums).tolist()
+        mean_gradients(self.draft.parameters(), max(weight, 1e-9))
+        norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), config.clip).item()
+        loss /= max(weight, 1e-9)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingStopped(f"step {self.step}: loss is {loss}, gradient norm {norm}; "
                                   f"the last good checkpoint is kept in {self.folder}; lower lr (now {config.lr})?")
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.tokens_seen += len(batch.tokens)
-        return {"stage": 2 if simulated else 1, "loss": value, "gradient_norm": norm.item(), "lr": self._lr(),
+        self.tokens_seen += int(tokens)
+        return {"stage": stage, "loss": loss, "gradient_norm": norm, "lr": self._lr(),
                 "tokens_seen": self.tokens_seen}
+
+    def _backward(self, batch: Batch, offset: Tensor, noise: Tensor | None, stage: int, window: int) -> Tensor:
+        """Add a micro-batch's gradients; returns (sum of losses, their weight, tokens) float64."""
+        config, keys_of = self.config, batch.states.float()
+        if noise is not None:
+            keys_of = keys_of + noise.to(self.device)
+        weights = row_weights(batch, window, offset, simulated=stage == 2)
+        with self._autocast():
+            if stage == 2:
+                states = simulated_states(self.draft, batch, keys_of, window, offset,
+                                          detach_states=config.detach_states)
+            else:
+                states = block_states(self.draft, batch, keys_of, window, offset)
+        loss = distill_loss(states.float(), batch.states.float(), self.head, weights, regression=config.regression)
+        loss.backward()
+        tokens = torch.tensor(len(batch.tokens), device=self.device)
+        return torch.stack([loss.detach().double(), weights.sum().double(), tokens.double()])
+
+    def _generator(self, sequence: int | None = None) -> torch.Generator:
+        """The randomness of this step, or of one of its sequences: the same however the step is shared."""
+        seed = self.config.seed * 1_000_003 + self.step
+        return torch.Generator().manual_seed(seed if sequence is None else (seed * 65_537 + sequence + 1) % 2**63)
+
+    def _noise(self, part: list[int], lengths: list[int], width: int) -> Tensor | None:
+        if not self.config.noise:
+            return None
+        drawn = [torch.randn(lengths[place], width, generator=self._generator(place)) for place in part]
+        return self.config.noise * torch.cat(drawn)
 
     def _lr(self) -> float:
         config = self.config
@@ -194,15 +224,14 @@ class Trainer:
         done = (self.step - config.warmup_steps) / max(1, self.total_steps - config.warmup_steps)
         return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
 
-    def _next_batch(self) -> Batch:
+    def _next_entries(self) -> list[tuple[int, int, int, int]]:
         per_epoch = len(self._epoch(0))
-        epoch, place, step = 0, 0, self.step
+        epoch, step = 0, self.step
         while step >= per_epoch:
             step -= per_epoch
             epoch += 1
             per_epoch = len(self._epoch(epoch))
-        place = step
-        return self.dataset.load([self.dataset.train[number] for number in self._epoch(epoch)[place]])
+        return [self.dataset.train[number] for number in self._epoch(epoch)[step]]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         if epoch not in self._epochs:
@@ -216,8 +245,22 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.autocast else nullcontext()
 
     def _log(self, metrics: dict) -> None:
+        if not self.processes.is_main_process:
+            return
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, **metrics}) + "\n")
+        if self._writer is not None:
+            for name in ("loss", "gradient_norm", "lr", "tokens_seen", "seconds"):
+                self._writer.add_scalar(name, metrics[name], self.step)
+            for depth, share in enumerate(metrics.get("acceptance_by_depth", [])):
+                self._writer.add_scalar(f"acceptance/depth_{depth}", share, self.step)
+            self._writer.flush()
+
+    def _tensorboard(self):
+        """A writer that drops what was logged of steps that will be run again."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
 
     def save(self) -> Path:
         """Write a checkpoint; it appears whole or not at all, and all but the last two are removed after."""
@@ -229,9 +272,11 @@ class Trainer:
             state = {"step": self.step, "tokens_seen": self.tokens_seen, "settings": self._settings()}
             (folder / "trainer.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
-        self._write(final, write)
-        for old in checkpoints(self.folder)[:-2]:
-            shutil.rmtree(old)
+        if self.processes.is_main_process:
+            self._write(final, write)
+            for old in checkpoints(self.folder)[:-2]:
+                shutil.rmtree(old)
+        self.processes.wait_for_everyone()
         return final
 
     def _write(self, final: Path, write: Callable[[Path], object]) -> None:
@@ -254,11 +299,14 @@ class Trainer:
         return asdict(self.config) | {"betas": list(self.config.betas)} | data | {name: shape[name] for name in names}
 
     def _resume(self) -> None:
-        for remains in self.folder.glob(".*.partial"):
-            shutil.rmtree(remains)
+        if self.processes.is_main_process:
+            for remains in self.folder.glob(".*.partial"):
+                shutil.rmtree(remains)
+        self.processes.wait_for_everyone()
         if found := checkpoints(self.folder):
             self._load(found[-1])
-        self._forget_after(self.step)
+        if self.processes.is_main_process:
+            self._forget_after(self.step)
 
     def _load(self, folder: Path) -> None:
         try:

@@ -1,0 +1,44 @@
+"""A step's batch shared by processes and micro-batches, so that how it was shared changes nothing but rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+
+def shares(lengths: list[int], parts: int) -> list[list[int]]:
+    """The numbers 0 .. len(lengths) - 1 in `parts` lists of about equal sums: each goes to the emptiest so far."""
+    result, full = [[] for _ in range(parts)], [0] * parts
+    for number, length in enumerate(lengths):
+        place = full.index(min(full))
+        result[place].append(number)
+        full[place] += length
+    return result
+
+
+def own(parts: list) -> list:
+    """Those of the parts that this process does."""
+    processes = PartialState()
+    return parts[processes.process_index :: processes.num_processes]
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of every process's values, the same on all of them."""
+    return reduce(values, "sum") if PartialState().num_processes > 1 else values
+
+
+def mean_gradients(parameters: Iterable[nn.Parameter], weight: float) -> None:
+    """Sum the gradients over all processes and divide by the weight of the whole batch, in place."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        if parameter.grad is None:  # this process had no row of the batch
+            parameter.grad = torch.zeros_like(parameter)
+    if PartialState().num_processes > 1:
+        flat = summed(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+    torch._foreach_div_([parameter.grad for parameter in parameters], weight)
