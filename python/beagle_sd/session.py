@@ -89,9 +89,14 @@ def _tree(console: Console, target, draft, folder: Path, shape) -> TreeShape:
         return TreeShape.default(target.device)
     costs = measure_costs(target, draft, list(measured))
     best = choose_shape(costs, measured)
-    expected = costs.speedup(best, measured[best]) if best in measured else 1.0
-    console.print(f"[dim]tree from measured costs: {best.num_nodes} nodes, depth {best.depth}, branch {best.branch}; "
-                  f"expected {expected:.2f}x plain decoding[/]", highlight=False)
+    expected = {shape: costs.speedup(shape, tokens) for shape, tokens in measured.items()}
+    told = max(expected, key=expected.get)
+    name = (f"{told.num_nodes} nodes, depth {told.depth}, branch {told.branch}; "
+            f"expected {expected[told]:.2f}x plain decoding")
+    if best.num_nodes == 1:
+        options = f"--num-nodes {told.num_nodes} --depth {told.depth} --branch {told.branch}"
+        name = f"plain decoding: no tree pays here. To see the best one anyway ({name}): {options}"
+    console.print(f"[dim]from measured costs: {name}[/]", highlight=False)
     return best
 
 
