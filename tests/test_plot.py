@@ -17,9 +17,12 @@ def test_loss_and_acceptance_are_drawn(tmp_path):
     log = log_line(1) + log_line(2, acceptance_by_depth=[0.5, 0.4]) + log_line(3) + '{"step": 4, "st'
     (tmp_path / "metrics.jsonl").write_text(log)
     assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3]
-    plot_run(tmp_path, tmp_path / "run.svg")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_run(tmp_path, tmp_path / "run.svg")
     drawn = (tmp_path / "run.svg").read_text()
-    assert "stage 2, simulation" in drawn or drawn.count("<path") > 20
+    for label in ("stage 1, block attention", "stage 2, simulation", "depth 0", "depth 1"):
+        assert f">{label}</text>" in drawn
+    assert "depth 2" not in drawn
 
 
 def test_no_log_is_said(tmp_path):
