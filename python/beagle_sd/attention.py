@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -55,12 +57,24 @@ AttentionInterface.register(NAME, _beagle_tree)
 AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
+_lock = threading.Lock()
+_in_use: WeakKeyDictionary[PreTrainedModel, tuple[str, int]] = WeakKeyDictionary()
+
+
 @contextmanager
 def tree_attention_of(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` use beagle_tree inside the block; its own choice of attention comes back after."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    """Let `model` use beagle_tree inside the block; its own choice comes back when the last thread has left."""
+    with _lock:
+        before, users = _in_use.get(model, (model.config._attn_implementation, 0))
+        if not users:
+            model.set_attn_implementation(NAME)
+        _in_use[model] = before, users + 1
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        with _lock:
+            before, users = _in_use.pop(model)
+            if users > 1:
+                _in_use[model] = before, users - 1
+            else:
+                model.set_attn_implementation(before)
