@@ -5,19 +5,26 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import click
 import pytest
 import typer
+from models import small_target
+from tokenizers_for_tests import small_tokenizer
+from typer.testing import CliRunner
 
 import beagle_kernels
 from beagle_sd.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "docs"))
+
+import figures  # noqa: E402
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-REAL_MODEL = {"README.md", "docs/troubleshooting.md"}
 
 
 def name_of(page: Path) -> str:
@@ -29,17 +36,44 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def pages_with_python() -> list:
-    marks = {name: pytest.mark.slow for name in REAL_MODEL}
-    return [pytest.param(page, id=name_of(page), marks=marks.get(name_of(page), ()))
+    """The README's target is a real model."""
+    return [pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if page.name == "README.md" else [])
             for page in PAGES if blocks(page, "python")]  # fmt: skip
 
 
 @pytest.mark.parametrize("page", pages_with_python())
-def test_python_blocks_run_in_the_order_of_the_page(page, tmp_path, monkeypatch):
+def test_blocks_run_in_the_order_of_the_page(page, tmp_path, monkeypatch):
+    """Python, and in blocks marked sh the command beagle-sd; "my-model" is a small target of the tests' own."""
     monkeypatch.chdir(tmp_path)
+    small_target().save_pretrained("my-model")
+    small_tokenizer().save_pretrained("my-model")
     names = {"__name__": "page"}
-    for number, text in enumerate(blocks(page, "python"), 1):
-        exec(compile(text, f"{name_of(page)}, block {number}", "exec"), names)
+    for number, (kind, text) in enumerate(FENCE.findall(page.read_text(encoding="utf-8")), 1):
+        if kind == "python":
+            exec(compile(text, f"{name_of(page)}, block {number}", "exec"), names)
+        for line in text.splitlines() if kind == "sh" else ():
+            result = CliRunner().invoke(app, shlex.split(line)[1:])
+            assert result.exit_code == 0, (line, result.output, result.exception)
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_figures_are_up_to_date(name):
+    """Written by python docs/figures.py."""
+    assert (ROOT / "docs/figures" / name).read_text(encoding="utf-8") == figures.FIGURES[name]()
+
+
+def test_the_messages_of_troubleshooting_are_in_the_code():
+    """Each row's message, piece by piece between its dots, as the sources have it."""
+    code = "".join(path.read_text(encoding="utf-8") for folder in ("beagle_kernels", "python", "setup.py", "csrc")
+                   for path in ([ROOT / folder] if folder.endswith(".py") else (ROOT / folder).rglob("*.py")))
+    code = re.sub(r'"\s*f?"', "", code)
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) > 15
+    for message in re.findall(r"`([^`]+)`", " ".join(rows)):
+        if message not in ("loss is nan", "inf"):
+            missing = [part for part in re.split(r"\.\.\.|\[|\]|\(|\)|'\w+'|: ", message)
+                       if part.strip() and part.strip() not in code]  # fmt: skip
+            assert not missing, (message, missing)
 
 
 def commands(page: Path) -> list[list[str]]:
