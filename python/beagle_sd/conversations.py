@@ -58,17 +58,17 @@ def read_conversations(path: str | Path, tokenizer: PreTrainedTokenizerBase, con
 
 def read_messages(path: str | Path) -> Iterator[tuple[int, list[dict]]]:
     """The messages of each line of a JSONL file, with the line's index; roles are system, user and assistant."""
-    with Path(path).open(encoding="utf-8") as file:
+    with Path(path).open("rb") as file:
         for index, line in enumerate(file):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode())
                 turns = record.get("messages") or record["conversations"]
                 messages = [{"role": _ROLES[turn.get("role") or turn["from"]],
                              "content": str(turn["content"] if "content" in turn else turn["value"])}
                             for turn in turns]
-            except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}: line {index + 1} is not a conversation ({error!r}); allowed: "
                                  '{"messages": [{"role": "user", "content": "..."}, ...]}') from error
             if not messages:
@@ -160,8 +160,14 @@ def read_answers(path: str | Path, context: int) -> Iterator[Conversation]:
     except Exception as error:
         raise ValueError(f"{path} is not a whole answers file ({error}); allowed: an .npz that "
                          "`beagle-sd prepare --regenerate` wrote") from error
+    count, lengths = len(stored["index"]), stored["lengths"]
+    whole = all(part.shape == (count,) for name, part in stored.items() if name != "ids")
+    integers = all(stored[name].dtype.kind in "iu" for name in ("ids", "lengths", "prompt_lengths", "index"))
+    if not whole or not integers or lengths.min(initial=0) < 0 or stored["ids"].shape != (lengths.sum(),):
+        raise ValueError(f"{path}: its parts do not belong together; allowed: an .npz that "
+                         "`beagle-sd prepare --regenerate` wrote")
     start = 0
-    for number, length in enumerate(stored["lengths"].tolist()):
+    for number, length in enumerate(lengths.tolist()):
         ids = stored["ids"][start : start + length].astype(np.int64).tolist()
         start += length
         learn = [place >= int(stored["prompt_lengths"][number]) for place in range(length)]

@@ -11,10 +11,15 @@ def read_log(run: str | Path) -> list[dict]:
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} is not there; allowed: a folder that `beagle-sd train` wrote")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    lines = whole_lines(path)
     if not lines:
         raise ValueError(f"{path} is empty: no step has ended yet")
     return lines
+
+
+def whole_lines(path: Path) -> list[dict]:
+    """The lines of a log, without a last one that a killed run cut short."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 def plot_run(run: str | Path, out: str | Path) -> None:

@@ -108,13 +108,13 @@ def read_shard(path: str | Path, *, with_states: bool = True) -> list[Sequence]:
     try:
         with safe_open(path, "pt") as file:
             names = [name for name in _NAMES if with_states or name != "states"]
+            shapes = {name: file.get_slice(name).get_shape() for name in _NAMES}
             data = {name: file.get_tensor(name) for name in names}
     except Exception as error:
         raise ShardError(f"{path} is not a whole shard ({error}); "
                          "delete it and run `beagle-sd prepare` again") from error
     lengths = data["lengths"].tolist()
-    if sum(lengths) != len(data["tokens"]):
-        raise ShardError(f"{path}: lengths add up to {sum(lengths)}, but it has {len(data['tokens'])} tokens")
+    _check_parts(path, data, shapes, lengths)
     states = data["states"].split(lengths) if with_states else [torch.empty(0)] * len(lengths)
     return [
         Sequence(tokens.long(), mask.bool(), state, final, index, temperature)
@@ -122,6 +122,20 @@ def read_shard(path: str | Path, *, with_states: bool = True) -> list[Sequence]:
             data["tokens"].split(lengths), data["loss_mask"].split(lengths), states,
             data["final_token"].tolist(), data["index"].tolist(), data["temperature"].tolist(), strict=True)
     ]
+
+
+def _check_parts(path: str | Path, data: dict[str, Tensor], shapes: dict[str, list[int]], lengths: list) -> None:
+    """ShardError unless a shard's parts belong together."""
+    if data["lengths"].dtype.is_floating_point or data["tokens"].dtype.is_floating_point:
+        raise ShardError(f"{path}: lengths or tokens are not integers; delete it and run `beagle-sd prepare` again")
+    if len(shapes["lengths"]) != 1 or min(lengths, default=0) < 0 or [sum(lengths)] != shapes["tokens"]:
+        raise ShardError(f"{path}: lengths add up to {sum(lengths)} or are negative; its tokens have shape {shapes['tokens']}")
+    rows, sequences = shapes["tokens"][0], shapes["lengths"][0]
+    wanted = {"loss_mask": [rows], "states": [rows, shapes["states"][-1]],
+              **dict.fromkeys(("final_token", "index", "temperature"), [sequences])}
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise ShardError(f"{path}: {name} has shape {shapes[name]}; allowed: {shape}")
 
 
 def read_sequences(folder: str | Path, *, with_states: bool = True) -> Iterator[Sequence]:

@@ -24,6 +24,7 @@ from beagle_sd.dataset import StateDataset
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.objective import Batch, block_states, row_weights, simulated_states
 from beagle_sd.parallel import mean_gradients, own, shares, summed
+from beagle_sd.plot import whole_lines
 
 
 @dataclass(frozen=True)
@@ -330,10 +331,9 @@ class Trainer:
         """Drop metrics of steps that will be run again."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            kept = [line for line in whole_lines(path) if line["step"] <= step]
             partial = path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             os.replace(partial, path)
 
 
