@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from beagle_kernels import (
@@ -101,6 +101,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     streamer: BaseStreamer | None = None,
+    stopping_criteria: Sequence[StoppingCriteria] = (),
 ) -> Generated:
     """Decode speculatively: the tokens are those of plain decoding with the same seed, whatever the draft does.
 
@@ -108,7 +109,8 @@ def generate(
     same sampler. temperature 0 is greedy. An int seed s means s + b for row b, a tensor [B] is taken as it is.
     depth, branch, num_nodes shape the tree (see TreeShape; None: the device's default). eos_token_id None takes
     the target's generation config's; an empty list never stops early. streamer (one row only) is given the prompt,
-    then each round's tokens.
+    then each round's tokens. stopping_criteria are asked after each token, with one unpadded row [1, length] and no
+    scores: a row ends with the first token at which one says so.
 
     Raises ValueError for bad arguments and for targets or drafts that do not fit, RuntimeError where the target
     gives a row no finite logit. Paper: section 3.4; DESIGN: section 4.
@@ -128,7 +130,7 @@ def generate(
     shape = _shape(draft, wrapped.device, depth, branch, num_nodes)
     ends, pad = _end_tokens(target, eos_token_id, pad_token_id)
     with torch.inference_mode(), tree_attention_of(target):
-        loop = _Loop(wrapped, draft, prompts, lengths, sampling, shape, max_new_tokens, ends)
+        loop = _Loop(wrapped, draft, prompts, lengths, sampling, shape, max_new_tokens, ends, stopping_criteria)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         for run in loop.run():
@@ -142,9 +144,10 @@ def generate(
 class _Loop:
     """The state of a batch between rounds: target cache, draft cache, pending token, and what was emitted."""
 
-    def __init__(self, target, draft, prompts, lengths, sampling, shape, max_new_tokens, ends):
+    def __init__(self, target, draft, prompts, lengths, sampling, shape, max_new_tokens, ends,
+                 stopping_criteria=()):  # fmt: skip
         self.target, self.draft, self.sampling, self.shape = target, draft, sampling, shape
-        self.max_new_tokens, self.ends = max_new_tokens, ends
+        self.max_new_tokens, self.ends, self.stopping_criteria = max_new_tokens, ends, stopping_criteria
         self.prompts, self.prompt_lengths = prompts, lengths
         batch, longest = prompts.shape
         most = longest + max_new_tokens + shape.depth  # a row's last run may pass its end by as much as depth
@@ -152,6 +155,7 @@ class _Loop:
         if draft is not None:
             self.draft_cache = DraftCache(draft, batch, most + 1 + shape.branch * shape.depth)
         self.emitted: list[list[int]] = [[] for _ in range(batch)]
+        self.stopped = [False] * batch
         self.seconds: dict[str, float] = defaultdict(float)
         self.rounds = self.row_rounds = self.round_tokens = 0
         self.reached = [0] * (min(shape.depth, shape.num_nodes - 1) + 1)
@@ -168,7 +172,8 @@ class _Loop:
 
     @property
     def finished(self) -> list[bool]:
-        return [len(row) >= self.max_new_tokens or bool(row and row[-1] in self.ends) for row in self.emitted]
+        return [stopped or len(row) >= self.max_new_tokens or bool(row and row[-1] in self.ends)
+                for row, stopped in zip(self.emitted, self.stopped, strict=True)]
 
     def _prefill(self) -> list[list[int]]:
         with self._phase("prefill"):
@@ -231,17 +236,31 @@ class _Loop:
         return runs
 
     def _emit(self, runs: list[list[int]]) -> list[list[int]]:
-        """Append the runs, each cut at its first end token and at the length limit; returns what was appended."""
+        """Append the runs, each cut at its first end token, at the length limit and where a criterion stops it; returns
+        what was appended."""
         cut = []
-        for row, run in zip(self.emitted, runs, strict=True):
+        for number, (row, run) in enumerate(zip(self.emitted, runs, strict=True)):
             run = run[: self.max_new_tokens - len(row)]
             ends = [place for place, token in enumerate(run) if token in self.ends]
             run = run[: ends[0] + 1] if ends else run
+            if self.stopping_criteria:
+                run = self._until_stopped(number, run)
             if row:
                 self.round_tokens += len(run)
             row.extend(run)
             cut.append(run)
         return cut
+
+    def _until_stopped(self, number: int, run: list[int]) -> list[int]:
+        """The run up to the first token after which a criterion ends row `number`."""
+        prompt = self.prompts[number, : self.prompt_lengths[number]]
+        before = torch.cat([prompt, prompt.new_tensor(self.emitted[number])])
+        for count in range(1, len(run) + 1):
+            text = torch.cat([before, before.new_tensor(run[:count])])[None]
+            if any(bool(torch.as_tensor(criterion(text, None)).all()) for criterion in self.stopping_criteria):
+                self.stopped[number] = True
+                return run[:count]
+        return run
 
     @contextmanager
     def _phase(self, name: str):
