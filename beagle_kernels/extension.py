@@ -19,7 +19,7 @@ from .backends import implementation
 try:
     from . import _C
 except ImportError as error:
-    _C, _WHY = None, str(error)
+    _C, _WHY = None, str(error)  # type: ignore[assignment]
 
 BUILD = "build it with 'pip install .' or 'python setup.py build_ext --inplace'"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -184,8 +184,8 @@ def accept_tree(
     tokens: Tensor, parents: Tensor, depth: Tensor, mask: Tensor, size: Tensor, max_depth: int, chosen: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     verdict = empty_verdict(tokens, size, max_depth)
-    kept, (*tree, choice) = flat(tokens, parents, depth, mask, size, chosen)
-    tree = (*tree, tokens.shape[1], mask.shape[2], max_depth)
+    kept, (*fields, choice) = flat(tokens, parents, depth, mask, size, chosen)
+    tree = (*fields, tokens.shape[1], mask.shape[2], max_depth)
     with executor(tokens.device) as (module, where):
         module.accept_tree(where, tree, len(tokens), choice, addresses(verdict))
     return verdict

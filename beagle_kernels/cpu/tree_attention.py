@@ -75,5 +75,5 @@ def _slots(k: Tensor, v: Tensor, row: int, slots: int, block_table: Tensor | Non
         parts = k[row, :, :slots], v[row, :, :slots]
     else:
         table = block_table[row : row + 1, : -(-slots // k.shape[2])]
-        parts = (gather_pages(x, table)[0, :, :slots] for x in (k, v))
+        parts = gather_pages(k, table)[0, :, :slots], gather_pages(v, table)[0, :, :slots]
     return [x if x.stride(-1) == 1 else x.contiguous() for x in parts]

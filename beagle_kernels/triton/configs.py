@@ -86,7 +86,7 @@ def tune(
                 continue
         if not times:
             raise RuntimeError(f"tuning {kernel}: no candidate runs on this device")
-        before = min(times, key=times.get)
+        before = min(times, key=lambda config: times[config])
     finally:
         _tuned.pop(key, None)
         if before is not None:

@@ -46,7 +46,9 @@ def load_target(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     path = smollm2.converted() if str(name) == smollm2.NAME else name
     tokenizer = AutoTokenizer.from_pretrained(path)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval(), tokenizer
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    torch.nn.Module.to(model, device)
+    return model.eval(), tokenizer
 
 
 def load_draft(folder: str | Path, target: PreTrainedModel) -> BeagleDraft:

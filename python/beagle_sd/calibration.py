@@ -53,7 +53,7 @@ def choose_shape(costs: Costs, acceptance: dict[TreeShape, float]) -> TreeShape:
     return best
 
 
-def _forward(target: Target, size: int, prefix: int) -> Callable[[], None]:
+def _forward(target: Target, size: int, prefix: int) -> Callable[[], object]:
     cache = target.new_cache(1, prefix + size)
     cache.lengths.fill_(prefix)
     tokens = torch.randint(target.config.vocab_size, (1, size), device=target.device)
@@ -62,7 +62,7 @@ def _forward(target: Target, size: int, prefix: int) -> Callable[[], None]:
     return lambda: target.head(target.forward(tokens, depth, among, cache))
 
 
-def _drafting(draft: BeagleDraft, shape: TreeShape, prefix: int) -> Callable[[], None]:
+def _drafting(draft: BeagleDraft, shape: TreeShape, prefix: int) -> Callable[[], object]:
     device = draft.head.device
     cache = DraftCache(draft, 1, prefix + 1 + shape.branch * shape.depth)
     lengths = torch.full((1,), prefix, dtype=torch.int32, device=device)
@@ -71,7 +71,7 @@ def _drafting(draft: BeagleDraft, shape: TreeShape, prefix: int) -> Callable[[],
     return lambda: propose(draft, cache, lengths, root, sampling, shape.depth, shape.branch)
 
 
-def _median(run: Callable[[], None]) -> float:
+def _median(run: Callable[[], object]) -> float:
     """Milliseconds of one run, after one that warms up."""
     seconds = []
     for _ in range(_REPEATS + 1):

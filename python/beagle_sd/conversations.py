@@ -22,7 +22,7 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 class Conversation(NamedTuple):
     """Token ids and, for each, whether the loss counts its prediction; index in the input; temperature or HUMAN."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuple.index is not needed
     ids: list[int]
     learn: list[bool]
     temperature: float
@@ -78,7 +78,7 @@ def read_messages(path: str | Path) -> Iterator[tuple[int, list[dict]]]:
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tuple[list[int], list[bool]]:
     """Ids of the chat template, and a mask of what the assistant says, its end token included."""
-    def render(upto: int, prompt: bool) -> str:
+    def render(upto: int, prompt: bool):
         return tokenizer.apply_chat_template(messages[:upto], add_generation_prompt=prompt, tokenize=False)
 
     text = render(len(messages), False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,9 +94,9 @@ def custom_generate(
     return decode
 
 
-def _settings(processors: LogitsProcessorList, config: GenerationConfig) -> dict[str, float]:
+def _settings(processors: LogitsProcessorList, config: GenerationConfig) -> dict[str, Any]:
     """The sampling settings that the prepared processors stand for; they are not applied again."""
-    found: dict[str, float] = {"temperature": 1.0 if config.do_sample else 0.0}
+    found: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0}
     for processor in processors:
         name = _WARPERS.get(type(processor))
         if name is None or not config.do_sample:

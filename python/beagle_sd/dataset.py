@@ -61,7 +61,7 @@ class StateDataset:
 
     def load(self, entries: list[tuple[int, int, int, int]]) -> Batch:
         """Read these sequences into one packed batch."""
-        parts = {"tokens": [], "states": [], "loss_mask": []}
+        parts: dict[str, list] = {"tokens": [], "states": [], "loss_mask": []}
         lengths = []
         for number, _, start, length in entries:
             length = min(length, self.context)
@@ -79,7 +79,8 @@ class StateDataset:
 
 
 def _packs(order: list[int], lengths: list[int], tokens_per_batch: int) -> list[list[int]]:
-    packs, room = [], 0
+    packs: list[list[int]] = []
+    room = 0
     for number in order:
         if not packs or lengths[number] > room:
             packs.append([])

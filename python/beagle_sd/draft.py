@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -109,6 +111,11 @@ class RMSNorm(nn.Module):
 class Rotary(LlamaRotaryEmbedding):
     """Keeps its frequencies in fp32 whatever the draft is cast to: in bf16 positions past 256 would blur."""
 
+    inv_freq: Any
+
+    def __init__(self, config: BeagleConfig):
+        super().__init__(config)  # type: ignore[arg-type]  # it reads the fields both configs have
+
     def _apply(self, fn, recurse=True):
         kept = self.inv_freq
         super()._apply(fn, recurse)
@@ -126,6 +133,8 @@ class BeagleDraft(PreTrainedModel):
     config_class = BeagleConfig
     base_model_prefix = "beagle"
     _no_split_modules: list[str] = []
+    config: BeagleConfig
+    draft_vocab: Tensor | None
 
     def __init__(self, config: BeagleConfig):
         super().__init__(config)
@@ -162,10 +171,11 @@ class BeagleDraft(PreTrainedModel):
         """As in transformers; ValueError for weights that are cut short or incomplete. `bind` the draft after."""
         place = pretrained_model_name_or_path
         try:
-            draft, info = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(f"{place}: model.safetensors is damaged or cut short ({error}); "
                              "allowed: a whole file written by save_pretrained") from error
+        draft, info = loaded
         if info["missing_keys"]:
             raise ValueError(f"{place}: model.safetensors lacks {sorted(info['missing_keys'])}; "
                              "allowed: all weights of a draft, as written by save_pretrained")
@@ -181,11 +191,12 @@ class BeagleDraft(PreTrainedModel):
         if draft_vocab is not None:
             _check_draft_vocab(draft_vocab, target.config.vocab_size)
             overrides["draft_vocab_size"] = len(draft_vocab)
-        draft = cls(BeagleConfig.of_target(target.config, **overrides)).to(target.device)
-        if draft_vocab is not None:
+        draft: BeagleDraft = cls(BeagleConfig.of_target(target.config, **overrides))
+        nn.Module.to(draft, target.device)
+        if draft.draft_vocab is not None and draft_vocab is not None:
             draft.draft_vocab.copy_(draft_vocab)
         if draft.config.norm_output and (weight := _final_norm(target)) is not None:
-            draft.norm_output.weight.data.copy_(weight)
+            draft.norm_output.load_state_dict({"weight": weight})
         return draft.bind(model)
 
     def bind(self, model: PreTrainedModel) -> BeagleDraft:

@@ -52,7 +52,8 @@ def propose(
     tokens, score = root[:, None], torch.zeros(batch, 1, device=device)
     number = torch.full((batch, 1), -1, dtype=torch.int64, device=device)
     visible = torch.zeros(batch, 1, words, dtype=torch.int64, device=device)
-    slot, found = 0, []
+    slot = 0
+    found: list[Candidates] = []
     for level in range(depth):
         width = tokens.shape[1]
         position = (lengths.long() + level)[:, None].expand(-1, width)

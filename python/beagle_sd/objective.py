@@ -63,7 +63,10 @@ def simulated_states(
     keys, values = draft.keys_values(keys_of, batch.positions)
     queries = draft.queries(embedded, batch.positions)
     prefix, lse = block_attention(queries, keys, values, window, offset, batch.cu_seqlens)
-    states, rows_done, own_keys, own_values = [], [], [], []
+    states: list[Tensor] = []
+    rows_done: list[Tensor] = []
+    own_keys: list[Tensor] = []
+    own_values: list[Tensor] = []
     for rows in _rows_by_step(batch, window, offset):
         attended = prefix[rows]
         if own_keys:

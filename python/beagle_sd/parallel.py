@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 def shares(lengths: list[int], parts: int) -> list[list[int]]:
     """The numbers 0 .. len(lengths) - 1 in `parts` lists of about equal sums: each goes to the emptiest so far."""
-    result, full = [[] for _ in range(parts)], [0] * parts
+    result: list[list[int]] = [[] for _ in range(parts)]
+    full = [0] * parts
     for number, length in enumerate(lengths):
         place = full.index(min(full))
         result[place].append(number)
@@ -33,12 +34,13 @@ def summed(values: Tensor) -> Tensor:
 
 def mean_gradients(parameters: Iterable[nn.Parameter], weight: float) -> None:
     """Sum the gradients over all processes and divide by the weight of the whole batch, in place."""
-    parameters = list(parameters)
+    gradients = []
     for parameter in parameters:
         if parameter.grad is None:  # this process had no row of the batch
             parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
     if PartialState().num_processes > 1:
-        flat = summed(torch.cat([parameter.grad.flatten() for parameter in parameters]))
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad.copy_(part.view_as(parameter))
-    torch._foreach_div_([parameter.grad for parameter in parameters], weight)
+        flat = summed(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+    torch._foreach_div_(gradients, weight)

@@ -109,7 +109,7 @@ def _users_hand(text: str, rng: random.Random) -> str:
 def _templates(rng: random.Random, count: int, folder: Path) -> list[str]:
     groups = list(_data("templates.json")["groups"].values())
     weights = [group["weight"] for group in groups]
-    texts = {}
+    texts: dict[str, None] = {}
     for _ in range(4 * count):
         group = rng.choices(groups, weights)[0]
         text = _Filler(rng)(rng.choice(group["templates"]))
@@ -296,7 +296,8 @@ def build_prompts(count: int, seed: int, mix: dict[str, float] | None = None, fo
                          f"none negative and not all zero, to some of {sorted(SOURCES)}")
     folder = cache_folder() if folder is None else Path(folder)
     barred = _barred(folder)
-    prompts, missing = {}, []
+    prompts: dict[str, str] = {}
+    missing = []
     # "templates" last: it has no end and fills what the others lack.
     for name in sorted(mix, key=lambda name: (name == "templates", name)):
         share = round(count * mix[name] / sum(mix.values()))

@@ -90,7 +90,7 @@ def _tree(console: Console, target, draft, folder: Path, shape) -> TreeShape:
     costs = measure_costs(target, draft, list(measured))
     best = choose_shape(costs, measured)
     expected = {shape: costs.speedup(shape, tokens) for shape, tokens in measured.items()}
-    told = max(expected, key=expected.get)
+    told = max(expected, key=lambda shape: expected[shape])
     name = (f"{told.num_nodes} nodes, depth {told.depth}, branch {told.branch}; "
             f"expected {expected[told]:.2f}x plain decoding")
     if best.num_nodes == 1:
@@ -134,21 +134,23 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
     done = {sequence.index for sequence in shards.read_sequences(out, with_states=False)}
     if regenerate:
         messages = list(conversations.read_messages(source))
-        work = [(index, turns) for index, turns in messages if index not in done]
-        sequences = write_answers(target, tokenizer, work, batch=batch, max_new_tokens=max_new_tokens, seed=len(done))
+        asked = [(index, turns) for index, turns in messages if index not in done]
+        sequences = write_answers(target, tokenizer, asked, batch=batch, max_new_tokens=max_new_tokens, seed=len(done))
+        total = len(asked)
     else:
-        work = [item for item in conversations.read_conversations(source, tokenizer, context)
+        said = [item for item in conversations.read_conversations(source, tokenizer, context)
                 if item.index not in done]
-        sequences = conversations.states_of(target, work)
+        sequences = conversations.states_of(target, said)
+        total = len(said)
     tokens, began = 0, time.perf_counter()
     with _progress(console) as progress:
-        bar = progress.add_task("prepare", total=len(work))
+        bar = progress.add_task("prepare", total=total)
         for sequence in sequences:
             writer.add(sequence)
             tokens += len(sequence.tokens)
             progress.update(bar, advance=1, description=f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
     writer.flush()
-    console.print(f"{len(work)} of {len(work) + len(done)} conversations, {tokens} tokens, now in {out}")
+    console.print(f"{total} of {total + len(done)} conversations, {tokens} tokens, now in {out}")
     if regenerate:
         sources = {index: json.loads(line).get("source", "") for index, line in enumerate(source.open())}
         conversations.export_answers(out, out / "answers.npz", sources)

@@ -29,7 +29,7 @@ class Sequence(NamedTuple):
     loss_mask: Tensor
     states: Tensor
     final_token: int
-    index: int
+    index: int  # type: ignore[assignment]  # tuple.index is not needed
     temperature: float
 
 

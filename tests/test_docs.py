@@ -1,0 +1,87 @@
+"""The documentation: every Python block runs, every command and flag exists, every link leads somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+import beagle_kernels
+from beagle_sd.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+REAL_MODEL = {"README.md", "docs/troubleshooting.md"}
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for kind, text in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def pages_with_python() -> list:
+    marks = {name: pytest.mark.slow for name in REAL_MODEL}
+    return [pytest.param(page, id=name_of(page), marks=marks.get(name_of(page), ()))
+            for page in PAGES if blocks(page, "python")]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", pages_with_python())
+def test_python_blocks_run_in_the_order_of_the_page(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "page"}
+    for number, text in enumerate(blocks(page, "python"), 1):
+        exec(compile(text, f"{name_of(page)}, block {number}", "exec"), names)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The shell lines of a page's unmarked and sh blocks, without comments."""
+    text = "".join(blocks(page, "") + blocks(page, "sh")).replace("\\\n", " ")
+    known = re.compile(r"(beagle-sd|python|make|pip|torchrun) ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if known.match(line)]
+
+
+def check_beagle_sd(arguments: list[str]) -> None:
+    """The subcommand exists and every option given is one of its own."""
+    group = typer.main.get_command(app)
+    command = group.get_command(click.Context(group), arguments[0])
+    assert command is not None, f"no command beagle-sd {arguments[0]}"
+    options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    unknown = [word for word in arguments[1:] if word.startswith("--") and word not in options]
+    assert not unknown, (arguments, unknown)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
+def test_commands_and_their_flags_exist(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for words in commands(page):
+        if words[0] == "make":
+            assert words[1] in targets, words
+        elif words[0] == "pip":
+            assert words[1] in ("install", "uninstall"), words
+        elif "-m" in words:
+            module = words[words.index("-m") + 1]
+            assert importlib.util.find_spec(module) is not None, words
+            if module == "beagle_sd":
+                check_beagle_sd(words[words.index("beagle_sd") + 1 :])
+        elif words[0] == "beagle-sd":
+            check_beagle_sd(words[1:])
+
+
+def test_every_op_has_a_page():
+    ops = {name for name in beagle_kernels.__all__ if name.islower()}
+    assert ops == {page.stem for page in (ROOT / "docs/ops").glob("*.md")} - {"README"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert "://" in link or (page.parent / link).exists(), link
