@@ -49,17 +49,3 @@ def decode(
         last[live], done[live] = verdict.next_token, done[live] + count + 1
         rounds[live] += 1
     return text[:, :length], rounds
-
-
-def sequence_law(p: Tensor, start: int, length: int) -> Tensor:
-    """Probability of every sequence of `length` tokens after `start`, flattened with the first token slowest."""
-    law = p[start]
-    for _ in range(length - 1):
-        law = (law[:, None] * p.repeat(len(law) // len(p), 1)).flatten()
-    return law
-
-
-def index_of(text: Tensor, vocab: int) -> Tensor:
-    """Each sequence's index in sequence_law."""
-    weights = vocab ** torch.arange(text.shape[1] - 1, -1, -1)
-    return (text * weights).sum(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chain_cases import decode, filtered, index_of, sequence_law
+from chain_cases import decode, filtered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sampling_cases import chi_square_ok, filtered_softmax, mixed_sampling
@@ -13,6 +13,7 @@ from tree_cases import random_candidates, random_tree
 
 import beagle_kernels as bk
 from beagle_kernels import Sampling, backends
+from beagle_sd.lossless import index_of, joint_law
 
 if (REASON := backends.why_not("choose_tokens", "cpu", torch.device("cpu"))) is not None:
     pytest.skip(REASON, allow_module_level=True)
@@ -176,7 +177,7 @@ def test_verify_chain_joint_law(rule):
 
     text, _ = decode(target, draft, 1, length, 3, Sampling.of(rows, torch.arange(rows) * 31, 1.0), rule, verify)
     counts = torch.bincount(index_of(text, vocab), minlength=vocab**length)
-    assert chi_square_ok(counts, sequence_law(filtered(target, 1.0), 1, length))
+    assert chi_square_ok(counts, joint_law(filtered(target, 1.0), 1, length))
 
 
 @property_test

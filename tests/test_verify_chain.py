@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chain_cases import decode, draft_chain, filtered, index_of, sequence_law
+from chain_cases import decode, draft_chain, filtered
 from sampling_cases import chi_square_ok, mixed_sampling
 
 from beagle_kernels import STATUS_BAD_TREE, STATUS_NAN, STATUS_NO_FINITE, Sampling, choose_tokens, verify_chain
+from beagle_sd.lossless import index_of, joint_law
 
 RULES = ("token", "block")
 INF = float("inf")
@@ -22,7 +23,7 @@ def test_joint_law_over_several_rounds(rule, temperature, top_k):
     sampling = Sampling.of(rows, torch.arange(rows) * 7919, temperature, top_k)
     text, rounds = decode(target, draft, 1, length, 3, sampling, rule)
     counts = torch.bincount(index_of(text, vocab), minlength=vocab**length)
-    assert chi_square_ok(counts, sequence_law(filtered(target, temperature, top_k), 1, length))
+    assert chi_square_ok(counts, joint_law(filtered(target, temperature, top_k), 1, length))
     assert 1.5 < rounds.double().mean() < length  # several rounds each, and some drafts accepted
 
 
