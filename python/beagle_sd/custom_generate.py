@@ -21,6 +21,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from beagle_sd.adaptive import AdaptiveTree
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.generate import Report, generate
 
@@ -49,12 +50,13 @@ def custom_generate(
     depth: int | None = None,
     branch: int | None = None,
     num_nodes: int | None = None,
+    adaptive: AdaptiveTree | None = None,
     streamer: BaseStreamer | None = None,
 ) -> Callable[..., Tensor | SpeculativeOutput]:
     """What `target.generate(custom_generate=...)` takes: decodes with `draft`, the text is that of plain decoding.
 
-    seed, depth, branch, num_nodes as in `beagle_sd.generate`; seed None draws one a row from torch's generator, so
-    that torch.manual_seed governs. Of the generation config: do_sample, temperature, top_k, top_p, min_p, lengths,
+    seed, depth, branch, num_nodes, adaptive as in `beagle_sd.generate`; seed None draws one a row from torch's
+    generator, so that torch.manual_seed governs. Of the generation config: do_sample, temperature, top_k, top_p, min_p, lengths,
     end tokens, stop_strings, max_time, num_return_sequences, return_dict_in_generate (a SpeculativeOutput) are
     honoured, as are stopping criteria, which see one unpadded row [1, length] after each of its tokens. Whatever else
     would change the text (beams, penalties, processors of your own) raises ValueError by name. Give a streamer here:
@@ -81,6 +83,7 @@ def custom_generate(
             depth=depth,
             branch=branch,
             num_nodes=num_nodes,
+            adaptive=adaptive,
             eos_token_id=generation_config.eos_token_id or [],
             pad_token_id=generation_config.pad_token_id,
             streamer=streamer,

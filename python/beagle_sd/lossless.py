@@ -16,7 +16,7 @@ import importlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Case:
 
 SHAPES = ((1, 1, 2), (3, 1, 4), (1, 3, 4), (2, 2, 7), (3, 2, 9))
 """depth, branch and nodes."""
-SAMPLINGS = (
+SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.6},
     {},
