@@ -31,7 +31,7 @@ def _blocks(rows: int, window: int, offset: Tensor, cu_seqlens: Tensor | None, d
     seen = torch.arange(block)[:, None] // window * window
     mask = torch.zeros(block, rows + max(block - window, 0), dtype=dtype)
     mask[:, rows:].masked_fill_(torch.arange(mask.shape[1] - rows) >= seen, -torch.inf)
-    bounds = [0, rows] if cu_seqlens is None else cu_seqlens.clamp(max=rows).tolist()
+    bounds = [0, rows] if cu_seqlens is None else cu_seqlens.clamp(0, rows).tolist()
     for start, stop, begin in zip(bounds[:-1], bounds[1:], offset.tolist(), strict=True):
         # The first window with a key before it; one that starts its sequence has none.
         begin = begin if begin > 0 else begin % window or window

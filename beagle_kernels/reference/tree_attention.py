@@ -11,7 +11,7 @@ from .block_attention import accumulation
 
 def visible_slots(slots: int, lengths: Tensor, mask: Tensor) -> Tensor:
     """Which of a row's slots each node sees, bool [B, N, slots]: the first lengths[b], then by the node's bits."""
-    node = torch.arange(slots, device=mask.device) - lengths.long()[:, None, None]
+    node = torch.arange(slots, device=mask.device) - lengths.long().clamp(min=0)[:, None, None]
     bit = node.clamp(0, 64 * mask.shape[-1] - 1)
     words = mask.gather(2, (bit // 64).expand(-1, mask.shape[1], -1))
     return (node < 0) | ((words >> (bit % 64) & 1).bool() & (node == bit))
