@@ -56,11 +56,12 @@ def custom_generate(
     """What `target.generate(custom_generate=...)` takes: decodes with `draft`, the text is that of plain decoding.
 
     seed, depth, branch, num_nodes, adaptive as in `beagle_sd.generate`; seed None draws one a row from torch's
-    generator, so that torch.manual_seed governs. Of the generation config: do_sample, temperature, top_k, top_p, min_p, lengths,
-    end tokens, stop_strings, max_time, num_return_sequences, return_dict_in_generate (a SpeculativeOutput) are
-    honoured, as are stopping criteria, which see one unpadded row [1, length] after each of its tokens. Whatever else
-    would change the text (beams, penalties, processors of your own) raises ValueError by name. Give a streamer here:
-    transformers 5 keeps the one given to its own `generate` to itself once custom_generate is a function.
+    generator, so that torch.manual_seed governs. Of the generation config: do_sample, temperature, top_k, top_p,
+    min_p, lengths, end tokens, stop_strings, max_time, num_return_sequences, return_dict_in_generate (a
+    SpeculativeOutput) are honoured, as are stopping criteria, which see one unpadded row [1, length] after each of its
+    tokens. Whatever else would change the text (beams, penalties, processors of your own) raises ValueError by name.
+    Give a streamer here: transformers 5 keeps the one given to its own `generate` to itself once custom_generate is a
+    function.
     """
 
     def decode(
