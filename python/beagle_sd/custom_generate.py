@@ -32,7 +32,9 @@ _WARPERS = {
     MinPLogitsWarper: "min_p",
 }
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-_MODEL_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "logits_to_keep"}
+_CACHES = ("past_key_values", "cache")
+"""transformers' names of the cache it prepares."""
+_MODEL_KWARGS = {"attention_mask", "position_ids", "use_cache", "cache_position", "logits_to_keep", *_CACHES}
 
 
 @dataclass
@@ -124,8 +126,9 @@ def _check(config: GenerationConfig, input_ids: Tensor, model_kwargs: dict) -> N
                          "cache of its own")
     if unknown := {name for name, value in model_kwargs.items() if value is not None} - _MODEL_KWARGS:
         raise ValueError(f"{', '.join(sorted(unknown))} given to generate; allowed: input_ids and attention_mask")
-    if (past := model_kwargs.get("past_key_values")) is not None and past.get_seq_length() > 0:
-        raise ValueError("past_key_values holds tokens; allowed: none, the loop has a cache of its own")
+    for name in _CACHES:
+        if (past := model_kwargs.get(name)) is not None and past.get_seq_length() > 0:
+            raise ValueError(f"{name} holds tokens; allowed: none, the loop has a cache of its own")
     if input_ids.shape[1] >= config.max_length:
         raise ValueError(f"the prompt has {input_ids.shape[1]} tokens and max_length is {config.max_length}; "
                          "allowed: a longer max_length, or max_new_tokens")
