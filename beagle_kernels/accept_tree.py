@@ -46,12 +46,11 @@ def _accept_tree(
 
 @_accept_tree.register_fake
 def _(tokens, parents, depth, mask, size, max_depth, chosen, backend="auto"):
-    return empty_verdict(tokens, max_depth)
+    return empty_verdict(tokens, size, max_depth)
 
 
-def empty_verdict(like: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised fields of a Verdict for B = len(like) rows; like is int64."""
-    batch = like.shape[0]
-    path = like.new_empty((batch, max_depth + 1), dtype=torch.int32)
-    # without a dtype to convert to, the cheaper call
-    return path, path.new_empty(batch), like.new_empty(batch), path.new_empty(batch)
+def empty_verdict(tokens: Tensor, ints: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised fields of a Verdict for B = len(tokens) rows, of the dtypes of tokens (int64) and ints (int32)."""
+    batch = tokens.shape[0]
+    path = ints.new_empty(batch, max_depth + 1)
+    return path, ints.new_empty(batch), tokens.new_empty(batch), ints.new_empty(batch)

@@ -183,7 +183,7 @@ def build_tree(
 def accept_tree(
     tokens: Tensor, parents: Tensor, depth: Tensor, mask: Tensor, size: Tensor, max_depth: int, chosen: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    verdict = empty_verdict(tokens, max_depth)
+    verdict = empty_verdict(tokens, size, max_depth)
     kept, (*fields, choice) = flat(tokens, parents, depth, mask, size, chosen)
     tree = (*fields, tokens.shape[1], mask.shape[2], max_depth)
     with executor(tokens.device) as (module, where):
@@ -208,7 +208,7 @@ def verify_tree(
     min_p: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (batch, nodes), vocab = tokens.shape, logits.shape[2]
-    logits, verdict = dense(logits), empty_verdict(tokens, max_depth)
+    logits, verdict = dense(logits), empty_verdict(tokens, size, max_depth)
     chunks = chunks_of(batch * nodes, vocab, logits.device)
     # one workspace: the keys, then the flags
     rows = batch * nodes * chunks
@@ -241,7 +241,7 @@ def verify_chain(
     if target_logits.dtype != draft_logits.dtype:
         target_logits, draft_logits = target_logits.float(), draft_logits.float()
     target, draft, token_ids = dense(target_logits), dense(draft_logits), contiguous(token_ids)
-    verdict = empty_verdict(draft_tokens, steps)
+    verdict = empty_verdict(draft_tokens, top_k, steps)
     laws = torch.empty(batch * (2 * steps + 1) * _C.law_size, dtype=torch.uint8, device=target.device)
     kept, (drafted, at, *knobs) = flat(draft_tokens, positions, seed, temperature, top_k, top_p, min_p)
     strides = (*target.stride()[:2], *draft.stride()[:2])

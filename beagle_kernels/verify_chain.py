@@ -94,4 +94,4 @@ def _(
     target_logits, draft_logits, draft_tokens, positions, seed, temperature, top_k, top_p, min_p, rule="token",
     token_ids=None, backend="auto",
 ):  # fmt: skip
-    return empty_verdict(draft_tokens, draft_tokens.shape[1])
+    return empty_verdict(draft_tokens, top_k, draft_tokens.shape[1])

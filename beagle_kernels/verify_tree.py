@@ -59,4 +59,4 @@ def _(
     logits, tokens, parents, depth, mask, size, max_depth, positions, seed, temperature, top_k, top_p, min_p,
     backend="auto",
 ):  # fmt: skip
-    return empty_verdict(tokens, max_depth)
+    return empty_verdict(tokens, size, max_depth)

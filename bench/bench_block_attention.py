@@ -77,15 +77,15 @@ def test_block_attention(benchmark, size, shape, name, direction):
         got, want = (f(*inputs[0], offset)[OFFSET + WINDOW :] for f in (run, found["sdpa mask"]))
         torch.testing.assert_close(got, want, atol=2e-2 if dtype != torch.float32 else 1e-4, rtol=0)
     pairs = visible_keys(rows, WINDOW, offset, None)[1].sum().item() if name != "sdpa causal" else rows**2 / 2
-    flop = 4.0 * d * hq * pairs
+    flop, bound = 4.0 * d * hq * pairs, name == "sdpa causal"
     benchmark.group = f"block_attention {direction} {rows} x {hq}/{hkv} x {d} {dtype}"
     if direction == "forward":
         with torch.no_grad():
-            timed(benchmark, run, [(*x, offset) for x in inputs], work={"flop": flop}, peer=name)
+            timed(benchmark, run, [(*x, offset) for x in inputs], work={"flop": flop}, peer=name, bound=bound)
         return
     up = torch.randn(rows, hq, d, device=device, dtype=dtype)
     outs = [(run(*x, offset), x) for x in inputs]
     timed(
         benchmark, lambda out, leaves: torch.autograd.grad(out, leaves, up, retain_graph=True), outs,
-        work={"flop": 2.5 * flop}, peer=name,
+        work={"flop": 2.5 * flop}, peer=name, bound=bound,
     )  # fmt: skip

@@ -23,8 +23,6 @@ import torch
 from bench.__main__ import FILES
 
 ROOT = Path(__file__).resolve().parent.parent
-ATTENTION = ("block_attention", "extend_attention", "tree_attention", "distill_loss")
-BENCHES = (*FILES, *ATTENTION)
 SECONDS = {"build": 300, "tests": 240, "bench": 150}
 """A step's time limit."""
 TAIL = 3000
@@ -110,15 +108,9 @@ def bench(name: str, limits: dict) -> dict:
     """One op's rows, each with its share of the machine's limits."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
-        if name in FILES:
-            command = [sys.executable, "-m", "bench", name, "--device", "cuda", "--json", str(file)]
-        else:
-            path = f"bench/bench_{name}.py"
-            command = [sys.executable, "-m", "pytest", "-q", path, "-k", "full", f"--benchmark-json={file}"]
+        command = [sys.executable, "-m", "bench", name, "--device", "cuda", "--json", str(file)]
         done = run(command, SECONDS["bench"])
         rows = json.loads(file.read_text()) if file.exists() and file.stat().st_size else []
-    if isinstance(rows, dict):
-        rows = [{"group": one["group"], **one["extra_info"]} for one in rows["benchmarks"]]
     return done | {"limits": limits, "rows": [with_shares(row, limits) for row in rows]}
 
 
@@ -139,14 +131,14 @@ def steps(parts: list[str]) -> list[str]:
     found = []
     for part in parts:
         kind, _, name = part.partition(":")
-        several = {"build": [""], "tests": gpu_tests(), "bench": BENCHES}[kind]
+        several = {"build": [""], "tests": gpu_tests(), "bench": FILES}[kind]
         found += [f"{kind}:{one}".rstrip(":") for one in ([name] if name else several)]
     return found
 
 
 def main(arguments: list[str]) -> int:
     """Run the parts; the exit status is 0 unless a step failed, and without a GPU."""
-    allowed = ["build", "tests", "bench", *(f"tests:{file}" for file in gpu_tests()), *(f"bench:{b}" for b in BENCHES)]
+    allowed = ["build", "tests", "bench", *(f"tests:{file}" for file in gpu_tests()), *(f"bench:{b}" for b in FILES)]
     parser = argparse.ArgumentParser(prog="bench/gpu_check.sh", description=__doc__)
     parser.add_argument("out", nargs="?", type=Path, default=Path("bench/results/gpu.json"))
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(allowed))

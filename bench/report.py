@@ -1,5 +1,5 @@
-"""Writes the measured tables of the README and of the bundled draft's card from the files that hold the numbers:
-python -m bench.report
+"""Writes the measured tables of the README, of docs/performance.md and of the bundled draft's card from the files
+that hold the numbers: python -m bench.report
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`; `--check` changes nothing and fails where one is stale.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 BUNDLED = ROOT / "python" / "beagle_sd" / "bundled" / "smollm2-135m"
-PAGES = (ROOT / "README.md", BUNDLED / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", BUNDLED / "README.md")
 
 
 def acceptance() -> str:
@@ -57,7 +57,22 @@ def lossless() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"acceptance": acceptance, "speed": speed, "lossless": lossless}
+def ops() -> str:
+    """Every op on the CPU beside its fastest peer: medians, and how many times ours is faster."""
+    lines = ["| op and shape | ours, µs | fastest peer | its µs | ratio | bound, µs |", "|---|---|---|---|---|---|"]
+    rows = json.loads((RESULTS / "cpu-ops.json").read_text(encoding="utf-8"))
+    for group in dict.fromkeys(row["group"] for row in rows):
+        members = {row["peer"]: row["p50"] for row in rows if row["group"] == group and not row.get("bound")}
+        bound = "".join(f"{row['peer']} {row['p50'] * 1e6:,.0f}" for row in rows
+                        if row["group"] == group and row.get("bound"))
+        ours = members.pop("beagle")
+        peer = min(members, key=members.get)
+        lines.append(f"| {group} | {ours * 1e6:,.0f} | {peer} | {members[peer] * 1e6:,.0f} | "
+                     f"{members[peer] / ours:.2f}x | {bound} |")
+    return "\n".join(lines)
+
+
+TABLES = {"acceptance": acceptance, "speed": speed, "lossless": lossless, "ops": ops}
 
 
 def filled(page: str) -> str:

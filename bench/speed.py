@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 import transformers
 
+from beagle_sd.adaptive import AdaptiveTree
 from beagle_sd.bundled import bundled_folder, load_draft, load_target, measured_acceptance
-from beagle_sd.calibration import choose_shape, measure_costs
+from beagle_sd.calibration import Costs, choose_shape, measure_costs
 from beagle_sd.generate import TreeShape, generate
 from bench.real_prompts import batches, encoded_prompts
 
 
-def contenders(target, draft, shapes: list[TreeShape], options: dict) -> dict:
+def contenders(target, draft, shapes: list[TreeShape], costs: Costs, measured: dict, options: dict) -> dict:
     """name -> run(ids, mask) -> (new tokens, tokens a round or None if it does not say)."""
 
     def plain(ids, mask):
@@ -40,10 +41,15 @@ def contenders(target, draft, shapes: list[TreeShape], options: dict) -> dict:
         out = target.generate(ids, attention_mask=mask, do_sample=False, prompt_lookup_num_tokens=4, **options)
         return out.shape[1] - ids.shape[1], None
 
+    def adaptive(ids, mask):
+        found = generate(target, draft, ids, mask, **options, adaptive=AdaptiveTree(costs, measured))
+        return found.report.new_tokens, found.report.tokens_per_round
+
     named = {"target.generate": plain, "transformers prompt lookup": prompt_lookup}
     for shape in shapes:
         kind = "plain" if shape.num_nodes == 1 else "chain" if shape.branch == 1 else "tree"
         named[f"beagle {kind}, {shape.num_nodes} nodes, depth {shape.depth}, branch {shape.branch}"] = ours(shape)
+    named["beagle, adaptive tree"] = adaptive
     return named
 
 
@@ -66,7 +72,7 @@ def main() -> None:
     chosen = choose_shape(costs, measured)
     shapes = list(dict.fromkeys([TreeShape(1, 1, 1), TreeShape(4, 1, 5), TreeShape(4, 4, 8), TreeShape(4, 6, 16),
                                  chosen]))  # fmt: skip
-    runs = contenders(target, draft, shapes, {"max_new_tokens": args.max_new_tokens})
+    runs = contenders(target, draft, shapes, costs, measured, {"max_new_tokens": args.max_new_tokens})
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     rounds: dict[str, list[float | None]] = {name: [] for name in runs}
     prompts = list(batches(encoded_prompts(args.prompts, tokenizer, args.count), 1, tokenizer.pad_token_id))

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Trains the bundled draft of SmolLM2-135M from the stored answers, then measures it. Safe to kill and run again.
 #   bench/train_bundled.sh FOLDER
-# More answers first: beagle-sd prompts FOLDER/prompts.jsonl --seed 2, then
+# More answers first: beagle-sd prompts FOLDER/prompts.jsonl --seed 3, then
 #                     beagle-sd prepare FOLDER/prompts.jsonl FOLDER/states --regenerate --dtype bfloat16
 set -euo pipefail
-work=${1:?"usage: bench/train_bundled.sh FOLDER (checkpoints and states go there, about 2 GB)"}
+work=${1:?"usage: bench/train_bundled.sh FOLDER (checkpoints and states go there, about 6 GB)"}
 cd "$(dirname "$0")/.."
 beagle-sd prepare bench/data/smollm2-135m-answers.npz "$work/states" --dtype bfloat16
 beagle-sd train "$work/states" "$work/run" --draft-vocab 8192 --window 5 --steps 4 \
-    --block-epochs 1 --simulation-epochs 2 --tokens-per-step 2048 --lr 2e-3 --schedule cosine --warmup-steps 40 \
+    --block-epochs 0.7 --simulation-epochs 0.8 --tokens-per-step 2048 --lr 2e-3 --schedule cosine --warmup-steps 40 \
     --regression 1.0 --eval-steps 300 --save-steps 100
 python - "$work" <<'PYTHON'
 import sys

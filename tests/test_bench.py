@@ -106,11 +106,11 @@ def with_gpu(monkeypatch):
 def test_gpu_check_goes_on_and_resumes(tmp_path, with_gpu):
     out = tmp_path / "gpu.json"
     assert gpu_check.main([str(out), "build", "bench"]) == 1
-    assert with_gpu == ["build", *gpu_check.BENCHES]
+    assert with_gpu == ["build", *command.FILES]
     with_gpu.clear()
     assert gpu_check.main([str(out), "bench:choose_tokens", "bench:verify_tree"]) == 1
     assert with_gpu == ["choose_tokens"]
-    assert len(json.loads(out.read_text())["steps"]) == 1 + len(gpu_check.BENCHES)
+    assert len(json.loads(out.read_text())["steps"]) == 1 + len(command.FILES)
     with pytest.raises(SystemExit):
         gpu_check.main([str(out), "bench:nothing"])
 

@@ -16,7 +16,7 @@ def _grouped(x: Tensor, key_heads: int) -> Tensor:
 
 def _weights(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """New lse [R, Hkv, G] and weights [R, 1 + m, Hkv, G, 1], the old keys' first."""
-    scores = (q[:, None] * k[:, :, :, None]).sum(-1)
+    scores = torch.einsum("rhgd,rmhd->rmhg", q, k)
     scores = torch.cat([lse[:, None], scores.mul_(scale)], 1)
     pivot = scores.amax(1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
     weights = scores.sub_(pivot).exp_()
@@ -48,7 +48,7 @@ def extend_attention_backward(
     k, v = k.to(q.dtype), v.to(q.dtype)
     weights = _weights(q, k, lse, scale)[1]
     has_old = weights[:, 0] > 0
-    along = torch.cat([torch.where(has_old, g * old, 0.0)[:, None].sum(-1), (g[:, None] * v[:, :, :, None]).sum(-1)], 1)
+    along = torch.cat([torch.where(has_old, g * old, 0.0)[:, None].sum(-1), torch.einsum("rhgd,rmhd->rmhg", g, v)], 1)
     weights = weights[..., 0]
     shift = (weights * along).sum(1, keepdim=True)
     if grad_lse is not None:
@@ -61,7 +61,7 @@ def extend_attention_backward(
         torch.where(has_old, g * weights[:, 0, ..., None], 0.0).flatten(1, 2),
         grad_scores[:, 0, ..., 0].flatten(1),
         grad_q.flatten(1, 2),
-        (grad_scores[:, 1:] * q[:, None]).sum(3).mul_(scale),
-        (weights[:, 1:, ..., None] * g[:, None]).sum(3),
+        torch.einsum("rmhg,rhgd->rmhd", grad_scores[:, 1:, ..., 0], q).mul_(scale),
+        torch.einsum("rmhg,rhgd->rmhd", weights[:, 1:], g),
     )
     return tuple(grad.to(x.dtype).contiguous() for grad, x in zip(grads, inputs, strict=True))

@@ -7,10 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from beagle_kernels import (
@@ -28,6 +29,9 @@ from beagle_sd.attention import tree_attention_of
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.drafting import DraftCache, propose
 from beagle_sd.target import Target
+
+if TYPE_CHECKING:
+    from beagle_sd.adaptive import AdaptiveTree
 
 
 @dataclass(frozen=True)
@@ -98,17 +102,21 @@ def generate(
     depth: int | None = None,
     branch: int | None = None,
     num_nodes: int | None = None,
+    adaptive: AdaptiveTree | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     streamer: BaseStreamer | None = None,
+    stopping_criteria: Sequence[StoppingCriteria] = (),
 ) -> Generated:
     """Decode speculatively: the tokens are those of plain decoding with the same seed, whatever the draft does.
 
     input_ids [B, T] int64, padded on either side with attention_mask [B, T]; draft None decodes plainly, with the
     same sampler. temperature 0 is greedy. An int seed s means s + b for row b, a tensor [B] is taken as it is.
-    depth, branch, num_nodes shape the tree (see TreeShape; None: the device's default). eos_token_id None takes
+    depth, branch, num_nodes shape the tree (see TreeShape; None: the device's default), or adaptive chooses each
+    round's. eos_token_id None takes
     the target's generation config's; an empty list never stops early. streamer (one row only) is given the prompt,
-    then each round's tokens.
+    then each round's tokens. stopping_criteria are asked after each token, with one unpadded row [1, length] and no
+    scores: a row ends with the first token at which one says so.
 
     Raises ValueError for bad arguments and for targets or drafts that do not fit, RuntimeError where the target
     gives a row no finite logit. Paper: section 3.4; DESIGN: section 4.
@@ -125,10 +133,11 @@ def generate(
         raise ValueError(f"a streamer was given with {len(prompts)} rows; allowed: 1 row")
     if draft is not None:
         draft.bind(target)
-    shape = _shape(draft, wrapped.device, depth, branch, num_nodes)
+    shape = _shape(draft, wrapped.device, depth, branch, num_nodes, adaptive)
     ends, pad = _end_tokens(target, eos_token_id, pad_token_id)
     with torch.inference_mode(), tree_attention_of(target):
-        loop = _Loop(wrapped, draft, prompts, lengths, sampling, shape, max_new_tokens, ends)
+        loop = _Loop(wrapped, draft, prompts, lengths, sampling, shape, max_new_tokens, ends, stopping_criteria,
+                     adaptive if draft is not None else None)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         for run in loop.run():
@@ -142,9 +151,11 @@ def generate(
 class _Loop:
     """The state of a batch between rounds: target cache, draft cache, pending token, and what was emitted."""
 
-    def __init__(self, target, draft, prompts, lengths, sampling, shape, max_new_tokens, ends):
+    def __init__(self, target, draft, prompts, lengths, sampling, shape, max_new_tokens, ends,
+                 stopping_criteria=(), adaptive=None):  # fmt: skip
         self.target, self.draft, self.sampling, self.shape = target, draft, sampling, shape
-        self.max_new_tokens, self.ends = max_new_tokens, ends
+        self.max_new_tokens, self.ends, self.stopping_criteria = max_new_tokens, ends, stopping_criteria
+        self.adaptive = adaptive
         self.prompts, self.prompt_lengths = prompts, lengths
         batch, longest = prompts.shape
         most = longest + max_new_tokens + shape.depth  # a row's last run may pass its end by as much as depth
@@ -152,14 +163,18 @@ class _Loop:
         if draft is not None:
             self.draft_cache = DraftCache(draft, batch, most + 1 + shape.branch * shape.depth)
         self.emitted: list[list[int]] = [[] for _ in range(batch)]
+        self.stopped = [False] * batch
         self.seconds: dict[str, float] = defaultdict(float)
         self.rounds = self.row_rounds = self.round_tokens = 0
         self.reached = [0] * (min(shape.depth, shape.num_nodes - 1) + 1)
+        self.tried = [0] * len(self.reached)  # of those that reached a depth, the rounds that drafted a further one
 
     def run(self) -> Iterator[list[list[int]]]:
         """Yields each round's new tokens a row (none for finished rows), the prefill's first."""
         yield self._emit(self._prefill())
         while not all(self.finished):
+            if self.adaptive is not None:
+                self.shape = self.adaptive.choose()
             tree = self._draft_tree()
             hidden = self._target_forward(tree)
             verdict = self._verify(tree, hidden)
@@ -168,7 +183,8 @@ class _Loop:
 
     @property
     def finished(self) -> list[bool]:
-        return [len(row) >= self.max_new_tokens or bool(row and row[-1] in self.ends) for row in self.emitted]
+        return [stopped or len(row) >= self.max_new_tokens or bool(row and row[-1] in self.ends)
+                for row, stopped in zip(self.emitted, self.stopped, strict=True)]
 
     def _prefill(self) -> list[list[int]]:
         with self._phase("prefill"):
@@ -220,6 +236,9 @@ class _Loop:
     def _accepted_tokens(self, tree: DraftTree, verdict: Verdict) -> list[list[int]]:
         drafted = tree.tokens.gather(1, verdict.path.long().clamp(min=0)).tolist()
         counts, own = verdict.num_accepted.tolist(), verdict.next_token.tolist()
+        if self.adaptive is not None:
+            live = [count for count, done in zip(counts, self.finished, strict=True) if not done]
+            self.adaptive.learn(self.shape, sum(live) / len(live))
         self.rounds += 1
         runs = []
         for row, done in enumerate(self.finished):
@@ -228,20 +247,35 @@ class _Loop:
                 self.row_rounds += 1
                 for depth in range(counts[row] + 1):
                     self.reached[depth] += 1
+                    self.tried[depth] += depth < min(self.shape.depth, self.shape.num_nodes - 1)
         return runs
 
     def _emit(self, runs: list[list[int]]) -> list[list[int]]:
-        """Append the runs, each cut at its first end token and at the length limit; returns what was appended."""
+        """Append the runs, each cut at its first end token, at the length limit and where a criterion stops it; returns
+        what was appended."""
         cut = []
-        for row, run in zip(self.emitted, runs, strict=True):
+        for number, (row, run) in enumerate(zip(self.emitted, runs, strict=True)):
             run = run[: self.max_new_tokens - len(row)]
             ends = [place for place, token in enumerate(run) if token in self.ends]
             run = run[: ends[0] + 1] if ends else run
+            if self.stopping_criteria:
+                run = self._until_stopped(number, run)
             if row:
                 self.round_tokens += len(run)
             row.extend(run)
             cut.append(run)
         return cut
+
+    def _until_stopped(self, number: int, run: list[int]) -> list[int]:
+        """The run up to the first token after which a criterion ends row `number`."""
+        prompt = self.prompts[number, : self.prompt_lengths[number]]
+        before = torch.cat([prompt, prompt.new_tensor(self.emitted[number])])
+        for count in range(1, len(run) + 1):
+            text = torch.cat([before, before.new_tensor(run[:count])])[None]
+            if any(bool(torch.as_tensor(criterion(text, None)).all()) for criterion in self.stopping_criteria):
+                self.stopped[number] = True
+                return run[:count]
+        return run
 
     @contextmanager
     def _phase(self, name: str):
@@ -254,7 +288,7 @@ class _Loop:
         self.seconds[name] += time.perf_counter() - began
 
     def report(self) -> Report:
-        pairs = zip(self.reached, self.reached[1:], strict=False)
+        pairs = zip(self.tried, self.reached[1:], strict=False)
         return Report(
             rounds=self.rounds,
             new_tokens=sum(map(len, self.emitted)),
@@ -308,9 +342,14 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None, target: Target) -
     return kept[:, : int(lengths.max())], lengths.to(torch.int32)
 
 
-def _shape(draft, device, depth, branch, num_nodes) -> TreeShape:
+def _shape(draft, device, depth, branch, num_nodes, adaptive) -> TreeShape:
     if draft is None:
         return TreeShape(1, 1, 1)
+    if adaptive is not None:
+        if (depth, branch, num_nodes) != (None, None, None):
+            raise ValueError(f"depth {depth}, branch {branch}, num_nodes {num_nodes} were given with adaptive; "
+                             "allowed: one or the other")
+        return adaptive.largest
     default = TreeShape.default(device)
     return TreeShape(
         default.depth if depth is None else depth,

@@ -15,9 +15,10 @@ from rich.text import Text
 from transformers.generation.streamers import BaseStreamer
 
 from beagle_sd import conversations, shards
+from beagle_sd.adaptive import AdaptiveTree
 from beagle_sd.answers import encode_chat, write_answers
 from beagle_sd.bundled import bundled_folder, load_draft, load_target, measured_acceptance
-from beagle_sd.calibration import choose_shape, measure_costs
+from beagle_sd.calibration import measure_costs
 from beagle_sd.dataset import StateDataset
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.generate import Generated, TreeShape
@@ -67,7 +68,7 @@ def answer(console: Console, prompt: str, target_name: str, draft_folder: Path |
         tokenizer, [{"role": "user", "content": prompt}])
     tree = _tree(console, target, draft, folder, shape)
     input_ids = torch.tensor([ids])
-    options = {**settings, "depth": tree.depth, "branch": tree.branch, "num_nodes": tree.num_nodes}
+    options = {**settings, **({"adaptive": tree} if isinstance(tree, AdaptiveTree) else vars(tree))}
     decode(target, draft, input_ids, **{**options, "max_new_tokens": 4})
     found = decode(target, draft, input_ids, streamer=RunStreamer(console, tokenizer), **options)
     plain = decode(target, None, input_ids, **settings) if compare else None
@@ -77,8 +78,8 @@ def answer(console: Console, prompt: str, target_name: str, draft_folder: Path |
         console.print("Same tokens as plain decoding." if same else _first_difference(found, plain, len(ids)))
 
 
-def _tree(console: Console, target, draft, folder: Path, shape) -> TreeShape:
-    """The shape asked for, or the one that pays by measured costs and the draft's measured acceptance."""
+def _tree(console: Console, target, draft, folder: Path, shape) -> TreeShape | AdaptiveTree:
+    """The shape asked for, or what adapts by measured costs and the draft's measured acceptance."""
     if any(part is not None for part in shape):
         default = TreeShape.default(target.device)
         return TreeShape(*(usual if given is None else given for given, usual in zip(
@@ -87,27 +88,25 @@ def _tree(console: Console, target, draft, folder: Path, shape) -> TreeShape:
                 for row in measured_acceptance(folder) if row["temperature"] == 0.0}
     if not measured:
         return TreeShape.default(target.device)
-    costs = measure_costs(target, draft, list(measured))
-    best = choose_shape(costs, measured)
-    expected = {shape: costs.speedup(shape, tokens) for shape, tokens in measured.items()}
-    told = max(expected, key=lambda shape: expected[shape])
-    name = (f"{told.num_nodes} nodes, depth {told.depth}, branch {told.branch}; "
-            f"expected {expected[told]:.2f}x plain decoding")
-    if best.num_nodes == 1:
-        options = f"--num-nodes {told.num_nodes} --depth {told.depth} --branch {told.branch}"
-        name = f"plain decoding: no tree pays here. To see the best one anyway ({name}): {options}"
-    console.print(f"[dim]from measured costs: {name}[/]", highlight=False)
-    return best
+    tree = AdaptiveTree(measure_costs(target, draft, list(measured)), measured)
+    expected = {shape: tree.costs.speedup(shape, tokens) for shape, tokens in measured.items()}
+    best = max(expected, key=lambda shape: expected[shape])
+    told = f"{best.num_nodes} nodes, depth {best.depth}, branch {best.branch}: {expected[best]:.2f}x plain decoding"
+    starts = "plain decoding, with a try now and then" if expected[best] <= 1.0 else "that"
+    console.print(f"[dim]from measured costs and the draft's usual acceptance, the best tree is {told}; starting with "
+                  f"{starts}, then as this text accepts[/]", highlight=False)
+    return tree
 
 
-def _table(found: Generated, plain: Generated | None, tree: TreeShape) -> Table:
+def _table(found: Generated, plain: Generated | None, tree: TreeShape | AdaptiveTree) -> Table:
     table = Table("", "tokens", "seconds", "tokens/s", "tokens a round", "accepted, by depth")
     for name, result in (("speculative", found), ("plain", plain)):
         if result is None:
             continue
         report = result.report
         by_depth = " ".join(f"{share:.2f}" for share in report.acceptance_by_depth)
-        label = f"{name}, {tree.num_nodes} nodes" if result is found else name
+        kind = "adaptive" if isinstance(tree, AdaptiveTree) else f"{tree.num_nodes} nodes"
+        label = f"{name}, {kind}" if result is found else name
         table.add_row(label, str(report.new_tokens), f"{sum(report.seconds.values()):.2f}",
                       f"{report.tokens_per_second:.1f}", f"{report.tokens_per_round:.2f}", by_depth)
     if plain is not None:

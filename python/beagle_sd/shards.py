@@ -129,7 +129,8 @@ def _check_parts(path: str | Path, data: dict[str, Tensor], shapes: dict[str, li
     if data["lengths"].dtype.is_floating_point or data["tokens"].dtype.is_floating_point:
         raise ShardError(f"{path}: lengths or tokens are not integers; delete it and run `beagle-sd prepare` again")
     if len(shapes["lengths"]) != 1 or min(lengths, default=0) < 0 or [sum(lengths)] != shapes["tokens"]:
-        raise ShardError(f"{path}: lengths add up to {sum(lengths)} or are negative; its tokens have shape {shapes['tokens']}")
+        raise ShardError(f"{path}: lengths add up to {sum(lengths)} or are negative; "
+                         f"its tokens have shape {shapes['tokens']}")
     rows, sequences = shapes["tokens"][0], shapes["lengths"][0]
     wanted = {"loss_mask": [rows], "states": [rows, shapes["states"][-1]],
               **dict.fromkeys(("final_token", "index", "temperature"), [sequences])}

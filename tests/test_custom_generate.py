@@ -1,0 +1,112 @@
+"""transformers' own `generate` with custom_generate: the same tokens, its settings honoured or refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import agreeable_target, small_draft
+from test_generate import NEW, Recorder, prompts, ragged
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from beagle_sd import custom_generate, generate
+from beagle_sd.custom_generate import SpeculativeOutput
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = agreeable_target()
+    return target, small_draft(target)
+
+
+class EndsWith(StoppingCriteria):
+    """Stops a row whose last tokens are `tokens`."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([row[-len(self.tokens) :].tolist() == self.tokens for row in input_ids])
+
+
+def test_greedy_equals_the_targets_own(pair):
+    target, draft = pair
+    ids, mask = ragged("left")
+    settings = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
+    want = target.generate(ids, **settings)
+    assert torch.equal(target.generate(ids, custom_generate=custom_generate(draft), **settings), want)
+    whole = target.generate(ids, custom_generate=custom_generate(draft, depth=4, branch=1, num_nodes=5),
+                            return_dict_in_generate=True, **settings)  # fmt: skip
+    assert isinstance(whole, SpeculativeOutput) and torch.equal(whole.sequences, want)
+    assert whole.report.tokens_per_round > 1.1
+
+
+@pytest.mark.parametrize("settings", [
+    {"temperature": 0.7, "top_k": 0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}, {"min_p": 0.1, "top_k": 0},
+], ids=str)  # fmt: skip
+def test_sampling_settings_arrive_once(pair, settings):
+    target, draft = pair
+    ids = prompts(2)
+    made = target.generate(ids, do_sample=True, max_new_tokens=NEW, custom_generate=custom_generate(draft, seed=3),
+                           **settings)  # fmt: skip
+    want = generate(target, None, ids, max_new_tokens=NEW, seed=3, **{"temperature": 1.0, **settings})
+    assert torch.equal(made, want.sequences)
+
+
+def test_manual_seed_governs_and_returned_sequences_differ(pair):
+    target, draft = pair
+
+    def sample():
+        torch.manual_seed(4)
+        return target.generate(prompts(1), do_sample=True, num_return_sequences=3, max_new_tokens=NEW,
+                               custom_generate=custom_generate(draft))  # fmt: skip
+
+    first = sample()
+    assert first.shape == (3, 11 + NEW) and len(set(map(tuple, first.tolist()))) == 3
+    assert torch.equal(first, sample())
+
+
+def test_end_tokens_and_stopping_criteria_end_a_row_at_its_token(pair):
+    target, draft = pair
+    ids = prompts(3)
+    free = target.generate(ids, do_sample=False, max_new_tokens=NEW)
+    end, stop = free[0, 11 + 9].item(), free[1, 11 + 4 : 11 + 6].tolist()
+    settings = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": end, "pad_token_id": 0}
+    for criteria in (None, StoppingCriteriaList([EndsWith(stop)])):
+        want = target.generate(ids, stopping_criteria=criteria, **settings)
+        made = target.generate(ids, stopping_criteria=criteria, custom_generate=custom_generate(draft), **settings)
+        assert torch.equal(made, want)
+    assert (want[1, 11:] != 0).sum() <= 6
+
+
+def test_a_streamer_is_given_every_token_once(pair):
+    target, draft = pair
+    recorder = Recorder()
+    made = target.generate(prompts(1), do_sample=False, max_new_tokens=NEW,
+                           custom_generate=custom_generate(draft, streamer=recorder))  # fmt: skip
+    assert sum(recorder.runs, []) == made[0].tolist() and recorder.ended == 1
+
+
+class Ban(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+@pytest.mark.parametrize("settings, named", [
+    ({"num_beams": 2}, "beam_search"),
+    ({"repetition_penalty": 1.2}, "RepetitionPenalty"),
+    ({"min_new_tokens": 3, "eos_token_id": 1}, "Min.*LogitsProcessor"),
+    ({"logits_processor": LogitsProcessorList([Ban()])}, "Ban"),
+    ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+    ({"cache_implementation": "static"}, "cache_implementation"),
+    ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds"),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_what_would_change_the_text_is_refused_by_name(pair, settings, named):
+    target, draft = pair
+    with pytest.raises(ValueError, match=f"(?s){named}.*allowed"):
+        target.generate(prompts(1), max_new_tokens=4, custom_generate=custom_generate(draft), **settings)
+
+
+def test_a_prompt_that_fills_max_length_is_refused(pair):
+    target, draft = pair
+    with pytest.raises(ValueError, match="11.*max_length"):
+        target.generate(prompts(1), max_length=8, custom_generate=custom_generate(draft))
