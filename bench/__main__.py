@@ -23,10 +23,9 @@ from bench.registry import lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
-VERIFICATION = ("choose_tokens", "verify_tree", "verify_chain", "build_tree", "compact_cache")
-TRAINING = ("block_attention", "extend_attention", "tree_attention", "distill_loss")
-"""These files' cases are pytest-benchmark's."""
-FILES = (*VERIFICATION, *TRAINING)
+BY_PYTEST = ("block_attention", "extend_attention", "tree_attention", "distill_loss")
+"""Files whose cases only pytest-benchmark can run; the others list theirs in `cases`."""
+FILES = ("choose_tokens", "verify_tree", "verify_chain", "build_tree", "compact_cache", *BY_PYTEST)
 
 
 def main(arguments: list[str]) -> int:
@@ -45,7 +44,7 @@ def main(arguments: list[str]) -> int:
     print("20, 50 and 80 percentiles; x: how many times ours is faster")
     results = []
     for name in options.names or FILES:
-        if name in TRAINING:
+        if name in BY_PYTEST:
             results += pytest_rows(name, options.device)
         else:
             for case in importlib.import_module(f"bench.bench_{name}").cases(options.device):

@@ -60,15 +60,18 @@ def lossless() -> str:
 def ops() -> str:
     """Every op on the CPU beside its fastest peer: medians, and how many times ours is faster."""
     lines = ["| op and shape | ours, µs | fastest peer | its µs | ratio | bound, µs |", "|---|---|---|---|---|---|"]
-    rows = json.loads((RESULTS / "cpu-ops.json").read_text(encoding="utf-8"))
-    for group in dict.fromkeys(row["group"] for row in rows):
-        members = {row["peer"]: row["p50"] for row in rows if row["group"] == group and not row.get("bound")}
-        bound = "".join(f"{row['peer']} {row['p50'] * 1e6:,.0f}" for row in rows
-                        if row["group"] == group and row.get("bound"))
-        ours = members.pop("beagle")
-        peer = min(members, key=members.get)
-        lines.append(f"| {group} | {ours * 1e6:,.0f} | {peer} | {members[peer] * 1e6:,.0f} | "
-                     f"{members[peer] / ours:.2f}x | {bound} |")
+    groups: dict[str, list[dict]] = {}
+    for row in json.loads((RESULTS / "cpu-ops.json").read_text(encoding="utf-8")):
+        groups.setdefault(row["group"], []).append(row)
+    for group, rows in groups.items():
+        if any("error" in row for row in rows):
+            lines.append(f"| {group} | refused |  |  |  |  |")
+            continue
+        peers = {row["peer"]: row["p50"] * 1e6 for row in rows if not row.get("bound")}
+        bound = "".join(f"{row['peer']} {row['p50'] * 1e6:,.0f}" for row in rows if row.get("bound"))
+        ours = peers.pop("beagle")
+        peer, time = min(peers.items(), key=lambda item: item[1])
+        lines.append(f"| {group} | {ours:,.0f} | {peer} | {time:,.0f} | {time / ours:.2f}x | {bound} |")
     return "\n".join(lines)
 
 

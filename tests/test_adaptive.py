@@ -58,10 +58,10 @@ def test_the_text_is_that_of_plain_decoding(make, temperature):
     assert all(0.0 <= share <= 1.0 for share in made.report.acceptance_by_depth)
 
 
-def test_measured_costs_serve(real_shapes=(CHAIN, TREE)):
+def test_measured_costs_serve():
     target = small_target()
     draft = small_draft(target)
-    tree = AdaptiveTree(measure_costs(target, draft, real_shapes, prefix=16), MEASURED)
+    tree = AdaptiveTree(measure_costs(target, draft, [CHAIN, TREE], prefix=16), MEASURED)
     assert tree.largest == TREE
     assert generate(target, draft, prompts(1), max_new_tokens=8, adaptive=tree).report.new_tokens == 8
 

@@ -78,6 +78,23 @@ def test_end_tokens_and_stopping_criteria_end_a_row_at_its_token(pair):
     assert (want[1, 11:] != 0).sum() <= 6
 
 
+def test_token_0_can_be_the_end(pair):
+    target, draft = pair
+    ids = prompts(3)
+    free = target.generate(ids, do_sample=False, max_new_tokens=NEW)
+    end = free[0, 11 + 9].item()
+    swap = torch.arange(len(target.lm_head.weight))
+    swap[[0, end]] = swap[[end, 0]]
+    renamed = agreeable_target()
+    for weight in (renamed.get_input_embeddings().weight, renamed.get_output_embeddings().weight):
+        weight.data.copy_(weight.data[swap])
+    settings = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": 0, "pad_token_id": 1}
+    want = renamed.generate(swap[ids], **settings)
+    assert (want[0, 11:] == 1).any(), "no row ended early"
+    made = renamed.generate(swap[ids], custom_generate=custom_generate(small_draft(renamed)), **settings)
+    assert torch.equal(made, want)
+
+
 def test_a_streamer_is_given_every_token_once(pair):
     target, draft = pair
     recorder = Recorder()

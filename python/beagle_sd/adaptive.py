@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from beagle_sd.calibration import Costs, choose_shape
+from beagle_sd.calibration import Costs
 from beagle_sd.generate import TreeShape
 
 PLAIN = TreeShape(1, 1, 1)
@@ -37,22 +37,22 @@ class AdaptiveTree:
                            for name in ("depth", "branch", "num_nodes")))
 
     @property
-    def tokens_per_round(self) -> dict[TreeShape, float]:
-        """What each shape is expected to give in this text."""
+    def best(self) -> tuple[TreeShape, float]:
+        """The shape expected to decode this text fastest, and its speedup over plain decoding."""
         ratio = self.accepted / self.expected
-        return {shape: 1.0 + ratio * (tokens - 1.0) for shape, tokens in self.measured.items()}
+        gains = {shape: self.costs.speedup(shape, 1.0 + ratio * (tokens - 1.0))
+                 for shape, tokens in self.measured.items()}
+        shape = max(gains, key=lambda shape: gains[shape])
+        return shape, gains[shape]
 
     def choose(self) -> TreeShape:
         """The next round's shape."""
-        expected = self.tokens_per_round
-        best = choose_shape(self.costs, expected)
-        if best.num_nodes > 1:
+        shape, gain = self.best
+        if gain > 1.0:
             self.plain_rounds = 0
-            return best
+            return shape
         self.plain_rounds += 1
-        if self.plain_rounds % self.probe:
-            return PLAIN
-        return max(expected, key=lambda shape: self.costs.speedup(shape, expected[shape]))
+        return PLAIN if self.plain_rounds % self.probe else shape
 
     def learn(self, shape: TreeShape, accepted: float) -> None:
         """A round with `shape` accepted so many drafted tokens a row."""

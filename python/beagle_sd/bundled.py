@@ -46,9 +46,8 @@ def load_target(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     path = smollm2.converted() if str(name) == smollm2.NAME else name
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    torch.nn.Module.to(model, device)
-    return model.eval(), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers' wrapper hides the signature
 
 
 def load_draft(folder: str | Path, target: PreTrainedModel) -> BeagleDraft:

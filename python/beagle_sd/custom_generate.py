@@ -87,7 +87,7 @@ def custom_generate(
             branch=branch,
             num_nodes=num_nodes,
             adaptive=adaptive,
-            eos_token_id=generation_config.eos_token_id or [],
+            eos_token_id=[] if generation_config.eos_token_id is None else generation_config.eos_token_id,
             pad_token_id=generation_config.pad_token_id,
             streamer=streamer,
             stopping_criteria=[c for c in stopping_criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)],

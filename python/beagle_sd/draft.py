@@ -191,8 +191,8 @@ class BeagleDraft(PreTrainedModel):
         if draft_vocab is not None:
             _check_draft_vocab(draft_vocab, target.config.vocab_size)
             overrides["draft_vocab_size"] = len(draft_vocab)
-        draft: BeagleDraft = cls(BeagleConfig.of_target(target.config, **overrides))
-        nn.Module.to(draft, target.device)
+        draft = cls(BeagleConfig.of_target(target.config, **overrides))
+        draft.to(target.device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
         if draft.draft_vocab is not None and draft_vocab is not None:
             draft.draft_vocab.copy_(draft_vocab)
         if draft.config.norm_output and (weight := _final_norm(target)) is not None:

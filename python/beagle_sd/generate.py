@@ -113,10 +113,9 @@ def generate(
     input_ids [B, T] int64, padded on either side with attention_mask [B, T]; draft None decodes plainly, with the
     same sampler. temperature 0 is greedy. An int seed s means s + b for row b, a tensor [B] is taken as it is.
     depth, branch, num_nodes shape the tree (see TreeShape; None: the device's default), or adaptive chooses each
-    round's. eos_token_id None takes
-    the target's generation config's; an empty list never stops early. streamer (one row only) is given the prompt,
-    then each round's tokens. stopping_criteria are asked after each token, with one unpadded row [1, length] and no
-    scores: a row ends with the first token at which one says so.
+    round's. eos_token_id None takes the target's generation config's; an empty list never stops early. streamer (one
+    row only) is given the prompt, then each round's tokens. stopping_criteria are asked after each token, with one
+    unpadded row [1, length] and no scores: a row ends with the first token at which one says so.
 
     Raises ValueError for bad arguments and for targets or drafts that do not fit, RuntimeError where the target
     gives a row no finite logit. Paper: section 3.4; DESIGN: section 4.
@@ -269,10 +268,10 @@ class _Loop:
     def _until_stopped(self, number: int, run: list[int]) -> list[int]:
         """The run up to the first token after which a criterion ends row `number`."""
         prompt = self.prompts[number, : self.prompt_lengths[number]]
-        before = torch.cat([prompt, prompt.new_tensor(self.emitted[number])])
+        text = torch.cat([prompt, prompt.new_tensor(self.emitted[number] + run)])[None]
         for count in range(1, len(run) + 1):
-            text = torch.cat([before, before.new_tensor(run[:count])])[None]
-            if any(bool(torch.as_tensor(criterion(text, None)).all()) for criterion in self.stopping_criteria):
+            text_so_far = text[:, : text.shape[1] - len(run) + count]
+            if any(bool(torch.as_tensor(criterion(text_so_far, None)).all()) for criterion in self.stopping_criteria):
                 self.stopped[number] = True
                 return run[:count]
         return run

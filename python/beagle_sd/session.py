@@ -89,10 +89,9 @@ def _tree(console: Console, target, draft, folder: Path, shape) -> TreeShape | A
     if not measured:
         return TreeShape.default(target.device)
     tree = AdaptiveTree(measure_costs(target, draft, list(measured)), measured)
-    expected = {shape: tree.costs.speedup(shape, tokens) for shape, tokens in measured.items()}
-    best = max(expected, key=lambda shape: expected[shape])
-    told = f"{best.num_nodes} nodes, depth {best.depth}, branch {best.branch}: {expected[best]:.2f}x plain decoding"
-    starts = "plain decoding, with a try now and then" if expected[best] <= 1.0 else "that"
+    best, gain = tree.best
+    told = f"{best.num_nodes} nodes, depth {best.depth}, branch {best.branch}: {gain:.2f}x plain decoding"
+    starts = "that" if gain > 1.0 else "plain decoding, with a try now and then"
     console.print(f"[dim]from measured costs and the draft's usual acceptance, the best tree is {told}; starting with "
                   f"{starts}, then as this text accepts[/]", highlight=False)
     return tree
