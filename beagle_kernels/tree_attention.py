@@ -55,7 +55,7 @@ def tree_attention(
     return torch.ops.beagle.tree_attention(q, k, v, lengths, mask, block_table, scale, backend)
 
 
-@torch.library.custom_op("beagle::tree_attention", mutates_args=())
+@backends.operator("tree_attention")
 def _op(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Tensor, block_table: Tensor | None, scale: float,
     backend: str = "auto",

@@ -31,7 +31,7 @@ def random_trees(batch: int, nodes: int) -> torch.Tensor:
     return (padded << torch.arange(64)).sum(-1)
 
 
-@pytest.mark.parametrize("name", ["beagle", "sdpa mask", "sdpa folded"])
+@pytest.mark.parametrize("name", ["beagle", "sdpa mask", "sdpa mask built", "sdpa folded"])
 @pytest.mark.parametrize("size, shape", [(size, shape) for size in SHAPES for shape in SHAPES[size]], ids=str)
 def test_tree_attention(benchmark, size, shape, name):
     device, (batch, nodes, prefix, hq, hkv, d, dtype) = device_for(size), shape
@@ -47,9 +47,13 @@ def test_tree_attention(benchmark, size, shape, name):
         for _ in range(2)
     ]
 
-    def sdpa(q, k, v):
+    def sdpa(q, k, v, seen=visible):
         q = q.transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+
+    def built(q, k, v):
+        """What a caller pays each round: the mask changes with the tree and the lengths."""
+        return sdpa(q, k, v, visible_slots(prefix + nodes, lengths, mask)[:, None])
 
     folded_mask = visible.repeat(1, 1, hq // hkv, 1)
 
@@ -63,7 +67,7 @@ def test_tree_attention(benchmark, size, shape, name):
         return tree_attention(q, k, v, lengths, mask)
 
     atol = 2e-2 if dtype != torch.float32 else 1e-4
-    peers = {"beagle": beagle, "sdpa mask": sdpa, "sdpa folded": folded}
+    peers = {"beagle": beagle, "sdpa mask": sdpa, "sdpa mask built": built, "sdpa folded": folded}
     torch.testing.assert_close(peers[name](*inputs[0]), folded(*inputs[0]), atol=atol, rtol=0)
     torch.testing.assert_close(beagle(*inputs[0]), folded(*inputs[0]), atol=atol, rtol=0)
     benchmark.group = f"tree_attention {batch} x {nodes} nodes, {prefix} keys, {hq}/{hkv} x {d} {dtype}"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from beagle_kernels.reference.tree_attention import visible_slots
 from beagle_kernels.tree_attention import tree_attention
 
 BACKENDS = ["reference", "cpu"]
@@ -105,6 +106,33 @@ def test_paged(backend):
     pages = paged(k, page, 2, order), paged(v, page, 2, order)
     got = tree_attention(q, *pages, lengths, mask, block_table=table, backend=backend)
     torch.testing.assert_close(got, literal(q, k, v, lengths, bits))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "nodes, hq, hkv, d", [(1, 3, 3, 64), (5, 4, 2, 40), (9, 6, 2, 64), (70, 8, 1, 128), (600, 4, 2, 16)]
+)
+def test_cpu_error_near_eager(nodes, hq, hkv, d, dtype, threads):
+    """Few rows and many, keys split over threads, pages read in place; against float64 at most twice eager's error."""
+    (q, k, v, lengths, mask), bits = case(nodes=nodes, hq=hq, hkv=hkv, d=d, prefix=(0, 300, 1500), dtype=dtype)
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % 64)) for x in (k, v))
+    want = tree_attention(q.double(), k.double(), v.double(), lengths, mask, backend="reference")
+    visible = visible_slots(k.shape[2], lengths, mask)[:, None]
+    unseen = ~visible.any(2)[..., None]
+    part = q.transpose(1, 2), k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
+    eager = torch.nn.functional.scaled_dot_product_attention(*part, attn_mask=visible, enable_gqa=True).transpose(1, 2)
+    order = torch.randperm(3 * k.shape[2] // 64, generator=torch.Generator().manual_seed(1))
+    pages, before = [paged(x, 64, 1, order) for x in (k, v)], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = tree_attention(q, k, v, lengths, mask, backend="cpu")
+        again = tree_attention(q, *pages, lengths, mask, block_table=order.view(3, -1).int(), backend="cpu")
+    finally:
+        torch.set_num_threads(before)
+    error, allowed = ((x.double() - want).norm() / want.norm() for x in (got, eager))
+    assert error <= 2 * max(allowed, torch.finfo(dtype).eps / 4)
+    assert torch.equal(got, again)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

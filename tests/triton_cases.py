@@ -66,7 +66,7 @@ def check_block_attention(device: str, dtype: torch.dtype, cases=BLOCK_CASES) ->
         what = f"{dtype} {(window, offsets, lengths, rows, hq, hkv, d, sharp)}"
         gen = torch.Generator().manual_seed(rows)
         offset = torch.tensor(offsets, dtype=torch.int32, device=device)
-        cu = None if lengths is None else packed(lengths).to(device)
+        cu = None if lengths is None else torch.stack([packed(lengths), packed(lengths) * 0], 1)[:, 0].to(device)
         leaves = [
             random((rows, heads, d), dtype, device, gen, scale).requires_grad_()
             for heads, scale in ((hq, sharp), (hkv, 1), (hkv, 1))
@@ -166,7 +166,8 @@ def check_tree_attention(device: str, dtype: torch.dtype, cases=TREE_CASES) -> i
         what, page = f"{dtype} {(n, hq, hkv, d)}", 16
         args, _ = tree_case(nodes=n, hq=hq, hkv=hkv, d=d, prefix=(0, 63, longest), slack=page, dtype=dtype)
         q, k, v, lengths, mask = (x.to(device) for x in args)
-        got = tree_attention(q, k, v, lengths, mask, backend="triton")
+        spread = torch.stack([lengths, lengths * 0], 1)[:, 0]
+        got = tree_attention(q, k, v, spread, mask, backend="triton")
         exact = eager_tree(q.double(), k.double(), v.double(), lengths, mask)
         close_as_eager(got, eager_tree(q, k, v, lengths, mask), exact, 2, what)
         slots = k.shape[2] // page * page

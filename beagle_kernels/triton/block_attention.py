@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import implementation
+from ..extension import contiguous
 from .configs import Config, architecture, choose, tune
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -314,7 +315,7 @@ def block_attention(
         return out.zero_(), lse.fill_(float("-inf"))
     sizes = q.shape[0], num_seqs, window, scale
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
-    args = q, k, v, offset.contiguous(), cu_seqlens, out, lse, *sizes, *strides
+    args = q, k, v, offset.contiguous(), contiguous(cu_seqlens), out, lse, *sizes, *strides
     _launch(forward_kernel, "block_forward", q.shape[1], q, args, _shape(q, k, cu_seqlens))
     return out, lse
 
@@ -329,7 +330,8 @@ def block_attention_backward(
     grads = [x.new_empty(x.shape) for x in (q, k, v)]
     if q.numel() == 0 or num_seqs == 0:
         return tuple(grad.zero_() for grad in grads)
-    delta, offset, constants = torch.empty_like(lse), offset.contiguous(), _shape(q, k, cu_seqlens)
+    delta, constants = torch.empty_like(lse), _shape(q, k, cu_seqlens)
+    offset, cu_seqlens = offset.contiguous(), contiguous(cu_seqlens)
     sizes = q.shape[0], num_seqs, window, scale
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:2]
     lse_strides = (0, 0) if grad_lse is None else grad_lse.stride()

@@ -22,16 +22,16 @@ class Config(NamedTuple):
 TABLE: dict[str, dict[int, dict[int, Config]]] = {
     "block_forward": {
         80: {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 3), 256: Config(64, 64, 8, 2)},
-        90: {64: Config(128, 128, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 64, 8, 2)},
+        90: {64: Config(128, 128, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
     },
     "block_dq": {
         80: {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
-        90: {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 4, 2)},
+        90: {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)},
     },
     # block_m counts keys here, block_n query rows.
     "block_dkv": {
         80: {64: Config(128, 32, 8, 3), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 4, 1)},
-        90: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
+        90: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(64, 16, 8, 2)},
     },
     # block_m is the most rows a tile takes: fewer queries take a smaller one.
     "tree": {

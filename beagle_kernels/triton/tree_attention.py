@@ -169,7 +169,8 @@ def tree_attention(
     part_lse = q.new_empty(*q.shape[:3], splits, dtype=torch.float32)
     if block_table is not None and block_table.stride(1) != 1:
         block_table = block_table.contiguous()
-    args = q, k, v, lengths.contiguous(), mask, block_table, part, part_lse, nodes, slots, k.shape[0], k.shape[2], scale
+    lengths = lengths.contiguous()
+    args = q, k, v, lengths, mask, block_table, part, part_lse, nodes, slots, k.shape[0], k.shape[2], scale
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride()
     constants = dict(HQ=heads, D=width, BLOCK_D=wide, SPLITS=splits)
     with torch.cuda.device_of(q):

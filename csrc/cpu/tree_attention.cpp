@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "executor.h"
@@ -11,29 +12,36 @@
 namespace beagle::cpu {
 namespace {
 
-constexpr int kLanes = 16, kKeys = 32, kRows = 32;
+constexpr int kLanes = 16, kKeys = 64, kRows = 32;
 // From this many rows on, a vector holds one key's scores for 16 rows instead of 16 numbers of one row.
-constexpr int kAcross = 8;
+constexpr int kAcross = 10;
+// Tiles of rows that one task takes through each tile of keys; keys below which a further split costs more than it saves.
+constexpr int64_t kMostTiles = 8, kLeastKeys = 256;
 constexpr float kLog2E = 1.442695040888963f;
 
 // Unaligned, and free to alias floats; the compiler maps it to what the machine has.
 typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Lanes __attribute__((vector_size(4 * kLanes)));
 
-template <int kHalf>
-inline __attribute__((always_inline)) Vec fold(Vec x) {
+// Of two vectors, each of sums in runs of 2 kRun lanes: one vector of the same sums in runs of kRun, theirs in turns.
+template <int kRun>
+inline __attribute__((always_inline)) Vec fold(Vec a, Vec b) {
 #if defined(__clang__)
-  Vec other;
-  for (int i = 0; i < kLanes; ++i) other[i] = x[(i + kHalf) % kLanes];
-  return x + other;
+  Vec out;
+  for (int i = 0; i < kLanes; ++i) {
+    const int from = i / kRun / 2 * 2 * kRun + i % kRun;
+    out[i] = i / kRun % 2 ? b[from] + b[from + kRun] : a[from] + a[from + kRun];
+  }
+  return out;
 #else
-  Lanes from;
-  for (int i = 0; i < kLanes; ++i) from[i] = (i + kHalf) % kLanes;
-  return x + __builtin_shuffle(x, from);
+  Lanes low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / kRun / 2 * 2 * kRun + i % kRun + i / kRun % 2 * kLanes;
+    high[i] = low[i] + kRun;
+  }
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
 #endif
 }
-
-inline __attribute__((always_inline)) float total(Vec x) { return fold<1>(fold<2>(fold<4>(fold<8>(x))))[0]; }
 
 // 2^x for x <= 0, to fp32's last bit or two; below -126 it is 0.
 inline __attribute__((always_inline)) float exp2_of(float x) {
@@ -52,148 +60,186 @@ inline __attribute__((always_inline)) float exp2_of(float x) {
   return x < -126.0f ? 0.0f : scaled;
 }
 
-// The rows of one tile of queries, and one tile of keys and values, in fp32 and padded to whole vectors. `query` is
-// [rows][padded], or [padded][kRows] for tiles that go across rows; `score` is [keys] of a row, or [keys][kRows].
-struct Scratch {
-  explicit Scratch(int64_t padded)
-      : query(kRows * padded), sum(kRows * padded), key(kKeys * padded), value(kKeys * padded) {}
-  std::vector<float> query, sum, key, value;
-  float top[kRows], mass[kRows], keep[kRows], score[kKeys * kRows];
+inline __attribute__((always_inline)) Vec& at(float* place) { return *reinterpret_cast<Vec*>(place); }
+inline __attribute__((always_inline)) const Vec& at(const float* place) { return *reinterpret_cast<const Vec*>(place); }
+
+// A tile of queries and what its rows have summed so far. `query` is [rows][padded], or [padded][kRows] where scores
+// are computed across rows; `sum` is [rows][padded].
+struct Queries {
+  std::vector<float> query, sum;
+  float top[kRows], mass[kRows];
+  int64_t first;
+  int rows;
+  bool across;
 };
 
-inline __attribute__((always_inline)) Vec& at(float* place) { return *reinterpret_cast<Vec*>(place); }
+// A tile of keys and values in fp32, zeros past `count` up to a multiple of 16.
+struct Keys {
+  const float *key, *value;
+  int64_t key_stride, value_stride;
+  int count;
+  int padded_count() const { return (count + kLanes - 1) / kLanes * kLanes; }
+};
+
+// `score` is [kRows][kKeys], or [kKeys][kRows] where it is computed across rows.
+struct Scratch {
+  explicit Scratch(int64_t padded) : padded(padded), key(kKeys * padded), value(kKeys * padded) {}
+  int64_t padded;
+  std::vector<float> key, value;
+  float score[kKeys * kRows] = {}, keep[kRows] = {};
+  std::vector<Queries> tiles;
+};
 
 template <class T>
 inline __attribute__((always_inline)) void widen(const T* from, float* to, int64_t width, float scale) {
   for (int64_t d = 0; d < width; ++d) to[d] = to_float(from[d]) * scale;
 }
 
-// Scores of keys j .. j + 3 for one query row.
-inline __attribute__((always_inline)) void dots(const float* query, const float* key, int64_t padded, float* score) {
-  Vec sum[4] = {};
+// Scores of 16 keys for one query row.
+inline __attribute__((always_inline)) Vec dots(const float* query, const float* key, int64_t stride, int64_t padded) {
+  Vec sum[kLanes] = {};
   for (int64_t d = 0; d < padded; d += kLanes) {
-    const Vec q = *reinterpret_cast<const Vec*>(query + d);
-    for (int j = 0; j < 4; ++j) sum[j] += q * *reinterpret_cast<const Vec*>(key + j * padded + d);
+    const Vec q = at(query + d);
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) sum[j] += q * at(key + j * stride + d);
   }
-  for (int j = 0; j < 4; ++j) score[j] = total(sum[j]);
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) sum[j] = fold<8>(sum[j], sum[j + 8]);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) sum[j] = fold<4>(sum[j], sum[j + 4]);
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) sum[j] = fold<2>(sum[j], sum[j + 2]);
+  return fold<1>(sum[0], sum[1]);
 }
 
-// Adds a tile's keys to one query row by the online softmax; bit j of `seen` is key j.
-inline __attribute__((always_inline)) void add_tile(Scratch& s, int row, uint32_t seen, int64_t padded) {
-  for (int j = 0; j < kKeys; j += 4)
-    if (seen >> j & 15) dots(&s.query[row * padded], &s.key[j * padded], padded, s.score + j);
-  float top = s.top[row];
-  for (int j = 0; j < kKeys; ++j) {
-    s.score[j] = seen >> j & 1 ? s.score[j] : -kInf;
-    top = s.score[j] > top ? s.score[j] : top;
+// Scores of kCount keys for 16 kVecs rows: the queries lie by columns, so that nothing is summed across a vector.
+template <int kCount, int kVecs>
+inline __attribute__((always_inline)) void dots_across(const float* query, const float* key, int64_t stride,
+                                                       int64_t width, float* score) {
+  Vec sum[kCount][kVecs] = {};
+  for (int64_t d = 0; d < width; ++d) {
+    Vec q[kVecs];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) q[v] = at(query + d * kRows + v * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) sum[i][v] += key[i * stride + d] * q[v];
   }
-  if (top == -kInf) return;
-  const float keep = s.top[row] == -kInf ? 0.0f : exp2_of(s.top[row] - top);
-  float mass = 0.0f;
-  for (int j = 0; j < kKeys; ++j) s.score[j] = exp2_of(s.score[j] - top);
-  for (int j = 0; j < kKeys; ++j) mass += s.score[j];
-  for (int64_t d = 0; d < padded; d += kLanes) {
-    Vec* sum = reinterpret_cast<Vec*>(&s.sum[row * padded + d]);
-    Vec even = *sum * keep, odd = {};
-    for (int j = 0; j < kKeys; j += 2) {
-      even += s.score[j] * *reinterpret_cast<const Vec*>(&s.value[j * padded + d]);
-      odd += s.score[j + 1] * *reinterpret_cast<const Vec*>(&s.value[(j + 1) * padded + d]);
-    }
-    *sum = even + odd;
-  }
-  s.mass[row] = s.mass[row] * keep + mass;
-  s.top[row] = top;
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) at(score + i * kRows + v * kLanes) = sum[i][v];
 }
 
-// Scores of keys j .. j + 3 for 32 rows: the queries lie by columns, so that nothing is summed across a vector.
-inline __attribute__((always_inline)) void dots_across(Scratch& s, int j, int64_t padded) {
-  Vec sum[4][2] = {};
-  for (int64_t d = 0; d < padded; ++d) {
-    const Vec low = at(&s.query[d * kRows]), high = at(&s.query[d * kRows + kLanes]);
-    for (int i = 0; i < 4; ++i) {
-      const float key = s.key[(j + i) * padded + d];
-      sum[i][0] += key * low;
-      sum[i][1] += key * high;
-    }
-  }
-  for (int i = 0; i < 4; ++i)
-    for (int half = 0; half < 2; ++half) at(&s.score[(j + i) * kRows + half * kLanes]) = sum[i][half];
-}
-
-// The same for the first 16 rows of a tile that has no more, of keys j .. j + 7.
-inline __attribute__((always_inline)) void dots_half(Scratch& s, int j, int64_t padded) {
-  Vec sum[8] = {};
-  for (int64_t d = 0; d < padded; ++d) {
-    const Vec low = at(&s.query[d * kRows]);
-    for (int i = 0; i < 8; ++i) sum[i] += s.key[(j + i) * padded + d] * low;
-  }
-  for (int i = 0; i < 8; ++i) at(&s.score[(j + i) * kRows]) = sum[i];
-}
-
-// Adds a tile's values to rows r .. r + 3, 32 numbers a row at once; a value is loaded once for the four.
-template <int kVecs>
-inline __attribute__((always_inline)) void add_values(Scratch& s, int r, int64_t d, int64_t padded) {
-  Vec sum[4][kVecs];
-  for (int i = 0; i < 4; ++i)
-    for (int v = 0; v < kVecs; ++v) sum[i][v] = at(&s.sum[(r + i) * padded + d + v * kLanes]) * s.keep[r + i];
-  for (int j = 0; j < kKeys; ++j) {
+// Adds a tile's values to kCount rows, 16 kVecs numbers a row; a value is loaded once for all of them.
+template <int kCount, int kVecs>
+inline __attribute__((always_inline)) void add_values(float* sum, const float* keep, const float* score,
+                                                      int64_t row_stride, int64_t key_stride, const Keys& keys,
+                                                      int64_t d, int64_t padded) {
+  Vec total[kCount][kVecs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) total[i][v] = at(sum + i * padded + d + v * kLanes) * keep[i];
+  for (int j = 0; j < keys.count; ++j) {
     Vec value[kVecs];
-    for (int v = 0; v < kVecs; ++v) value[v] = at(&s.value[j * padded + d + v * kLanes]);
-    for (int i = 0; i < 4; ++i)
-      for (int v = 0; v < kVecs; ++v) sum[i][v] += s.score[j * kRows + r + i] * value[v];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) value[v] = at(keys.value + j * keys.value_stride + d + v * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) total[i][v] += score[j * key_stride + i * row_stride] * value[v];
   }
-  for (int i = 0; i < 4; ++i)
-    for (int v = 0; v < kVecs; ++v) at(&s.sum[(r + i) * padded + d + v * kLanes]) = sum[i][v];
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) at(sum + i * padded + d + v * kLanes) = total[i][v];
 }
 
-// Adds a tile's keys to all rows by the online softmax, 16 rows a vector; bit j of seen[r] is key j for row r.
+template <int kCount, int kVecs>
+inline __attribute__((always_inline)) void add_all_values(Queries& q, Scratch& s, int r, int64_t row_stride,
+                                                          int64_t key_stride, const Keys& keys) {
+  float* sum = &q.sum[r * s.padded];
+  const float* score = s.score + r * row_stride;
+  int64_t d = 0;
+  for (; d + kVecs * kLanes <= s.padded; d += kVecs * kLanes)
+    add_values<kCount, kVecs>(sum, s.keep + r, score, row_stride, key_stride, keys, d, s.padded);
+  for (; d < s.padded; d += kLanes)
+    add_values<kCount, 1>(sum, s.keep + r, score, row_stride, key_stride, keys, d, s.padded);
+}
+
+// Adds a tile's keys to few query rows by the online softmax, one row after the other; bit j of seen[r] is key j.
+inline __attribute__((always_inline)) void add_tile(Queries& q, Scratch& s, const uint64_t* seen, const Keys& keys) {
+  const int count = keys.padded_count();
+  for (int r = 0; r < q.rows; ++r) {
+    float* score = s.score + r * kKeys;
+    for (int j = 0; j < count; j += kLanes)
+      at(score + j) = dots(&q.query[r * s.padded], keys.key + j * keys.key_stride, keys.key_stride, s.padded);
+    if (seen[r] != ~0ull)
+      for (int j = 0; j < count; ++j) score[j] = seen[r] >> j & 1 ? score[j] : -kInf;
+    float top = q.top[r], mass = 0.0f;
+    for (int j = 0; j < count; ++j) top = score[j] > top ? score[j] : top;
+    // a row that has seen no key yet: its scores stay 2^-inf = 0 against any finite pivot
+    const float pivot = top == -kInf ? 0.0f : top;
+    for (int j = 0; j < count; ++j) score[j] = exp2_of(score[j] - pivot);
+    for (int j = 0; j < count; ++j) mass += score[j];
+    s.keep[r] = exp2_of(q.top[r] - pivot);
+    q.mass[r] = q.mass[r] * s.keep[r] + mass;
+    q.top[r] = top;
+  }
+  int r = 0;
+  for (; r + 1 < q.rows; r += 4) add_all_values<4, 4>(q, s, r, kKeys, 1, keys);
+  if (r < q.rows) add_all_values<1, 4>(q, s, r, kKeys, 1, keys);
+}
+
+// The same for many rows, 16 a vector.
 template <int kWide>
-inline __attribute__((always_inline)) void add_tile_across(Scratch& s, int rows, const uint32_t* seen, bool whole,
-                                                           int64_t padded) {
-  if (kWide == kRows)
-    for (int j = 0; j < kKeys; j += 4) dots_across(s, j, padded);
-  else
-    for (int j = 0; j < kKeys; j += 8) dots_half(s, j, padded);
-  if (!whole)
-    for (int j = 0; j < kKeys; ++j)
-      for (int r = 0; r < kWide; ++r) s.score[j * kRows + r] = seen[r] >> j & 1 ? s.score[j * kRows + r] : -kInf;
+inline __attribute__((always_inline)) void add_tile_across(Queries& q, Scratch& s, const uint64_t* seen, bool whole,
+                                                           int64_t width, const Keys& keys) {
+  constexpr int kVecs = kWide / kLanes, kStep = 16 / kVecs;
+  const int count = keys.padded_count();
+  for (int j = 0; j < count; j += kStep)
+    dots_across<kStep, kVecs>(q.query.data(), keys.key + j * keys.key_stride, keys.key_stride, width,
+                              s.score + j * kRows);
+  for (int half = 0; half < 64 && !whole; half += 32) {
+    uint32_t part[kWide];
+    for (int r = 0; r < kWide; ++r) part[r] = uint32_t(seen[r] >> half);
+    for (int j = half; j < std::min(count, half + 32); ++j)
+      for (int r = 0; r < kWide; ++r) s.score[j * kRows + r] = part[r] >> (j - half) & 1 ? s.score[j * kRows + r] : -kInf;
+  }
   float top[kWide], mass[kWide] = {};
-  for (int r = 0; r < kWide; ++r) top[r] = s.top[r];
-  for (int j = 0; j < kKeys; ++j)
+  for (int r = 0; r < kWide; ++r) top[r] = q.top[r];
+  for (int j = 0; j < count; ++j)
     for (int r = 0; r < kWide; ++r) top[r] = s.score[j * kRows + r] > top[r] ? s.score[j * kRows + r] : top[r];
   for (int r = 0; r < kWide; ++r) {
-    // a row that has seen no key yet: its scores stay 2^-inf = 0 against any finite pivot
     const float pivot = top[r] == -kInf ? 0.0f : top[r];
-    s.keep[r] = exp2_of(s.top[r] - pivot);
-    s.top[r] = top[r];
+    s.keep[r] = exp2_of(q.top[r] - pivot);
+    q.top[r] = top[r];
     top[r] = pivot;
   }
-  for (int j = 0; j < kKeys; ++j)
+  for (int j = 0; j < count; ++j)
     for (int r = 0; r < kWide; ++r) {
       const float p = exp2_of(s.score[j * kRows + r] - top[r]);
       s.score[j * kRows + r] = p;
       mass[r] += p;
     }
-  for (int r = 0; r < kWide; ++r) s.mass[r] = s.mass[r] * s.keep[r] + mass[r];
-  for (int r = 0; r < rows; r += 4) {
-    int64_t d = 0;
-    for (; d + 2 * kLanes <= padded; d += 2 * kLanes) add_values<2>(s, r, d, padded);
-    if (d < padded) add_values<1>(s, r, d, padded);
-  }
+  for (int r = 0; r < kWide; ++r) q.mass[r] = q.mass[r] * s.keep[r] + mass[r];
+  for (int r = 0; r < q.rows; r += 8) add_all_values<8, 2>(q, s, r, 1, kRows, keys);
 }
 
-// Slots slot .. slot + 31, of which there are `count`, as node n of row b sees them.
-inline __attribute__((always_inline)) uint32_t visible(const TreeAttention& op, int64_t b, int64_t n, int64_t slot,
+// Slots slot .. slot + 63, of which there are `count`, as node n of row b sees them.
+inline __attribute__((always_inline)) uint64_t visible(const TreeAttention& op, int64_t b, int64_t n, int64_t slot,
                                                        int count) {
-  const uint32_t there = ~0u >> (32 - count);
+  const uint64_t there = ~0ull >> (64 - count);
   const int64_t first = slot - std::max<int64_t>(op.lengths[b], 0), word = first >> 6;
-  if (first <= -32 || word >= op.words) return first < 0 ? there : 0;
+  if (first <= -64 || word >= op.words) return first < 0 ? there : 0;
   const int64_t* words = op.mask + (b * op.nodes + n) * op.words;
-  if (first < 0) return there & (~(~0u << -first) | uint32_t(uint64_t(words[0]) << -first));
   const int shift = int(first & 63);
+  if (first < 0) return there & (~(~0ull << -first) | uint64_t(words[0]) << -first);
   uint64_t bits = uint64_t(words[word]) >> shift;
-  if (shift > 32 && word + 1 < op.words) bits |= uint64_t(words[word + 1]) << (64 - shift);
-  return there & uint32_t(bits);
+  if (shift && word + 1 < op.words) bits |= uint64_t(words[word + 1]) << (64 - shift);
+  return there & bits;
 }
 
 template <class T>
@@ -211,49 +257,79 @@ struct Plane {
   }
 };
 
+// The tile of queries of key head h that starts at row `first` of [nodes, group].
 template <class T>
-void attend(const TreeAttention& op, int64_t b, int64_t h, int64_t first, int rows, Scratch& s) {
-  const int64_t group = op.heads / op.kv_heads, padded = int64_t(s.query.size()) / kRows;
+inline __attribute__((always_inline)) void load_queries(const TreeAttention& op, int64_t b, int64_t h, int64_t padded,
+                                                        Queries& q) {
+  const int64_t group = op.heads / op.kv_heads;
+  q.across = q.rows >= kAcross;
+  q.query.assign((q.across ? kRows : q.rows) * padded, 0.0f);
+  q.sum.assign(kRows * padded, 0.0f);
+  for (int r = 0; r < q.rows; ++r) {
+    const int64_t n = (q.first + r) / group, head = h * group + (q.first + r) % group;
+    const T* from = static_cast<const T*>(op.q) + b * op.q_batch + n * op.q_node + head * op.q_head;
+    const float scale = op.scale * kLog2E;
+    if (q.across)
+      for (int64_t d = 0; d < op.width; ++d) q.query[d * kRows + r] = to_float(from[d]) * scale;
+    else
+      widen(from, &q.query[r * padded], op.width, scale);
+  }
+  std::fill_n(q.top, kRows, -kInf);
+  std::fill_n(q.mass, kRows, 0.0f);
+}
+
+// Slots slot .. slot + count - 1; read where they lie if that gives what a copy gives.
+template <class T>
+inline __attribute__((always_inline)) Keys load_keys(const TreeAttention& op, int64_t b, int64_t h, int64_t slot,
+                                                     int count, uint64_t any, Scratch& s) {
   const Plane<T> keys{static_cast<const T*>(op.k), op.k_batch, op.k_head, op.k_slot};
   const Plane<T> values{static_cast<const T*>(op.v), op.v_batch, op.v_head, op.v_slot};
-  const bool across = rows >= kAcross;
-  const float scale = op.scale * kLog2E;
-  for (int r = 0; r < rows; ++r) {
-    const int64_t n = (first + r) / group, head = h * group + (first + r) % group;
-    const T* q = static_cast<const T*>(op.q) + b * op.q_batch + n * op.q_node + head * op.q_head;
-    if (across)
-      for (int64_t d = 0; d < op.width; ++d) s.query[d * kRows + r] = to_float(q[d]) * scale;
-    else
-      widen(q, &s.query[r * padded], op.width, scale);
+  if constexpr (std::is_same_v<T, float>)
+    if (any == ~0ull && s.padded == op.width && (!op.table || op.slots % kKeys == 0))
+      return {keys.at(op, b, h, slot), values.at(op, b, h, slot), op.k_slot, op.v_slot, count};
+  const Keys tile{s.key.data(), s.value.data(), s.padded, s.padded, count};
+  for (int j = 0; j < tile.padded_count(); ++j) {
+    // a slot that nobody sees may hold anything, NaN included, and its page id may be anything
+    if (any >> j & 1) {
+      widen(keys.at(op, b, h, slot + j), &s.key[j * s.padded], op.width, 1.0f);
+      widen(values.at(op, b, h, slot + j), &s.value[j * s.padded], op.width, 1.0f);
+    } else {
+      std::fill_n(&s.key[j * s.padded], s.padded, 0.0f);
+      std::fill_n(&s.value[j * s.padded], s.padded, 0.0f);
+    }
   }
-  std::fill_n(s.top, kRows, -kInf);
-  std::fill_n(s.mass, kRows, 0.0f);
-  const int64_t all = op.table ? op.slots * op.table_width : op.slots;
+  return tile;
+}
+
+// Part `split` of the keys for all tiles of queries in the scratch.
+template <class T>
+BEAGLE_CLONES void attend(const TreeAttention& op, int64_t b, int64_t h, int64_t split, int64_t splits, Scratch& s) {
+  for (Queries& q : s.tiles) load_queries<T>(op, b, h, s.padded, q);
+  const int64_t group = op.heads / op.kv_heads, all = op.table ? op.slots * op.table_width : op.slots;
   const int64_t length = std::max<int64_t>(op.lengths[b], 0), end = std::min(all, length + 64 * op.words);
-  for (int64_t slot = 0; slot < end; slot += kKeys) {
+  const int64_t key_tiles = (end + kKeys - 1) / kKeys;
+  for (int64_t i = key_tiles * split / splits; i < key_tiles * (split + 1) / splits; ++i) {
+    const int64_t slot = i * kKeys;
     const int count = int(std::min<int64_t>(kKeys, end - slot));
     const bool whole = slot + kKeys <= length && count == kKeys;
-    uint32_t seen[kRows] = {}, any = 0;
-    for (int r = 0; r < rows; ++r) {
-      seen[r] = whole ? ~0u : visible(op, b, (first + r) / group, slot, count);
-      any |= seen[r];
-    }
-    if (!any) continue;
-    for (int j = 0; j < kKeys; ++j) {
-      // a slot that nobody sees may hold anything, NaN included, and its page id may be anything
-      if (any >> j & 1) {
-        widen(keys.at(op, b, h, slot + j), &s.key[j * padded], op.width, 1.0f);
-        widen(values.at(op, b, h, slot + j), &s.value[j * padded], op.width, 1.0f);
-      } else {
-        std::fill_n(&s.key[j * padded], padded, 0.0f);
-        std::fill_n(&s.value[j * padded], padded, 0.0f);
+    uint64_t seen[kMostTiles][kRows] = {}, any = whole ? ~0ull : 0;
+    for (size_t t = 0; t < s.tiles.size(); ++t)
+      for (int r = 0; r < s.tiles[t].rows; ++r) {
+        const int64_t row = s.tiles[t].first + r;
+        seen[t][r] = whole ? ~0ull : r && row % group ? seen[t][r - 1] : visible(op, b, row / group, slot, count);
+        any |= seen[t][r];
       }
+    if (!any) continue;
+    const Keys keys = load_keys<T>(op, b, h, slot, 64 - __builtin_clzll(any), any, s);
+    for (size_t t = 0; t < s.tiles.size(); ++t) {
+      Queries& q = s.tiles[t];
+      if (!q.across)
+        add_tile(q, s, seen[t], keys);
+      else if (q.rows > kLanes)
+        add_tile_across<kRows>(q, s, seen[t], whole, op.width, keys);
+      else
+        add_tile_across<kLanes>(q, s, seen[t], whole, op.width, keys);
     }
-    if (across)
-      rows > kLanes ? add_tile_across<kRows>(s, rows, seen, whole, padded)
-                    : add_tile_across<kLanes>(s, rows, seen, whole, padded);
-    else
-      for (int r = 0; r < rows; ++r) add_tile(s, r, seen[r], padded);
   }
 }
 
@@ -276,43 +352,101 @@ template <> Half narrow<Half>(float x) {
   return {uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
 }
 
+// What splits of the keys leave of a row: its sum, top and mass.
+struct Part {
+  int64_t width;
+  std::vector<float> rows;
+  float* at(int64_t row) { return &rows[row * (width + 2)]; }
+};
+
 template <class T>
-void store(const TreeAttention& op, int64_t b, int64_t h, int64_t first, int rows, const Scratch& s) {
-  const int64_t group = op.heads / op.kv_heads, padded = int64_t(s.query.size()) / kRows;
-  for (int r = 0; r < rows; ++r) {
-    const int64_t n = (first + r) / group, head = h * group + (first + r) % group;
-    T* out = static_cast<T*>(op.out) + ((b * op.nodes + n) * op.heads + head) * op.width;
-    const float inverse = s.mass[r] != 0.0f ? 1.0f / s.mass[r] : 0.0f;
-    for (int64_t d = 0; d < op.width; ++d) out[d] = narrow<T>(s.sum[r * padded + d] * inverse);
+void store(const TreeAttention& op, int64_t b, int64_t h, int64_t row, const float* sum, float mass) {
+  const int64_t group = op.heads / op.kv_heads;
+  T* out = static_cast<T*>(op.out) + ((b * op.nodes + row / group) * op.heads + h * group + row % group) * op.width;
+  const float inverse = mass != 0.0f ? 1.0f / mass : 0.0f;
+  for (int64_t d = 0; d < op.width; ++d) out[d] = narrow<T>(sum[d] * inverse);
+}
+
+// A row's parts, `stride` rows apart, into the first and out.
+template <class T>
+void combine(const TreeAttention& op, int64_t b, int64_t h, int64_t row, int64_t splits, Part& part, int64_t stride) {
+  const int64_t rows = op.nodes * (op.heads / op.kv_heads), base = (b * op.kv_heads + h) * rows + row;
+  float top = -kInf, mass = 0.0f;
+  for (int64_t i = 0; i < splits; ++i) top = std::max(top, part.at(base + i * stride)[op.width]);
+  for (int64_t i = 0; i < splits; ++i) {
+    float *from = part.at(base + i * stride), *to = part.at(base);
+    const float weight = top == -kInf ? 0.0f : exp2_of(from[op.width] - top);
+    mass += from[op.width + 1] * weight;
+    for (int64_t d = 0; d < op.width; ++d) to[d] = (i ? to[d] : 0.0f) + from[d] * weight;
   }
+  store<T>(op, b, h, row, part.at(base), mass);
+}
+
+// How the work is cut: tasks of `tiles` tiles of rows each, and parts of the keys.
+struct Cut {
+  int64_t tiles, tasks, splits;
+};
+
+Cut cut(const TreeAttention& op, int64_t rows, int64_t threads) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < op.batch; ++b) longest = std::max<int64_t>(longest, op.lengths[b]);
+  const int64_t all = (rows + kRows - 1) / kRows, planes = op.batch * op.kv_heads;
+  const int64_t chunks = (all + kMostTiles - 1) / kMostTiles;
+  Cut cut{(all + chunks - 1) / chunks, chunks, 1};
+  if (threads == 1) return cut;
+  const int64_t wanted = (4 * threads + planes * chunks - 1) / (planes * chunks);
+  cut.splits = std::max<int64_t>(1, std::min(wanted, longest / kLeastKeys));
+  if (planes * chunks * cut.splits < 2 * threads) cut.tiles = 1, cut.tasks = all;
+  return cut;
 }
 
 template <class T>
-BEAGLE_CLONES void tile(const TreeAttention& op, int64_t b, int64_t h, int64_t first, int rows, Scratch& s) {
-  attend<T>(op, b, h, first, rows, s);
-  store<T>(op, b, h, first, rows, s);
+void run(const TreeAttention& op, int threads) {
+  const int64_t padded = (op.width + kLanes - 1) / kLanes * kLanes;
+  const int64_t rows = op.nodes * (op.heads / op.kv_heads), planes = op.batch * op.kv_heads;
+  const Cut by = cut(op, rows, threads);
+  Part part{op.width, std::vector<float>(by.splits > 1 ? by.splits * planes * rows * (op.width + 2) : 0)};
+  parallel(planes * by.tasks * by.splits, threads, [&](int64_t task) {
+    const int64_t split = task % by.splits, chunk = task / by.splits % by.tasks, plane = task / by.splits / by.tasks;
+    const int64_t b = plane / op.kv_heads, h = plane % op.kv_heads, stop = (chunk + 1) * by.tiles * kRows;
+    Scratch scratch(padded);
+    for (int64_t first = chunk * by.tiles * kRows; first < std::min(rows, stop); first += kRows) {
+      Queries& q = scratch.tiles.emplace_back();
+      q.first = first, q.rows = int(std::min<int64_t>(kRows, rows - first));
+    }
+    attend<T>(op, b, h, split, by.splits, scratch);
+    for (const Queries& q : scratch.tiles)
+      for (int r = 0; r < q.rows; ++r) {
+        const float* sum = &q.sum[r * padded];
+        if (by.splits == 1) {
+          store<T>(op, b, h, q.first + r, sum, q.mass[r]);
+          continue;
+        }
+        float* to = part.at((split * planes + plane) * rows + q.first + r);
+        std::copy_n(sum, op.width, to);
+        to[op.width] = q.top[r], to[op.width + 1] = q.mass[r];
+      }
+  });
+  if (by.splits == 1) return;
+  parallel(planes, threads, [&](int64_t plane) {
+    for (int64_t row = 0; row < rows; ++row)
+      combine<T>(op, plane / op.kv_heads, plane % op.kv_heads, row, by.splits, part, planes * rows);
+  });
 }
 
 }  // namespace
 
 void tree_attention(const TreeAttention& op, int threads) {
-  const int64_t padded = (op.width + kLanes - 1) / kLanes * kLanes;
-  const int64_t rows = op.nodes * (op.heads / op.kv_heads), tiles = (rows + kRows - 1) / kRows;
   // below some 100,000 products a second thread costs more than it saves
   int64_t work = 0;
   for (int64_t b = 0; b < op.batch; ++b) work += std::max<int64_t>(op.lengths[b], 0) + op.nodes;
   work *= op.nodes * op.heads * op.width;
-  parallel(op.batch * op.kv_heads * tiles, work < 100000 ? 1 : threads, [&](int64_t task) {
-    Scratch scratch(padded);
-    const int64_t first = task % tiles * kRows, plane = task / tiles;
-    const int64_t b = plane / op.kv_heads, h = plane % op.kv_heads;
-    const int count = int(std::min<int64_t>(kRows, rows - first));
-    switch (op.dtype) {
-      case 0: return tile<float>(op, b, h, first, count, scratch);
-      case 1: return tile<Half>(op, b, h, first, count, scratch);
-      default: return tile<BFloat>(op, b, h, first, count, scratch);
-    }
-  });
+  if (work < 100000) threads = 1;
+  switch (op.dtype) {
+    case 0: return run<float>(op, threads);
+    case 1: return run<Half>(op, threads);
+    default: return run<BFloat>(op, threads);
+  }
 }
 
 }  // namespace beagle::cpu
