@@ -21,10 +21,13 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 DEFAULT_ARCHS = "80;90a"
 INSTRUCTION_SETS = {
-    "avx2": "-mavx2",
+    "avx2": "-mavx2 -mfma",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
-"""Of x86-64: cpu/rows.cpp is compiled for each besides the baseline, and one is chosen at run time."""
+"""Of x86-64: what is IN_SETS is compiled for each besides the baseline, and one is chosen at run time."""
+IN_SETS = ("rows", "products")
+FUSED = ("tree_attention", "products")
+"""With fused multiply-adds: the ops that have no exact twin on another backend."""
 
 
 def find_nvcc() -> tuple[str | None, str]:
@@ -95,8 +98,11 @@ def ninja_file(target: Path, nvcc: str | None, why_not: str) -> str:
     objects = []
     x86 = platform.machine() in ("x86_64", "AMD64")
     for name, flags in INSTRUCTION_SETS.items() if x86 else ():
-        objects.append(f"rows_{name}.o")
-        lines += [f"build {objects[-1]}: cxx {CSRC / 'cpu' / 'rows.cpp'}", f"  extra = -DBEAGLE_ISA={name} {flags}"]
+        for stem in IN_SETS:
+            objects.append(f"{stem}_{name}.o")
+            fused = "-ffp-contract=fast" if stem in FUSED else ""
+            lines.append(f"build {objects[-1]}: cxx {CSRC / 'cpu' / stem}.cpp")
+            lines.append(f"  extra = -DBEAGLE_ISA={name} {flags} {fused}")
     for source in sources:
         objects.append(f"{source.parent.name}_{source.stem}.o")
         lines.append(f"build {objects[-1]}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}")
@@ -104,8 +110,7 @@ def ninja_file(target: Path, nvcc: str | None, why_not: str) -> str:
             lines.append("  extra = -DBEAGLE_X86")
         if source.name == "bindings.cpp":
             lines.append(f"  extra = {' '.join(includes)} {reason}")
-        if source.name == "tree_attention.cpp":
-            # the one op with no exact twin on another backend
+        if source.stem in FUSED:
             lines.append("  extra = -ffp-contract=fast")
     lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
     return "\n".join(lines)

@@ -125,6 +125,15 @@ void bind_tree_attention(py::module_ m) {
   });
 }
 
+void bind_skinny_linear(py::module_ m) {
+  m.def("skinny_linear", [](int64_t where, Pointer x, Pointer weight, Pointer out, int dtype, int64_t rows,
+                            int64_t outputs, int64_t width, int64_t x_stride, int64_t stride) {
+    const SkinnyLinear op{as<void>(x), as<void>(weight), as<void>(out), dtype, rows, outputs, width, x_stride, stride};
+    launch("skinny_linear", [](const SkinnyLinear& o, int64_t threads) { cpu::skinny_linear(o, int(threads)); }, op,
+           where);
+  });
+}
+
 struct Cpu {
 #define CPU(name, Op) \
   static void name(const Op& op, int64_t threads) { cpu::name(op, int(threads)); }
@@ -160,6 +169,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("row_offset", &row_offset);
   bind<Cpu>(m.def_submodule("cpu"));
   bind_tree_attention(m.attr("cpu"));
+  bind_skinny_linear(m.attr("cpu"));
 #ifdef BEAGLE_CUDA
   bind<Cuda>(m.def_submodule("cuda"));
 #endif

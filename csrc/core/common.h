@@ -48,6 +48,26 @@ BEAGLE_FN float to_float(Half x) {
   return bit_cast<float>(bit_cast<uint32_t>(magnitude) | special | uint32_t(x.bits & 0x8000) << 16);
 }
 
+// Rounded to the nearest, ties to even.
+template <class T> T narrow(float x);
+template <> BEAGLE_FN float narrow<float>(float x) { return x; }
+template <> BEAGLE_FN BFloat narrow<BFloat>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  if (x != x) return {uint16_t(bits >> 16 | 0x40)};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <> BEAGLE_FN Half narrow<Half>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};
+  if (magnitude < 0x38800000) {
+    // subnormal: adding 0.5 leaves the rounded fraction in the low bits
+    const float shifted = bit_cast<float>(magnitude) + 0.5f;
+    return {uint16_t(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000))};
+  }
+  return {uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
+}
+
 // Order-preserving map of floats without NaN to unsigned integers; both zeros map alike.
 BEAGLE_FN uint32_t order(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x + 0.0f);

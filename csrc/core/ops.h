@@ -151,4 +151,12 @@ struct TreeAttention {
   float scale;
 };
 
+// x, weight with the last dimension contiguous, strides in elements; out contiguous [rows, outputs].
+struct SkinnyLinear {
+  const void *x, *weight;
+  void* out;
+  int32_t dtype;
+  int64_t rows, outputs, width, x_stride, stride;
+};
+
 }  // namespace beagle

@@ -1,22 +1,36 @@
+#include "products.h"
 #include "rows.h"
 
 namespace beagle::cpu {
 
-namespace baseline { extern const Rows kRows; }
+#define BEAGLE_SET(set)              \
+  namespace set {                    \
+  extern const Rows kRows;           \
+  extern const Products kProducts;   \
+  }
+BEAGLE_SET(baseline)
 #ifdef BEAGLE_X86
-namespace avx2 { extern const Rows kRows; }
-namespace avx512 { extern const Rows kRows; }
+BEAGLE_SET(avx2)
+BEAGLE_SET(avx512)
+
+namespace {
+bool has_avx512() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"); }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+}  // namespace
+
+#define BEAGLE_BEST(name) (has_avx512() ? avx512::name : has_avx2() ? avx2::name : baseline::name)
+#else
+#define BEAGLE_BEST(name) baseline::name
 #endif
 
 const Rows& rows() {
-#ifdef BEAGLE_X86
-  static const Rows& best = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") ? avx512::kRows
-                            : __builtin_cpu_supports("avx2")                                       ? avx2::kRows
-                                                                                                   : baseline::kRows;
+  static const Rows& best = BEAGLE_BEST(kRows);
   return best;
-#else
-  return baseline::kRows;
-#endif
+}
+
+const Products& products() {
+  static const Products& best = BEAGLE_BEST(kProducts);
+  return best;
 }
 
 }  // namespace beagle::cpu

@@ -12,7 +12,8 @@ void accept_tree(const AcceptTree& op, int threads);
 void verify_tree(const VerifyTree& op, int threads);
 void verify_chain(const VerifyChain& op, int threads);
 void compact_cache(const CompactCache& op, int threads);
-// on the host alone: a GPU has the Triton kernel
+// on the host alone: a GPU has the Triton kernel, and matrix products of its own
 void tree_attention(const TreeAttention& op, int threads);
+void skinny_linear(const SkinnyLinear& op, int threads);
 
 }  // namespace beagle::cpu

@@ -333,25 +333,6 @@ BEAGLE_CLONES void attend(const TreeAttention& op, int64_t b, int64_t h, int64_t
   }
 }
 
-template <class T> T narrow(float x);
-template <> float narrow<float>(float x) { return x; }
-template <> BFloat narrow<BFloat>(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  if (x != x) return {uint16_t(bits >> 16 | 0x40)};
-  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-template <> Half narrow<Half>(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
-  if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};
-  if (magnitude < 0x38800000) {
-    // subnormal: adding 0.5 leaves the rounded fraction in the low bits
-    const float shifted = bit_cast<float>(magnitude) + 0.5f;
-    return {uint16_t(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000))};
-  }
-  return {uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
-}
-
 // What splits of the keys leave of a row: its sum, top and mass.
 struct Part {
   int64_t width;

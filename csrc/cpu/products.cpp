@@ -1,0 +1,170 @@
+#include "products.h"
+
+#include <utility>
+
+#ifndef BEAGLE_ISA
+#define BEAGLE_ISA baseline
+#endif
+
+namespace beagle::cpu::BEAGLE_ISA {
+namespace {
+
+// A vector's floats, and how many vectors of sums the registers hold beside what is loaded.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kSums = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kSums = 8;
+#elif defined(__SSE2__)
+constexpr int kLanes = 4, kSums = 8;
+#else
+constexpr int kLanes = 4, kSums = 16;
+#endif
+// Weight rows of a tile, where there are x rows enough to share them.
+constexpr int kWide = 4;
+
+typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Lanes __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Narrow __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+
+BEAGLE_FN Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
+BEAGLE_FN Bits wide_bits(const void* from) { return __builtin_convertvector(*static_cast<const Narrow*>(from), Bits); }
+BEAGLE_FN Vec load(const BFloat* from) { return Vec(wide_bits(from) << 16); }
+BEAGLE_FN Vec load(const Half* from) {
+  // as to_float has it
+  const Bits bits = wide_bits(from);
+  const Vec magnitude = Vec((bits & 0x7fff) << 13) * 0x1p112f;
+  const Bits special = Bits((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+  return Vec(Bits(magnitude) | special | (bits & 0x8000) << 16);
+}
+
+// Lane i of fold's first or second operand.
+template <int kRun>
+constexpr int source(int i, bool second) {
+  return i / kRun / 2 * 2 * kRun + i % kRun + i / kRun % 2 * kLanes + (second ? kRun : 0);
+}
+
+// Of two vectors, each of sums in runs of 2 kRun lanes: one vector of the same sums in runs of kRun, theirs in turns.
+template <int kRun, int... kLane>
+BEAGLE_FN Vec fold(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, source<kRun>(kLane, false)...) +
+         __builtin_shufflevector(a, b, source<kRun>(kLane, true)...);
+#else
+  return __builtin_shuffle(a, b, Lanes{source<kRun>(kLane, false)...}) +
+         __builtin_shuffle(a, b, Lanes{source<kRun>(kLane, true)...});
+#endif
+}
+
+// The sums of kCount vectors, a power of two: vector j's is left in the first one's lane j kLanes / kCount, all lanes
+// added in one order whatever kCount is.
+template <int kCount, int kRun = kLanes / 2>
+BEAGLE_FN void add_lanes(Vec* sum) {
+  constexpr int kHalf = kCount > 1 ? kCount / 2 : 1;
+#pragma GCC unroll 8
+  for (int j = 0; j < kHalf; ++j)
+    sum[j] = fold<kRun>(sum[j], sum[kCount > 1 ? j + kHalf : j], std::make_integer_sequence<int, kLanes>());
+  if constexpr (kRun > 1) add_lanes<kHalf, kRun / 2>(sum);
+}
+
+constexpr int power_of_two(int least) { return least <= 1 ? 1 : 2 * power_of_two((least + 1) / 2); }
+
+// kWeights weight rows times kRows rows of x. Lane i of a sum takes the products at i, i + kLanes, ..., in order, and
+// lanes are added in one order too: an output depends on nothing but the two rows. Meanwhile kAhead weight rows from
+// `ahead` on are asked into the L2 cache.
+template <int kWeights, int kRows, int kAhead, class T>
+BEAGLE_FN void tile(const T* weight, int64_t stride, const T* ahead, const float* x, int64_t width, float* out) {
+  constexpr int kTotal = power_of_two(kWeights * kRows), kGroup = kTotal < kLanes ? kTotal : kLanes;
+  Vec sum[kTotal];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTotal; ++i) sum[i] = Vec{};
+  for (int64_t k = 0; k < width; k += kLanes) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kAhead; ++j) __builtin_prefetch(ahead + j * stride + k, 0, 2);
+    Vec row[kRows];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) row[i] = load(x + i * row_stride(width) + k);
+#pragma GCC unroll 16
+    for (int j = 0; j < kWeights; ++j) {
+      const Vec w = load(weight + j * stride + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) sum[i * kWeights + j] += row[i] * w;
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < kTotal; g += kGroup) {
+    add_lanes<kGroup>(sum + g);
+    alignas(64) float lanes[kLanes];
+    *reinterpret_cast<Vec*>(lanes) = sum[g];
+#pragma GCC unroll 16
+    for (int j = 0; j < kGroup; ++j) out[g + j] = lanes[j * (kLanes / kGroup)];
+  }
+}
+
+BEAGLE_FN void put(float x, float* to) { *to = x; }
+BEAGLE_FN void put(float x, BFloat* to) { *to = narrow<BFloat>(x); }
+BEAGLE_FN void put(float x, Half* to) { *to = narrow<Half>(x); }
+
+// Weight rows n .. n + count - 1, at `weight`, with kRows rows of x from row m on.
+template <int kWeights, int kRows, int kAhead, class T, class W>
+BEAGLE_FN void block(const SkinnyLinear& op, const W* weight, int64_t stride, const W* ahead, const float* x, int64_t m,
+                     int64_t n, int64_t count) {
+  const int64_t width = padded(op.width);
+  float out[power_of_two(kWeights * kRows)];
+  tile<kWeights, kRows, kAhead>(weight, stride, ahead, x + m * row_stride(width), width, out);
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < count; ++j) put(out[i * kWeights + j], static_cast<T*>(op.out) + (m + i) * op.outputs + n + j);
+}
+
+// All rows of x with one panel of weight rows, in tiles of equal height; the tiles share the fetching of the next panel.
+template <int kWeights, int kAhead, class T, class W>
+BEAGLE_FN void panel(const SkinnyLinear& op, const W* weight, int64_t stride, const float* x, int64_t n, int64_t count) {
+  constexpr int kRows = kSums / kWeights;
+  const int64_t tiles = (op.rows + kRows - 1) / kRows;
+  const W* ahead = weight + kWeights * stride;
+  for (int64_t i = 0, m = 0; i < tiles; ++i) {
+    const int64_t rows = (op.rows - m + tiles - i - 1) / (tiles - i);
+#define BLOCK(rows) block<kWeights, (rows < kRows ? rows : kRows), kAhead, T>(op, weight, stride, ahead, x, m, n, count)
+    if (rows == 1) BLOCK(1);
+    if (rows == 2) BLOCK(2);
+    if (rows == 3) BLOCK(3);
+    if (rows == 4) BLOCK(4);
+    m += rows;
+    ahead += kAhead * stride;
+  }
+}
+
+template <int kWeights, int kAhead, class T>
+BEAGLE_FN void panels(const SkinnyLinear& op, const float* x, int64_t first, int64_t last, float* spare) {
+  const T* weight = static_cast<const T*>(op.weight);
+  const bool whole = op.width == padded(op.width);
+  for (int64_t n = first; n < last; n += kWeights) {
+    const int64_t count = least<int64_t>(kWeights, last - n);
+    if (whole && count == kWeights) {
+      panel<kWeights, kAhead, T>(op, weight + n * op.stride, op.stride, x, n, count);
+      continue;
+    }
+    const int64_t width = padded(op.width);
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t k = 0; k < width; ++k)
+        spare[j * width + k] = k < op.width ? to_float(weight[(n + j) * op.stride + k]) : 0.0f;
+    panel<kWeights, 0, T>(op, spare, width, x, n, count);
+  }
+}
+
+template <class T>
+void multiply(const SkinnyLinear& op, const float* x, int64_t first, int64_t last, float* spare) {
+  constexpr int kRows = kSums / kWide;
+  if (op.rows == 1) return panels<kSums, kSums, T>(op, x, first, last, spare);
+  if (op.rows == 2) return panels<kSums / 2, kSums / 2, T>(op, x, first, last, spare);
+  if (op.rows <= kRows) return panels<kWide, kWide, T>(op, x, first, last, spare);
+  if (op.rows <= 3 * kRows) return panels<kWide, 2, T>(op, x, first, last, spare);
+  panels<kWide, 1, T>(op, x, first, last, spare);
+}
+
+}  // namespace
+
+extern const Products kProducts;
+const Products kProducts = {{multiply<float>, multiply<Half>, multiply<BFloat>}};
+
+}  // namespace beagle::cpu::BEAGLE_ISA
