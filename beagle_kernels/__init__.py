@@ -9,6 +9,7 @@ from .choose_tokens import choose_tokens
 from .compact_cache_ import compact_cache_
 from .distill_loss import distill_loss
 from .extend_attention import extend_attention
+from .skinny_linear import skinny_linear
 from .top_candidates import top_candidates
 from .tree_attention import tree_attention
 from .types import STATUS_BAD_TREE, STATUS_NAN, STATUS_NO_FINITE, DraftTree, Sampling, Verdict
@@ -33,6 +34,7 @@ __all__ = [
     "compact_cache_",
     "distill_loss",
     "extend_attention",
+    "skinny_linear",
     "top_candidates",
     "tree_attention",
     "verify_chain",

@@ -269,3 +269,16 @@ def compact_cache_(
             0 if block_table is None else block_table.shape[1], path_at, path.shape[1], *counts,
             address(block_table),
         )  # fmt: skip
+
+
+@implementation("skinny_linear", "cpu", missing_cpu)
+def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
+    outputs, width = weight.shape
+    rows = x.reshape(-1, width) if width else x.new_empty(x.shape[:-1].numel(), 0)
+    rows, weight = dense(rows), dense(weight)
+    out = x.new_empty(*x.shape[:-1], outputs)
+    _C.cpu.skinny_linear(
+        torch.get_num_threads(), rows.data_ptr(), weight.data_ptr(), out.data_ptr(), DTYPES[x.dtype], len(rows), outputs,
+        width, rows.stride(0), weight.stride(0),
+    )  # fmt: skip
+    return out
