@@ -278,7 +278,7 @@ def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
     rows, weight = dense(rows), dense(weight)
     out = x.new_empty(*x.shape[:-1], outputs)
     _C.cpu.skinny_linear(
-        torch.get_num_threads(), rows.data_ptr(), weight.data_ptr(), out.data_ptr(), DTYPES[x.dtype], len(rows), outputs,
-        width, rows.stride(0), weight.stride(0),
+        torch.get_num_threads(), rows.data_ptr(), weight.data_ptr(), out.data_ptr(), DTYPES[x.dtype], len(rows),
+        outputs, width, rows.stride(0), weight.stride(0),
     )  # fmt: skip
     return out

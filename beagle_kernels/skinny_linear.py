@@ -28,8 +28,8 @@ def skinny_linear(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor
     """
     op = "skinny_linear"
     checks.tensor(op, "weight", weight, (None, None), checks.LOGITS)
-    width = weight.shape[1]
-    checks.tensor(op, "x", x, (*x.shape[:-1], width) if isinstance(x, Tensor) and x.dim() else (width,), (weight.dtype,))
+    leading = x.shape[:-1] if isinstance(x, Tensor) else ()
+    checks.tensor(op, "x", x, (*leading, weight.shape[1]), (weight.dtype,))
     checks.same_device(op, x=x, weight=weight)
     return torch.ops.beagle.skinny_linear(x, weight, backend)
 

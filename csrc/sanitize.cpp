@@ -134,11 +134,20 @@ void caches(int threads) {
   }
 }
 
+void linears(int threads) {
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    const int64_t rows = below(14), outputs = below(400), width = below(3) ? below(200) : 16 * below(80);
+    const auto x = logits(rows * width, dtype), weight = logits(outputs * width, dtype);
+    std::vector<uint16_t> out(size_t(rows * outputs * (dtype == 0 ? 2 : 1)));
+    cpu::skinny_linear({x.data(), weight.data(), out.data(), dtype, rows, outputs, width, width, width}, threads);
+  }
+}
+
 }  // namespace
 
 int main() {
   for (int round = 0; round < 25; ++round) {
-    for (const int threads : {1, 3}) choose(threads), trees(threads), chains(threads), caches(threads);
+    for (const int threads : {1, 3}) choose(threads), trees(threads), chains(threads), caches(threads), linears(threads);
   }
   std::vector<std::thread> callers;
   const auto z = logits(4 * 500, 2);

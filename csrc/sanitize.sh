@@ -5,7 +5,7 @@ cd "$(dirname "$0")"
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 flags="-std=c++17 -O1 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-unknown-pragmas -DBEAGLE_NO_CLONES"
-sources="sanitize.cpp cpu/pool.cpp cpu/dispatch.cpp cpu/rows.cpp cpu/choose_tokens.cpp cpu/top_candidates.cpp \
+sources="sanitize.cpp cpu/pool.cpp cpu/dispatch.cpp cpu/rows.cpp cpu/products.cpp cpu/skinny_linear.cpp cpu/choose_tokens.cpp cpu/top_candidates.cpp \
   cpu/build_tree.cpp cpu/accept_tree.cpp cpu/verify_tree.cpp cpu/verify_chain.cpp cpu/compact_cache.cpp"
 for kind in address,undefined thread; do
   for source in $sources; do

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -11,11 +12,22 @@
 namespace beagle::cpu {
 namespace {
 
+// How long a thread looks for what it waits for before it sleeps: a round's ops follow each other within this, and a
+// sleeping thread takes as long to wake as a small op does.
+constexpr std::chrono::microseconds kWatch(100);
+
+template <class Ready>
+void watch(Ready ready) {
+  const auto until = std::chrono::steady_clock::now() + kWatch;
+  while (!ready() && std::chrono::steady_clock::now() < until) std::this_thread::yield();
+}
+
 struct Job {
   const std::function<void(int64_t)>* task;
   int64_t count;
   std::atomic<int64_t> next{0};
-  int helpers_wanted, helpers_busy = 0;
+  int helpers_wanted;
+  std::atomic<int> helpers_busy{0};
 
   void work() {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) (*task)(i);
@@ -41,21 +53,30 @@ class Pool {
       ++started_;
     }
     job_ = &job;
+    open_ = true;
+    const bool asleep = asleep_ > 0;
     lock.unlock();
-    wake_.notify_all();
+    if (asleep) wake_.notify_all();
     job.work();
     lock.lock();
     job_ = nullptr;
+    open_ = false;
+    lock.unlock();
+    watch([&] { return job.helpers_busy == 0; });
+    lock.lock();
     done_.wait(lock, [&] { return job.helpers_busy == 0; });
   }
 
  private:
   void help() {
-    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
+      watch([&] { return open_.load(); });
+      std::unique_lock<std::mutex> lock(mutex_);
+      ++asleep_;
       wake_.wait(lock, [&] { return job_ && job_->helpers_wanted > 0; });
+      --asleep_;
       Job* job = job_;
-      --job->helpers_wanted;
+      if (--job->helpers_wanted == 0) open_ = false;
       ++job->helpers_busy;
       lock.unlock();
       job->work();
@@ -68,7 +89,8 @@ class Pool {
   std::mutex callers_, mutex_;
   std::condition_variable wake_, done_;
   Job* job_ = nullptr;
-  int started_ = 0;
+  std::atomic<bool> open_{false};  // there is a job that wants helpers
+  int started_ = 0, asleep_ = 0;
 };
 
 }  // namespace

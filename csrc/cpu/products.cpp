@@ -21,6 +21,8 @@ constexpr int kLanes = 4, kSums = 16;
 #endif
 // Weight rows of a tile, where there are x rows enough to share them.
 constexpr int kWide = 4;
+// Tiles up to which a panel in 16 bits is widened as each one reads it; for more it is widened once, before.
+constexpr int kWidened = 2;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Lanes __attribute__((vector_size(4 * kLanes)));
@@ -134,21 +136,32 @@ BEAGLE_FN void panel(const SkinnyLinear& op, const W* weight, int64_t stride, co
   }
 }
 
+// Weight rows as fp32, padded with zeros.
+template <class T>
+BEAGLE_FN void widen(const T* weight, int64_t stride, int64_t count, int64_t width, float* to) {
+  for (int64_t j = 0; j < count; ++j, weight += stride, to += padded(width)) {
+    int64_t k = 0;
+    for (; k + kLanes <= width; k += kLanes) {
+      __builtin_prefetch(weight + count * stride + k, 0, 2);
+      *reinterpret_cast<Vec*>(to + k) = load(weight + k);
+    }
+    for (; k < padded(width); ++k) to[k] = k < width ? to_float(weight[k]) : 0.0f;
+  }
+}
+
+// Weight rows first .. last - 1 in panels, each multiplied where it lies unless it is ragged or better widened first.
 template <int kWeights, int kAhead, class T>
 BEAGLE_FN void panels(const SkinnyLinear& op, const float* x, int64_t first, int64_t last, float* spare) {
   const T* weight = static_cast<const T*>(op.weight);
-  const bool whole = op.width == padded(op.width);
+  const bool whole = op.width == padded(op.width) && (sizeof(T) == 4 || op.rows <= kWidened * kSums / kWeights);
   for (int64_t n = first; n < last; n += kWeights) {
     const int64_t count = least<int64_t>(kWeights, last - n);
     if (whole && count == kWeights) {
       panel<kWeights, kAhead, T>(op, weight + n * op.stride, op.stride, x, n, count);
       continue;
     }
-    const int64_t width = padded(op.width);
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t k = 0; k < width; ++k)
-        spare[j * width + k] = k < op.width ? to_float(weight[(n + j) * op.stride + k]) : 0.0f;
-    panel<kWeights, 0, T>(op, spare, width, x, n, count);
+    widen(weight + n * op.stride, op.stride, count, op.width, spare);
+    panel<kWeights, 0, T>(op, spare, padded(op.width), x, n, count);
   }
 }
 

@@ -16,6 +16,7 @@ from beagle_sd.cache import causal
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.drafting import DraftCache, propose
 from beagle_sd.generate import TreeShape
+from beagle_sd.linears import skinny_linears_of
 from beagle_sd.target import Target
 
 _REPEATS = 5
@@ -39,7 +40,7 @@ def measure_costs(
     """Time a round's parts with `prefix` cached tokens: medians of a few runs, some seconds on a CPU."""
     wrapped = Target(target)
     sizes = sorted({1, *(shape.num_nodes for shape in shapes)})
-    with torch.inference_mode(), tree_attention_of(target):
+    with torch.inference_mode(), tree_attention_of(target), skinny_linears_of(target, draft):
         verify = {size: _median(_forward(wrapped, size, prefix)) for size in sizes}
         drafting = {shape: _median(_drafting(draft, shape, prefix)) for shape in shapes}
     return Costs(verify, drafting)

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from beagle_sd.linears import linear
 from beagle_sd.target import Target
 
 
@@ -250,7 +251,7 @@ class BeagleDraft(PreTrainedModel):
 
     def logits(self, states: Tensor) -> Tensor:
         """The draft's logits over its own vocabulary: [..., d] -> [..., V']."""
-        return F.linear(states.to(self.head.dtype), self.head)
+        return linear(states.to(self.head.dtype), self.head)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         x = x.unflatten(-1, (-1, self.config.head_dim))

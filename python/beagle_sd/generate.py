@@ -28,6 +28,7 @@ from beagle_kernels import (
 from beagle_sd.attention import tree_attention_of
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.drafting import DraftCache, propose
+from beagle_sd.linears import skinny_linears_of
 from beagle_sd.target import Target
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def generate(
         draft.bind(target)
     shape = _shape(draft, wrapped.device, depth, branch, num_nodes, adaptive)
     ends, pad = _end_tokens(target, eos_token_id, pad_token_id)
-    with torch.inference_mode(), tree_attention_of(target):
+    with torch.inference_mode(), tree_attention_of(target), skinny_linears_of(target, draft):
         loop = _Loop(wrapped, draft, prompts, lengths, sampling, shape, max_new_tokens, ends, stopping_criteria,
                      adaptive if draft is not None else None)
         if streamer is not None:

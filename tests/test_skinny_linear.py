@@ -1,0 +1,112 @@
+"""skinny_linear: PyTorch's accuracy at least, and a row's result whatever stands beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+from beagle_kernels import BackendError, skinny_linear
+from beagle_kernels.extension import missing_cpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_extension = pytest.mark.skipif(missing_cpu("cpu") is not None, reason="the extension is not built")
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("outputs, width", [(1, 1), (63, 113), (113, 1025), (1025, 63), (576, 576), (18, 1536)])
+def test_error_near_eager(outputs, width, dtype, backend):
+    """Against float64 at most twice F.linear's error."""
+    weight = draw(outputs, width, dtype=dtype)
+    for rows in (1, 2, 3, 5, 8, 13, 63):
+        x = draw(rows, width, dtype=dtype)
+        want = x.double() @ weight.double().T
+        got, eager = skinny_linear(x, weight, backend=backend), F.linear(x, weight)
+        assert got.dtype == dtype and got.shape == want.shape
+        error, allowed = ((y.double() - want).norm() / want.norm() for y in (got, eager))
+        assert error <= 2 * max(allowed, torch.finfo(dtype).eps / 4)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("outputs, width", [(576, 576), (113, 200), (1536, 63), (50, 1025)])
+def test_a_row_does_not_depend_on_the_others(outputs, width, dtype):
+    """Bit for bit, for any number of rows, place and number of threads."""
+    x, weight = draw(33, width, dtype=dtype), draw(outputs, width, dtype=dtype)
+    alone = torch.cat([skinny_linear(row, weight, backend="cpu") for row in x.split(1)])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for rows in range(1, 34):
+                assert torch.equal(skinny_linear(x[33 - rows :], weight, backend="cpu"), alone[33 - rows :])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty(dtype, backend):
+    for rows, outputs, width in [(0, 5, 7), (3, 0, 7), (3, 5, 0), (0, 0, 0)]:
+        got = skinny_linear(draw(rows, width, dtype=dtype), draw(outputs, width, dtype=dtype), backend=backend)
+        assert got.shape == (rows, outputs) and not got.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_and_leading_dimensions(backend):
+    weight = draw(24, 40)
+    views = draw(40, 5).T, draw(1, 40).expand(6, 40), draw(4, 80)[:, ::2], draw(3, 9, 40)[:, 4]
+    for x in (draw(40), draw(2, 3, 40), *views):
+        torch.testing.assert_close(skinny_linear(x, weight, backend=backend), F.linear(x, weight))
+    x = draw(5, 40)
+    for weight in (draw(40, 24).T, draw(24, 90)[:, 7:47], draw(1, 40).expand(24, 40), draw(48, 40)[::2]):
+        torch.testing.assert_close(skinny_linear(x, weight, backend=backend), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [50, 64])
+def test_what_lies_around_is_not_used(width, dtype, backend):
+    """NaN beside x and the weight stays there; inside it comes out where it belongs."""
+    x, weight = torch.full((7, 96), torch.nan, dtype=dtype), torch.full((19, 96), torch.nan, dtype=dtype)
+    x[1:6, 8 : 8 + width], weight[1:18, 8 : 8 + width] = draw(5, width, dtype=dtype), draw(17, width, dtype=dtype)
+    x, weight = x[1:6, 8 : 8 + width], weight[1:18, 8 : 8 + width]
+    torch.testing.assert_close(skinny_linear(x, weight, backend=backend), F.linear(x, weight), rtol=0.02, atol=0.02)
+    weight[3, 5], x[2, 1] = torch.nan, torch.inf
+    got = skinny_linear(x, weight, backend=backend)
+    assert got[:, 3].isnan().all() and not got[:2, 4:].isnan().any() and not got[2, 4:].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    opcheck(torch.ops.beagle.skinny_linear.default, (draw(2, 3, 16), draw(5, 16), backend))
+
+
+def test_compiles_in_one_graph():
+    x, weight = draw(3, 16), draw(5, 16)
+    compiled = torch.compile(lambda *args: skinny_linear(*args) * 2, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight), F.linear(x, weight) * 2)
+
+
+def test_bad_inputs():
+    x, weight = draw(3, 16), draw(5, 16)
+    for args, error, message in [
+        ((x[:, :15], weight), ValueError, r"x has shape \[3, 15\]; allowed: \[3, 16\]"),
+        ((x, weight[0]), ValueError, r"weight has shape \[16\]"),
+        ((x.bfloat16(), weight), TypeError, "x is bfloat16; allowed: float32"),
+        ((x.double(), weight.double()), TypeError, "weight is float64"),
+        ((x[0, 0], weight), ValueError, r"x has shape \[\]; allowed: \[16\]"),
+        ((None, weight), TypeError, "x is a NoneType"),
+        ((x, weight.to("meta")), ValueError, "weight on meta"),
+    ]:
+        with pytest.raises(error, match=message):
+            skinny_linear(*args)
+    with pytest.raises(BackendError, match="skinny_linear has no cuda implementation"):
+        skinny_linear(x, weight, backend="cuda")
