@@ -43,6 +43,10 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
     assert "acceptance by depth" in trained and (out / "final" / "model.safetensors").is_file()
     shown = run("generate", "ab", "--target", target, "--draft", out / "final", "--max-new-tokens", 12)
     assert "Same tokens as plain decoding." in shown and "tokens a round" in shown
+    live = run("train", states / "answers.npz", tmp_path / "live", "--target", target, "--draft-vocab", 40,
+               "--block-epochs", 1, "--simulation-epochs", 1, "--tokens-per-step", 512, "--lr", 1e-3)
+    assert trained.splitlines()[0].split(";")[0] == live.splitlines()[0].split(";")[0]
+    assert (tmp_path / "live" / "final" / "model.safetensors").is_file()
     again = run("prepare", states / "answers.npz", tmp_path / "again", "--target", target)
     assert "30 of 30 conversations" in again
 

@@ -91,7 +91,7 @@ def prepare(
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Argument(help="Folder of shards from `prepare`.")],
+    data: Annotated[Path, typer.Argument(help="Folder from `prepare`, or a file it takes: states live, none stored.")],
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints; an unfinished run is gone on with.")],
     target: Target = "smollm2-135m",
     draft_vocab: Annotated[int, typer.Option(help="Most frequent tokens the draft may propose; 0: all.")] = 8192,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -137,10 +138,17 @@ def export_answers(folder: str | Path, path: str | Path, sources: dict[int, str]
     sources: index -> where its prompt came from.
     """
     sequences = sorted(shards.read_sequences(folder, with_states=False), key=lambda sequence: sequence.index)
+    write_answer_file(path, sequences, sources)
+    return len(sequences)
+
+
+def write_answer_file(path: str | Path, sequences: list[shards.Sequence], sources: dict[int, str]) -> None:
+    """Write sequences' token ids, without states, to a compressed .npz, which appears whole or not at all."""
     names = sorted({sources.get(sequence.index, "") for sequence in sequences})
     ids = np.concatenate([np.append(sequence.tokens.numpy(), sequence.final_token) for sequence in sequences])
+    partial = Path(path).with_suffix(".partial.npz")
     np.savez_compressed(
-        path,
+        partial,
         ids=ids.astype(np.uint16 if ids.max() < 65536 else np.uint32),
         lengths=np.array([len(sequence.tokens) + 1 for sequence in sequences], dtype=np.int32),
         prompt_lengths=np.array([int((~sequence.loss_mask).sum()) + 1 for sequence in sequences], dtype=np.int32),
@@ -149,11 +157,14 @@ def export_answers(folder: str | Path, path: str | Path, sources: dict[int, str]
         source=np.array([names.index(sources.get(sequence.index, "")) for sequence in sequences], dtype=np.int16),
         source_names=np.array(names),
     )
-    return len(sequences)
+    os.replace(partial, path)
 
 
-def read_answers(path: str | Path, context: int) -> Iterator[Conversation]:
-    """The conversations of a file that `export_answers` wrote."""
+def stored_answers(path: str | Path) -> dict[str, np.ndarray]:
+    """The parts of a file of answers: ids [all], and lengths, prompt_lengths, temperature, index [answers].
+
+    An answer's ids are its prompt's, then its own. ValueError names a file that is not whole.
+    """
     try:
         with np.load(path) as data:
             stored = {name: data[name] for name in ("ids", "lengths", "prompt_lengths", "temperature", "index")}
@@ -166,8 +177,14 @@ def read_answers(path: str | Path, context: int) -> Iterator[Conversation]:
     if not whole or not integers or lengths.min(initial=0) < 0 or stored["ids"].shape != (lengths.sum(),):
         raise ValueError(f"{path}: its parts do not belong together; allowed: an .npz that "
                          "`beagle-sd prepare --regenerate` wrote")
+    return stored
+
+
+def read_answers(path: str | Path, context: int) -> Iterator[Conversation]:
+    """The conversations of a file of answers."""
+    stored = stored_answers(path)
     start = 0
-    for number, length in enumerate(lengths.tolist()):
+    for number, length in enumerate(stored["lengths"].tolist()):
         ids = stored["ids"][start : start + length].astype(np.int64).tolist()
         start += length
         learn = [place >= int(stored["prompt_lengths"][number]) for place in range(length)]

@@ -16,13 +16,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from beagle_sd import conversations, shards
 from beagle_sd.adaptive import AdaptiveTree
-from beagle_sd.answers import encode_chat, write_answers
+from beagle_sd.answers import encode_chat, requests_of, write_answers
 from beagle_sd.bundled import bundled_folder, load_draft, load_target, measured_acceptance
 from beagle_sd.calibration import measure_costs
-from beagle_sd.dataset import StateDataset
+from beagle_sd.dataset import PackedDataset, StateDataset
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.generate import Generated, TreeShape
 from beagle_sd.generate import generate as decode
+from beagle_sd.live import Corpus, LiveDataset
 from beagle_sd.training import Trainer, TrainingConfig
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -133,7 +134,9 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
     if regenerate:
         messages = list(conversations.read_messages(source))
         asked = [(index, turns) for index, turns in messages if index not in done]
-        sequences = write_answers(target, tokenizer, asked, batch=batch, max_new_tokens=max_new_tokens, seed=len(done))
+        encoded = ((index, encode_chat(tokenizer, turns)) for index, turns in asked)
+        sequences = write_answers(target, requests_of(encoded), end=tokenizer.eos_token_id, batch=batch,
+                                  max_new_tokens=max_new_tokens, seed=seed)  # fmt: skip
         total = len(asked)
     else:
         said = [item for item in conversations.read_conversations(source, tokenizer, context)
@@ -157,16 +160,22 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
 
 def train(console: Console, data: Path, out: Path, target_name: str, config: TrainingConfig, *, draft_vocab: int,
           append_states: bool, device: str | None, tensorboard: bool) -> None:  # fmt: skip
-    """Train a draft on a folder of shards, with a progress bar, evaluation and checkpoints; this process's share of
-    it under `torchrun` or `accelerate launch`."""
+    """Train a draft on a folder of shards, or on a file whose states the target computes live, with a progress bar,
+    evaluation and checkpoints; this process's share of it under `torchrun` or `accelerate launch`."""
     processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     if not processes.is_main_process:
         console = Console(quiet=True)
     with processes.main_process_first():
-        target, _ = load_target(target_name, device=device or processes.device)
-    shards.check_manifest(data, hidden_size=target.config.hidden_size, vocab_size=target.config.vocab_size)
-    dataset = StateDataset(data, context=config.context, held_out=config.held_out)
-    ids = frequent_tokens(data, draft_vocab, target.config.vocab_size) if draft_vocab else None
+        target, tokenizer = load_target(target_name, device=device or processes.device)
+    dataset: PackedDataset
+    if data.is_file():
+        corpus = Corpus.of(conversations.read_conversations(data, tokenizer, config.context))
+        dataset = LiveDataset(target, corpus, context=config.context, held_out=config.held_out)
+        ids = corpus.frequent_tokens(draft_vocab, target.config.vocab_size) if draft_vocab else None
+    else:
+        shards.check_manifest(data, hidden_size=target.config.hidden_size, vocab_size=target.config.vocab_size)
+        dataset = StateDataset(data, context=config.context, held_out=config.held_out)
+        ids = frequent_tokens(data, draft_vocab, target.config.vocab_size) if draft_vocab else None
     torch.manual_seed(config.seed)
     draft = BeagleDraft.from_target(target, ids, append_states=append_states)
     trainer = Trainer(draft, dataset, out, config, tensorboard=tensorboard)

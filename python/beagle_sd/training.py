@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from beagle_kernels import distill_loss
-from beagle_sd.dataset import StateDataset
+from beagle_sd.dataset import PackedDataset
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.objective import Batch, block_states, row_weights, simulated_states
 from beagle_sd.parallel import mean_gradients, own, shares, summed
@@ -83,7 +83,7 @@ class Trainer:
     tensorboard: also write the metrics for TensorBoard.
     """
 
-    def __init__(self, draft: BeagleDraft, dataset: StateDataset, folder: str | Path, config: TrainingConfig, *,
+    def __init__(self, draft: BeagleDraft, dataset: PackedDataset, folder: str | Path, config: TrainingConfig, *,
                  tensorboard: bool = False):  # fmt: skip
         self.draft, self.dataset, self.config = draft, dataset, config
         self.folder = Path(folder)
