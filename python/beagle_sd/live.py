@@ -21,38 +21,44 @@ _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 
 class Corpus(NamedTuple):
-    """Conversations end to end: ids int32 and learn bool [all tokens]; lengths, index int64 [conversations]."""
+    """Conversations end to end: ids int32 and learn bool [all tokens]; lengths, index int64 and temperature f32, as in
+    Conversation, [conversations]."""
 
     ids: Tensor
     learn: Tensor
     lengths: Tensor
     index: Tensor  # type: ignore[assignment]  # tuple.index is not needed
+    temperature: Tensor
 
     @classmethod
     def of(cls, conversations: Iterable[Conversation]) -> Corpus:
         """Of conversations as `read_conversations` gives them."""
-        ids, learn, lengths, index = [torch.empty(0, dtype=torch.int32)], [torch.empty(0, dtype=torch.bool)], [], []
-        for conversation in conversations:
-            ids.append(torch.tensor(conversation.ids, dtype=torch.int32))
-            learn.append(torch.tensor(conversation.learn, dtype=torch.bool))
-            lengths.append(len(conversation.ids))
-            index.append(conversation.index)
-        return cls(torch.cat(ids), torch.cat(learn), torch.tensor(lengths, dtype=torch.int64),
-                   torch.tensor(index, dtype=torch.int64))  # fmt: skip
+        said = list(conversations)
+        ids = [torch.tensor(one.ids, dtype=torch.int32) for one in said]
+        learn = [torch.tensor(one.learn, dtype=torch.bool) for one in said]
+        return cls(
+            torch.cat([torch.empty(0, dtype=torch.int32), *ids]),
+            torch.cat([torch.empty(0, dtype=torch.bool), *learn]),
+            torch.tensor([len(one.ids) for one in said], dtype=torch.int64),
+            torch.tensor([one.index for one in said], dtype=torch.int64),
+            torch.tensor([one.temperature for one in said], dtype=torch.float32),
+        )
 
     @classmethod
     def of_answers(cls, paths: Sequence[str | Path], tokens: int | None = None) -> Corpus:
         """Of files of answers; only the first so many tokens' worth of them if `tokens` is given."""
         stored = [stored_answers(path) for path in paths]
-        parts = {name: np.concatenate([one[name] for one in stored]).astype(np.int64)
-                 for name in ("ids", "lengths", "prompt_lengths", "index")}  # fmt: skip
+        kinds = {"ids": np.int32, "lengths": np.int64, "prompt_lengths": np.int64, "index": np.int64,
+                 "temperature": np.float32}  # fmt: skip
+        parts = {name: np.concatenate([one[name] for one in stored]).astype(kind) for name, kind in kinds.items()}
         ends = parts["lengths"].cumsum()
         count = len(ends) if tokens is None else int(np.searchsorted(ends, tokens, side="right"))
         total = int(ends[count - 1]) if count else 0
-        lengths, index = (torch.from_numpy(parts[name][:count]) for name in ("lengths", "index"))
+        lengths, index, temperature = (torch.from_numpy(parts[name][:count])
+                                       for name in ("lengths", "index", "temperature"))  # fmt: skip
         place = torch.arange(total) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
         learn = place >= torch.repeat_interleave(torch.from_numpy(parts["prompt_lengths"][:count]), lengths)
-        return cls(torch.from_numpy(parts["ids"][:total]).to(torch.int32), learn, lengths, index)
+        return cls(torch.from_numpy(parts["ids"][:total]), learn, lengths, index, temperature)
 
     def frequent_tokens(self, count: int, vocab_size: int) -> Tensor:
         """The `count` most frequent of the tokens to learn, ascending; ties and the rest by lowest id."""
