@@ -9,11 +9,9 @@ import shutil
 import tarfile
 from pathlib import Path
 
-_BLOCK = 1 << 20
-
 
 def pack(source: Path, folder: Path, name: str, part_bytes: int) -> list[Path]:
-    """Write `source`'s files into folder/NAME.part0, NAME.part1, ... of at most part_bytes, and NAME.json last.
+    """Write `source`'s files into folder/NAME.part0, NAME.part1, ... of equal size, at most part_bytes, and NAME.json.
 
     Returns the paths written. Parts of an earlier pack of that name are removed first.
     """
@@ -27,15 +25,15 @@ def pack(source: Path, folder: Path, name: str, part_bytes: int) -> list[Path]:
     with tarfile.open(whole, "w") as tar:
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             tar.add(path, path.relative_to(source))
-    parts, digest = [], hashlib.sha256()
+    total, digest = whole.stat().st_size, hashlib.sha256()
+    count = -(-total // part_bytes)
+    parts = [folder / f"{name}.part{number}" for number in range(count)]
     with whole.open("rb") as file:
-        while block := file.read(min(_BLOCK, part_bytes)):
-            digest.update(block)
-            if not parts or parts[-1].stat().st_size + len(block) > part_bytes:
-                parts.append(folder / f"{name}.part{len(parts)}")
-            with parts[-1].open("ab") as part:
-                part.write(block)
-    about = {"parts": len(parts), "bytes": whole.stat().st_size, "sha256": digest.hexdigest()}
+        for part in parts:
+            data = file.read(-(-total // count))
+            digest.update(data)
+            part.write_bytes(data)
+    about = {"parts": count, "bytes": total, "sha256": digest.hexdigest()}
     whole.unlink()
     (folder / f"{name}.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
     return [*parts, folder / f"{name}.json"]

@@ -61,7 +61,6 @@ def eagle2(work: Work) -> bool:
 
 def measured(work: Work, target, dataset: LiveDataset, settings: dict, kind: type[BeagleDraft], more: dict) -> dict:
     """One head: its course by training seconds, its end, and the most memory that training took beyond the data's."""
-    draft = draft_of(target, dataset.corpus, settings, kind)
     course: list[dict] = []
     spent = [0.0]
 
@@ -77,6 +76,7 @@ def measured(work: Work, target, dataset: LiveDataset, settings: dict, kind: typ
     if work.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+    draft = draft_of(target, dataset.corpus, settings, kind)
     steps = work.sizes.compared_steps
     found = try_run(work, draft, dataset, settings, steps, eval_steps=max(2, steps // 10), watch=watch,
                     keep=work.scratch / "compared", **more)  # fmt: skip

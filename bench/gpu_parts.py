@@ -28,10 +28,9 @@ from bench import gpu_check
 from bench.acceptance import SHAPES, described, measure
 from bench.bundles import pack, unpack
 from bench.gpu_kit import load_prompts, open_kit
-from bench.gpu_work import BASE, OutOfTime, Work, config_of, draft_of, run, seed_all, try_run, write_json
+from bench.gpu_work import BASE, SETUP, OutOfTime, Work, config_of, draft_of, run, seed_all, try_run, write_json
 from bench.real_prompts import encoded_prompts
 
-SETUP = "setup --kit FOLDER"
 WANTED_SHAPES = ["4,6,16", "6,10,60", "4,1,5"]
 """What every evaluation set is measured with first; then MT-Bench with the other shapes of a draft's card."""
 
@@ -245,7 +244,7 @@ def evaluate(work: Work) -> bool:
         prompts = encoded_prompts(name, tokenizer, work.sizes.count, work.kit / "evaluation")
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if found.get("draft_sha256") != digest:
-            found = {**described(gpu_target_name(work), name, len(prompts), target, args), "draft_sha256": digest,
+            found = {**described(work.target_name(), name, len(prompts), target, args), "draft_sha256": digest,
                      "shapes": []}  # fmt: skip
         if any((TreeShape(row["depth"], row["branch"], row["num_nodes"]), row["temperature"]) == (shape, temperature)
                for row in found["shapes"]):  # fmt: skip
@@ -263,7 +262,3 @@ def evaluate(work: Work) -> bool:
         write_json(path, found)
     work.record("evaluate", finished=True)
     return True
-
-
-def gpu_target_name(work: Work) -> str:
-    return json.loads((work.kit / "about.json").read_text(encoding="utf-8"))["target"]

@@ -55,6 +55,9 @@ BASE = {
 1's part of the steps."""
 
 
+SETUP = "setup --kit FOLDER"
+
+
 class OutOfTime(Exception):
     """The part's time is used up; what it has is saved."""
 
@@ -62,12 +65,14 @@ class OutOfTime(Exception):
 class Budget:
     """A part's minutes, from its start; the last 3% are for saving."""
 
+    clock = staticmethod(time.monotonic)
+
     def __init__(self, minutes: float):
-        self.began, self.seconds = time.monotonic(), 0.97 * 60.0 * minutes
+        self.began, self.seconds = self.clock(), 0.97 * 60.0 * minutes
 
     @property
     def spent(self) -> float:
-        return time.monotonic() - self.began
+        return self.clock() - self.began
 
     def need(self, seconds: float = 0.0) -> None:
         """OutOfTime unless so many seconds are left."""
@@ -94,10 +99,13 @@ class Work:
             raise FileNotFoundError(f"{path} is not there: run `bench/gpu_train.sh {self.out} {part}` first")
         return path
 
+    def target_name(self) -> str:
+        """"target" where the kit brought a folder."""
+        return json.loads(self.want(self.kit / "about.json", SETUP).read_text(encoding="utf-8"))["target"]
+
     def target(self, dtype: torch.dtype | None = None):
         """(target, tokenizer) of the kit."""
-        about = json.loads(self.want(self.kit / "about.json", "setup --kit FOLDER").read_text(encoding="utf-8"))
-        name = about["target"]
+        name = self.target_name()
         return load_target(self.kit / name if name == "target" else name, dtype=dtype, device=self.device)
 
     def answers(self) -> list[Path]:

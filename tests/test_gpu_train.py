@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -103,19 +104,26 @@ def test_every_prompt_is_answered_at_every_temperature(answered):
     assert toy(answered, "answers") == 0 and answers_of(answered) == found, "nothing is written twice"
 
 
-def test_stopped_answers_go_on_to_the_same(answered, kit, tmp_path):
-    assert toy(tmp_path, "setup", "--kit", str(kit)) == 0
+@pytest.fixture
+def ticks(monkeypatch):
+    """A clock that goes on by a second each time it is read, so that --minutes counts readings."""
+    monkeypatch.setattr(Budget, "clock", itertools.count().__next__)
+
+
+def test_stopped_answers_go_on_to_the_same(answered, ticks, tmp_path):
+    (tmp_path / "kit").symlink_to(answered / "kit")
     tries = 0
-    while (code := toy(tmp_path, "answers", "--minutes", "0.004")) == 3:
+    while (code := toy(tmp_path, "answers", "--minutes", "0.4")) == 3:
+        assert not record(tmp_path, "answers")["finished"]
         tries += 1
-        assert tries < 60
-    assert code == 0 and tries > 0 and answers_of(tmp_path) == answers_of(answered)
+        assert tries < 9
+    assert code == 0 and tries > 1 and answers_of(tmp_path) == answers_of(answered)
 
 
 @pytest.mark.slow
 def test_from_answers_to_a_measured_draft(answered, monkeypatch):
     monkeypatch.setattr("bench.gpu_search.CHOICES", [(1.0, [{"lr": 1e-3}, {"lr": 1e6}]), (1.0, [{"mlp": 2}])])
-    assert toy(answered, "search", "train", "evaluate", "--minutes", "0.2") == 0
+    assert toy(answered, "search", "train", "evaluate", "--minutes", "3", "--train-minutes", "0.05") == 0
     runs = json.loads((answered / "search" / "runs.json").read_text())
     best = json.loads((answered / "search" / "best.json").read_text())
     assert [row["change"] for row in runs] == [{}, {"lr": 1e-3}, {"lr": 1e6}, {"mlp": 2}]
@@ -136,46 +144,54 @@ def test_from_answers_to_a_measured_draft(answered, monkeypatch):
         assert path.stat().st_size < 16 << 20
 
 
+def planned(out: Path, answered: Path, steps: int) -> None:
+    """An OUT with answers and a plan to train by."""
+    for name in ("kit", "answers"):
+        (out / name).symlink_to(answered / name)
+    (out / "train").mkdir()
+    (out / "train" / "plan.json").write_text(json.dumps({"settings": BASE, "steps": steps, "save_steps": 3}))
+
+
 @pytest.mark.slow
-def test_training_goes_on_on_another_machine(answered, tmp_path):
-    """Stopped by its time, with only OUT/answers and OUT/train carried over."""
-    assert toy(tmp_path, "train") == 2
-    for out, source in ((tmp_path / "one", answered), (tmp_path / "two", tmp_path / "one")):
+def test_training_goes_on_on_another_machine(answered, ticks, tmp_path):
+    """Stopped by its time, each time with only OUT/train carried over."""
+    whole = before = tmp_path / "whole"
+    for number, out in enumerate([whole, *(tmp_path / str(number) for number in range(9))]):
         out.mkdir()
-        for part in ("kit", "answers"):
-            (out / part).symlink_to(answered / part)
-        if source != answered:
-            (source / "train").rename(out / "train")
-        code = toy(out, "train", "--minutes", "0.06", "--train-minutes", "0.1")
-        assert code == 3 or (out / "train" / "draft").is_dir()
-        if source == answered:
-            assert code == 3, "0.06 minutes are not enough for a plan of 0.1"
-            step = record(out, "train")["step"]
-    tries = 0
-    while not record(out, "train")["finished"]:
-        assert record(out, "train")["step"] >= step and (tries := tries + 1) < 20
-        toy(out, "train", "--minutes", "0.06")
+        planned(out, answered, 14)
+        if number > 1:
+            (out / "train" / "plan.json").unlink()
+            (out / "train").rmdir()
+            (before / "train").rename(out / "train")
+        before = out
+        if toy(out, "train", "--minutes", "9" if out == whole else "0.2") == 0 and out != whole:
+            break
+        assert out == whole or not record(out, "train")["finished"]
+    assert number > 2 and record(out, "train")["finished"]
+    one, other = (BeagleDraft.from_pretrained(folder / "train" / "draft").state_dict() for folder in (whole, out))
+    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
     lines = [json.loads(line)["step"] for line in (out / "train" / "metrics.jsonl").read_text().splitlines()]
-    assert lines == list(range(1, record(out, "train")["plan"]["steps"] + 1))
+    assert lines == list(range(1, 15))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["answers", "train"])
 def test_a_killed_part_goes_on(part, answered, tmp_path):
-    for name in ("kit", *(["answers"] if part == "train" else [])):
-        (tmp_path / name).symlink_to(answered / name)
-    command = ["bench/gpu_train.sh", str(tmp_path), part, "--toy", "--device", "cpu", "--minutes", "0.15"]
+    if part == "train":
+        planned(tmp_path, answered, 40)
+    else:
+        (tmp_path / "kit").symlink_to(answered / "kit")
+    command = ["bench/gpu_train.sh", str(tmp_path), part, "--toy", "--device", "cpu"]
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    waits = {"answers": "answers/answers-00.npz", "train": "scratch/train/metrics.jsonl"}
+    waits = {"answers": "answers/answers-00.npz", "train": "scratch/train/checkpoint-0000003"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None and not (tmp_path / waits[part]).exists():
-        time.sleep(0.02)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    for _ in range(20):
-        if (code := toy(tmp_path, part, "--minutes", "0.2")) == 0:
-            break
-    assert code == 0 and record(tmp_path, part)["finished"]
+    said = process.communicate()[0].decode()
+    assert process.returncode == -signal.SIGKILL, said
+    assert not (tmp_path / part / "record.json").exists()
+    assert toy(tmp_path, part) == 0 and record(tmp_path, part)["finished"]
     if part == "answers":
         assert answers_of(tmp_path) == answers_of(answered)
 

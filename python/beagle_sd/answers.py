@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from beagle_kernels import STATUS_NO_FINITE, Sampling, choose_tokens
 from beagle_sd import shards
 from beagle_sd.attention import tree_attention_of
-from beagle_sd.cache import visible_keys
 from beagle_sd.target import Target
 
 _PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -100,7 +99,7 @@ class _Writer:
         self.done = torch.ones(batch, dtype=torch.bool, device=device)
         self.status = torch.zeros(batch, dtype=torch.int32, device=device)
         self.numbers = torch.arange(batch, device=device)
-        self.among = torch.ones(batch, 1, 1, dtype=torch.bool, device=device)
+        self.slots = torch.arange(self.cache.capacity, device=device)
         shape = (batch, self.cache.capacity, target.config.hidden_size)
         self.states = torch.zeros(shape, dtype=torch.bfloat16, device=device) if states else None
         self.rows: list[Request | None] = [None] * batch
@@ -179,7 +178,7 @@ class _Writer:
         self.cache.expect(1, keys)
         hidden = self.target.decoder(
             input_ids=self.token[:, None],
-            attention_mask=visible_keys(lengths, self.among, keys),
+            attention_mask=(self.slots[:keys] <= lengths[:, None])[:, None, None],
             position_ids=lengths.long()[:, None],
             past_key_values=self.cache,
             use_cache=True,
