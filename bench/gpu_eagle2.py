@@ -61,27 +61,29 @@ def eagle2(work: Work) -> bool:
 
 def measured(work: Work, target, dataset: LiveDataset, settings: dict, kind: type[BeagleDraft], more: dict) -> dict:
     """One head: its course by training seconds, its end, and the most memory that training took beyond the data's."""
-    course: list[dict] = []
-    spent = [0.0]
-
-    def watch(step: int, metrics: dict) -> None:
-        if "acceptance_by_depth" in metrics:  # its step's seconds hold the evaluation, too
-            accepted = metrics["acceptance_by_depth"]
-            course.append({"step": step, "tokens": metrics["tokens_seen"], "seconds": round(spent[0], 3),
-                           "acceptance_by_depth": accepted, "chain_tokens": chain_tokens(accepted)})  # fmt: skip
-        else:
-            spent[0] += metrics["seconds"]
-
     before = 0
     if work.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     draft = draft_of(target, dataset.corpus, settings, kind)
     steps = work.sizes.compared_steps
-    found = try_run(work, draft, dataset, settings, steps, eval_steps=max(2, steps // 10), watch=watch,
+    found = try_run(work, draft, dataset, settings, steps, eval_steps=max(2, steps // 10),
                     keep=work.scratch / "compared", **more)  # fmt: skip
     peak = torch.cuda.max_memory_allocated() - before if work.device == "cuda" else None
-    return {"settings": settings, "course": course, **found, "peak_bytes": peak}
+    return {"settings": settings, "course": course_of(found.pop("log")), **found, "peak_bytes": peak}
+
+
+def course_of(log: list[dict]) -> list[dict]:
+    """The evaluations of a run, by the seconds of training before them: those of steps that hold one are left out."""
+    course, spent = [], 0.0
+    for line in log:
+        if "acceptance_by_depth" not in line:
+            spent += line["seconds"]
+            continue
+        accepted = line["acceptance_by_depth"]
+        course.append({"step": line["step"], "tokens": line["tokens_seen"], "seconds": round(spent, 3),
+                       "acceptance_by_depth": accepted, "chain_tokens": chain_tokens(accepted)})  # fmt: skip
+    return course
 
 
 def held_out_answers(dataset: LiveDataset, files: list[Path], folder: Path) -> Path:

@@ -80,10 +80,8 @@ def _two_steps(work: Work, target) -> tuple[BeagleDraft, list[float]]:
     """A fresh draft, and its loss and gradient norm in a step of either stage that changes nothing."""
     dataset = LiveDataset(target, Corpus.of_answers([work.scratch / "tried.npz"]), held_out=0, keep=True)
     draft = draft_of(target, dataset.corpus, BASE)
-    losses: list[float] = []
-    try_run(work, draft, dataset, {**BASE, "lr": 0.0, "block_share": 0.5}, 2,
-            watch=lambda _, metrics: losses.extend((metrics["loss"], metrics["gradient_norm"])))  # fmt: skip
-    return draft, losses
+    log = try_run(work, draft, dataset, {**BASE, "lr": 0.0, "block_share": 0.5}, 2)["log"]
+    return draft, [line[name] for line in log for name in ("loss", "gradient_norm")]
 
 
 def answers(work: Work, graph: bool = True) -> bool:
@@ -183,9 +181,14 @@ def train(work: Work, minutes: float | None = None) -> bool:
         trainer = Trainer(draft_of(target, dataset.corpus, plan["settings"]), dataset, runs, config)
     except OutOfTime:
         return False
+    def show(step: int, metrics: dict) -> None:
+        if "acceptance_by_depth" in metrics:
+            print(f"  step {step} of {steps}, {work.budget.spent:.0f} s: stage {metrics['stage']} loss "
+                  f"{metrics['loss']:.3f}, acceptance by depth {metrics['acceptance_by_depth']}")  # fmt: skip
+
     finished = True
     try:
-        run(trainer, work.budget)
+        run(trainer, work.budget, show)
     except OutOfTime:
         finished = False
     _bring_home(work, trainer, runs, folder, name)
@@ -199,11 +202,9 @@ def _plan(work: Work, target, dataset: LiveDataset, path: Path, minutes: float |
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     settings = work.settings()
-    seconds: dict[int, list[float]] = {1: [], 2: []}
     draft = draft_of(target, dataset.corpus, settings)
-    try_run(work, draft, dataset, {**settings, "block_share": 0.5}, 2 * work.sizes.timed_steps,
-            watch=lambda _, metrics: seconds[metrics["stage"]].append(metrics["seconds"]))  # fmt: skip
-    one, two = (statistics.median(seconds[stage]) for stage in (1, 2))
+    log = try_run(work, draft, dataset, {**settings, "block_share": 0.5}, 2 * work.sizes.timed_steps)["log"]
+    one, two = (statistics.median([line["seconds"] for line in log if line["stage"] == stage]) for stage in (1, 2))
     mean = settings["block_share"] * one + (1 - settings["block_share"]) * two
     left = 0.9 * (work.budget.seconds if minutes is None else 60 * minutes) - work.budget.spent
     plan = {"settings": settings, "searched": (work.out / "search").exists(), "seconds_a_step": [one, two],

@@ -71,6 +71,7 @@ def measured(work: Work, target, dataset: LiveDataset, change: dict, settings: d
     try:
         draft = draft_of(target, dataset.corpus, settings)
         found = try_run(work, draft, dataset, settings, work.sizes.search_steps)
+        found["loss"] = round(found.pop("log")[-1]["loss"], 4)
     except TrainingStopped as error:
         found = {"seconds": round(time.monotonic() - began, 2), "chain_tokens": 0.0, "stopped": str(error)}
     print(f"  {name_of(change)}: {found['chain_tokens']} tokens a round as a chain, {found['seconds']} s")

@@ -165,25 +165,22 @@ def draft_of(target, corpus: Corpus, settings: dict, kind: type[BeagleDraft] = B
     return kind.from_target(target, ids, **wide, **{name: settings[name] for name in names})
 
 
-def run(trainer: Trainer, budget: Budget, watch: Callable[[int, dict], None] = lambda step, metrics: None) -> None:
+def run(trainer: Trainer, budget: Budget, watch: Callable[[int, dict], None]) -> None:
     """Train to the end, calling watch(step, metrics) after every step; OutOfTime, after a checkpoint, without time."""
 
-    def show(step: int, metrics: dict) -> None:
-        if "acceptance_by_depth" in metrics:
-            print(f"  step {step} of {trainer.total_steps}, {budget.spent:.0f} s: stage {metrics['stage']} loss "
-                  f"{metrics['loss']:.3f}, acceptance by depth {metrics['acceptance_by_depth']}")  # fmt: skip
+    def after(step: int, metrics: dict) -> None:
         watch(step, metrics)
         if step < trainer.total_steps and budget.spent > budget.seconds:
             trainer.save()
             raise OutOfTime
 
-    trainer.run(show)
+    trainer.run(after)
 
 
 def try_run(work: Work, draft: BeagleDraft, dataset: LiveDataset, settings: dict, steps: int, *,
-            eval_steps: int = 10**9, watch: Callable[[int, dict], None] = lambda step, metrics: None,
-            keep: Path | None = None, **more) -> dict:  # fmt: skip
-    """A short run in the scratch folder: its acceptance on held-out text, and its tokens a round as a chain.
+            eval_steps: int = 10**9, keep: Path | None = None, **more) -> dict:  # fmt: skip
+    """A short run in the scratch folder: the metrics of its steps, its acceptance on held-out text, and its tokens a
+    round as a chain.
 
     keep: where to leave the trained draft; more: for the trainer.
     """
@@ -192,16 +189,16 @@ def try_run(work: Work, draft: BeagleDraft, dataset: LiveDataset, settings: dict
     per_epoch = len(dataset.epoch(0, work.sizes.tokens_per_step, 0))
     config = config_of(settings, steps, per_epoch, work.sizes, work.device, eval_steps=eval_steps, save_steps=10**9)
     trainer = Trainer(draft, dataset, folder, config, **more)
-    began = time.monotonic()
+    began, log = time.monotonic(), []
     try:
-        run(trainer, work.budget, watch)
-        accepted = trainer.evaluate()
+        run(trainer, work.budget, lambda step, metrics: log.append({"step": step, **metrics}))
         if keep is not None:
             draft.save_pretrained(keep)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    accepted = log[-1]["acceptance_by_depth"]
     return {"steps": trainer.step, "tokens": trainer.tokens_seen, "seconds": round(time.monotonic() - began, 2),
-            "acceptance_by_depth": accepted, "chain_tokens": chain_tokens(accepted)}  # fmt: skip
+            "acceptance_by_depth": accepted, "chain_tokens": chain_tokens(accepted), "log": log}  # fmt: skip
 
 
 def chain_tokens(acceptance: list[float]) -> float:

@@ -22,6 +22,7 @@ from tokenizers_for_tests import small_tokenizer
 from beagle_sd import BeagleDraft
 from beagle_sd.conversations import stored_answers
 from bench.bundles import pack, unpack
+from bench.gpu_eagle2 import RUNS, SHAPES
 from bench.gpu_search import CHOICES
 from bench.gpu_train import PARTS, main, parsed, parsed_kit
 from bench.gpu_work import BASE, Budget, OutOfTime, chain_tokens
@@ -194,6 +195,22 @@ def test_a_killed_part_goes_on(part, answered, tmp_path):
     assert toy(tmp_path, part) == 0 and record(tmp_path, part)["finished"]
     if part == "answers":
         assert answers_of(tmp_path) == answers_of(answered)
+
+
+@pytest.mark.slow
+def test_both_heads_train_on_the_same_answers(answered):
+    pytest.importorskip("bench.peers.eagle2")
+    assert toy(answered, "eagle2") == 0
+    runs = json.loads((answered / "eagle2" / "runs.json").read_text())
+    assert list(runs) == list(RUNS) and len({row["tokens"] for row in runs.values()}) == 1
+    for row in runs.values():
+        assert row["steps"] == 4 and [point["step"] for point in row["course"]][-1] == 4
+        assert all(row[shape]["tokens_per_round"] >= 1 for shape in SHAPES)
+    times = record(answered, "eagle2")["seconds_to_eagle2"]
+    assert set(times) == set(RUNS) and any(value is not None for name, value in times.items() if name != "beagle")
+    before = (answered / "eagle2" / "runs.json").read_text()
+    assert toy(answered, "eagle2") == 0 and (answered / "eagle2" / "runs.json").read_text() == before
+
 
 
 def test_a_part_without_its_input_says_which_comes_first(tmp_path, kit, answered, capsys):

@@ -42,7 +42,7 @@ def answers(tmp_path_factory):
 def test_batches_are_those_of_shards(keep, context, tmp_path):
     target = small_target()
     writer = ShardWriter(tmp_path, MANIFEST, tokens_per_shard=10**6)
-    for sequence in states_of(target, conversations()):
+    for sequence in sorted(states_of(target, conversations()), key=lambda sequence: sequence.index):
         writer.add(sequence)
     writer.flush()
     stored = StateDataset(tmp_path, context=context, held_out=6)
