@@ -36,7 +36,7 @@ def eagle2(work: Work) -> bool:
     seed_all(work.device)
     target, _ = work.target()
     steps = sizes.compared_steps
-    dataset = LiveDataset(target, work.corpus(steps * sizes.tokens_per_step), held_out=sizes.held_out, keep=True)
+    dataset = work.dataset(target, work.corpus(steps * sizes.tokens_per_step))
     shards = held_out_answers(dataset, work.answers(), work.scratch / "held-out")
     cpu = Work(work.out, sizes, work.budget, "cpu").target()[0]
     try:

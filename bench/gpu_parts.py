@@ -168,8 +168,7 @@ def train(work: Work, minutes: float | None = None) -> bool:
     seed_all(work.device)
     folder, runs, name = work.folder("train"), work.scratch / "train", "checkpoint"
     target, _ = work.target()
-    dataset = LiveDataset(target, work.corpus(), held_out=work.sizes.held_out, keep=True)
-    print(f"train: states of {len(dataset.corpus.ids)} tokens after {work.budget.spent:.0f} s")
+    dataset = work.dataset(target, work.corpus())
     if not checkpoints(runs) and (folder / name / f"{name}.json").is_file():
         unpack(folder / name, name, runs)
     try:

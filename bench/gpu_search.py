@@ -38,13 +38,12 @@ def search(work: Work) -> bool:
     seed_all(work.device)
     target, _ = work.target()
     corpus = work.corpus(work.sizes.search_steps * work.sizes.tokens_per_step)
-    dataset = LiveDataset(target, corpus, held_out=work.sizes.held_out, keep=True)
-    print(f"search: states of {len(dataset.corpus.ids)} tokens after {work.budget.spent:.0f} s")
+    dataset = work.dataset(target, corpus)
     best, rows = None, []
     try:
         for factor, changes in [(0.0, [{}]), *CHOICES]:
             start = BASE if best is None else best["settings"]
-            group = []
+            group: list[dict] = []
             for change in changes:
                 settings = {**start, **change}
                 key = json.dumps(settings, sort_keys=True)
@@ -52,16 +51,28 @@ def search(work: Work) -> bool:
                     before[key] = measured(work, target, dataset, change, settings)
                     write_json(path, list(before.values()))
                 group.append(before[key])
-                rows.append(before[key])
+                rows.append({**before[key], "kept": False})
             winner = max(group, key=lambda row: row["chain_tokens"])
             if best is None or winner["chain_tokens"] > factor * best["chain_tokens"]:
                 best = winner
+                rows[group.index(winner) - len(group)]["kept"] = True
             write_json(path.parent / "best.json", best)
+            (path.parent / "table.md").write_text(table(rows), encoding="utf-8")
     except OutOfTime:
         work.record("search", finished=False, runs=len(rows))
         return False
     work.record("search", finished=True, runs=len(rows))
     return True
+
+
+def table(rows: list[dict]) -> str:
+    """The runs for a draft's card, in the order they were made; each starts from the last one kept."""
+    lines = ["| change | tokens a round, chain | accepted by depth | loss | kept |", "|---|---|---|---|---|"]
+    for row in rows:
+        by_depth = " ".join(f"{share:.2f}" for share in row.get("acceptance_by_depth", []))
+        lines.append(f"| {name_of(row['change'])} | {row['chain_tokens']:.3f} | {by_depth or row.get('stopped')} | "
+                     f"{row.get('loss', '')} | {'yes' if row['kept'] else ''} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 def measured(work: Work, target, dataset: LiveDataset, change: dict, settings: dict) -> dict:

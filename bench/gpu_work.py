@@ -120,6 +120,15 @@ class Work:
     def corpus(self, tokens: int | None = None) -> Corpus:
         return Corpus.of_answers(self.answers(), tokens)
 
+    def dataset(self, target, corpus: Corpus) -> LiveDataset:
+        """The corpus with its states: all on the device at once where they take no more than half of what is free."""
+        size = 2 * len(corpus.ids) * target.config.get_text_config().hidden_size
+        keep = self.device == "cpu" or size <= torch.cuda.mem_get_info()[0] // 2
+        dataset = LiveDataset(target, corpus, held_out=self.sizes.held_out, keep=keep)
+        how = "held" if keep else "to be computed in every step, since they are too many to hold"
+        print(f"  states of {len(corpus.ids)} tokens {how} ({self.budget.spent:.0f} s)")
+        return dataset
+
     def record(self, part: str, **found) -> None:
         """Write what a part has to say into OUT/PART/record.json."""
         peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else None

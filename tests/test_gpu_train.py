@@ -129,6 +129,8 @@ def test_from_answers_to_a_measured_draft(answered, monkeypatch):
     best = json.loads((answered / "search" / "best.json").read_text())
     assert [row["change"] for row in runs] == [{}, {"lr": 1e-3}, {"lr": 1e6}, {"mlp": 2}]
     assert best["chain_tokens"] == max(row["chain_tokens"] for row in runs)
+    table = (answered / "search" / "table.md").read_text().splitlines()
+    assert len(table) == 6 and table[2].startswith("| base |") and table[2].endswith("| yes |")
     plan = record(answered, "train")["plan"]
     assert plan["settings"] == best["settings"] and record(answered, "train")["step"] == plan["steps"] >= 2
     draft = BeagleDraft.from_pretrained(answered / "train" / "draft")
