@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -24,7 +25,6 @@ from beagle_sd.generate import TreeShape, generate
 from beagle_sd.live import Corpus, LiveDataset
 from beagle_sd.shards import Sequence
 from beagle_sd.training import Trainer, checkpoints
-from bench import gpu_check
 from bench.acceptance import SHAPES, described, measure
 from bench.bundles import pack, unpack
 from bench.gpu_kit import load_prompts, open_kit
@@ -45,8 +45,9 @@ def setup(work: Work, kit: Path) -> bool:
         if built.exists():
             raise ValueError(f"the extension was built but cannot be used: {reason}")
         print(f"setup: building the extension, since {reason}")
-        if (done := gpu_check.build())["status"] != "passed":
-            raise ValueError(f"the build {done['status']}: {done.get('output')}")
+        log = work.folder("setup") / "build.json"
+        if subprocess.run([sys.executable, "-m", "bench.gpu_check", str(log), "build"], check=False).returncode:
+            raise ValueError(f"the build failed: {log.read_text(encoding='utf-8') if log.is_file() else 'no log'}")
         work.scratch.mkdir(parents=True, exist_ok=True)
         built.touch()
         os.execv(sys.executable, [sys.executable, "-m", "bench.gpu_train", *sys.argv[1:]])
