@@ -43,8 +43,9 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
     assert "acceptance by depth" in trained and (out / "final" / "model.safetensors").is_file()
     shown = run("generate", "ab", "--target", target, "--draft", out / "final", "--max-new-tokens", 12)
     assert "Same tokens as plain decoding." in shown and "tokens a round" in shown
-    again = run("prepare", states / "answers.npz", tmp_path / "again", "--target", target)
-    assert "30 of 30 conversations" in again
+    again = "prepare", states / "answers.npz", tmp_path / "again", "--target", target
+    assert "10 of 10 conversations" in run(*again, "--limit", 10)
+    assert "20 of 30 conversations" in run(*again)
 
 
 @pytest.mark.parametrize("args,message", [
