@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -19,8 +19,7 @@ from bench.paper.runs import RUNS, Runner, Settings
 from bench.peers.eagle2 import EagleDraft
 
 TOY = Settings(epochs=1.0, tokens_per_step=100, lr=1e-2, warmup_steps=1, draft_vocab=60, held_out=4, eval_tokens=200)
-TOY_OPTIONS = ["--epochs", "1", "--tokens-per-step", "100", "--lr", "1e-2", "--warmup-steps", "1", "--draft-vocab", "60",
-               "--held-out", "4", "--eval-tokens", "200"]  # fmt: skip
+TOY_OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(TOY).items()]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +43,8 @@ def test_figures_from_the_command(target, states, tmp_path):
     out, work = tmp_path / "out", tmp_path / "work"
     places = ["--states", str(states), "--work", str(work), "--out", str(out), "--target", target[1]]
     command.main(["figure3", "append", *places, *TOY_OPTIONS])
-    assert sorted(path.name for path in work.iterdir()) == [
-        f"{name}-seed0" for name in ("block", "block-block", "block-no-append", "block-steps4", "eagle2", "eagle2-eagle2")]
+    needed = "block", "block-block", "block-no-append", "block-steps4", "eagle2", "eagle2-eagle2"
+    assert {path.name for path in work.iterdir()} == {f"{name}-seed0" for name in needed}
     with (out / "figure3.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["run"] for row in rows} == {"Beagle", "EAGLE-2"}
@@ -103,7 +102,8 @@ def test_a_replay_gives_what_decoding_reports(kind, shape, target, states):
 
 def test_states_without_a_greedy_answer_are_refused(tmp_path):
     writer = ShardWriter(tmp_path, MANIFEST)
-    writer.add(Sequence(torch.arange(5), torch.ones(5, dtype=torch.bool), torch.zeros(5, 64, dtype=torch.bfloat16), 1, 0, 0.7))
+    mask, states = torch.ones(5, dtype=torch.bool), torch.zeros(5, 64, dtype=torch.bfloat16)
+    writer.add(Sequence(torch.arange(5), mask, states, 1, 0, 0.7))
     writer.flush()
     with pytest.raises(ValueError, match="no held-out greedy answer .*allowed"):
         greedy_answers(tmp_path, 1)
