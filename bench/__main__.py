@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BY_PYTEST = ("block_attention", "extend_attention", "tree_attention", "distill_loss")
 """Files whose cases only pytest-benchmark can run; the others list theirs in `cases`."""
-FILES = ("choose_tokens", "verify_tree", "verify_chain", "build_tree", "compact_cache", *BY_PYTEST)
+FILES = ("choose_tokens", "verify_tree", "verify_chain", "build_tree", "compact_cache", "training_step", *BY_PYTEST)
 
 
 def main(arguments: list[str]) -> int:

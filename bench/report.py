@@ -11,10 +11,12 @@ import re
 import sys
 from pathlib import Path
 
+from bench.paper.tables import TABLES as PAPER
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 BUNDLED = ROOT / "python" / "beagle_sd" / "bundled" / "smollm2-135m"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", BUNDLED / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "paper.md", BUNDLED / "README.md")
 
 
 def acceptance() -> str:
@@ -75,7 +77,7 @@ def ops() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"acceptance": acceptance, "speed": speed, "lossless": lossless, "ops": ops}
+TABLES = {"acceptance": acceptance, "speed": speed, "lossless": lossless, "ops": ops, **PAPER}
 
 
 def filled(page: str) -> str:

@@ -47,8 +47,9 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
                "--block-epochs", 1, "--simulation-epochs", 1, "--tokens-per-step", 512, "--lr", 1e-3)
     assert trained.splitlines()[0].split(";")[0] == live.splitlines()[0].split(";")[0]
     assert (tmp_path / "live" / "final" / "model.safetensors").is_file()
-    again = run("prepare", states / "answers.npz", tmp_path / "again", "--target", target)
-    assert "30 of 30 conversations" in again
+    again = "prepare", states / "answers.npz", tmp_path / "again", "--target", target
+    assert "10 of 10 conversations" in run(*again, "--limit", 10)
+    assert "20 of 30 conversations" in run(*again)
 
 
 @pytest.mark.parametrize("args,message", [

@@ -242,14 +242,14 @@ def test_evaluation_counts_as_figure_3_does(data, tmp_path):
     """A draft that always agrees is always right; one that never does, never."""
     trainer = trainer_of(data, tmp_path)
     right = trainer._agreement
-    trainer._agreement = lambda states, teacher, counted: counted.clone()
+    trainer._agreement = lambda states, choices, counted: counted.clone()
     assert trainer.evaluate(depth=3) == [1.0, 1.0, 1.0]
-    trainer._agreement = lambda states, teacher, counted: torch.zeros_like(counted)
+    trainer._agreement = lambda states, choices, counted: torch.zeros_like(counted)
     assert trainer.evaluate(depth=3) == [0.0, 0.0, 0.0]
     batch = trainer.dataset.load(trainer.dataset.evaluation_packs(200)[0])
-    counted = torch.ones(len(batch.tokens), dtype=torch.bool)
-    assert right(batch.states, batch.states, counted).all()
-    assert not right(-batch.states, batch.states, counted).any()
+    choices = trainer._target_choices(batch)
+    assert right(batch.states, choices, batch.loss_mask).equal(batch.loss_mask)
+    assert not right(-batch.states, choices, torch.ones_like(batch.loss_mask)).any()
 
 
 def test_states_of_another_width_are_refused(tmp_path):

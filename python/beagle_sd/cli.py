@@ -77,6 +77,7 @@ def prepare(
     batch: Annotated[int, typer.Option(help="Answers written at a time.")] = 128,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 192,
     context: Annotated[int, typer.Option(help="Longest conversation, in tokens.")] = 2048,
+    limit: Annotated[int, typer.Option(help="Only the first so many conversations; 0: all.")] = 0,
     seed: Seed = 0,
     dtype: Dtype = "bfloat16",
     device: Device = None,
@@ -86,7 +87,7 @@ def prepare(
 
     with _clear_errors():
         session.prepare(console, source, out, target, regenerate=regenerate, batch=batch, context=context,
-                        max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device)
+                        max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device, limit=limit)
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,18 +105,17 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict]
 def states_of(
     model: PreTrainedModel, conversations: Iterable[Conversation], *, batch_tokens: int = 4096
 ) -> Iterator[shards.Sequence]:
-    """Run the target over conversations, teacher-forced; states in bf16. In the order of their coming."""
+    """Run the target over conversations, teacher-forced; states in bf16. Of every 256 conversations the shorter ones
+    come first, so that little of a batch is padding."""
     target = Target(model)
-    waiting: list[Conversation] = []
-    for conversation in conversations:
-        if len(conversation.ids) < 2:
-            continue
-        longest = max(len(item.ids) for item in [*waiting, conversation])
-        if waiting and longest * (len(waiting) + 1) > batch_tokens:
-            yield from _forward(target, waiting)
-            waiting = []
-        waiting.append(conversation)
-    if waiting:
+    coming = (conversation for conversation in conversations if len(conversation.ids) > 1)
+    while pool := sorted(islice(coming, 256), key=lambda item: len(item.ids)):
+        waiting: list[Conversation] = []
+        for conversation in pool:
+            if waiting and len(conversation.ids) * (len(waiting) + 1) > batch_tokens:
+                yield from _forward(target, waiting)
+                waiting = []
+            waiting.append(conversation)
         yield from _forward(target, waiting)
 
 

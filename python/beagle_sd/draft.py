@@ -191,7 +191,7 @@ class BeagleDraft(PreTrainedModel):
         if draft_vocab is not None:
             _check_draft_vocab(draft_vocab, target.config.vocab_size)
             overrides["draft_vocab_size"] = len(draft_vocab)
-        draft = cls(BeagleConfig.of_target(target.config, **overrides))
+        draft = cls(cls.config_class.of_target(target.config, **overrides))
         draft.to(target.device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
         if draft.draft_vocab is not None and draft_vocab is not None:
             draft.draft_vocab.copy_(draft_vocab)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -124,22 +125,25 @@ def _first_difference(found: Generated, plain: Generated, prompt: int) -> str:
 
 
 def prepare(console: Console, source: Path, out: Path, target_name: str, *, regenerate: bool, batch: int,
-            max_new_tokens: int, context: int, seed: int, dtype: str, device: str | None) -> None:  # fmt: skip
+            max_new_tokens: int, context: int, seed: int, dtype: str, device: str | None,
+            limit: int = 0) -> None:  # fmt: skip
     """Store states for training: of conversations as they are, or of answers that the target writes."""
+    if limit < 0:
+        raise ValueError(f"limit is {limit}; allowed: 0 (all conversations) or more")
     if not source.is_file():
         raise FileNotFoundError(f"{source} is not a file; allowed: .jsonl, .txt or .npz")
     target, tokenizer = load_target(target_name, dtype=_dtype(dtype), device=device)
     writer = shards.ShardWriter(out, _manifest(target, target_name, source, regenerate, max_new_tokens, context))
     done = {sequence.index for sequence in shards.read_sequences(out, with_states=False)}
     if regenerate:
-        messages = list(conversations.read_messages(source))
+        messages = list(islice(conversations.read_messages(source), limit or None))
         asked = [(index, turns) for index, turns in messages if index not in done]
         encoded = ((index, encode_chat(tokenizer, turns)) for index, turns in asked)
         sequences = write_answers(target, requests_of(encoded), end=tokenizer.eos_token_id, batch=batch,
                                   max_new_tokens=max_new_tokens, seed=seed)  # fmt: skip
         total = len(asked)
     else:
-        said = [item for item in conversations.read_conversations(source, tokenizer, context)
+        said = [item for item in islice(conversations.read_conversations(source, tokenizer, context), limit or None)
                 if item.index not in done]
         sequences = conversations.states_of(target, said)
         total = len(said)
