@@ -20,7 +20,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def sequence_of(o_row, p_cu, p_offset, T, num_seqs, STEPS: tl.constexpr):
+def first_window(b_offset, T, window):
+    """A start of a window in (-window, T], so that no sum overflows whatever the offset."""
+    return tl.where(b_offset < 0, b_offset % window, tl.minimum(b_offset, T))
+
+
+@triton.jit
+def sequence_of(o_row, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
     """First row, end and first window of each row's sequence; end = first for a row outside all. STEPS 0: only one."""
     if STEPS > 0:
         b_low = o_row * 0
@@ -31,19 +37,19 @@ def sequence_of(o_row, p_cu, p_offset, T, num_seqs, STEPS: tl.constexpr):
             b_high = tl.where(m_right, b_high, tl.minimum(b_mid, b_high))
             b_low = tl.where(m_right, b_mid + 1, b_low)
         b_seq = tl.minimum(b_low, num_seqs - 1)
-        b_first = tl.load(p_cu + b_seq)
+        b_first = tl.maximum(tl.load(p_cu + b_seq), 0)
         m_inside = (b_low < num_seqs) & (b_first <= o_row)
         b_end = tl.where(m_inside, tl.minimum(tl.load(p_cu + b_seq + 1), T), b_first)
-        return b_first, b_end, b_first + tl.load(p_offset + b_seq)
+        return b_first, b_end, b_first + first_window(tl.load(p_offset + b_seq), T, window)
     else:
         b_zero = o_row * 0
-        return b_zero, b_zero + T, b_zero + tl.load(p_offset)
+        return b_zero, b_zero + T, b_zero + first_window(tl.load(p_offset), T, window)
 
 
 @triton.jit
 def key_range(o_row, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
     """The keys [first, limit) that each row sees; limit = first where it sees none."""
-    b_first, b_end, b_begin = sequence_of(o_row, p_cu, p_offset, T, num_seqs, STEPS)
+    b_first, b_end, b_begin = sequence_of(o_row, p_cu, p_offset, T, num_seqs, window, STEPS)
     b_since = o_row - b_begin
     b_limit = tl.where((b_since >= 0) & (b_end > b_first), o_row - b_since % window, b_first)
     return b_first, tl.maximum(b_limit, b_first)
@@ -52,9 +58,9 @@ def key_range(o_row, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
 @triton.jit
 def row_range(o_key, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
     """The rows [first, limit) that see each key: those of the windows that start after it."""
-    _, b_end, b_begin = sequence_of(o_key, p_cu, p_offset, T, num_seqs, STEPS)
+    b_start, b_end, b_begin = sequence_of(o_key, p_cu, p_offset, T, num_seqs, window, STEPS)
     b_first = b_begin + (tl.maximum(o_key + 1 - b_begin, 0) + window - 1) // window * window
-    return tl.minimum(b_first, b_end), b_end
+    return tl.minimum(tl.maximum(b_first, b_start), b_end), b_end
 
 
 @triton.jit
