@@ -84,7 +84,7 @@ def prepare(
     """Run the target over conversations and store its states for training. Safe to kill and run again."""
     from beagle_sd import session
 
-    with _clear_errors():
+    with _clear_errors(f"; what is finished is in {out}: run the same command again to go on"):
         session.prepare(console, source, out, target, regenerate=regenerate, batch=batch, context=context,
                         max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device)
 
@@ -119,7 +119,7 @@ def train(
     from beagle_sd import session
     from beagle_sd.training import TrainingConfig
 
-    with _clear_errors():
+    with _clear_errors(f"; the last checkpoint is in {out}: run the same command again to go on"):
         config = TrainingConfig(
             window=window, steps=steps, block_epochs=block_epochs, simulation_epochs=simulation_epochs,
             tokens_per_step=tokens_per_step, context=context, lr=lr, schedule=schedule, warmup_steps=warmup_steps,
@@ -155,8 +155,11 @@ def info() -> None:
 
 
 class _clear_errors:
-    """Show what a user can mend as one line, and exit with 1; anything else is a bug and keeps its traceback.
-    transformers' own progress bars stay off."""
+    """Show what a user can mend as one line, and exit with 1, or with 130 after Ctrl-C; anything else is a bug and
+    keeps its traceback. transformers' own progress bars stay off."""
+
+    def __init__(self, after_interrupt: str = ""):
+        self.after_interrupt = after_interrupt
 
     def __enter__(self):
         from transformers.utils import logging
@@ -167,7 +170,10 @@ class _clear_errors:
     def __exit__(self, kind, error, trace):
         from beagle_sd.training import TrainingStopped
 
-        if isinstance(error, (ValueError, OSError, TrainingStopped)):
+        if isinstance(error, KeyboardInterrupt):
+            console.print(f"\nstopped{self.after_interrupt}", highlight=False, soft_wrap=True)
+            raise typer.Exit(130) from error
+        if isinstance(error, (ValueError, OSError, TrainingStopped)) and not isinstance(error, BrokenPipeError):
             console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 

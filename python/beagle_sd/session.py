@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from beagle_sd.dataset import StateDataset
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.generate import Generated, TreeShape
 from beagle_sd.generate import generate as decode
+from beagle_sd.interrupt import deferred_interrupt
 from beagle_sd.training import Trainer, TrainingConfig
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -140,18 +141,25 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
                 if item.index not in done]
         sequences = conversations.states_of(target, said)
         total = len(said)
-    tokens, began = 0, time.perf_counter()
-    with _progress(console) as progress:
-        bar = progress.add_task("prepare", total=total)
-        for sequence in sequences:
-            writer.add(sequence)
-            tokens += len(sequence.tokens)
-            progress.update(bar, advance=1, description=f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
-    writer.flush()
-    console.print(f"{total} of {total + len(done)} conversations, {tokens} tokens, now in {out}")
+    written, tokens, began = 0, 0, time.perf_counter()
+    try:
+        with _progress(console) as progress, deferred_interrupt() as check_interrupt:
+            bar = progress.add_task("prepare", total=total)
+            for sequence in sequences:
+                writer.add(sequence)
+                written, tokens = written + 1, tokens + len(sequence.tokens)
+                progress.update(bar, advance=1, description=f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
+                check_interrupt()
+    finally:
+        writer.flush()
+    left_out = total - written
+    console.print(f"{written} of {total + len(done)} conversations, {tokens} tokens, now in {out}"
+                  + (f"; {left_out} left out, as too short or too long" if left_out else ""))
+    if not written and not done:
+        raise ValueError(f"{source} holds nothing to learn from: "
+                         + (f"all {total} conversations are too short or too long" if total else "it is empty"))
     if regenerate:
-        sources = {index: json.loads(line).get("source", "") for index, line in enumerate(source.open())}
-        conversations.export_answers(out, out / "answers.npz", sources)
+        conversations.export_answers(out, out / "answers.npz", conversations.read_sources(source))
         console.print(f"the answers' token ids alone: {out / 'answers.npz'}")
 
 
@@ -172,13 +180,16 @@ def train(console: Console, data: Path, out: Path, target_name: str, config: Tra
     trainer = Trainer(draft, dataset, out, config, tensorboard=tensorboard)
     console.print(f"{len(dataset.train)} sequences, {dataset.tokens_of(dataset.train)} tokens; {trainer.block_steps} "
                   f"steps of stage 1, {trainer.total_steps - trainer.block_steps} of stage 2; at step {trainer.step}")
-    with _progress(console) as progress:
+    alone = processes.num_processes == 1  # others would not hear of a Ctrl-C at the same step
+    interruptible = deferred_interrupt() if alone else nullcontext(lambda first: None)
+    with _progress(console) as progress, interruptible as check_interrupt:
         bar = progress.add_task("train", total=trainer.total_steps, completed=trainer.step)
 
         def show(step: int, metrics: dict) -> None:
             progress.update(bar, completed=step, description=f"stage {metrics['stage']} loss {metrics['loss']:.3f}")
             if "acceptance_by_depth" in metrics:
                 console.print(f"step {step}: acceptance by depth {metrics['acceptance_by_depth']}")
+            check_interrupt(trainer.save)
 
         trainer.run(show)
     console.print(f"the draft is in {out / 'final'}")
