@@ -54,8 +54,8 @@ def small_shards(monkeypatch):
 def source(tmp_path_factory):
     """Conversations of different lengths, with a blank line among them."""
     path = tmp_path_factory.mktemp("source") / "chats.jsonl"
-    said = [[{"role": "user", "content": "abcdef"[: 1 + i % 6]}, {"role": "assistant", "content": "hello " * (1 + i % 4)}]
-            for i in range(COUNT)]  # fmt: skip
+    said = [[{"role": "user", "content": "abcdef"[: 1 + i % 6]},
+             {"role": "assistant", "content": "hello " * (1 + i % 4)}] for i in range(COUNT)]  # fmt: skip
     lines = [json.dumps({"messages": turns}) + "\n" for turns in said]
     path.write_text("".join([*lines[:5], "\n", *lines[5:]]), encoding="utf-8")
     return path
