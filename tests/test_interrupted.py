@@ -7,7 +7,9 @@ import os
 import random
 import signal
 import time
+from functools import partial
 
+import forks
 import pytest
 import torch
 from models import small_target
@@ -76,33 +78,24 @@ def sequences_of(folder) -> dict[int, shards.Sequence]:
     return by_index
 
 
-def killed_after(seconds: float, work, monkeypatch) -> bool:
-    """Run `work` in a child that dies after so much processor time of writing, as by SIGKILL; whether it did."""
-    child = os.fork()
-    if child == 0:
-        monkeypatch.setattr(Writer, "begins", lambda self: signal.setitimer(signal.ITIMER_PROF, seconds))
-        work()
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert status in (0, signal.SIGPROF), f"the child ended with {status}"
-    return status != 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), REGENERATE], ids=["as they are", "regenerated"])
 def test_killed_at_random_moments(target, source, more, tmp_path, monkeypatch):
     model, began = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32), []
     loaded = model.eval(), AutoTokenizer.from_pretrained(target)
     monkeypatch.setattr(session, "load_target", lambda *args, **options: loaded)
-    monkeypatch.setattr(Writer, "begins", lambda self: began.append(time.process_time()))
+    monkeypatch.setattr(Writer, "begins", staticmethod(lambda: began.append(time.process_time())))
     for name in ("warm", "whole"):
         assert prepare(target, source, tmp_path / name, *more).exit_code == 0
     whole_run = time.process_time() - began[-1]
     rng, out, unfinished = random.Random(0), tmp_path / "killed", 0
     for _ in range(8):
-        moment = rng.uniform(0.1, 0.9) * whole_run
-        killed_after(moment, lambda: prepare(target, source, out, *more), monkeypatch)
+        moment = rng.uniform(0.1, 0.9) * whole_run  # processor time; the timer's signal ends a process as a kill does
+        timer = partial(signal.setitimer, signal.ITIMER_PROF, moment)
+        monkeypatch.setattr(Writer, "begins", staticmethod(timer))
+        assert forks.run(lambda: prepare(target, source, out, *more)) in (0, -signal.SIGPROF)
         unfinished += 0 < len(list(shards.read_sequences(out, with_states=False))) < COUNT
+    monkeypatch.setattr(Writer, "begins", staticmethod(lambda: None))
     last = prepare(target, source, out, *more)
     assert last.exit_code == 0, last.output
     found, wanted = sequences_of(out), sequences_of(tmp_path / "whole")
