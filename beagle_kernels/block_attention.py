@@ -53,7 +53,7 @@ def block_attention(
     checks.tensor(op, "offset", offset, (1 if cu_seqlens is None else None,), (torch.int32,))
     if cu_seqlens is not None:
         checks.tensor(op, "cu_seqlens", cu_seqlens, (offset.shape[0] + 1,), (torch.int32,))
-    checks.at_least(op, "window", window, 1, 2**29)
+    checks.at_least(op, "window", window, 1, 2**63 - 1)
     checks.same_device(op, q=q, k=k, v=v, offset=offset, cu_seqlens=cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return torch.ops.beagle.block_attention(q, k, v, offset, cu_seqlens, window, scale, backend)

@@ -29,7 +29,7 @@ def _blocks(rows: int, window: int, offset: Tensor, cu_seqlens: Tensor | None, d
     """
     block = max(min(BLOCK // window, -(-rows // window)), 1) * window
     seen = torch.arange(min(block, rows))[:, None] // window * window
-    mask = torch.zeros(len(seen), rows + block - window, dtype=dtype)
+    mask = torch.zeros(len(seen), rows + max(block - window, 0), dtype=dtype)
     mask[:, rows:].masked_fill_(torch.arange(mask.shape[1] - rows) >= seen, -torch.inf)
     bounds = [0, rows] if cu_seqlens is None else cu_seqlens.clamp(0, rows).tolist()
     for start, stop, begin in zip(bounds[:-1], bounds[1:], offset.tolist(), strict=True):
