@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     help="Lossless speculative decoding with a cross-attention draft (Beagle, arXiv 2505.24544).",
@@ -63,7 +64,8 @@ def prompts(
     from beagle_sd.prompts import build_prompts
 
     with _clear_errors():
-        lines = [json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in build_prompts(count, seed)]
+        made = build_prompts(count, seed, left_out=lambda reason: console.print(f"left out: {escape(reason)}"))
+        lines = [json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in made]
         out.write_text("".join(lines), encoding="utf-8")
     console.print(f"{len(lines)} prompts in {out}")
 
@@ -171,10 +173,10 @@ class _clear_errors:
         from beagle_sd.training import TrainingStopped
 
         if isinstance(error, KeyboardInterrupt):
-            console.print(f"\nstopped{self.after_interrupt}", highlight=False, soft_wrap=True)
+            console.print(f"\nstopped{escape(self.after_interrupt)}", highlight=False, soft_wrap=True)
             raise typer.Exit(130) from error
         if isinstance(error, (ValueError, OSError, TrainingStopped)) and not isinstance(error, BrokenPipeError):
-            console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+            console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
 

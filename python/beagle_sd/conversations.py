@@ -80,6 +80,15 @@ def read_messages(path: str | Path) -> Iterator[tuple[int, list[dict]]]:
             yield index, messages
 
 
+def read_prompts(path: str | Path) -> Iterator[tuple[int, list[dict]]]:
+    """Each line's messages up to its last user turn, for the target to answer, with the line's index."""
+    for index, messages in read_messages(path):
+        turns = [place for place, message in enumerate(messages) if message["role"] == "user"]
+        if not turns:
+            raise ValueError(f"{path}: line {index + 1} has no user turn to answer; allowed: at least one")
+        yield index, messages[: turns[-1] + 1]
+
+
 def read_sources(path: str | Path) -> dict[int, str]:
     """Line index -> the "source" that a JSONL file's prompt names, "" where it names none."""
     with Path(path).open("rb") as file:

@@ -126,13 +126,19 @@ def _first_difference(found: Generated, plain: Generated, prompt: int) -> str:
 def prepare(console: Console, source: Path, out: Path, target_name: str, *, regenerate: bool, batch: int,
             max_new_tokens: int, context: int, seed: int, dtype: str, device: str | None) -> None:  # fmt: skip
     """Store states for training: of conversations as they are, or of answers that the target writes."""
+    for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("context", context)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; allowed: 1 or more")
     if not source.is_file():
         raise FileNotFoundError(f"{source} is not a file; allowed: .jsonl, .txt or .npz")
+    if regenerate and source.suffix != ".jsonl":
+        raise ValueError(f"{source} ends in {source.suffix!r}; allowed with --regenerate: .jsonl, whose last user turn "
+                         "the target answers")
     target, tokenizer = load_target(target_name, dtype=_dtype(dtype), device=device)
     writer = shards.ShardWriter(out, _manifest(target, target_name, source, regenerate, max_new_tokens, context))
     done = {sequence.index for sequence in shards.read_sequences(out, with_states=False)}
     if regenerate:
-        messages = list(conversations.read_messages(source))
+        messages = list(conversations.read_prompts(source))
         asked = [(index, turns) for index, turns in messages if index not in done]
         sequences = write_answers(target, tokenizer, asked, batch=batch, max_new_tokens=max_new_tokens, seed=len(done))
         total = len(asked)
@@ -152,9 +158,9 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
                 check_interrupt()
     finally:
         writer.flush()
-    left_out = total - written
-    console.print(f"{written} of {total + len(done)} conversations, {tokens} tokens, now in {out}"
-                  + (f"; {left_out} left out, as too short or too long" if left_out else ""))
+    notes = [f"{len(done)} were there before"] if done else []
+    notes += [f"{total - written} are too short or too long"] if written < total else []
+    console.print("; ".join([f"{written} of {total + len(done)} conversations, {tokens} tokens, now in {out}", *notes]))
     if not written and not done:
         raise ValueError(f"{source} holds nothing to learn from: "
                          + (f"all {total} conversations are too short or too long" if total else "it is empty"))
