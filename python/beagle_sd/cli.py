@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     help="Lossless speculative decoding with a cross-attention draft (Beagle, arXiv 2505.24544).",
@@ -63,7 +64,8 @@ def prompts(
     from beagle_sd.prompts import build_prompts
 
     with _clear_errors():
-        lines = [json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in build_prompts(count, seed)]
+        made = build_prompts(count, seed, left_out=lambda reason: console.print(f"left out: {escape(reason)}"))
+        lines = [json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in made]
         out.write_text("".join(lines), encoding="utf-8")
     console.print(f"{len(lines)} prompts in {out}")
 
@@ -85,7 +87,7 @@ def prepare(
     """Run the target over conversations and store its states for training. Safe to kill and run again."""
     from beagle_sd import session
 
-    with _clear_errors():
+    with _clear_errors(f"; what is finished is in {out}: run the same command again to go on"):
         session.prepare(console, source, out, target, regenerate=regenerate, batch=batch, context=context,
                         max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device, limit=limit)
 
@@ -120,7 +122,7 @@ def train(
     from beagle_sd import session
     from beagle_sd.training import TrainingConfig
 
-    with _clear_errors():
+    with _clear_errors(f"; the last checkpoint is in {out}: run the same command again to go on"):
         config = TrainingConfig(
             window=window, steps=steps, block_epochs=block_epochs, simulation_epochs=simulation_epochs,
             tokens_per_step=tokens_per_step, context=context, lr=lr, schedule=schedule, warmup_steps=warmup_steps,
@@ -156,8 +158,11 @@ def info() -> None:
 
 
 class _clear_errors:
-    """Show what a user can mend as one line, and exit with 1; anything else is a bug and keeps its traceback.
-    transformers' own progress bars stay off."""
+    """Show what a user can mend as one line, and exit with 1, or with 130 after Ctrl-C; anything else is a bug and
+    keeps its traceback. transformers' own progress bars stay off."""
+
+    def __init__(self, after_interrupt: str = ""):
+        self.after_interrupt = after_interrupt
 
     def __enter__(self):
         from transformers.utils import logging
@@ -168,8 +173,11 @@ class _clear_errors:
     def __exit__(self, kind, error, trace):
         from beagle_sd.training import TrainingStopped
 
-        if isinstance(error, (ValueError, OSError, TrainingStopped)):
-            console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        if isinstance(error, KeyboardInterrupt):
+            console.print(f"\nstopped{escape(self.after_interrupt)}", highlight=False, soft_wrap=True)
+            raise typer.Exit(130) from error
+        if isinstance(error, (ValueError, OSError, TrainingStopped)) and not isinstance(error, BrokenPipeError):
+            console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
 

@@ -43,7 +43,11 @@ def read_conversations(path: str | Path, tokenizer: PreTrainedTokenizerBase, con
     if path.suffix == ".npz":
         yield from read_answers(path, context)
     elif path.suffix == ".txt":
-        ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error}); allowed: UTF-8") from error
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for index, start in enumerate(range(0, len(ids), context)):
             part = ids[start : start + context]
             yield Conversation(index, part, [True] * len(part), HUMAN)
@@ -76,6 +80,21 @@ def read_messages(path: str | Path) -> Iterator[tuple[int, list[dict]]]:
             if not messages:
                 raise ValueError(f"{path}: line {index + 1} has no messages; allowed: at least one")
             yield index, messages
+
+
+def read_prompts(path: str | Path) -> Iterator[tuple[int, list[dict]]]:
+    """Each line's messages up to its last user turn, for the target to answer, with the line's index."""
+    for index, messages in read_messages(path):
+        turns = [place for place, message in enumerate(messages) if message["role"] == "user"]
+        if not turns:
+            raise ValueError(f"{path}: line {index + 1} has no user turn to answer; allowed: at least one")
+        yield index, messages[: turns[-1] + 1]
+
+
+def read_sources(path: str | Path) -> dict[int, str]:
+    """Line index -> the "source" that a JSONL file's prompt names, "" where it names none."""
+    with Path(path).open("rb") as file:
+        return {index: str(json.loads(line).get("source", "")) for index, line in enumerate(file) if line.strip()}
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tuple[list[int], list[bool]]:

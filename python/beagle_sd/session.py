@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from beagle_sd.dataset import PackedDataset, StateDataset
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.generate import Generated, TreeShape
 from beagle_sd.generate import generate as decode
+from beagle_sd.interrupt import deferred_interrupt
 from beagle_sd.live import Corpus, LiveDataset
 from beagle_sd.training import Trainer, TrainingConfig
 
@@ -130,13 +131,19 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
     """Store states for training: of conversations as they are, or of answers that the target writes."""
     if limit < 0:
         raise ValueError(f"limit is {limit}; allowed: 0 (all conversations) or more")
+    for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("context", context)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; allowed: 1 or more")
     if not source.is_file():
         raise FileNotFoundError(f"{source} is not a file; allowed: .jsonl, .txt or .npz")
+    if regenerate and source.suffix != ".jsonl":
+        raise ValueError(f"{source} ends in {source.suffix!r}; allowed with --regenerate: .jsonl, whose last user turn "
+                         "the target answers")
     target, tokenizer = load_target(target_name, dtype=_dtype(dtype), device=device)
     writer = shards.ShardWriter(out, _manifest(target, target_name, source, regenerate, max_new_tokens, context))
     done = {sequence.index for sequence in shards.read_sequences(out, with_states=False)}
     if regenerate:
-        messages = list(islice(conversations.read_messages(source), limit or None))
+        messages = list(islice(conversations.read_prompts(source), limit or None))
         asked = [(index, turns) for index, turns in messages if index not in done]
         encoded = ((index, encode_chat(tokenizer, turns)) for index, turns in asked)
         sequences = write_answers(target, requests_of(encoded), end=tokenizer.eos_token_id, batch=batch,
@@ -147,18 +154,25 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
                 if item.index not in done]
         sequences = conversations.states_of(target, said)
         total = len(said)
-    tokens, began = 0, time.perf_counter()
-    with _progress(console) as progress:
-        bar = progress.add_task("prepare", total=total)
-        for sequence in sequences:
-            writer.add(sequence)
-            tokens += len(sequence.tokens)
-            progress.update(bar, advance=1, description=f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
-    writer.flush()
-    console.print(f"{total} of {total + len(done)} conversations, {tokens} tokens, now in {out}")
+    written, tokens, began = 0, 0, time.perf_counter()
+    try:
+        with _progress(console) as progress, deferred_interrupt() as check_interrupt:
+            bar = progress.add_task("prepare", total=total)
+            for sequence in sequences:
+                writer.add(sequence)
+                written, tokens = written + 1, tokens + len(sequence.tokens)
+                progress.update(bar, advance=1, description=f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
+                check_interrupt()
+    finally:
+        writer.flush()
+    notes = [f"{len(done)} were there before"] if done else []
+    notes += [f"{total - written} are too short or too long"] if written < total else []
+    console.print("; ".join([f"{written} of {total + len(done)} conversations, {tokens} tokens, now in {out}", *notes]))
+    if not written and not done:
+        raise ValueError(f"{source} holds nothing to learn from: "
+                         + (f"all {total} conversations are too short or too long" if total else "it is empty"))
     if regenerate:
-        sources = {index: json.loads(line).get("source", "") for index, line in enumerate(source.open())}
-        conversations.export_answers(out, out / "answers.npz", sources)
+        conversations.export_answers(out, out / "answers.npz", conversations.read_sources(source))
         console.print(f"the answers' token ids alone: {out / 'answers.npz'}")
 
 
@@ -185,13 +199,16 @@ def train(console: Console, data: Path, out: Path, target_name: str, config: Tra
     trainer = Trainer(draft, dataset, out, config, tensorboard=tensorboard)
     console.print(f"{len(dataset.train)} sequences, {dataset.tokens_of(dataset.train)} tokens; {trainer.block_steps} "
                   f"steps of stage 1, {trainer.total_steps - trainer.block_steps} of stage 2; at step {trainer.step}")
-    with _progress(console) as progress:
+    alone = processes.num_processes == 1  # others would not hear of a Ctrl-C at the same step
+    interruptible = deferred_interrupt() if alone else nullcontext(lambda first: None)
+    with _progress(console) as progress, interruptible as check_interrupt:
         bar = progress.add_task("train", total=trainer.total_steps, completed=trainer.step)
 
         def show(step: int, metrics: dict) -> None:
             progress.update(bar, completed=step, description=f"stage {metrics['stage']} loss {metrics['loss']:.3f}")
             if "acceptance_by_depth" in metrics:
                 console.print(f"step {step}: acceptance by depth {metrics['acceptance_by_depth']}")
+            check_interrupt(trainer.save)
 
         trainer.run(show)
     console.print(f"the draft is in {out / 'final'}")
