@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from models import agreeable_target, small_draft, small_target
 from test_generate import NEW, prompts, ragged
 
-from beagle_sd import AdaptiveTree, generate
-from beagle_sd.adaptive import PLAIN
-from beagle_sd.calibration import Costs, measure_costs
+from beagle_sd import AdaptiveTree, BeagleDraft, adaptive_tree, calibration, generate
+from beagle_sd.bundled import bundled_folder, measured_acceptance
+from beagle_sd.calibration import PLAIN, Costs
 from beagle_sd.generate import TreeShape
 
 CHAIN, TREE = TreeShape(2, 1, 3), TreeShape(4, 4, 16)
@@ -58,19 +60,51 @@ def test_the_text_is_that_of_plain_decoding(make, temperature):
     assert all(0.0 <= share <= 1.0 for share in made.report.acceptance_by_depth)
 
 
-def test_measured_costs_serve():
+def test_a_gain_within_the_costs_error_is_not_taken():
+    costs = Costs({1: 10.0, 3: 13.0}, {CHAIN: 1.0})
+    assert AdaptiveTree(costs, {CHAIN: 1.42}).choose() == PLAIN
+    assert AdaptiveTree(costs, {CHAIN: 1.42}, margin=1.0).choose() == CHAIN
+    assert not AdaptiveTree(costs, {CHAIN: 1.42}).pays and AdaptiveTree(costs, {CHAIN: 1.5}).pays
+
+
+def test_another_text_starts_anew():
+    tree = AdaptiveTree(CHEAP, MEASURED, memory=5, probe=7, margin=1.2)
+    tree.learn(CHAIN, 2.0)
+    again = tree.again()
+    assert again.accepted == again.expected and tree.accepted != tree.expected
+    assert (again.memory, again.probe, again.margin) == (5, 7, 1.2)
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """An empty cache folder, and short passes."""
+    monkeypatch.setenv("BEAGLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibration, "_PASSES", 1)
+    return tmp_path
+
+
+def test_a_measured_draft_brings_its_own_acceptance(kept):
     target = small_target()
-    draft = small_draft(target)
-    tree = AdaptiveTree(measure_costs(target, draft, [CHAIN, TREE], prefix=16), MEASURED)
-    assert tree.largest == TREE
+    small_draft(target).save_pretrained(kept / "draft")
+    draft = BeagleDraft.from_pretrained(kept / "draft").bind(target)
+    usual = adaptive_tree(target, draft)
+    rows = measured_acceptance(bundled_folder("smollm2-135m"))
+    assert len(usual.measured) == sum(row["temperature"] == 0.0 for row in rows), "the bundled draft's, as a guess"
+    row = {"depth": 2, "branch": 1, "num_nodes": 3, "temperature": 0.0, "tokens_per_round": 1.4}
+    (kept / "draft" / "acceptance.json").write_text(json.dumps({"shapes": [row, {**row, "temperature": 1.0}]}))
+    tree = adaptive_tree(target, draft)
+    assert tree.measured == {CHAIN: 1.4} and tree.largest == CHAIN
+    assert tree.costs == usual.costs, "the costs were kept"
     assert generate(target, draft, prompts(1), max_new_tokens=8, adaptive=tree).report.new_tokens == 8
+    assert adaptive_tree(target, draft, measured=MEASURED).measured == MEASURED
 
 
 def test_bad_settings_are_named():
     target = small_target()
     with pytest.raises(ValueError, match="no shape is measured.*allowed"):
         AdaptiveTree(CHEAP, {})
-    with pytest.raises(ValueError, match="memory is 0.*allowed"):
-        AdaptiveTree(CHEAP, MEASURED, memory=0)
+    for name, value in (("memory", 0), ("probe", 1), ("margin", 0.9)):
+        with pytest.raises(ValueError, match=f"{name} (is )?{value}.*allowed"):
+            AdaptiveTree(CHEAP, MEASURED, **{name: value})
     with pytest.raises(ValueError, match="num_nodes 9 .*adaptive.*allowed"):
         generate(target, small_draft(target), prompts(1), num_nodes=9, adaptive=AdaptiveTree(CHEAP, MEASURED))

@@ -15,14 +15,15 @@ from rich.text import Text
 from transformers.generation.streamers import BaseStreamer
 
 from beagle_sd import conversations, shards
-from beagle_sd.adaptive import AdaptiveTree
+from beagle_sd.adaptive import AdaptiveTree, adaptive_tree
 from beagle_sd.answers import encode_chat, write_answers
-from beagle_sd.bundled import bundled_folder, load_draft, load_target, measured_acceptance
-from beagle_sd.calibration import measure_costs
+from beagle_sd.bundled import bundled_folder, load_draft, load_target
+from beagle_sd.comparison import Row, compare_on, write_csv
 from beagle_sd.dataset import StateDataset
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.generate import Generated, TreeShape
 from beagle_sd.generate import generate as decode
+from beagle_sd.plot import blank_figure, plot_comparison
 from beagle_sd.training import Trainer, TrainingConfig
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,7 +57,7 @@ class RunStreamer(BaseStreamer):
 
 
 def answer(console: Console, prompt: str, target_name: str, draft_folder: Path | None, *, raw: bool, compare: bool,
-           dtype: str, device: str | None, shape: tuple[int | None, int | None, int | None],
+           calibrate: bool, dtype: str, device: str | None, shape: tuple[int | None, int | None, int | None],
            **settings) -> None:  # fmt: skip
     """Decode speculatively while showing it, then plainly, and print both times."""
     if not prompt.strip():
@@ -66,7 +67,7 @@ def answer(console: Console, prompt: str, target_name: str, draft_folder: Path |
     draft = load_draft(folder, target)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if raw else encode_chat(
         tokenizer, [{"role": "user", "content": prompt}])
-    tree = _tree(console, target, draft, folder, shape)
+    tree = _tree(console, target, draft, shape, calibrate)
     input_ids = torch.tensor([ids])
     options = {**settings, **({"adaptive": tree} if isinstance(tree, AdaptiveTree) else vars(tree))}
     decode(target, draft, input_ids, **{**options, "max_new_tokens": 4})
@@ -78,23 +79,61 @@ def answer(console: Console, prompt: str, target_name: str, draft_folder: Path |
         console.print("Same tokens as plain decoding." if same else _first_difference(found, plain, len(ids)))
 
 
-def _tree(console: Console, target, draft, folder: Path, shape) -> TreeShape | AdaptiveTree:
+def _tree(console: Console, target, draft, shape, calibrate: bool) -> TreeShape | AdaptiveTree:
     """The shape asked for, or what adapts by measured costs and the draft's measured acceptance."""
     if any(part is not None for part in shape):
+        if calibrate:
+            raise ValueError("--calibrate was given with a tree's shape; allowed: one or the other")
         default = TreeShape.default(target.device)
         return TreeShape(*(usual if given is None else given for given, usual in zip(
             shape, (default.depth, default.branch, default.num_nodes), strict=True)))
-    measured = {TreeShape(row["depth"], row["branch"], row["num_nodes"]): row["tokens_per_round"]
-                for row in measured_acceptance(folder) if row["temperature"] == 0.0}
-    if not measured:
-        return TreeShape.default(target.device)
-    tree = AdaptiveTree(measure_costs(target, draft, list(measured)), measured)
+    tree = adaptive_tree(target, draft, calibrate=calibrate)
     best, gain = tree.best
     told = f"{best.num_nodes} nodes, depth {best.depth}, branch {best.branch}: {gain:.2f}x plain decoding"
-    starts = "that" if gain > 1.0 else "plain decoding, with a try now and then"
-    console.print(f"[dim]from measured costs and the draft's usual acceptance, the best tree is {told}; starting with "
-                  f"{starts}, then as this text accepts[/]", highlight=False)
+    starts = "that" if tree.pays else "plain decoding, with a try now and then"
+    console.print(f"[dim]from this machine's costs and the draft's usual acceptance, the best tree is {told}; starting "
+                  f"with {starts}, then as this text accepts[/]", highlight=False)
     return tree
+
+
+def bench(console: Console, target_name: str, draft_folder: Path | None, sources: list[str], *,
+          assistant: str | None, shapes: list[TreeShape], calibrate: bool, dtype: str, device: str | None,
+          csv: Path | None, plot: Path | None, **settings) -> None:  # fmt: skip
+    """Time whole answers of every contender on the same prompts, print the table, write CSV and plot."""
+    if plot is not None:
+        blank_figure(1, 1)  # what it needs is missed now, not after the measuring
+    folder = Path(draft_folder) if draft_folder else bundled_folder(target_name)
+    target, tokenizer = load_target(target_name, dtype=_dtype(dtype), device=device)
+    draft = load_draft(folder, target)
+    helper = load_target(assistant, dtype=target.dtype, device=target.device)[0] if assistant else None
+    console.print("measuring what a round costs, if it is not known yet", highlight=False)
+    tree = adaptive_tree(target, draft, calibrate=calibrate)
+    with _progress(console) as progress:
+        bars = {source: progress.add_task(source, total=None) for source in sources}
+        rows, _ = compare_on(sources, target, tokenizer, draft, tree, assistant=helper, shapes=shapes, **settings,
+                             told=lambda source, done, total: progress.update(bars[source], completed=done,
+                                                                              total=total))  # fmt: skip
+    for source in sources:
+        console.print(comparison_table(source, [row for row in rows if row.prompts == source]))
+    console.print("x: seconds a token of target.generate over the contender's, prefill included, prompt by prompt. "
+                  "At least: the median's 95% lower bound by the sign test. Predicted: tokens a round by calibrated "
+                  "costs; decode: the same measured, prefill left out.", style="dim", highlight=False)  # fmt: skip
+    if csv is not None:
+        write_csv(rows, csv)
+    if plot is not None:
+        plot_comparison(rows, plot)
+
+
+def comparison_table(source: str, rows: list[Row]) -> Table:
+    """The rows of one set of prompts."""
+    table = Table("contender", "ms a token", "tokens a round", "x median (20%, 80%)", "at least", "predicted", "decode",
+                  title=f"{source}, {rows[0].answers} prompts")  # fmt: skip
+    for row in rows:
+        optional = ["" if value is None else f"{value:.2f}"
+                    for value in (row.tokens_per_round, row.bound, row.predicted, row.decode)]  # fmt: skip
+        table.add_row(row.contender, f"{row.ms_per_token:.1f}", optional[0],
+                      f"{row.median:.2f} ({row.low:.2f}, {row.high:.2f})", *optional[1:])
+    return table
 
 
 def _table(found: Generated, plain: Generated | None, tree: TreeShape | AdaptiveTree) -> Table:
