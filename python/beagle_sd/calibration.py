@@ -99,7 +99,8 @@ def measure_costs(
     target: PreTrainedModel, draft: BeagleDraft, shapes: Iterable[TreeShape], *, prefix: int = 64
 ) -> Costs:
     """Decode a little with each shape after `prefix` random tokens, in turns: medians of whole rounds, some seconds on
-    a CPU. A round's drafting is its share of the loop's own report, the rest counts as verification."""
+    a CPU. A round's drafting is its share of the loop's own report (0 where a graph's replay has no parts), the rest
+    counts as verification."""
     shapes = [PLAIN, *(shape for shape in dict.fromkeys(shapes) if shape.num_nodes > 1)]
     vocabulary = target.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, prefix), generator=torch.Generator().manual_seed(0)).to(target.device)
@@ -113,14 +114,14 @@ def measure_costs(
                 depth=shape.depth, branch=shape.branch, num_nodes=shape.num_nodes,
             ).report  # fmt: skip
             rounds[shape] += clock.milliseconds
-            phases = {phase: seconds for phase, seconds in report.seconds.items() if phase != "prefill"}
+            phases = {name: took for name, took in report.seconds.items() if name not in ("prefill", "capture")}
             drafting[shape].append(phases.get("draft", 0.0) / sum(phases.values()))
     whole = {shape: statistics.median(taken) for shape, taken in rounds.items()}
-    draft_ms = {shape: whole[shape] * statistics.median(drafting[shape]) for shape in shapes[1:]}
-    verify: dict[int, list[float]] = {1: [whole[PLAIN]]}
+    rest: dict[int, list[float]] = {1: [whole[PLAIN]]}
     for shape in shapes[1:]:
-        verify.setdefault(shape.num_nodes, []).append(whole[shape] - draft_ms[shape])
-    return Costs({size: statistics.mean(verify[size]) for size in sorted(verify)}, draft_ms)
+        rest.setdefault(shape.num_nodes, []).append(whole[shape] * (1.0 - statistics.median(drafting[shape])))
+    verify = {size: min(taken) for size, taken in sorted(rest.items())}
+    return Costs(verify, {shape: whole[shape] - verify[shape.num_nodes] for shape in shapes[1:]})
 
 
 class _Clock(BaseStreamer):
