@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     help="Lossless speculative decoding with a cross-attention draft (Beagle, arXiv 2505.24544).",
@@ -204,7 +205,7 @@ class _clear_errors:
         from beagle_sd.training import TrainingStopped
 
         if isinstance(error, (ValueError, OSError, TrainingStopped)):
-            console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+            console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
 

@@ -43,7 +43,7 @@ _found: WeakKeyDictionary[PreTrainedModel, Head] = WeakKeyDictionary()
 def head_of(model: PreTrainedModel) -> Head:
     """The model's head; UnsupportedTarget where scale and cap of the config do not explain the model's own logits.
 
-    On a model's first use two tokens are run through it, since configs do not tell: Granite divides by
+    On a model's first use a token is run through it, since configs do not tell: Granite divides by
     `logits_scaling` where HyperCLOVA X multiplies.
     """
     if (known := _found.get(model)) is not None and known.linear is model.get_output_embeddings():
@@ -69,7 +69,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 @torch.inference_mode()
 def _explains(head: Head, model: PreTrainedModel) -> bool:
-    ids = torch.tensor([[0, model.config.get_text_config().vocab_size - 1]], device=head.weight.device)
+    ids = torch.tensor([[model.config.get_text_config().vocab_size // 2]], device=head.weight.device)
     want = model(input_ids=ids, use_cache=False).logits.float()
     have = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
     if have.shape != want.shape:
