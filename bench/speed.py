@@ -16,10 +16,10 @@ import transformers
 from rich.console import Console
 
 from beagle_sd.adaptive import adaptive_tree
+from beagle_sd.bench import comparison_table
 from beagle_sd.bundled import bundled_folder, load_draft, load_target
 from beagle_sd.calibration import processor
 from beagle_sd.comparison import compare_on, read_shape
-from beagle_sd.session import comparison_table
 
 SHAPES = ["2,1,3", "4,1,5", "4,4,8", "4,6,16"]
 """depth,branch,num_nodes"""

@@ -57,8 +57,8 @@ def generate(
         )  # fmt: skip
 
 
-@app.command()
-def bench(
+@app.command("bench")
+def compare_contenders(
     target: Target = "smollm2-135m",
     draft: Draft = None,
     prompts: Annotated[list[str], typer.Option(help="mt-bench, humaneval, gsm8k, a .jsonl of conversations or a .txt "
@@ -76,11 +76,11 @@ def bench(
     device: Device = None,
 ) -> None:
     """Time whole answers side by side: target.generate, transformers' speculation, Beagle's plain, chain and trees."""
-    from beagle_sd import session
+    from beagle_sd.bench import bench
     from beagle_sd.comparison import read_shape
 
     with _clear_errors():
-        session.bench(
+        bench(
             console, target, draft, prompts, count=count, max_new_tokens=max_new_tokens, temperature=temperature,
             assistant=assistant, shapes=[read_shape(text) for text in shape], calibrate=calibrate, csv=csv, plot=plot,
             dtype=dtype, device=device,

@@ -18,12 +18,10 @@ from beagle_sd import conversations, shards
 from beagle_sd.adaptive import AdaptiveTree, adaptive_tree
 from beagle_sd.answers import encode_chat, write_answers
 from beagle_sd.bundled import bundled_folder, load_draft, load_target
-from beagle_sd.comparison import Row, compare_on, write_csv
 from beagle_sd.dataset import StateDataset
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.generate import Generated, TreeShape
 from beagle_sd.generate import generate as decode
-from beagle_sd.plot import blank_figure, plot_comparison
 from beagle_sd.training import Trainer, TrainingConfig
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,7 +61,7 @@ def answer(console: Console, prompt: str, target_name: str, draft_folder: Path |
     if not prompt.strip():
         raise ValueError("the prompt is empty; allowed: a word or more")
     folder = Path(draft_folder) if draft_folder else bundled_folder(target_name)
-    target, tokenizer = load_target(target_name, dtype=_dtype(dtype), device=device)
+    target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
     draft = load_draft(folder, target)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if raw else encode_chat(
         tokenizer, [{"role": "user", "content": prompt}])
@@ -96,46 +94,6 @@ def _tree(console: Console, target, draft, shape, calibrate: bool) -> TreeShape 
     return tree
 
 
-def bench(console: Console, target_name: str, draft_folder: Path | None, sources: list[str], *,
-          assistant: str | None, shapes: list[TreeShape], calibrate: bool, dtype: str, device: str | None,
-          csv: Path | None, plot: Path | None, **settings) -> None:  # fmt: skip
-    """Time whole answers of every contender on the same prompts, print the table, write CSV and plot."""
-    if plot is not None:
-        blank_figure(1, 1)  # what it needs is missed now, not after the measuring
-    folder = Path(draft_folder) if draft_folder else bundled_folder(target_name)
-    target, tokenizer = load_target(target_name, dtype=_dtype(dtype), device=device)
-    draft = load_draft(folder, target)
-    helper = load_target(assistant, dtype=target.dtype, device=target.device)[0] if assistant else None
-    console.print("measuring what a round costs, if it is not known yet", highlight=False)
-    tree = adaptive_tree(target, draft, calibrate=calibrate)
-    with _progress(console) as progress:
-        bars = {source: progress.add_task(source, total=None) for source in sources}
-        rows, _ = compare_on(sources, target, tokenizer, draft, tree, assistant=helper, shapes=shapes, **settings,
-                             told=lambda source, done, total: progress.update(bars[source], completed=done,
-                                                                              total=total))  # fmt: skip
-    for source in sources:
-        console.print(comparison_table(source, [row for row in rows if row.prompts == source]))
-    console.print("x: seconds a token of target.generate over the contender's, prefill included, prompt by prompt. "
-                  "At least: the median's 95% lower bound by the sign test. Predicted: tokens a round by calibrated "
-                  "costs; decode: the same measured, prefill left out.", style="dim", highlight=False)  # fmt: skip
-    if csv is not None:
-        write_csv(rows, csv)
-    if plot is not None:
-        plot_comparison(rows, plot)
-
-
-def comparison_table(source: str, rows: list[Row]) -> Table:
-    """The rows of one set of prompts."""
-    table = Table("contender", "ms a token", "tokens a round", "x median (20%, 80%)", "at least", "predicted", "decode",
-                  title=f"{source}, {rows[0].answers} prompts")  # fmt: skip
-    for row in rows:
-        optional = ["" if value is None else f"{value:.2f}"
-                    for value in (row.tokens_per_round, row.bound, row.predicted, row.decode)]  # fmt: skip
-        table.add_row(row.contender, f"{row.ms_per_token:.1f}", optional[0],
-                      f"{row.median:.2f} ({row.low:.2f}, {row.high:.2f})", *optional[1:])
-    return table
-
-
 def _table(found: Generated, plain: Generated | None, tree: TreeShape | AdaptiveTree) -> Table:
     table = Table("", "tokens", "seconds", "tokens/s", "tokens a round", "accepted, by depth")
     for name, result in (("speculative", found), ("plain", plain)):
@@ -166,7 +124,7 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
     """Store states for training: of conversations as they are, or of answers that the target writes."""
     if not source.is_file():
         raise FileNotFoundError(f"{source} is not a file; allowed: .jsonl, .txt or .npz")
-    target, tokenizer = load_target(target_name, dtype=_dtype(dtype), device=device)
+    target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
     writer = shards.ShardWriter(out, _manifest(target, target_name, source, regenerate, max_new_tokens, context))
     done = {sequence.index for sequence in shards.read_sequences(out, with_states=False)}
     if regenerate:
@@ -180,7 +138,7 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
         sequences = conversations.states_of(target, said)
         total = len(said)
     tokens, began = 0, time.perf_counter()
-    with _progress(console) as progress:
+    with progress_of(console) as progress:
         bar = progress.add_task("prepare", total=total)
         for sequence in sequences:
             writer.add(sequence)
@@ -211,7 +169,7 @@ def train(console: Console, data: Path, out: Path, target_name: str, config: Tra
     trainer = Trainer(draft, dataset, out, config, tensorboard=tensorboard)
     console.print(f"{len(dataset.train)} sequences, {dataset.tokens_of(dataset.train)} tokens; {trainer.block_steps} "
                   f"steps of stage 1, {trainer.total_steps - trainer.block_steps} of stage 2; at step {trainer.step}")
-    with _progress(console) as progress:
+    with progress_of(console) as progress:
         bar = progress.add_task("train", total=trainer.total_steps, completed=trainer.step)
 
         def show(step: int, metrics: dict) -> None:
@@ -250,12 +208,14 @@ def _manifest(target, name: str, source: Path, regenerate: bool, max_new_tokens:
     }
 
 
-def _progress(console: Console) -> Progress:
+def progress_of(console: Console) -> Progress:
+    """A bar with what is said beside it."""
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                     console=console)
 
 
-def _dtype(name: str) -> torch.dtype | None:
+def dtype_of(name: str) -> torch.dtype | None:
+    """The dtype that --dtype names; None for auto."""
     if name not in _DTYPES:
         raise ValueError(f"dtype is {name!r}; allowed: {', '.join(_DTYPES)}")
     return _DTYPES[name]
