@@ -16,6 +16,7 @@ from tokenizers_for_tests import small_tokenizer
 from typer.testing import CliRunner
 
 import beagle_kernels
+from beagle_sd import calibration
 from beagle_sd.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,7 @@ def test_blocks_run_in_the_order_of_the_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if page.name != "README.md":
         monkeypatch.setenv("BEAGLE_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(calibration, "_PASSES", 1)
     small_target().save_pretrained("my-model")
     small_tokenizer().save_pretrained("my-model")
     names = {"__name__": "page"}
