@@ -33,8 +33,8 @@ def settings() -> str:
     return (f"Target {found['target']}; {found['tokens']:,} training tokens in {found['sequences']:,} sequences of "
             f"`{found['data']}`, {found['held_out_sequences']} held out; {found['epochs']:g} epochs a phase, "
             f"{found['tokens_per_step']:,} tokens a step, learning rate {found['lr']:g} falling to a tenth by a "
-            f"cosine, {found['warmup_steps']} steps of warm-up in each phase, regression weight {found['regression']:g}, "
-            f"draft vocabulary {found['draft_vocab']:,}. Chain of {found['shapes']['chain'][0]}; tree of "
+            f"cosine, {found['warmup_steps']} steps of warm-up in each phase, regression "
+            f"weight {found['regression']:g}, draft vocabulary {found['draft_vocab']:,}. Chain of {found['shapes']['chain'][0]}; tree of "
             f"{found['shapes']['tree'][2]} nodes, depth {found['shapes']['tree'][0]}, branch "
             f"{found['shapes']['tree'][1]}.")  # fmt: skip
 

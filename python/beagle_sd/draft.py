@@ -211,6 +211,8 @@ class BeagleDraft(PreTrainedModel):
         if self.draft_vocab is not None:
             _check_draft_vocab(self.draft_vocab, target.config.vocab_size)
             head = head[self.draft_vocab.to(head.device)]
+        if target.head.scale != 1.0:
+            head = head * target.head.scale
         self._shared = (target, head)
         return self
 
@@ -220,7 +222,7 @@ class BeagleDraft(PreTrainedModel):
 
     @property
     def head(self) -> Tensor:
-        """[V', d], the rows of the target's LM head that the draft uses."""
+        """[V', d], the rows of the target's LM head that the draft uses, times the target's logit scale."""
         return self._bound()[1]
 
     def _bound(self) -> tuple[Target, Tensor]:
@@ -230,7 +232,7 @@ class BeagleDraft(PreTrainedModel):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """e(t): [...] int64 -> [..., d]."""
-        return self.target.embedding(tokens).detach().to(self.q_proj.weight.dtype)
+        return self.target.embed(tokens).detach().to(self.q_proj.weight.dtype)
 
     def queries(self, embedded: Tensor, positions: Tensor) -> Tensor:
         """q_i = RoPE(W_Q norm_q(e_i), i): [T, d], [T] -> [T, Hq, D]."""
@@ -249,8 +251,8 @@ class BeagleDraft(PreTrainedModel):
         return self.norm_output(y + self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)))
 
     def logits(self, states: Tensor) -> Tensor:
-        """The draft's logits over its own vocabulary: [..., d] -> [..., V']."""
-        return F.linear(states.to(self.head.dtype), self.head)
+        """The draft's logits over its own vocabulary, soft-capped as the target's: [..., d] -> [..., V']."""
+        return self.target.head.capped(F.linear(states.to(self.head.dtype), self.head))
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         x = x.unflatten(-1, (-1, self.config.head_dim))

@@ -16,10 +16,9 @@ from rich.text import Text
 from transformers.generation.streamers import BaseStreamer
 
 from beagle_sd import conversations, shards
-from beagle_sd.adaptive import AdaptiveTree
+from beagle_sd.adaptive import AdaptiveTree, adaptive_tree
 from beagle_sd.answers import encode_chat, requests_of, write_answers
-from beagle_sd.bundled import bundled_folder, load_draft, load_target, measured_acceptance
-from beagle_sd.calibration import measure_costs
+from beagle_sd.bundled import bundled_folder, load_draft, load_target
 from beagle_sd.dataset import PackedDataset, StateDataset
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.generate import Generated, TreeShape
@@ -59,17 +58,17 @@ class RunStreamer(BaseStreamer):
 
 
 def answer(console: Console, prompt: str, target_name: str, draft_folder: Path | None, *, raw: bool, compare: bool,
-           dtype: str, device: str | None, shape: tuple[int | None, int | None, int | None],
+           calibrate: bool, dtype: str, device: str | None, shape: tuple[int | None, int | None, int | None],
            **settings) -> None:  # fmt: skip
     """Decode speculatively while showing it, then plainly, and print both times."""
     if not prompt.strip():
         raise ValueError("the prompt is empty; allowed: a word or more")
     folder = Path(draft_folder) if draft_folder else bundled_folder(target_name)
-    target, tokenizer = load_target(target_name, dtype=_dtype(dtype), device=device)
+    target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
     draft = load_draft(folder, target)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if raw else encode_chat(
         tokenizer, [{"role": "user", "content": prompt}])
-    tree = _tree(console, target, draft, folder, shape)
+    tree = _tree(console, target, draft, shape, calibrate)
     input_ids = torch.tensor([ids])
     options = {**settings, **({"adaptive": tree} if isinstance(tree, AdaptiveTree) else vars(tree))}
     decode(target, draft, input_ids, **{**options, "max_new_tokens": 4})
@@ -81,22 +80,20 @@ def answer(console: Console, prompt: str, target_name: str, draft_folder: Path |
         console.print("Same tokens as plain decoding." if same else _first_difference(found, plain, len(ids)))
 
 
-def _tree(console: Console, target, draft, folder: Path, shape) -> TreeShape | AdaptiveTree:
+def _tree(console: Console, target, draft, shape, calibrate: bool) -> TreeShape | AdaptiveTree:
     """The shape asked for, or what adapts by measured costs and the draft's measured acceptance."""
     if any(part is not None for part in shape):
+        if calibrate:
+            raise ValueError("--calibrate was given with a tree's shape; allowed: one or the other")
         default = TreeShape.default(target.device)
         return TreeShape(*(usual if given is None else given for given, usual in zip(
             shape, (default.depth, default.branch, default.num_nodes), strict=True)))
-    measured = {TreeShape(row["depth"], row["branch"], row["num_nodes"]): row["tokens_per_round"]
-                for row in measured_acceptance(folder) if row["temperature"] == 0.0}
-    if not measured:
-        return TreeShape.default(target.device)
-    tree = AdaptiveTree(measure_costs(target, draft, list(measured)), measured)
+    tree = adaptive_tree(target, draft, calibrate=calibrate)
     best, gain = tree.best
     told = f"{best.num_nodes} nodes, depth {best.depth}, branch {best.branch}: {gain:.2f}x plain decoding"
-    starts = "that" if gain > 1.0 else "plain decoding, with a try now and then"
-    console.print(f"[dim]from measured costs and the draft's usual acceptance, the best tree is {told}; starting with "
-                  f"{starts}, then as this text accepts[/]", highlight=False)
+    starts = "that" if tree.pays else "plain decoding, with a try now and then"
+    console.print(f"[dim]from this machine's costs and the draft's usual acceptance, the best tree is {told}; starting "
+                  f"with {starts}, then as this text accepts[/]", highlight=False)
     return tree
 
 
@@ -139,7 +136,7 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
     if regenerate and source.suffix != ".jsonl":
         raise ValueError(f"{source} ends in {source.suffix!r}; allowed with --regenerate: .jsonl, whose last user turn "
                          "the target answers")
-    target, tokenizer = load_target(target_name, dtype=_dtype(dtype), device=device)
+    target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
     writer = shards.ShardWriter(out, _manifest(target, target_name, source, regenerate, max_new_tokens, context))
     done = {sequence.index for sequence in shards.read_sequences(out, with_states=False)}
     if regenerate:
@@ -156,7 +153,7 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
         total = len(said)
     written, tokens, began = 0, 0, time.perf_counter()
     try:
-        with _progress(console) as progress, deferred_interrupt() as check_interrupt:
+        with progress_of(console) as progress, deferred_interrupt() as check_interrupt:
             bar = progress.add_task("prepare", total=total)
             for sequence in sequences:
                 writer.add(sequence)
@@ -201,7 +198,7 @@ def train(console: Console, data: Path, out: Path, target_name: str, config: Tra
                   f"steps of stage 1, {trainer.total_steps - trainer.block_steps} of stage 2; at step {trainer.step}")
     alone = processes.num_processes == 1  # others would not hear of a Ctrl-C at the same step
     interruptible = deferred_interrupt() if alone else nullcontext(lambda first: None)
-    with _progress(console) as progress, interruptible as check_interrupt:
+    with progress_of(console) as progress, interruptible as check_interrupt:
         bar = progress.add_task("train", total=trainer.total_steps, completed=trainer.step)
 
         def show(step: int, metrics: dict) -> None:
@@ -241,12 +238,14 @@ def _manifest(target, name: str, source: Path, regenerate: bool, max_new_tokens:
     }
 
 
-def _progress(console: Console) -> Progress:
+def progress_of(console: Console) -> Progress:
+    """A bar with what is said beside it."""
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                     console=console)
 
 
-def _dtype(name: str) -> torch.dtype | None:
+def dtype_of(name: str) -> torch.dtype | None:
+    """The dtype that --dtype names; None for auto."""
     if name not in _DTYPES:
         raise ValueError(f"dtype is {name!r}; allowed: {', '.join(_DTYPES)}")
     return _DTYPES[name]

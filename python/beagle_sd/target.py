@@ -9,16 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from beagle_sd.cache import TreeCache, causal, visible_keys
+from beagle_sd.head import Head, UnsupportedTarget, head_of
 
 _PREFILL_CHUNK = 512
 
 
-class UnsupportedTarget(ValueError):
-    """The target has something that drafting or tree verification cannot honour; the message names it."""
-
-
 def check_supported(config: PreTrainedConfig) -> None:
-    """Raise UnsupportedTarget with the reason unless every layer is full attention and the head is plain."""
+    """Raise UnsupportedTarget with the reason unless every layer is full attention over rotary positions."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedTarget(f"{kind} is an encoder-decoder; allowed: decoder-only causal LMs")
@@ -39,11 +36,9 @@ def check_supported(config: PreTrainedConfig) -> None:
     if rope.get("rope_type") in ("dynamic", "longrope"):
         raise UnsupportedTarget(f"{kind} has rope_type={rope['rope_type']!r}, whose angles change with the length of "
                                 "the text; allowed: fixed angles (default, linear, yarn, llama3)")
-    for name in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling",
-                 "embedding_multiplier", "scale_emb"):
-        value = getattr(config, name, None)
-        if value not in (None, 1, 1.0):
-            raise UnsupportedTarget(f"{kind} sets {name}={value}; allowed: targets without it")
+    for name, value in config.to_dict().items():
+        if "softcap" in name and value is not None and name != "final_logit_softcapping":
+            raise UnsupportedTarget(f"{kind} sets {name}={value}; allowed: final_logit_softcapping alone")
 
 
 class Target:
@@ -65,11 +60,7 @@ class Target:
         named = inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if "cache" in named else "past_key_values"
         self.embedding: nn.Module = model.get_input_embeddings()
-        self.head: nn.Linear = model.get_output_embeddings()
-        if self.head is None:
-            raise UnsupportedTarget(f"{type(model).__name__} has no LM head; allowed: causal LMs")
-        if getattr(self.head, "bias", None) is not None:
-            raise UnsupportedTarget(f"{config.model_type}'s LM head has a bias; allowed: heads without")
+        self.head: Head = head_of(model)
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +69,13 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         return self.head.weight.dtype
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first layer is given: [...] int64 -> [..., d], with the model's scale (Gemma's is in the module,
+        Granite's in the config)."""
+        embedded = self.embedding(tokens)
+        scale = getattr(self.config, "embedding_multiplier", None)
+        return embedded if scale in (None, 1.0) else embedded * scale
 
     def new_cache(self, batch: int, slots: int) -> TreeCache:
         """An empty cache of `slots` positions a row."""
