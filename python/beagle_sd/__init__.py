@@ -4,10 +4,13 @@ from beagle_sd.adaptive import AdaptiveTree
 from beagle_sd.bundled import load_bundled
 from beagle_sd.custom_generate import custom_generate
 from beagle_sd.draft import BeagleConfig, BeagleDraft
-from beagle_sd.generate import Generated, Report, generate
+from beagle_sd.engine import Engine
+from beagle_sd.generate import Generated, generate
+from beagle_sd.graph import GraphError
+from beagle_sd.report import Report
 from beagle_sd.target import UnsupportedTarget
 
 __all__ = [
-    "AdaptiveTree", "BeagleConfig", "BeagleDraft", "Generated", "Report", "UnsupportedTarget", "custom_generate",
-    "generate", "load_bundled",
+    "AdaptiveTree", "BeagleConfig", "BeagleDraft", "Engine", "Generated", "GraphError", "Report", "UnsupportedTarget",
+    "custom_generate", "generate", "load_bundled",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from beagle_sd.calibration import Costs
-from beagle_sd.generate import TreeShape
+from beagle_sd.drafting import TreeShape
 
 PLAIN = TreeShape(1, 1, 1)
 

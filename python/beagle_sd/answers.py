@@ -131,9 +131,9 @@ class _Writer:
                 yield work.finished()
 
     def _step(self) -> None:
-        among = torch.ones(len(self.rows), 1, 1, dtype=torch.bool, device=self.target.device)
+        itself = torch.ones(len(self.rows), 1, 1, dtype=torch.int64, device=self.target.device)
         depth = torch.zeros_like(self.token)[:, None]
-        hidden = self.target.forward(self.token[:, None], depth, among, self.cache)
+        hidden = self.target.forward(self.token[:, None], depth, itself, self.cache)
         kept = hidden.cpu()
         for row, work in enumerate(self.rows):
             if work is not None:

@@ -14,8 +14,7 @@ from beagle_kernels import Sampling
 from beagle_sd.attention import tree_attention_of
 from beagle_sd.cache import causal
 from beagle_sd.draft import BeagleDraft
-from beagle_sd.drafting import DraftCache, propose
-from beagle_sd.generate import TreeShape
+from beagle_sd.drafting import DraftCache, TreeShape, propose
 from beagle_sd.target import Target
 
 _REPEATS = 5
@@ -58,8 +57,8 @@ def _forward(target: Target, size: int, prefix: int) -> Callable[[], object]:
     cache.lengths.fill_(prefix)
     tokens = torch.randint(target.config.vocab_size, (1, size), device=target.device)
     depth = torch.arange(size, device=target.device)[None]
-    among = causal(1, size, target.device)
-    return lambda: target.head(target.forward(tokens, depth, among, cache))
+    mask = causal(1, size, target.device)
+    return lambda: target.head(target.forward(tokens, depth, mask, cache))
 
 
 def _drafting(draft: BeagleDraft, shape: TreeShape, prefix: int) -> Callable[[], object]:

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from beagle_sd.attention import NAME, reading
 from beagle_sd.cache import TreeCache, causal, visible_keys
 
 _PREFILL_CHUNK = 512
+_RAGGED_ROWS = 4
+"""Rows from which, on the CPU, reading only what each row sees beats one padded call."""
 
 
 class UnsupportedTarget(ValueError):
@@ -74,28 +77,34 @@ class Target:
     def dtype(self) -> torch.dtype:
         return self.head.weight.dtype
 
-    def new_cache(self, batch: int, slots: int) -> TreeCache:
-        """An empty cache of `slots` positions a row."""
+    def new_cache(self, batch: int, slots: int, *, page_size: int | None = None, fixed: bool = False) -> TreeCache:
+        """An empty cache of `slots` positions a row, in pages of page_size if given; `fixed` as in TreeCache."""
         config = self.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return TreeCache(config.num_hidden_layers, batch, heads, slots, width, self.dtype, self.device)
+        return TreeCache(config.num_hidden_layers, batch, heads, slots, width, self.dtype, self.device,
+                         page_size=page_size, fixed=fixed)  # fmt: skip
 
-    def forward(self, tokens: Tensor, depth: Tensor, among: Tensor, cache: TreeCache) -> Tensor:
+    def forward(self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: TreeCache) -> Tensor:
         """Top hidden states [B, N, d] of N new tokens a row, written to the cache behind its lengths.
 
-        tokens [B, N] int64; depth [B, N], added to the row's length to give positions; among [B, N, N] bool: which
-        new tokens each one sees (itself too), besides everything below the row's length.
+        tokens [B, N] int64; depth [B, N], added to the row's length to give positions; mask words [B, N, W] int64:
+        which new tokens each one sees (itself too), besides everything below the row's length. A fixed cache needs the
+        model's attention to be beagle_tree, and room behind the lengths, which are not read.
         """
-        limit = int(cache.lengths.max()) + tokens.shape[1]
-        cache.expect(tokens.shape[1], limit)
-        return self.decoder(
-            input_ids=tokens,
-            attention_mask=visible_keys(cache.lengths, among, limit),
-            position_ids=cache.lengths.long()[:, None] + depth.long(),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        batch, count = tokens.shape
+        limit = None
+        if not (cache.fixed or count == 1 and batch >= _RAGGED_ROWS and self.config._attn_implementation == NAME):
+            limit = int(cache.lengths.max()) + count
+        cache.expect(count, limit)
+        with reading(cache):
+            return self.decoder(
+                input_ids=tokens,
+                attention_mask=mask[:, None] if limit is None else visible_keys(cache.lengths, mask, limit),
+                position_ids=cache.lengths.long()[:, None] + depth.long(),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
 
     def prefill(self, tokens: Tensor, lengths: Tensor, cache: TreeCache) -> Tensor:
         """Run right-padded prompts [B, T] with `lengths` [B] into an empty cache; hidden states [B, T, d].
