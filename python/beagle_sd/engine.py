@@ -64,12 +64,10 @@ class Engine:
         self.batch, self.capacity = batch, capacity
         self.adaptive = adaptive if draft is not None else None
         self.shape = _shape(draft, device, depth, branch, num_nodes, adaptive)
-        with torch.inference_mode():
-            self.buffers = Buffers(self.target, draft, batch, capacity, self.shape, page_size=page_size, fixed=fixed,
-                                   logprobs=return_logprobs)  # fmt: skip
-            self._host = [self.buffers.news.to("cpu", copy=True) for _ in range(2)]
-            if device.type == "cuda":
-                self._host = [tensor.pin_memory() for tensor in self._host]
+        self.buffers = Buffers(self.target, draft, batch, capacity, self.shape, page_size=page_size, fixed=fixed,
+                               logprobs=return_logprobs)  # fmt: skip
+        news = self.buffers.news
+        self._host = [torch.zeros(news.shape, dtype=news.dtype, pin_memory=news.is_cuda) for _ in range(2)]
         self._sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._graphs: dict[TreeShape, RoundGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graph else None

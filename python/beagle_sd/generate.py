@@ -112,8 +112,8 @@ def generate(
                 streamer.end()
             if engine is None:
                 made.settle()
-            sequences = torch.cat([input_ids, decoding.new_tokens(pad).to(input_ids)], 1)
-            return Generated(sequences, decoding.report(), decoding.logprobs())
+        sequences = torch.cat([input_ids, decoding.new_tokens(pad).to(input_ids)], 1)
+        return Generated(sequences, decoding.report(), decoding.logprobs())
 
     try:
         return decode()
