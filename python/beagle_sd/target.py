@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from beagle_sd.attention import NAME, reading
 from beagle_sd.cache import TreeCache, causal, visible_keys
@@ -18,7 +18,7 @@ class UnsupportedTarget(ValueError):
     """The target has something that drafting or tree verification cannot honour; the message names it."""
 
 
-def check_supported(config: PreTrainedConfig) -> None:
+def check_supported(config: PretrainedConfig) -> None:
     """Raise UnsupportedTarget with the reason unless every layer is full attention and the head is plain."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
