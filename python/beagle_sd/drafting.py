@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from beagle_kernels import Sampling, top_candidates, tree_attention
-from beagle_sd.draft import BeagleDraft
+from beagle_sd.draft import Angles, BeagleDraft
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class DraftCache:
         self.values = torch.zeros_like(self.keys)
         self._rows = torch.arange(batch, device=weight.device)[:, None]
 
-    def append(self, draft: BeagleDraft, states: Tensor, slots: Tensor, positions: Tensor) -> None:
+    def append(self, draft: BeagleDraft, states: Tensor, slots: Tensor, positions: Tensor | Angles) -> None:
         """Write the keys and values of states [B, n, d] at `positions` [B, n] into `slots` [B, n]."""
-        keys, values = draft.keys_values(states.flatten(0, 1), positions.flatten())
-        self.keys[self._rows, :, slots] = keys.unflatten(0, slots.shape)
-        self.values[self._rows, :, slots] = values.unflatten(0, slots.shape)
+        keys, values = draft.keys_values(states, positions)
+        self.keys[self._rows, :, slots] = keys
+        self.values[self._rows, :, slots] = values
 
 
 def propose(
@@ -73,16 +73,18 @@ def propose(
     bits = _bits(1 + branch * (depth - 1), device)
     settings = {1: sampling, branch: sampling.repeat(branch) if branch > 1 else sampling}
     tokens, score, start = root[:, None], torch.zeros(batch, 1, device=device), lengths.long()[:, None]
+    angles = draft.angles(start + torch.arange(depth, device=device))
     number = torch.full((batch, 1), -1, dtype=torch.int64, device=device)
     visible = torch.zeros(batch, 1, bits.shape[1], dtype=torch.int64, device=device)
     slot = first = 0
     found: list[Candidates] = []
     for level in range(depth):
         width = tokens.shape[1]
-        position = (start + level).expand(-1, width)
-        state = _states(draft, cache, tokens, position, lengths, visible)
+        turn = Angles(*(part[:, level : level + 1] for part in angles))
+        state = _states(draft, cache, tokens, turn, lengths, visible)
+        chosen = (start + (level + 1)).expand(-1, width).flatten()
         child, gain = top_candidates(
-            draft.logits(state), branch, (position + 1).flatten(), settings[width], token_ids=draft.draft_vocab
+            draft.logits(state).flatten(0, 1), branch, chosen, settings[width], token_ids=draft.draft_vocab
         )
         total = score[:, :, None] + gain.view(batch, width, branch).clamp(max=0.0)
         parents = number[:, :, None].expand(-1, -1, branch).to(torch.int32)
@@ -91,7 +93,7 @@ def propose(
             break
         if draft.config.append_states:
             own = torch.arange(slot, slot + width, device=device)
-            cache.append(draft, state.view(batch, width, -1), start + own, position)
+            cache.append(draft, state, start + own, turn)
             visible = visible | bits[slot : slot + width]
             slot += width
         score, best = total.flatten(1).topk(branch, dim=1)
@@ -101,12 +103,11 @@ def propose(
     return Candidates(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
 
 
-def _states(draft, cache, tokens, position, lengths, visible) -> Tensor:
-    """Draft states [B * n, d] of tokens [B, n], which see the row's true keys and the slots set in `visible`."""
-    embedded = draft.embed(tokens.flatten())
-    queries = draft.queries(embedded, position.flatten()).unflatten(0, tokens.shape)
-    attended = tree_attention(queries, cache.keys, cache.values, lengths, visible)
-    return draft.block(embedded, attended.flatten(0, 1))
+def _states(draft, cache, tokens, turn, lengths, visible) -> Tensor:
+    """Draft states [B, n, d] of tokens [B, n], which see the row's true keys and the slots set in `visible`."""
+    embedded = draft.embed(tokens)
+    attended = tree_attention(draft.queries(embedded, turn), cache.keys, cache.values, lengths, visible)
+    return draft.block(embedded, attended)
 
 
 def _bits(count: int, device: torch.device) -> Tensor:
