@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from beagle_kernels import Sampling
-from beagle_sd import AdaptiveTree, Engine, generate
+from beagle_sd import AdaptiveTree, Engine, GraphError, generate
 from beagle_sd.attention import tree_attention_of
 from beagle_sd.calibration import Costs
 from beagle_sd.decoding import Decoding
 from beagle_sd.drafting import TreeShape
+from beagle_sd.graph import check_capturable
 from beagle_sd.report import Clock
 from beagle_sd.rounds import play_round
 
@@ -226,9 +227,9 @@ def test_generate_by_replays_alone(pair, monkeypatch):
     shapes = {TreeShape(2, 1, 3): 2.0, TreeShape(4, 4, 16): 3.0}
     tree = AdaptiveTree(Costs({1: 1.0, 3: 1.1, 16: 1.2}, dict.fromkeys(shapes, 0.1)), shapes, probe=2)
     for own, options, most in ((draft, SHAPE, 1), (None, {}, 1), (draft, {"adaptive": tree, "page_size": 4}, 3)):
-        engine = fixed_engine(target, own, 2, 60, **options)
+        engine = fixed_engine(target, own, 2, 40, **options)
         engine.graph, TapeGraph.captured = True, 0
-        for seed, temperature, new in ((5, 0.0, 40), (6, 1.0, 9), (7, 0.7, 30)):
+        for seed, temperature, new in ((5, 0.0, 22), (6, 1.0, 9), (7, 0.7, 15)):
             ids, settings = prompts(2, 5 + seed, seed), {"max_new_tokens": new, "temperature": temperature}
             settings["eos_token_id"] = int(generate(target, None, ids, **settings).sequences[1, -new // 3])
             want = generate(target, None, ids, **settings)
@@ -317,7 +318,6 @@ def test_a_tree_that_adapts_takes_its_shape_a_round(pair):
     ({"engine": (2, 20)}, "need room for 23; allowed: the engine's capacity, 20"),
     ({"engine": (2, 40), "depth": 3, "return_logprobs": True}, "depth, return_logprobs given with an engine"),
     ({"engine": (2, 40), "draft": None}, "made for another target or draft"),
-    ({"graph": True}, "graph=True was given and the target is on cpu; allowed: a target on CUDA"),
     ({"page_size": 0}, "page_size is 0"),
 ])  # fmt: skip
 def test_bad_requests(pair, wrong, message):
@@ -327,6 +327,15 @@ def test_bad_requests(pair, wrong, message):
         options["engine"] = Engine(target, draft, batch=sizes[0], capacity=sizes[1])
     with pytest.raises(ValueError, match=message):
         generate(target, **options)
+
+
+def test_a_graph_asked_for_where_none_can_be_says_why(pair, monkeypatch):
+    target, draft = pair
+    with pytest.raises(GraphError, match="the target is on cpu and a graph is CUDA's; allowed: graph=False"):
+        generate(target, draft, prompts(1), graph=True)
+    monkeypatch.setattr("beagle_sd.graph.backends.resolve", lambda *_: "reference")
+    with pytest.raises(GraphError, match=r"choose_tokens has only its reference here \(cuda: .*allowed: graph=False"):
+        check_capturable(torch.device("cuda"), torch.float32)
 
 
 def test_engines_out_of_range(pair):

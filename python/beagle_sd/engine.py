@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from beagle_kernels import Sampling
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.drafting import TreeShape
-from beagle_sd.graph import RoundGraph
+from beagle_sd.graph import RoundGraph, check_capturable
 from beagle_sd.report import Clock
 from beagle_sd.rounds import Buffers, play_round, prefill
 from beagle_sd.target import Target
@@ -26,12 +26,13 @@ class Engine:
 
     generate makes one a call; keep one, and give it to generate, to allocate and capture once. depth, branch,
     num_nodes, adaptive as in generate. graph None: on CUDA every round is a graph's replay, on the CPU rounds run
-    eagerly; False: eagerly; True: ValueError where there is no CUDA. page_size: the target's cache in pages of so
+    eagerly; False: eagerly; True: as on CUDA, or GraphError. page_size: the target's cache in pages of so
     many slots. return_logprobs: room for them. fixed: on the CPU, too, take the path of a GPU, which reads nothing on
     the host. One call at a time; the target's and the draft's weights may change in place, not move. The draft is
     bound to the target.
 
-    Raises ValueError for arguments out of range and for a draft that does not fit, UnsupportedTarget.
+    Raises ValueError for arguments out of range and for a draft that does not fit, UnsupportedTarget, and GraphError
+    where a round could not be captured.
     """
 
     def __init__(
@@ -55,10 +56,9 @@ class Engine:
                 raise ValueError(f"{name} is {value}; allowed: at least {least}")
         self.model, self.target, self.draft = target, Target(target), draft
         device = self.target.device
-        if graph and device.type != "cuda":
-            raise ValueError(f"graph=True was given and the target is on {device}; allowed: a target on CUDA, or "
-                             "graph=None or False")
         self.graph = device.type == "cuda" if graph is None else graph
+        if self.graph:
+            check_capturable(device, self.target.dtype)
         if draft is not None:
             draft.bind(target)
         self.batch, self.capacity = batch, capacity

@@ -6,9 +6,28 @@ from collections.abc import Callable
 
 import torch
 
+from beagle_kernels import backends
+
 
 class GraphError(RuntimeError):
     """A round cannot be captured; the message says why, and that graph=False decodes without."""
+
+
+OPS = ("choose_tokens", "top_candidates", "build_tree", "verify_tree", "compact_cache_", "tree_attention")
+"""Of a round."""
+_INSTEAD = "allowed: graph=False, which decodes eagerly"
+
+
+def check_capturable(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise GraphError, which names why, unless a round on `device` is made of kernels that a graph can hold: the
+    reference definitions ask the host."""
+    if device.type != "cuda":
+        raise GraphError(f"the target is on {device} and a graph is CUDA's; {_INSTEAD}")
+    for op in OPS:
+        if backends.resolve(op, "auto", device, dtype) == "reference":
+            reasons = {name: backends.why_not(op, name, device, dtype) for name in ("cuda", "triton")}
+            told = ", ".join(f"{name}: {why}" for name, why in reasons.items())
+            raise GraphError(f"{op} has only its reference here ({told}), which a graph cannot hold; {_INSTEAD}")
 
 
 class RoundGraph:
@@ -37,8 +56,8 @@ class RoundGraph:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                raise GraphError(f"the round cannot be captured as a CUDA graph: {_reason(error)}; allowed: "
-                                 "graph=False, which decodes eagerly") from error  # fmt: skip
+                why = _reason(error)
+                raise GraphError(f"the round cannot be captured as a CUDA graph: {why}; {_INSTEAD}") from error
 
     def replay(self) -> None:
         self.graph.replay()

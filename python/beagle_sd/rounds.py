@@ -136,28 +136,29 @@ def _keep(draft, buffers: Buffers, tree: DraftTree, verdict: Verdict, hidden: Te
         states = hidden.gather(1, path[:, :, None].expand(-1, -1, hidden.shape[2]))
         slots = lengths.long()[:, None] + step
         buffers.draft_cache.append(draft, states, slots, slots)
-    drafted = tree.tokens.gather(1, path).roll(-1, 1)
-    run = torch.where(step < verdict.num_accepted[:, None], drafted, verdict.next_token[:, None])
+    run = verdict.next_token[:, None]
+    if path.shape[1] > 1:
+        drafted = tree.tokens.gather(1, path).roll(-1, 1)
+        run = torch.where(step < verdict.num_accepted[:, None], drafted, run)
     lengths += _emit(buffers, verdict, run, logits)
 
 
 def _emit(buffers: Buffers, verdict: Verdict, run: Tensor, logits: Tensor) -> Tensor:
     """Append run [B, L], of which num_accepted + 1 tokens count, to the live rows, each cut at its first end token and
     at its limit; returns how many were appended [B] int64."""
-    count = run.shape[1]
+    count, live = run.shape[1], buffers.live
     step = torch.arange(count, device=run.device)
     place = buffers.emitted[:, None] + step
     buffers.output.scatter_(1, place, run)
     if buffers.logprobs is not None:
         buffers.logprobs.scatter_(1, place, _logprobs(logits, verdict.path, run))
     end = torch.where(buffers.ends[run], step, count).amin(1)
-    taken = torch.minimum(torch.minimum(verdict.num_accepted + 1, end + 1), buffers.limit - buffers.emitted)
-    taken = torch.where(buffers.live, taken, 0)
-    status = torch.where(buffers.live, verdict.status, 0)
-    torch.where(buffers.live, verdict.next_token, buffers.pending, out=buffers.pending)
+    taken = torch.minimum(torch.minimum(verdict.num_accepted, end) + 1, buffers.limit - buffers.emitted) * live
+    status = verdict.status * live
+    torch.where(live, verdict.next_token, buffers.pending, out=buffers.pending)
     buffers.emitted += taken
-    buffers.live &= (end >= taken) & (buffers.emitted < buffers.limit)
-    counts = torch.stack((verdict.num_accepted.long(), buffers.emitted, buffers.live.long(), status.long()), 1)
+    live &= (end >= taken) & (buffers.emitted < buffers.limit)
+    counts = torch.stack((verdict.num_accepted.long(), buffers.emitted, live.long(), status.long()), 1)
     buffers.news[:, : NEWS + count] = torch.cat((counts, run), 1)
     return taken
 

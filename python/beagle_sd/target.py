@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -62,6 +64,9 @@ class Target:
         self.model = model
         self.config = config
         self.decoder = model.base_model
+        # transformers 5 is renaming it, model by model
+        taken = inspect.signature(self.decoder.forward).parameters
+        self._cache_argument = "cache" if "cache" in taken else "past_key_values"
         self.embedding: nn.Module = model.get_input_embeddings()
         self.head: nn.Linear = model.get_output_embeddings()
         if self.head is None:
@@ -102,8 +107,8 @@ class Target:
                 input_ids=tokens,
                 attention_mask=mask[:, None] if limit is None else visible_keys(cache.lengths, mask, limit),
                 position_ids=cache.lengths.long()[:, None] + depth.long(),
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_argument: cache},
             ).last_hidden_state
 
     def prefill(self, tokens: Tensor, lengths: Tensor, cache: TreeCache) -> Tensor:
