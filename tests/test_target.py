@@ -7,6 +7,7 @@ import torch
 from models import ARCHITECTURES, VOCAB, small_draft, small_target
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from beagle_kernels.reference.build_tree import pack
 from beagle_sd import UnsupportedTarget, generate
 from beagle_sd.target import Target
 
@@ -144,7 +145,7 @@ def test_a_tree_forward_equals_each_path_alone(kind):
             model.set_attn_implementation(implementation)
             cache = target.new_cache(2, 20)
             target.prefill(prompts, lengths, cache)
-            states = target.forward(nodes, depth, among, cache)
+            states = target.forward(nodes, depth, pack(among), cache)
             assert torch.equal(cache.lengths, lengths), "the caller says what was accepted"
             for (row, node), want in alone.items():
                 torch.testing.assert_close(states[row, node], want, rtol=1e-4, atol=1e-4)

@@ -34,8 +34,9 @@ def settings() -> str:
             f"`{found['data']}`, {found['held_out_sequences']} held out; {found['epochs']:g} epochs a phase, "
             f"{found['tokens_per_step']:,} tokens a step, learning rate {found['lr']:g} falling to a tenth by a "
             f"cosine, {found['warmup_steps']} steps of warm-up in each phase, regression "
-            f"weight {found['regression']:g}, draft vocabulary {found['draft_vocab']:,}. Chain of {found['shapes']['chain'][0]}; tree of "
-            f"{found['shapes']['tree'][2]} nodes, depth {found['shapes']['tree'][0]}, branch "
+            f"weight {found['regression']:g}, draft vocabulary {found['draft_vocab']:,}. "
+            f"Chain of {found['shapes']['chain'][0]}; tree of {found['shapes']['tree'][2]} nodes, "
+            f"depth {found['shapes']['tree'][0]}, branch "
             f"{found['shapes']['tree'][1]}.")  # fmt: skip
 
 

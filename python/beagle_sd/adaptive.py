@@ -12,7 +12,7 @@ from beagle_sd import smollm2
 from beagle_sd.bundled import bundled_folder, measured_acceptance
 from beagle_sd.calibration import PLAIN, Costs, calibrated_costs
 from beagle_sd.draft import BeagleDraft
-from beagle_sd.generate import TreeShape
+from beagle_sd.drafting import TreeShape
 
 _CLIP = 2.0
 """A round that took longer or shorter by more than this says something of the machine's other work, not of its cost."""

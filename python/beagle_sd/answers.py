@@ -19,8 +19,6 @@ _PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Prompt tokens run together, of prompts of about equal length, so that little is padding."""
 _LOOK_EVERY = 4
 """Steps between looks at which rows have ended: looking waits for the device."""
-_KEYS = 64
-"""Attention reads a multiple of this many slots, so that few widths have to be captured."""
 
 
 class Request(NamedTuple):
@@ -91,7 +89,7 @@ class _Writer:
                  graph: bool):  # fmt: skip
         device = target.device
         self.target, self.end, self.longest, self.seed = target, end, longest, seed
-        self.cache = target.new_cache(batch, -(-(prompt + longest) // _KEYS) * _KEYS)
+        self.cache = target.new_cache(batch, prompt + longest)
         self.sampling = Sampling.of(batch, device=device)
         self.token = torch.zeros(batch, dtype=torch.int64, device=device)
         self.answer = torch.zeros(batch, longest + 1, dtype=torch.int64, device=device)
@@ -99,13 +97,13 @@ class _Writer:
         self.done = torch.ones(batch, dtype=torch.bool, device=device)
         self.status = torch.zeros(batch, dtype=torch.int32, device=device)
         self.numbers = torch.arange(batch, device=device)
-        self.slots = torch.arange(self.cache.capacity, device=device)
+        self.depth = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.itself = torch.ones(batch, 1, 1, dtype=torch.int64, device=device)  # mask words
         shape = (batch, self.cache.capacity, target.config.hidden_size)
         self.states = torch.zeros(shape, dtype=torch.bfloat16, device=device) if states else None
         self.rows: list[Request | None] = [None] * batch
-        self.steps = [0] * batch  # each row's, counted on the host: how long it can be at most
         self.graph = graph
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.replayed: torch.cuda.CUDAGraph | None = None
 
     def run(self, requests: Iterator[Request]) -> Iterator[shards.Sequence]:
         exhausted = False
@@ -145,44 +143,32 @@ class _Writer:
         self.count[place], self.status[place] = 1, status
         self.done[place] = (chosen == self.end) | (self.longest == 1)
         for row, request in zip(rows, requests, strict=True):
-            self.rows[row], self.steps[row] = request, 0
+            self.rows[row] = request
 
     def _advance(self) -> None:
-        """One step of all rows, over as many slots as the longest may fill with it."""
-        filled = [len(request.ids) + min(self.steps[row] + 1, self.longest)
-                  for row, request in enumerate(self.rows) if request is not None]  # fmt: skip
-        self.steps = [steps + 1 for steps in self.steps]
-        keys = -(-max(filled) // _KEYS) * _KEYS
-        if keys in self.graphs:
-            self.graphs[keys].replay()
+        """One step of all rows."""
+        if self.replayed is not None:
+            self.replayed.replay()
             return
-        self._step(keys)  # also what a capture needs before it: kernels compiled, libraries warm
+        self._step()  # also what a capture needs before it: kernels compiled, libraries warm
         if self.graph:
             try:
-                self.graphs[keys] = self._captured(keys)
+                self.replayed = self._captured()
             except RuntimeError as error:
                 self.graph = False
                 warnings.warn(f"the step could not be captured as a CUDA graph, so it runs one kernel at a time: "
                               f"{error}", stacklevel=2)  # fmt: skip
 
-    def _captured(self, keys: int) -> torch.cuda.CUDAGraph:
+    def _captured(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool):
-            self._step(keys)
+        with torch.cuda.graph(graph):
+            self._step()
         return graph
 
-    def _step(self, keys: int) -> None:
+    def _step(self) -> None:
         """Run the pending tokens and choose the next: no value is read on the host, all buffers stay in place."""
         lengths = self.cache.lengths
-        self.cache.expect(1, keys)
-        hidden = self.target.decoder(
-            input_ids=self.token[:, None],
-            attention_mask=(self.slots[:keys] <= lengths[:, None])[:, None, None],
-            position_ids=lengths.long()[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state[:, 0]
+        hidden = self.target.forward(self.token[:, None], self.depth, self.itself, self.cache)[:, 0]
         if self.states is not None:
             self.states[self.numbers, lengths.long()] = hidden.to(torch.bfloat16)
         live = ~self.done

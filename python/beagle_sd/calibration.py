@@ -22,7 +22,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import beagle_kernels
 from beagle_sd.draft import BeagleDraft
-from beagle_sd.generate import TreeShape, generate
+from beagle_sd.drafting import TreeShape
+from beagle_sd.generate import generate
 from beagle_sd.smollm2 import cache_folder
 
 PLAIN = TreeShape(1, 1, 1)

@@ -6,15 +6,18 @@ import inspect
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from beagle_sd.attention import NAME, reading
 from beagle_sd.cache import TreeCache, causal, visible_keys
 from beagle_sd.head import Head, UnsupportedTarget, head_of
 
 _PREFILL_CHUNK = 512
+_RAGGED_ROWS = 4
+"""Rows from which, on the CPU, reading only what each row sees beats one padded call."""
 
 
-def check_supported(config: PreTrainedConfig) -> None:
+def check_supported(config: PretrainedConfig) -> None:
     """Raise UnsupportedTarget with the reason unless every layer is full attention over rotary positions."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -56,7 +59,7 @@ class Target:
         self.model = model
         self.config = config
         self.decoder = model.base_model
-        # transformers calls it `cache` from 5.24 on, and warns of the older name
+        # transformers calls it `cache` from 5.24 on, model by model, and warns of the older name
         named = inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if "cache" in named else "past_key_values"
         self.embedding: nn.Module = model.get_input_embeddings()
@@ -77,28 +80,34 @@ class Target:
         scale = getattr(self.config, "embedding_multiplier", None)
         return embedded if scale in (None, 1.0) else embedded * scale
 
-    def new_cache(self, batch: int, slots: int) -> TreeCache:
-        """An empty cache of `slots` positions a row."""
+    def new_cache(self, batch: int, slots: int, *, page_size: int | None = None, fixed: bool = False) -> TreeCache:
+        """An empty cache of `slots` positions a row, in pages of page_size if given; `fixed` as in TreeCache."""
         config = self.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return TreeCache(config.num_hidden_layers, batch, heads, slots, width, self.dtype, self.device)
+        return TreeCache(config.num_hidden_layers, batch, heads, slots, width, self.dtype, self.device,
+                         page_size=page_size, fixed=fixed)  # fmt: skip
 
-    def forward(self, tokens: Tensor, depth: Tensor, among: Tensor, cache: TreeCache) -> Tensor:
+    def forward(self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: TreeCache) -> Tensor:
         """Top hidden states [B, N, d] of N new tokens a row, written to the cache behind its lengths.
 
-        tokens [B, N] int64; depth [B, N], added to the row's length to give positions; among [B, N, N] bool: which
-        new tokens each one sees (itself too), besides everything below the row's length.
+        tokens [B, N] int64; depth [B, N], added to the row's length to give positions; mask words [B, N, W] int64:
+        which new tokens each one sees (itself too), besides everything below the row's length. A fixed cache needs the
+        model's attention to be beagle_tree, and room behind the lengths, which are not read.
         """
-        limit = int(cache.lengths.max()) + tokens.shape[1]
-        cache.expect(tokens.shape[1], limit)
-        return self.decoder(
-            input_ids=tokens,
-            attention_mask=visible_keys(cache.lengths, among, limit),
-            position_ids=cache.lengths.long()[:, None] + depth.long(),
-            use_cache=True,
-            **{self._cache_argument: cache},
-        ).last_hidden_state
+        batch, count = tokens.shape
+        limit = None
+        if not (cache.fixed or count == 1 and batch >= _RAGGED_ROWS and self.config._attn_implementation == NAME):
+            limit = int(cache.lengths.max()) + count
+        cache.expect(count, limit)
+        with reading(cache):
+            return self.decoder(
+                input_ids=tokens,
+                attention_mask=mask[:, None] if limit is None else visible_keys(cache.lengths, mask, limit),
+                position_ids=cache.lengths.long()[:, None] + depth.long(),
+                use_cache=True,
+                **{self._cache_argument: cache},
+            ).last_hidden_state
 
     def prefill(self, tokens: Tensor, lengths: Tensor, cache: TreeCache) -> Tensor:
         """Run right-padded prompts [B, T] with `lengths` [B] into an empty cache; hidden states [B, T, d].
