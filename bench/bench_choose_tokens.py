@@ -1,4 +1,4 @@
-"""choose_tokens against PyTorch (argmax, softmax + multinomial, the same perturbed argmax, sorted top-p) and FlashInfer."""
+"""choose_tokens against PyTorch (argmax, multinomial, the same perturbed argmax, sorted top-p) and FlashInfer."""
 
 from __future__ import annotations
 

@@ -249,7 +249,8 @@ def of_model(name: str, model, draft, batch: int, cached: int, new: int, tree: T
     kind = f"{name} random {str(model.dtype)[6:]}"
     return Case(
         f"decode round, replayed: {kind}, batch {batch}, {cached} cached, {tree.num_nodes} nodes", peers, rounds.check,
-        rounds=2 if plot else 3, device=model.device.type, clock="own", notes=rounds.notes, data="random weights, replayed acceptance",
+        rounds=2 if plot else 3, device=model.device.type, clock="own", notes=rounds.notes,
+        data="random weights, replayed acceptance",
         work={"token": float(batch * (new - 1))}, series="decode round",
         at={"model": kind, "batch": batch, "cached": cached, "nodes": tree.num_nodes},
     )  # fmt: skip
@@ -288,8 +289,9 @@ def of_real(model: PreTrainedModel, draft: BeagleDraft, prompt: Tensor, nodes: i
 
     return Case(
         f"whole answer, SmolLM2-135M float32, {nodes} nodes", {name: lambda name=name: run(name) for name in shapes},
-        lambda: check_peer("beagle"), check_peer=check_peer, rounds=2, clock="own", notes=lambda name: found.get(name, {}),
-        work={"token": float(new - 1)}, data="a real prompt, the bundled draft", series="whole answer", at={"nodes": nodes},
+        lambda: check_peer("beagle"), check_peer=check_peer, rounds=2, clock="own",
+        notes=lambda name: found.get(name, {}), work={"token": float(new - 1)},
+        data="a real prompt, the bundled draft", series="whole answer", at={"nodes": nodes},
     )  # fmt: skip
 
 

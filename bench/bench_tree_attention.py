@@ -43,8 +43,8 @@ def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
 
 
 def drawn(batch, nodes, prefix, hq, hkv, d, device, dtype) -> tuple[torch.Tensor, ...]:
-    """q, k, v: normal random, with a common part that gives the tree's slots and their neighbours, the prefix's last 64,
-    about half of the weight: a wrong bit or a dropped key there shows in any precision."""
+    """q, k, v: normal random, with a common part that gives the tree's slots, and the prefix's last 64, about half of
+    the weight: a wrong bit or a dropped key there shows in any precision."""
     common = torch.randn(d, device=device)
     common *= (torch.tensor(float(prefix)).log() * d**0.5).sqrt() / common.norm()
     q, k = torch.randn(batch, nodes, hq, d, device=device), torch.randn(batch, hkv, prefix + nodes, d, device=device)

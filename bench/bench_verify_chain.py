@@ -1,4 +1,4 @@
-"""verify_chain against the usual composition (two softmaxes, gathers, a residual, multinomial) and FlashInfer's kernel."""
+"""verify_chain against the usual composition (softmax, gather, residual, multinomial) and FlashInfer's kernel."""
 
 from __future__ import annotations
 

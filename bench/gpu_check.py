@@ -148,7 +148,7 @@ class Steps:
         """Whole answers of the bundled draft, where its target and the prompts are."""
         if why := why_no_answers():
             return {"status": "skipped", "why": why}
-        little = ["--count", "1", "--max-new-tokens", "4"] if self.dry else ["--count", "4"]
+        little = ["--count", "1", "--max-new-tokens", "4"] if self.dry else ["--count", "4", "--dtype", "bfloat16"]
         done, found = self._with_json([sys.executable, "-m", "bench.speed", *little], seconds, "--out")
         return done | {"found": found}
 

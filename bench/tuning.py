@@ -97,7 +97,7 @@ def use(entries: list[dict]) -> None:
 
 
 def compile_candidates(size: str, worker: int) -> None:
-    """Run every WORKERS-th candidate once, so that its kernels are in Triton's cache; those that do not fit are left."""
+    """Run every WORKERS-th candidate once, so that its kernels are in Triton's cache, but for those that do not fit."""
     import triton
 
     from beagle_kernels.triton import configs

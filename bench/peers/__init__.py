@@ -10,11 +10,10 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 
-
 LEFT_OUT = {
-    "vLLM": "its rejection sampler is internal, its arguments changed between versions, and it comes with the engine only",
-    "transformers, assisted generation": "no smaller model with SmolLM2's tokenizer can be had from a package registry; "
-    "prompt lookup, which needs none, is in bench/speed.py",
+    "vLLM rejection sampler": "internal to the engine, and its arguments changed between versions",
+    "transformers, assisted generation": "no smaller model with SmolLM2's tokenizer can be had from a package "
+    "registry; prompt lookup, which needs none, is in bench/speed.py",
 }
 """Peers that no module adapts, and why."""
 
