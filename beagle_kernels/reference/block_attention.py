@@ -13,7 +13,7 @@ def visible_keys(rows: int, window: int, offset: Tensor, cu_seqlens: Tensor | No
     row = torch.arange(rows, device=offset.device)
     if cu_seqlens is None:
         cu_seqlens = torch.tensor([0, rows], device=offset.device)
-    cu_seqlens = cu_seqlens.long()
+    cu_seqlens = cu_seqlens.long().clamp(0, rows)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
     inside = (sequence < offset.numel()) & (row >= cu_seqlens[0])
     sequence = sequence.clamp(max=max(offset.numel() - 1, 0))

@@ -20,30 +20,42 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def sequence_of(o_row, p_cu, p_offset, T, num_seqs, STEPS: tl.constexpr):
+def load_bound(p_cu, b_seq, T):
+    return tl.minimum(tl.maximum(tl.load(p_cu + b_seq), 0), T)
+
+
+@triton.jit
+def load_offset(p_offset, b_seq, T, window):
+    """Brought near the sequence, where it means the same, so that no sum overflows."""
+    b_offset = tl.load(p_offset + b_seq)
+    return tl.where(b_offset < 0, b_offset % window, tl.minimum(b_offset, T))
+
+
+@triton.jit
+def sequence_of(o_row, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
     """First row, end and first window of each row's sequence; end = first for a row outside all. STEPS 0: only one."""
+    b_zero = o_row * 0
     if STEPS > 0:
-        b_low = o_row * 0
+        b_low = b_zero
         b_high = b_low + num_seqs
         for _ in tl.static_range(STEPS):
             b_mid = tl.minimum((b_low + b_high) // 2, num_seqs - 1)
-            m_right = (b_low < b_high) & (tl.load(p_cu + b_mid + 1) <= o_row)
+            m_right = (b_low < b_high) & (load_bound(p_cu, b_mid + 1, T) <= o_row)
             b_high = tl.where(m_right, b_high, tl.minimum(b_mid, b_high))
             b_low = tl.where(m_right, b_mid + 1, b_low)
         b_seq = tl.minimum(b_low, num_seqs - 1)
-        b_first = tl.load(p_cu + b_seq)
+        b_first = load_bound(p_cu, b_seq, T)
         m_inside = (b_low < num_seqs) & (b_first <= o_row)
-        b_end = tl.where(m_inside, tl.minimum(tl.load(p_cu + b_seq + 1), T), b_first)
-        return b_first, b_end, b_first + tl.load(p_offset + b_seq)
+        b_end = tl.where(m_inside, load_bound(p_cu, b_seq + 1, T), b_first)
+        return b_first, b_end, b_first + load_offset(p_offset, b_seq, T, window)
     else:
-        b_zero = o_row * 0
-        return b_zero, b_zero + T, b_zero + tl.load(p_offset)
+        return b_zero, b_zero + T, load_offset(p_offset, b_zero, T, window)
 
 
 @triton.jit
 def key_range(o_row, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
     """The keys [first, limit) that each row sees; limit = first where it sees none."""
-    b_first, b_end, b_begin = sequence_of(o_row, p_cu, p_offset, T, num_seqs, STEPS)
+    b_first, b_end, b_begin = sequence_of(o_row, p_cu, p_offset, T, num_seqs, window, STEPS)
     b_since = o_row - b_begin
     b_limit = tl.where((b_since >= 0) & (b_end > b_first), o_row - b_since % window, b_first)
     return b_first, tl.maximum(b_limit, b_first)
@@ -52,7 +64,7 @@ def key_range(o_row, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
 @triton.jit
 def row_range(o_key, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
     """The rows [first, limit) that see each key: those of the windows that start after it."""
-    _, b_end, b_begin = sequence_of(o_key, p_cu, p_offset, T, num_seqs, STEPS)
+    _, b_end, b_begin = sequence_of(o_key, p_cu, p_offset, T, num_seqs, window, STEPS)
     b_first = b_begin + (tl.maximum(o_key + 1 - b_begin, 0) + window - 1) // window * window
     return tl.minimum(b_first, b_end), b_end
 
@@ -88,6 +100,28 @@ def store_rows(p_base, o_row, stride, o_d, T, b_value, D: tl.constexpr):
 
 
 @triton.jit
+def softmax_step(b_s, b_max, m_s, scale, MASKED: tl.constexpr):
+    """Of scores before `scale`, at least 0: their weights, what becomes of the older ones, and the new largest."""
+    if MASKED:
+        b_s = tl.where(m_s, b_s * scale, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_p = tl.exp2(b_s - b_pivot[:, None])
+    else:
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+        b_pivot = b_new
+        b_p = tl.exp2(b_s * scale - b_pivot[:, None])
+    return b_p, tl.exp2(b_max - b_pivot), b_new
+
+
+@triton.jit
+def positive_scale(b_q, scale):
+    """The scale in base 2 and without its sign, which the queries take."""
+    scale *= LOG2E
+    return tl.where(scale < 0, -b_q, b_q), tl.abs(scale)
+
+
+@triton.jit
 def forward_tiles(
     b_acc, b_max, b_sum, b_q, p_k, p_v, s_kt, s_vt, lo, hi, b_first, b_limit, o_d, T, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
@@ -96,18 +130,12 @@ def forward_tiles(
     for start in range(lo, hi, BLOCK_N):
         o_key = start + o_n
         b_k = load_rows(p_k, o_key, s_kt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BM, BN]
-        if MASKED:
-            m_s = (o_key[None, :] >= b_first[:, None]) & (o_key[None, :] < b_limit[:, None])
-            b_s = tl.where(m_s, b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
-        b_p = tl.exp2(b_s - b_pivot[:, None])
-        b_decay = tl.exp2(b_max - b_pivot)
+        m_s = (o_key[None, :] >= b_first[:, None]) & (o_key[None, :] < b_limit[:, None]) if MASKED else None
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
+        b_p, b_decay, b_max = softmax_step(b_s, b_max, m_s, scale, MASKED)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_v = load_rows(p_v, o_key, s_vt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
-        b_max = b_new
     return b_acc, b_max, b_sum
 
 
@@ -133,7 +161,7 @@ def forward_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    scale *= LOG2E
+    b_q, scale = positive_scale(b_q, scale)
     if STEPS > 0:
         b_acc, b_max, b_sum = forward_tiles(
             b_acc, b_max, b_sum, b_q, p_k, p_v, s_kt, s_vt, lo, full_lo, b_first, b_limit, o_d, T, scale,
@@ -173,7 +201,7 @@ def dq_tiles(
     return b_dq
 
 
-@triton.jit(do_not_specialize=["T", "num_seqs", "window"])
+@triton.jit(do_not_specialize=["T", "num_seqs", "window", "s_ht", "s_hh"])
 def dq_kernel(
     p_q, p_k, p_v, p_offset, p_cu, p_out, p_lse, p_g, p_h, p_dq, p_delta, T, num_seqs, window, scale,
     s_qt, s_qh, s_kt, s_kh, s_vt, s_vh, s_gt, s_gh, s_ht, s_hh,
@@ -277,6 +305,10 @@ def dkv_kernel(
     store_rows(p_dv + i_h * D, o_key, heads, o_d, T, b_dv, D)
 
 
+MOST_WINDOW = 1 << 29
+"""A longer window sees what this one sees; it keeps the kernels' sums in 32 bits."""
+
+
 def rows_contiguous(*tensors: Tensor) -> list[Tensor]:
     """The kernels want a last dimension of stride 1; any other strides will do."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
@@ -301,7 +333,7 @@ def _launch(kernel, name: str, heads: int, q: Tensor, args: tuple, constants: di
     grid = (triton.cdiv(q.shape[0], config.block_m), heads)
     tiles = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.warps, num_stages=config.stages)
     with torch.cuda.device_of(q):
-        kernel[grid](*args, **constants, **tiles)
+        kernel[grid](*args, **constants, **tiles, enable_fp_fusion=True)
 
 
 @implementation("block_attention", "triton")
@@ -313,7 +345,7 @@ def block_attention(
     num_seqs = offset.numel()
     if q.numel() == 0 or num_seqs == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    sizes = q.shape[0], num_seqs, window, scale
+    sizes = q.shape[0], num_seqs, min(window, MOST_WINDOW), scale
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
     args = q, k, v, offset.contiguous(), contiguous(cu_seqlens), out, lse, *sizes, *strides
     _launch(forward_kernel, "block_forward", q.shape[1], q, args, _shape(q, k, cu_seqlens))
@@ -332,7 +364,7 @@ def block_attention_backward(
         return tuple(grad.zero_() for grad in grads)
     delta, constants = torch.empty_like(lse), _shape(q, k, cu_seqlens)
     offset, cu_seqlens = offset.contiguous(), contiguous(cu_seqlens)
-    sizes = q.shape[0], num_seqs, window, scale
+    sizes = q.shape[0], num_seqs, min(window, MOST_WINDOW), scale
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:2]
     lse_strides = (0, 0) if grad_lse is None else grad_lse.stride()
     args = q, k, v, offset, cu_seqlens, out, lse, grad_out, grad_lse, grads[0], delta, *sizes, *strides, *lse_strides
