@@ -115,13 +115,6 @@ def softmax_step(b_s, b_max, m_s, scale, MASKED: tl.constexpr):
 
 
 @triton.jit
-def positive_scale(b_q, scale):
-    """The scale in base 2 and without its sign, which the queries take."""
-    scale *= LOG2E
-    return tl.where(scale < 0, -b_q, b_q), tl.abs(scale)
-
-
-@triton.jit
 def forward_tiles(
     b_acc, b_max, b_sum, b_q, p_k, p_v, s_kt, s_vt, lo, hi, b_first, b_limit, o_d, T, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
@@ -161,7 +154,7 @@ def forward_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_q, scale = positive_scale(b_q, scale)
+    scale *= LOG2E
     if STEPS > 0:
         b_acc, b_max, b_sum = forward_tiles(
             b_acc, b_max, b_sum, b_q, p_k, p_v, s_kt, s_vt, lo, full_lo, b_first, b_limit, o_d, T, scale,
@@ -309,6 +302,11 @@ MOST_WINDOW = 1 << 29
 """A longer window sees what this one sees; it keeps the kernels' sums in 32 bits."""
 
 
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The kernels take the largest score before they scale it, so the queries bear a negative sign."""
+    return (q, scale) if scale >= 0 else (-q, -scale)
+
+
 def rows_contiguous(*tensors: Tensor) -> list[Tensor]:
     """The kernels want a last dimension of stride 1; any other strides will do."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
@@ -340,6 +338,7 @@ def _launch(kernel, name: str, heads: int, q: Tensor, args: tuple, constants: di
 def block_attention(
     q: Tensor, k: Tensor, v: Tensor, offset: Tensor, cu_seqlens: Tensor | None, window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
+    q, scale = positive_scale(q, scale)
     q, k, v = rows_contiguous(q, k, v)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     num_seqs = offset.numel()

@@ -90,7 +90,7 @@ def split_kernel(
     else:
         p_k += i_b * s_kb
         p_v += i_b * s_vb
-    b_q, scale = positive_scale(b_q, scale)
+    scale *= LOG2E
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -169,6 +169,7 @@ def most_splits(blocks: int, slots: int, device: torch.device) -> int:
 def tree_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Tensor, block_table: Tensor | None, scale: float
 ) -> Tensor:
+    q, scale = positive_scale(q, scale)
     q, k, v = rows_contiguous(q, k, v)
     batch, nodes, heads, width = q.shape
     out = q.new_empty(q.shape)
