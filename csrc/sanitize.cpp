@@ -194,6 +194,31 @@ void caches(int threads, bool blocks) {
   }
 }
 
+// Dense and paged, with lengths, masks and page numbers of any value; odd strides, buffers that end where they may.
+void attention(int threads) {
+  const int32_t dtype = below(3);
+  const int64_t batch = 1 + below(3), nodes = 1 + below(70), kv_heads = 1 + below(2), heads = kv_heads * (1 + below(4));
+  const int64_t width = 1 + below(70), slots = 1 + below(200), words = (nodes + 63) / 64, pages = 1 + below(4);
+  const int64_t gap = below(3), row = width + gap, table_width = 1 + below(4);
+  const auto wild = [](int most) { return below(3) ? int32_t(below(most)) : below(2) ? INT32_MIN + below(2) : INT32_MAX; };
+  for (const bool paged : {false, true}) {
+    const int64_t planes = paged ? pages : batch;
+    const auto q = logits(batch * nodes * heads * row - gap, dtype);
+    const auto k = logits(planes * kv_heads * slots * row - gap, dtype);
+    const auto v = logits(planes * kv_heads * slots * row - gap, dtype);
+    std::vector<uint16_t> out(size_t(batch * nodes * heads * width * (dtype == 0 ? 2 : 1)));
+    std::vector<int32_t> lengths, table;
+    std::vector<int64_t> mask;
+    for (int64_t b = 0; b < batch; ++b) lengths.push_back(wild(int(slots) + 2));
+    for (int64_t i = 0; i < batch * table_width; ++i) table.push_back(wild(int(pages)));
+    for (int64_t i = 0; i < batch * nodes * words; ++i) mask.push_back(int64_t(uint64_t(rng()) << 32 | rng()));
+    cpu::tree_attention({q.data(), k.data(), v.data(), out.data(), dtype, batch, nodes, heads, kv_heads, width, slots,
+                         words, nodes * heads * row, heads * row, row, kv_heads * slots * row, slots * row, row,
+                         kv_heads * slots * row, slots * row, row, lengths.data(), mask.data(),
+                         paged ? table.data() : nullptr, paged ? table_width : 0, planes, 0.3f}, threads);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -202,6 +227,7 @@ int main() {
       const bool blocks = threads == 1 && round % 5 == 0;
       choose(threads, blocks), trees(threads, blocks), chains(threads, blocks), caches(threads, blocks);
     }
+    for (int i = 0; i < 4; ++i) attention(1), attention(3);
   }
   std::vector<std::thread> callers;
   const auto z = logits(4 * 500, 2);

@@ -11,7 +11,7 @@ for kind in ${@:-address,undefined thread}; do
   sanitize=$([ "$kind" = none ] || echo "-fsanitize=$kind -fno-sanitize-recover=all")
   compile() { out="$build/$(echo "$1" | tr / _).o"; source=$1; shift; ${CXX:-g++} $flags $sanitize "$@" -c "$source" -o "$out"; }
   ${CXX:-g++} -std=c++17 -O2 -c emulator/emulator.cpp -o "$build/emulator.o"
-  for source in sanitize.cpp cpu/pool.cpp cpu/dispatch.cpp cpu/rows.cpp; do compile "$source"; done
+  for source in sanitize.cpp cpu/pool.cpp cpu/dispatch.cpp cpu/rows.cpp cpu/tree_attention.cpp; do compile "$source"; done
   for op in $ops; do
     compile "cpu/$op.cpp"
     compile "cuda/$op.cu" -DBEAGLE_EMULATED -Iemulator -include cuda_runtime.h -x c++
