@@ -14,6 +14,7 @@ from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, Engine, GraphError, generate
 from beagle_sd.attention import tree_attention_of
 from beagle_sd.calibration import Costs
+from beagle_sd.draft import RMSNorm
 from beagle_sd.drafting import TreeShape
 from beagle_sd.report import Clock
 from beagle_sd.rounds import play_round
@@ -71,6 +72,15 @@ def test_a_round_never_waits_for_the_host(pair, path, drafting):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert int(engine.buffers.emitted.min()) >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_drafts_norm_is_wide_inside(dtype):
+    norm = RMSNorm(4096, 1e-5).to("cuda", dtype)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+    x = 30 * torch.randn(64, 4096, device="cuda", dtype=dtype)
+    want = torch.nn.functional.rms_norm(x.double(), (4096,), norm.weight.double(), 1e-5)
+    assert ((norm(x).double() - want).abs() <= 1.01 * torch.finfo(dtype).eps / 2 * want.abs() + 1e-6).all()
 
 
 def test_an_engine_captures_once_and_serves_other_texts(pair):

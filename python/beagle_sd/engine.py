@@ -28,8 +28,8 @@ class Engine:
     num_nodes, adaptive as in generate. graph None: on CUDA every round is a graph's replay, on the CPU rounds run
     eagerly; False: eagerly; True: as on CUDA, or GraphError. page_size: the target's cache in pages of so
     many slots. return_logprobs: room for them. fixed: on the CPU, too, take the path of a GPU, which reads nothing on
-    the host. One call at a time; the target's and the draft's weights may change in place, not move. The draft is
-    bound to the target.
+    the host. One call at a time, and the weights must stay as and where they are. The draft is bound to the
+    target.
 
     Raises ValueError for arguments out of range and for a draft that does not fit, UnsupportedTarget, and GraphError
     where a round could not be captured.
@@ -59,8 +59,8 @@ class Engine:
         self.graph = device.type == "cuda" if graph is None else graph
         if self.graph:
             check_capturable(device, self.target.dtype)
-        if draft is not None:
-            draft.bind(target)
+        # graphs read this head even where another call has bound the draft anew
+        self._head = draft.bind(target).head if draft is not None else None
         self.batch, self.capacity = batch, capacity
         self.adaptive = adaptive if draft is not None else None
         self.shape = _shape(draft, device, depth, branch, num_nodes, adaptive)
