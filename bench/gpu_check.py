@@ -203,7 +203,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(allowed))
     parser.add_argument("--seconds", type=float, default=ALL, help=f"for the whole run (default {ALL})")
     parser.add_argument("--dry-run", action="store_true", help="every step, on the CPU, at a tiny size")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     for part in options.parts:
         if part not in allowed:
             parser.error(f"part {part!r}; allowed: {', '.join(allowed)}")
