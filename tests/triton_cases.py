@@ -124,7 +124,7 @@ def check_bounds_of_no_sequence(device: str, dtype: torch.dtype) -> int:
         (3, [extremes[1]], None),
     ]
     for window, offsets, bounds in cases:
-        offset, cu = (None if x is None else torch.tensor(x, dtype=torch.int32, device=device) for x in (offsets, bounds))
+        offset, cu = (x if x is None else torch.tensor(x, dtype=torch.int32, device=device) for x in (offsets, bounds))
         got = block_attention(q, k, v, window, offset, cu, backend="triton")
         want = block_attention(q, k, v, window, offset, cu, backend="reference")
         for a, b in zip(got, want, strict=True):

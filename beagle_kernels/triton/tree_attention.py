@@ -34,7 +34,8 @@ def load_slots(
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr,
 ):
     if PAGED:
-        b_page = tl.load(p_table + o_slot // page, mask=m_slot, other=0) if MASKED else tl.load(p_table + o_slot // page)
+        p_page = p_table + o_slot // page
+        b_page = tl.load(p_page, mask=m_slot, other=0) if MASKED else tl.load(p_page)
         b_page = tl.minimum(tl.maximum(b_page, 0), num_pages - 1).to(tl.int64)
         o_row = b_page * s_page + (o_slot % page).to(tl.int64) * s_slot
     else:
