@@ -91,13 +91,13 @@ def test_sampled_answers_follow_the_softmax():
 
 def test_a_step_reads_no_value_on_the_host():
     """What a CUDA graph needs: under fake tensors, any look at a value raises."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        model = small_target()
-        with tree_attention_of(model):
-            writer = _Writer(Target(model), END, 2, 8, 8, 0, True, False)
-            writer._step(64)
-            with pytest.raises(DataDependentOutputException):
-                int(writer.cache.lengths.max())
+    model = small_target()
+    target = Target(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), tree_attention_of(model):
+        writer = _Writer(target, END, 2, 8, 8, 0, True, False, fixed=True)
+        writer._step()
+        with pytest.raises(DataDependentOutputException):
+            int(writer.cache.lengths.max())
 
 
 def test_a_step_keeps_its_buffers_in_place():
@@ -107,7 +107,7 @@ def test_a_step_keeps_its_buffers_in_place():
         tensors = {name: value.data_ptr() for name, value in vars(writer).items() if isinstance(value, torch.Tensor)}
         tensors["lengths"] = writer.cache.lengths.data_ptr()
         writer._admit([0, 2], [Request(0, [3, 4, 5], 0.0), Request(1, [6], 1.0)])
-        writer._step(64)
+        writer._step()
     assert tensors.pop("lengths") == writer.cache.lengths.data_ptr()
     assert tensors == {name: getattr(writer, name).data_ptr() for name in tensors}
     assert writer.count.tolist() == [2, 0, 2] and writer.cache.lengths.tolist() == [4, 0, 2]

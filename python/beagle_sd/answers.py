@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from beagle_kernels import STATUS_NO_FINITE, Sampling, choose_tokens
 from beagle_sd import shards
 from beagle_sd.attention import tree_attention_of
+from beagle_sd.cache import causal
+from beagle_sd.graph import GraphError, RoundGraph, check_capturable
 from beagle_sd.target import Target
 
 _PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -86,10 +88,10 @@ class _Writer:
     """
 
     def __init__(self, target: Target, end: int, batch: int, prompt: int, longest: int, seed: int, states: bool,
-                 graph: bool):  # fmt: skip
+                 graph: bool, fixed: bool = False):  # fmt: skip
         device = target.device
         self.target, self.end, self.longest, self.seed = target, end, longest, seed
-        self.cache = target.new_cache(batch, prompt + longest)
+        self.cache = target.new_cache(batch, prompt + longest, fixed=fixed)
         self.sampling = Sampling.of(batch, device=device)
         self.token = torch.zeros(batch, dtype=torch.int64, device=device)
         self.answer = torch.zeros(batch, longest + 1, dtype=torch.int64, device=device)
@@ -98,12 +100,11 @@ class _Writer:
         self.status = torch.zeros(batch, dtype=torch.int32, device=device)
         self.numbers = torch.arange(batch, device=device)
         self.depth = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.itself = torch.ones(batch, 1, 1, dtype=torch.int64, device=device)  # mask words
+        self.itself = causal(batch, 1, device)
         shape = (batch, self.cache.capacity, target.config.hidden_size)
         self.states = torch.zeros(shape, dtype=torch.bfloat16, device=device) if states else None
         self.rows: list[Request | None] = [None] * batch
-        self.graph = graph
-        self.replayed: torch.cuda.CUDAGraph | None = None
+        self.capture, self.play = graph, self._step
 
     def run(self, requests: Iterator[Request]) -> Iterator[shards.Sequence]:
         exhausted = False
@@ -116,8 +117,10 @@ class _Writer:
                     self._admit([free.pop(0) for _ in part], part)
             if all(request is None for request in self.rows):
                 return
+            if self.capture:
+                self.capture, self.play = False, self._captured()
             for _ in range(_LOOK_EVERY):
-                self._advance()
+                self.play()
             yield from self._collect()
 
     def _admit(self, rows: list[int], requests: list[Request]) -> None:
@@ -145,25 +148,18 @@ class _Writer:
         for row, request in zip(rows, requests, strict=True):
             self.rows[row] = request
 
-    def _advance(self) -> None:
-        """One step of all rows."""
-        if self.replayed is not None:
-            self.replayed.replay()
-            return
-        self._step()  # also what a capture needs before it: kernels compiled, libraries warm
-        if self.graph:
-            try:
-                self.replayed = self._captured()
-            except RuntimeError as error:
-                self.graph = False
-                warnings.warn(f"the step could not be captured as a CUDA graph, so it runs one kernel at a time: "
-                              f"{error}", stacklevel=2)  # fmt: skip
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        return graph
+    def _captured(self) -> Callable[[], None]:
+        """The step as a graph's replay, captured while no row is live; as it is, with a warning, if it cannot be."""
+        device, done = self.target.device, self.done.clone()
+        try:
+            check_capturable(device, self.target.dtype)
+            self.done.fill_(True)
+            return RoundGraph(self._step, device, torch.cuda.graph_pool_handle()).replay
+        except GraphError as error:
+            warnings.warn(f"the step runs one kernel at a time: {error}", stacklevel=2)
+            return self._step
+        finally:
+            self.done.copy_(done)
 
     def _step(self) -> None:
         """Run the pending tokens and choose the next: no value is read on the host, all buffers stay in place."""
