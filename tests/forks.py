@@ -8,9 +8,12 @@ import socket
 import traceback
 from collections.abc import Callable
 
+import torch
+
 
 def start(work: Callable[[], object]) -> int:
     """Begin `work` in a child; its process id."""
+    assert torch.get_num_threads() == 1, "a child of a process with more threads hangs at its first parallel loop"
     child = os.fork()
     if child:
         return child
@@ -50,6 +53,7 @@ def run_ranks(processes: int, work: Callable[[], object]) -> list[int]:
         os.environ.update({
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",  # as torchrun sets it; else accelerate asks for threads that a fork has lost
         })  # fmt: skip
         PartialState._reset_state()
         work()
