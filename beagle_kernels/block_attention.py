@@ -49,12 +49,11 @@ def block_attention(
     checks.tensor(op, "q", q, (None, None, None), checks.FLOATS)
     checks.tensor(op, "k", k, (q.shape[0], None, q.shape[2]), (q.dtype,))
     checks.tensor(op, "v", v, k.shape, (q.dtype,))
-    checks.heads(op, q.shape[1], k.shape[1])
+    checks.heads(op, q.shape[1], k.shape[1], q.shape[-1])
     checks.tensor(op, "offset", offset, (1 if cu_seqlens is None else None,), (torch.int32,))
     if cu_seqlens is not None:
         checks.tensor(op, "cu_seqlens", cu_seqlens, (offset.shape[0] + 1,), (torch.int32,))
-    if window < 1:
-        raise ValueError(f"{op}: window is {window}; allowed: 1 or more")
+    checks.at_least(op, "window", window, 1, 2**63 - 1)
     checks.same_device(op, q=q, k=k, v=v, offset=offset, cu_seqlens=cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return torch.ops.beagle.block_attention(q, k, v, offset, cu_seqlens, window, scale, backend)

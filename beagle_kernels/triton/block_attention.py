@@ -20,30 +20,42 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def sequence_of(o_row, p_cu, p_offset, T, num_seqs, STEPS: tl.constexpr):
+def load_bound(p_cu, b_seq, T):
+    return tl.minimum(tl.maximum(tl.load(p_cu + b_seq), 0), T)
+
+
+@triton.jit
+def load_offset(p_offset, b_seq, T, window):
+    """Brought near the sequence, where it means the same, so that no sum overflows."""
+    b_offset = tl.load(p_offset + b_seq)
+    return tl.where(b_offset < 0, b_offset % window, tl.minimum(b_offset, T))
+
+
+@triton.jit
+def sequence_of(o_row, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
     """First row, end and first window of each row's sequence; end = first for a row outside all. STEPS 0: only one."""
+    b_zero = o_row * 0
     if STEPS > 0:
-        b_low = o_row * 0
+        b_low = b_zero
         b_high = b_low + num_seqs
         for _ in tl.static_range(STEPS):
             b_mid = tl.minimum((b_low + b_high) // 2, num_seqs - 1)
-            m_right = (b_low < b_high) & (tl.load(p_cu + b_mid + 1) <= o_row)
+            m_right = (b_low < b_high) & (load_bound(p_cu, b_mid + 1, T) <= o_row)
             b_high = tl.where(m_right, b_high, tl.minimum(b_mid, b_high))
             b_low = tl.where(m_right, b_mid + 1, b_low)
         b_seq = tl.minimum(b_low, num_seqs - 1)
-        b_first = tl.load(p_cu + b_seq)
+        b_first = load_bound(p_cu, b_seq, T)
         m_inside = (b_low < num_seqs) & (b_first <= o_row)
-        b_end = tl.where(m_inside, tl.minimum(tl.load(p_cu + b_seq + 1), T), b_first)
-        return b_first, b_end, b_first + tl.load(p_offset + b_seq)
+        b_end = tl.where(m_inside, load_bound(p_cu, b_seq + 1, T), b_first)
+        return b_first, b_end, b_first + load_offset(p_offset, b_seq, T, window)
     else:
-        b_zero = o_row * 0
-        return b_zero, b_zero + T, b_zero + tl.load(p_offset)
+        return b_zero, b_zero + T, load_offset(p_offset, b_zero, T, window)
 
 
 @triton.jit
 def key_range(o_row, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
     """The keys [first, limit) that each row sees; limit = first where it sees none."""
-    b_first, b_end, b_begin = sequence_of(o_row, p_cu, p_offset, T, num_seqs, STEPS)
+    b_first, b_end, b_begin = sequence_of(o_row, p_cu, p_offset, T, num_seqs, window, STEPS)
     b_since = o_row - b_begin
     b_limit = tl.where((b_since >= 0) & (b_end > b_first), o_row - b_since % window, b_first)
     return b_first, tl.maximum(b_limit, b_first)
@@ -52,9 +64,9 @@ def key_range(o_row, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
 @triton.jit
 def row_range(o_key, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
     """The rows [first, limit) that see each key: those of the windows that start after it."""
-    _, b_end, b_begin = sequence_of(o_key, p_cu, p_offset, T, num_seqs, STEPS)
+    b_start, b_end, b_begin = sequence_of(o_key, p_cu, p_offset, T, num_seqs, window, STEPS)
     b_first = b_begin + (tl.maximum(o_key + 1 - b_begin, 0) + window - 1) // window * window
-    return tl.minimum(b_first, b_end), b_end
+    return tl.minimum(tl.maximum(b_first, b_start), b_end), b_end
 
 
 @triton.jit
@@ -277,6 +289,10 @@ def dkv_kernel(
     store_rows(p_dv + i_h * D, o_key, heads, o_d, T, b_dv, D)
 
 
+MOST_WINDOW = 1 << 29
+"""A longer window sees what this one sees; it keeps the kernels' sums in 32 bits."""
+
+
 def rows_contiguous(*tensors: Tensor) -> list[Tensor]:
     """The kernels want a last dimension of stride 1; any other strides will do."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
@@ -313,7 +329,7 @@ def block_attention(
     num_seqs = offset.numel()
     if q.numel() == 0 or num_seqs == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    sizes = q.shape[0], num_seqs, window, scale
+    sizes = q.shape[0], num_seqs, min(window, MOST_WINDOW), scale
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
     args = q, k, v, offset.contiguous(), contiguous(cu_seqlens), out, lse, *sizes, *strides
     _launch(forward_kernel, "block_forward", q.shape[1], q, args, _shape(q, k, cu_seqlens))
@@ -332,7 +348,7 @@ def block_attention_backward(
         return tuple(grad.zero_() for grad in grads)
     delta, constants = torch.empty_like(lse), _shape(q, k, cu_seqlens)
     offset, cu_seqlens = offset.contiguous(), contiguous(cu_seqlens)
-    sizes = q.shape[0], num_seqs, window, scale
+    sizes = q.shape[0], num_seqs, min(window, MOST_WINDOW), scale
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:2]
     lse_strides = (0, 0) if grad_lse is None else grad_lse.stride()
     args = q, k, v, offset, cu_seqlens, out, lse, grad_out, grad_lse, grads[0], delta, *sizes, *strides, *lse_strides

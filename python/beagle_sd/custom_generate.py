@@ -59,11 +59,12 @@ def custom_generate(
 
     seed, depth, branch, num_nodes, adaptive as in `beagle_sd.generate`; seed None draws one a row from torch's
     generator, so that torch.manual_seed governs. Of the generation config: do_sample, temperature, top_k, top_p,
-    min_p, lengths, end tokens, stop_strings, max_time, num_return_sequences, return_dict_in_generate (a
-    SpeculativeOutput) are honoured, as are stopping criteria, which see one unpadded row [1, length] after each of its
-    tokens. Whatever else would change the text (beams, penalties, processors of your own) raises ValueError by name.
-    Give a streamer here: transformers 5 keeps the one given to its own `generate` to itself once custom_generate is a
-    function.
+    min_p, lengths, end tokens, max_time, num_return_sequences, return_dict_in_generate (a SpeculativeOutput) are
+    honoured, as are stopping criteria, which see one unpadded row [1, length] after each of its tokens. Whatever else
+    would change the text (beams, penalties, processors of your own) raises ValueError by name.
+
+    Once custom_generate is a function transformers 5 keeps the streamer and the tokenizer given to its own `generate`
+    to itself: give the streamer here, and stop strings as a StopStringCriteria(tokenizer, strings) among the criteria.
     """
 
     def decode(
@@ -108,7 +109,8 @@ def _settings(processors: LogitsProcessorList, config: GenerationConfig) -> dict
         if name is None or not config.do_sample:
             raise ValueError(
                 f"{type(processor).__name__} changes the logits by the text before each token, which a tree does not "
-                "have one of; allowed: temperature, top_k, top_p, min_p with do_sample"
+                "have one of; allowed: temperature, top_k, top_p, min_p with do_sample (what the model's own "
+                "generation config sets can be unset in the call, as repetition_penalty=1.0)"
             )
         found[name] = getattr(processor, name)
     return found
@@ -120,7 +122,8 @@ def _check(config: GenerationConfig, input_ids: Tensor, model_kwargs: dict) -> N
         raise ValueError(f"the generation mode is {mode.value}; allowed: greedy_search, sample")
     for name in _OUTPUTS:
         if getattr(config, name, None):
-            raise ValueError(f"{name} is set; allowed: unset (nodes of a tree that are not kept have values too)")
+            raise ValueError(f"{name} is set; allowed: unset (nodes of a tree that are not kept have values too); "
+                             "beagle_sd.generate(..., return_logprobs=True) gives the new tokens' log-probabilities")
     if config.cache_implementation is not None:
         raise ValueError(f"cache_implementation is {config.cache_implementation!r}; allowed: unset, the loop has a "
                          "cache of its own")

@@ -67,7 +67,7 @@ def simulated_states(
     rows_done: list[Tensor] = []
     own_keys: list[Tensor] = []
     own_values: list[Tensor] = []
-    for rows in _rows_by_step(batch, window, offset):
+    for rows in rows_by_step(batch, window, offset):
         attended = prefix[rows]
         if own_keys:
             local = [torch.stack([part[: len(rows)] for part in parts], 1) for parts in (own_keys, own_values)]
@@ -85,7 +85,17 @@ def simulated_states(
     return done.new_zeros(len(batch.tokens), done.shape[1]).index_copy(0, torch.cat(rows_done), done)
 
 
-def _rows_by_step(batch: Batch, window: int, offset: Tensor) -> list[Tensor]:
+def draft_states(
+    draft: BeagleDraft, batch: Batch, keys_of: Tensor, window: int, offset: Tensor, *, simulated: bool,
+    detach_states: bool = False,
+) -> Tensor:
+    """What the trainer asks of a draft, `simulated` in stage 2 and in evaluation: its states [T, d]."""
+    if simulated:
+        return simulated_states(draft, batch, keys_of, window, offset, detach_states=detach_states)
+    return block_states(draft, batch, keys_of, window, offset)
+
+
+def rows_by_step(batch: Batch, window: int, offset: Tensor) -> list[Tensor]:
     """For step m, the rows s + m of all windows that reach it, windows that reach further first: so the rows of
     a step stand in the order of the step before, and a prefix of its keys belongs to them."""
     start = offset.long() + batch.cu_seqlens[:-1].long()

@@ -88,7 +88,7 @@ def read_manifest(folder: str | Path) -> dict:
     path = Path(folder) / "manifest.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ShardError(f"{path} is missing: {folder} is not a folder made by `beagle-sd prepare`") from None
     except json.JSONDecodeError as error:
         raise ShardError(f"{path} is not JSON ({error}): run `beagle-sd prepare` again into a new folder") from error
@@ -146,9 +146,10 @@ def read_sequences(folder: str | Path, *, with_states: bool = True) -> Iterator[
 
 
 def _merge_manifest(path: Path, manifest: dict) -> None:
-    """Write the manifest, or check that the one there, of an earlier part of the same work, is equal."""
+    """Write the manifest, or check that the one there, of an earlier part of the same work, is equal; one without a
+    shard is of work that never began."""
     manifest = {"format": FORMAT, **manifest}
-    if path.exists():
+    if path.exists() and shard_paths(path.parent):
         have = read_manifest(path.parent)
         for key, value in manifest.items():
             if have.get(key) != value:
