@@ -45,6 +45,12 @@ def test_greedy_equals_the_targets_own(pair):
                             return_dict_in_generate=True, **settings)  # fmt: skip
     assert isinstance(whole, SpeculativeOutput) and torch.equal(whole.sequences, want)
     assert whole.report.tokens_per_round > 1.1
+    assert whole.logprobs is None
+    paged = custom_generate(draft, page_size=8, return_logprobs=True)
+    made = target.generate(ids, custom_generate=paged, return_dict_in_generate=True, **settings)
+    want_logprobs = generate(target, None, ids, mask, max_new_tokens=NEW, return_logprobs=True).logprobs
+    assert torch.equal(made.sequences, want)
+    torch.testing.assert_close(made.logprobs, want_logprobs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("settings", [

@@ -73,7 +73,7 @@ def test_extend_attention(name, head_size, arch):
 @pytest.mark.parametrize("paged", [False, True])
 def test_tree_attention(paged, head_size, arch):
     config = configs.TABLE["tree"][arch][head_size]
-    tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLITS": 16, "WORDS": 1, "PAGED": paged}
+    tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "PAGED": paged}
     constants = HEADS | {"D": head_size, "BLOCK_D": head_size} | tiles
     pointers = POINTERS if paged else POINTERS | {"p_table": None}
     check(
@@ -83,7 +83,7 @@ def test_tree_attention(paged, head_size, arch):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_combine(arch):
-    constants = {"HQ": 32, "D": 128, "BLOCK_D": 128, "SPLITS": 64}
+    constants = {"HQ": 32, "D": 128, "BLOCK_D": 128}
     check(compile_for(arch, tree_attention.combine_kernel, POINTERS, constants, 4, 1), arch, matrix=False)
 
 

@@ -47,9 +47,8 @@ def compile_for(
             if name.startswith("s_"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
-    binary = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
-    )
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills = resources(binary.asm["cubin"])
     return Compiled(registers, spills, binary.metadata.shared, binary.asm["ptx"])
 

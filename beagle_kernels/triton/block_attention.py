@@ -100,6 +100,21 @@ def store_rows(p_base, o_row, stride, o_d, T, b_value, D: tl.constexpr):
 
 
 @triton.jit
+def softmax_step(b_s, b_max, m_s, scale, MASKED: tl.constexpr):
+    """Of scores before `scale`, at least 0: their weights, what becomes of the older ones, and the new largest."""
+    if MASKED:
+        b_s = tl.where(m_s, b_s * scale, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_p = tl.exp2(b_s - b_pivot[:, None])
+    else:
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+        b_pivot = b_new
+        b_p = tl.exp2(b_s * scale - b_pivot[:, None])
+    return b_p, tl.exp2(b_max - b_pivot), b_new
+
+
+@triton.jit
 def forward_tiles(
     b_acc, b_max, b_sum, b_q, p_k, p_v, s_kt, s_vt, lo, hi, b_first, b_limit, o_d, T, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
@@ -108,18 +123,12 @@ def forward_tiles(
     for start in range(lo, hi, BLOCK_N):
         o_key = start + o_n
         b_k = load_rows(p_k, o_key, s_kt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BM, BN]
-        if MASKED:
-            m_s = (o_key[None, :] >= b_first[:, None]) & (o_key[None, :] < b_limit[:, None])
-            b_s = tl.where(m_s, b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
-        b_p = tl.exp2(b_s - b_pivot[:, None])
-        b_decay = tl.exp2(b_max - b_pivot)
+        m_s = (o_key[None, :] >= b_first[:, None]) & (o_key[None, :] < b_limit[:, None]) if MASKED else None
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
+        b_p, b_decay, b_max = softmax_step(b_s, b_max, m_s, scale, MASKED)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_v = load_rows(p_v, o_key, s_vt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
-        b_max = b_new
     return b_acc, b_max, b_sum
 
 
@@ -185,7 +194,7 @@ def dq_tiles(
     return b_dq
 
 
-@triton.jit(do_not_specialize=["T", "num_seqs", "window"])
+@triton.jit(do_not_specialize=["T", "num_seqs", "window", "s_ht", "s_hh"])
 def dq_kernel(
     p_q, p_k, p_v, p_offset, p_cu, p_out, p_lse, p_g, p_h, p_dq, p_delta, T, num_seqs, window, scale,
     s_qt, s_qh, s_kt, s_kh, s_vt, s_vh, s_gt, s_gh, s_ht, s_hh,
@@ -293,6 +302,11 @@ MOST_WINDOW = 1 << 29
 """A longer window sees what this one sees; it keeps the kernels' sums in 32 bits."""
 
 
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The kernels take the largest score before they scale it, so the queries bear a negative sign."""
+    return (q, scale) if scale >= 0 else (-q, -scale)
+
+
 def rows_contiguous(*tensors: Tensor) -> list[Tensor]:
     """The kernels want a last dimension of stride 1; any other strides will do."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
@@ -317,13 +331,14 @@ def _launch(kernel, name: str, heads: int, q: Tensor, args: tuple, constants: di
     grid = (triton.cdiv(q.shape[0], config.block_m), heads)
     tiles = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.warps, num_stages=config.stages)
     with torch.cuda.device_of(q):
-        kernel[grid](*args, **constants, **tiles)
+        kernel[grid](*args, **constants, **tiles, enable_fp_fusion=True)
 
 
 @implementation("block_attention", "triton")
 def block_attention(
     q: Tensor, k: Tensor, v: Tensor, offset: Tensor, cu_seqlens: Tensor | None, window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
+    q, scale = positive_scale(q, scale)
     q, k, v = rows_contiguous(q, k, v)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     num_seqs = offset.numel()

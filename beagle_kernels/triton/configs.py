@@ -21,7 +21,7 @@ class Config(NamedTuple):
 # kernel -> architecture -> padded head size -> 16-bit configuration. sm_90 also serves what is newer.
 TABLE: dict[str, dict[int, dict[int, Config]]] = {
     "block_forward": {
-        80: {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 3), 256: Config(64, 64, 8, 2)},
+        80: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 64, 8, 2)},
         90: {64: Config(128, 128, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
     },
     "block_dq": {

@@ -110,10 +110,9 @@ void top_candidates(const TopCandidates& op, void* stream) {
   if (op.rows > 65535) throw std::invalid_argument("more than 65535 rows");
   by_dtype(op.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    rank_chunks<T><<<dim3(op.chunks, op.rows), kThreads, 0, stream_of(stream)>>>(op);
+    launch(rank_chunks<T>, dim3(op.chunks, op.rows), stream, op);
   });
-  join_chunks<<<op.rows, kThreads, 0, stream_of(stream)>>>(op);
-  check_launch();
+  launch(join_chunks, op.rows, stream, op);
 }
 
 }  // namespace beagle::cuda
