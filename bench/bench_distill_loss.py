@@ -6,7 +6,6 @@ memory on this CPU with that of plain PyTorch, which for the large shape does no
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import pytest
@@ -15,11 +14,14 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from beagle_kernels import distill_loss
+from bench.peers import liger
 from bench.timing import device_for, timed
 
 SHAPES = {
     # size -> (rows, width, vocabulary, dtype)
+    "tiny": [(64, 32, 300, torch.float32)],
     "small": [(512, 576, 49152, torch.float32)],
+    "scaling": [(rows, 576, 49152, torch.float32) for rows in (64, 128, 256, 512)],
     "full": [(8192, 4096, 128256, torch.bfloat16), (4096, 2048, 151936, torch.bfloat16)],
 }
 
@@ -54,29 +56,22 @@ def with_gradient(loss, student, teacher, weight, row_weight, **options):
     return value, torch.autograd.grad(value, student)[0]
 
 
-def liger():
-    """Liger's nearest: the mean over rows of the divergence, without row weights and regression. The three products and
-    two softmaxes are the same, and so is the gradient of the cross-entropy."""
-    from liger_kernel.transformers import LigerFusedLinearJSD
-
-    fused = LigerFusedLinearJSD(jsd_beta=0.0)
-    return lambda student, teacher, weight, row_weight: fused(student, weight, teacher, weight, None)
+def without_weights():
+    """Liger's loss as the others are called; the three products and two softmaxes are the same."""
+    loss = liger.forward_kl()
+    return lambda student, teacher, weight, row_weight: loss(student, teacher, weight)
 
 
 LOSSES = {
     "beagle": lambda: distill_loss, "eager": lambda: naive, "torch.compile": lambda: torch.compile(naive),
-    "Liger, cross-entropy alone": liger,
+    "Liger, cross-entropy alone": without_weights,
 }  # fmt: skip
 
 
 def why_not(name: str, device: torch.device) -> str | None:
     if name == "torch.compile" and device.type != "cuda":
         return "compiled on a GPU only"
-    if name.startswith("Liger"):
-        if importlib.util.find_spec("liger_kernel") is None:
-            return "liger_kernel is not installed"
-        return None if device.type == "cuda" else "liger_kernel needs a CUDA device"
-    return None
+    return liger.why_not(device.type) if name.startswith("Liger") else None
 
 
 def check(name: str, loss, student, teacher, weight, row_weight) -> None:

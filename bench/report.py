@@ -95,11 +95,13 @@ def grouped(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def against_fastest(rows: list[dict]) -> tuple[float, str, float]:
-    """(seconds of ours, the fastest peer, its seconds) of one group; ValueError where it has no peer."""
-    peers = {row["peer"]: row["p50"] for row in rows if not row.get("bound")}
-    ours = peers.pop("beagle")
-    if not peers:
+    """(seconds of ours, the fastest peer, its seconds) of one group, of its bounds where it has no other peer;
+    ValueError where it has neither."""
+    ours = next(row["p50"] for row in rows if row["peer"] == "beagle")
+    others = [row for row in rows if row["peer"] != "beagle"]
+    if not others:
         raise ValueError(f"{rows[0]['group']} has no peer with a number; allowed: one or more")
+    peers = {row["peer"]: row["p50"] for row in [row for row in others if not row.get("bound")] or others}
     peer, time = min(peers.items(), key=lambda item: item[1])
     return ours, peer, time
 
