@@ -37,6 +37,8 @@ def compile_for(
         elif name.startswith("p_"):
             if pointers[name] is None:
                 signature[name], constexprs[name] = "constexpr", None
+            elif pointers[name].startswith("tensordesc"):
+                signature[name] = pointers[name]
             else:
                 signature[name] = "*" + pointers[name]
                 attributes[(i,)] = [["tt.divisibility", 16]]
