@@ -43,7 +43,7 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {
 
 def _candidates(plain: str, tma: str = "") -> list[Config]:
     """From "block_m x block_n x warps x stages" each."""
-    found = []
+    found: list[Config] = []
     for tiles in (*plain.split(), *tma.split()):
         m, n, warps, stages = map(int, tiles.split("x"))
         found.append(Config(m, n, warps, stages, len(found) >= len(plain.split())))
