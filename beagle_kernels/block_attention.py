@@ -39,9 +39,9 @@ def block_attention(
 
     q [T, Hq, D]; k, v [T, Hkv, D] of one dtype, Hkv dividing Hq; offset int32 [num_seqs], the position of each
     sequence's first window; cu_seqlens int32 [num_seqs + 1], ascending row bounds of the packed sequences (None:
-    one sequence of T rows; a bound outside 0 .. T counts as the nearer of them); scale defaults to D ** -0.5. Returns
-    out [T, Hq, D] in q's dtype and lse [T, Hq] in float32 (float64 for float64 inputs). A row without a key, or outside
-    every sequence, gives 0 and -inf and no gradient. Both outputs are differentiable in q, k and v.
+    one sequence of T rows; a bound outside 0 .. T counts as the nearer of the two); scale defaults to D ** -0.5.
+    Returns out [T, Hq, D] in q's dtype and lse [T, Hq] in float32 (float64 for float64 inputs). A row without a key,
+    or outside every sequence, gives 0 and -inf and no gradient. Both outputs are differentiable in q, k and v.
 
     Raises ValueError or TypeError for shapes, dtypes, devices or a window that do not fit.
     """

@@ -124,7 +124,8 @@ def check_bounds_of_no_sequence(device: str, dtype: torch.dtype) -> int:
         (3, [extremes[1]], None),
     ]
     for window, offsets, bounds in cases:
-        offset, cu = (x if x is None else torch.tensor(x, dtype=torch.int32, device=device) for x in (offsets, bounds))
+        offset = torch.tensor(offsets, dtype=torch.int32, device=device)
+        cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
         got = block_attention(q, k, v, window, offset, cu, backend="triton")
         want = block_attention(q, k, v, window, offset, cu, backend="reference")
         for a, b in zip(got, want, strict=True):
@@ -137,6 +138,30 @@ def check_bounds_of_no_sequence(device: str, dtype: torch.dtype) -> int:
         got, want = (tree_attention(q, k, v, lengths, mask, scale=scale, backend=b) for b in ("triton", "reference"))
         torch.testing.assert_close(got, want, atol=0.01 if dtype != torch.float32 else 1e-5, rtol=0)
     return len(cases) + 1
+
+
+def check_reading_by_tma(device: str, dtype: torch.dtype) -> int:
+    """Tensor descriptors give what pointers give, where the tensors let them read."""
+    from beagle_kernels.triton import configs
+    from beagle_kernels.triton.block_attention import _readable_by_tma
+
+    gen, count = torch.Generator().manual_seed(8), 0
+    offset, cu = torch.tensor([1, 3], dtype=torch.int32, device=device), packed([100, 61]).to(device)
+    wide = random((171, 6, 64), dtype, device, gen)
+    for q, k, v in (wide.tensor_split((4, 5), 1), [random((161, 2, 32), dtype, device, gen) for _ in range(3)]):
+        assert all(map(_readable_by_tma, (q, k, v))) and not _readable_by_tma(v[..., 1:])
+        results, up = [], random(q.shape, dtype, device, gen)
+        keys = [(name, 90, max(16, q.shape[2]), dtype) for name in ("block_forward", "block_dq", "block_dkv")]
+        for tma in (False, True):
+            configs._tuned.update(dict.fromkeys(keys, configs.Config(64, 32, 4, 2, tma)))
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            out, lse = block_attention(*leaves, 4, offset, cu, backend="triton")
+            results.append((out, lse, *torch.autograd.grad(out, leaves, up)))
+        for key in keys:
+            del configs._tuned[key]
+        torch.testing.assert_close(*results)
+        count += 1
+    return count
 
 
 def eager_extend(out, lse, q, k, v):
@@ -232,7 +257,9 @@ def check_distill_loss(device: str, dtype: torch.dtype) -> int:
 
 CHECKS = {
     "distill_loss": (check_distill_loss,),
-    "block_attention": (check_block_attention, check_partial_and_strided, check_bounds_of_no_sequence),
+    "block_attention": (
+        check_block_attention, check_partial_and_strided, check_bounds_of_no_sequence, check_reading_by_tma,
+    ),
     "extend_attention": (check_extend_attention,),
     "tree_attention": (check_tree_attention,),
 }

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..backends import implementation
 from ..extension import contiguous
@@ -94,6 +95,18 @@ def load_rows(p_base, o_row, stride, o_d, T, D: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
+def load_block(
+    p_base, start, column, stride, o_d, T,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+):
+    """The block of rows at `start`; with TMA `p_base` describes [T, heads x D] and the head begins at `column`."""
+    if TMA:
+        return p_base.load([start, column])
+    else:
+        return load_rows(p_base, start + tl.arange(0, BLOCK_N), stride, o_d, T, D, BLOCK_D, MASKED)
+
+
+@triton.jit
 def store_rows(p_base, o_row, stride, o_d, T, b_value, D: tl.constexpr):
     p_row = p_base + o_row[:, None].to(tl.int64) * stride + o_d[None, :]
     tl.store(p_row, b_value.to(p_base.dtype.element_ty), mask=(o_row[:, None] < T) & (o_d[None, :] < D))
@@ -116,18 +129,18 @@ def softmax_step(b_s, b_max, m_s, scale, MASKED: tl.constexpr):
 
 @triton.jit
 def forward_tiles(
-    b_acc, b_max, b_sum, b_q, p_k, p_v, s_kt, s_vt, lo, hi, b_first, b_limit, o_d, T, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    b_acc, b_max, b_sum, b_q, p_k, p_v, column, s_kt, s_vt, lo, hi, b_first, b_limit, o_d, T, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):
     o_n = tl.arange(0, BLOCK_N)
     for start in range(lo, hi, BLOCK_N):
         o_key = start + o_n
-        b_k = load_rows(p_k, o_key, s_kt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
+        b_k = load_block(p_k, start, column, s_kt, o_d, T, D, BLOCK_D, BLOCK_N, MASKED, TMA)  # [BN, BD]
         m_s = (o_key[None, :] >= b_first[:, None]) & (o_key[None, :] < b_limit[:, None]) if MASKED else None
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
         b_p, b_decay, b_max = softmax_step(b_s, b_max, m_s, scale, MASKED)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_v = load_rows(p_v, o_key, s_vt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
+        b_v = load_block(p_v, start, column, s_vt, o_d, T, D, BLOCK_D, BLOCK_N, MASKED, TMA)  # [BN, BD]
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
     return b_acc, b_max, b_sum
 
@@ -137,7 +150,7 @@ def forward_kernel(
     p_q, p_k, p_v, p_offset, p_cu, p_out, p_lse, T, num_seqs, window, scale,
     s_qt, s_qh, s_kt, s_kh, s_vt, s_vh,
     HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, TMA: tl.constexpr,
 ):
     # Late rows have the most keys: they start first.
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -148,8 +161,10 @@ def forward_kernel(
     b_first, b_limit = key_range(o_inside, p_cu, p_offset, T, num_seqs, window, STEPS)
     lo, full_lo, full_hi, hi = tile_loop_bounds(b_first, b_limit, BLOCK_N)
 
-    p_k += (i_h // GROUP).to(tl.int64) * s_kh
-    p_v += (i_h // GROUP).to(tl.int64) * s_vh
+    column = i_h // GROUP * D
+    if not TMA:
+        p_k += (i_h // GROUP).to(tl.int64) * s_kh
+        p_v += (i_h // GROUP).to(tl.int64) * s_vh
     b_q = load_rows(p_q + i_h.to(tl.int64) * s_qh, o_row, s_qt, o_d, T, D, BLOCK_D, True)  # [BM, BD]
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -157,16 +172,16 @@ def forward_kernel(
     scale *= LOG2E
     if STEPS > 0:
         b_acc, b_max, b_sum = forward_tiles(
-            b_acc, b_max, b_sum, b_q, p_k, p_v, s_kt, s_vt, lo, full_lo, b_first, b_limit, o_d, T, scale,
-            D, BLOCK_D, BLOCK_N, True,
+            b_acc, b_max, b_sum, b_q, p_k, p_v, column, s_kt, s_vt, lo, full_lo, b_first, b_limit, o_d, T, scale,
+            D, BLOCK_D, BLOCK_N, True, TMA,
         )
     b_acc, b_max, b_sum = forward_tiles(
-        b_acc, b_max, b_sum, b_q, p_k, p_v, s_kt, s_vt, full_lo, full_hi, b_first, b_limit, o_d, T, scale,
-        D, BLOCK_D, BLOCK_N, False,
+        b_acc, b_max, b_sum, b_q, p_k, p_v, column, s_kt, s_vt, full_lo, full_hi, b_first, b_limit, o_d, T, scale,
+        D, BLOCK_D, BLOCK_N, False, TMA,
     )
     b_acc, b_max, b_sum = forward_tiles(
-        b_acc, b_max, b_sum, b_q, p_k, p_v, s_kt, s_vt, full_hi, hi, b_first, b_limit, o_d, T, scale,
-        D, BLOCK_D, BLOCK_N, True,
+        b_acc, b_max, b_sum, b_q, p_k, p_v, column, s_kt, s_vt, full_hi, hi, b_first, b_limit, o_d, T, scale,
+        D, BLOCK_D, BLOCK_N, True, TMA,
     )
     m_sees = b_limit > b_first
     b_safe = tl.where(m_sees, b_sum, 1.0)
@@ -177,14 +192,14 @@ def forward_kernel(
 
 @triton.jit
 def dq_tiles(
-    b_dq, b_q, b_g, b_lse, b_delta, p_k, p_v, s_kt, s_vt, lo, hi, b_first, b_limit, o_d, T, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    b_dq, b_q, b_g, b_lse, b_delta, p_k, p_v, column, s_kt, s_vt, lo, hi, b_first, b_limit, o_d, T, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):
     o_n = tl.arange(0, BLOCK_N)
     for start in range(lo, hi, BLOCK_N):
         o_key = start + o_n
-        b_k = load_rows(p_k, o_key, s_kt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
-        b_v = load_rows(p_v, o_key, s_vt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
+        b_k = load_block(p_k, start, column, s_kt, o_d, T, D, BLOCK_D, BLOCK_N, MASKED, TMA)  # [BN, BD]
+        b_v = load_block(p_v, start, column, s_vt, o_d, T, D, BLOCK_D, BLOCK_N, MASKED, TMA)  # [BN, BD]
         b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale - b_lse[:, None])  # [BM, BN]
         if MASKED:
             m_s = (o_key[None, :] >= b_first[:, None]) & (o_key[None, :] < b_limit[:, None])
@@ -196,10 +211,10 @@ def dq_tiles(
 
 @triton.jit(do_not_specialize=["T", "num_seqs", "window", "s_ht", "s_hh"])
 def dq_kernel(
-    p_q, p_k, p_v, p_offset, p_cu, p_out, p_lse, p_g, p_h, p_dq, p_delta, T, num_seqs, window, scale,
+    p_q, p_g, p_k, p_v, p_offset, p_cu, p_out, p_lse, p_h, p_dq, p_delta, T, num_seqs, window, scale,
     s_qt, s_qh, s_kt, s_kh, s_vt, s_vh, s_gt, s_gh, s_ht, s_hh,
     HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, HAS_H: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, TMA: tl.constexpr, HAS_H: tl.constexpr,
 ):
     """dQ, and on the way delta = g . out - h, which the kernel of dK and dV reads."""
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -219,35 +234,38 @@ def dq_kernel(
         b_delta -= tl.load(p_h + o_row.to(tl.int64) * s_ht + i_h.to(tl.int64) * s_hh, mask=m_row, other=0.0)
     tl.store(p_delta + o_flat, b_delta, mask=m_row)
     b_lse = tl.load(p_lse + o_flat, mask=m_row, other=0.0) * LOG2E
-    p_k += (i_h // GROUP).to(tl.int64) * s_kh
-    p_v += (i_h // GROUP).to(tl.int64) * s_vh
+    column = i_h // GROUP * D
+    if not TMA:
+        p_k += (i_h // GROUP).to(tl.int64) * s_kh
+        p_v += (i_h // GROUP).to(tl.int64) * s_vh
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if STEPS > 0:
         b_dq = dq_tiles(
-            b_dq, b_q, b_g, b_lse, b_delta, p_k, p_v, s_kt, s_vt, lo, full_lo, b_first, b_limit, o_d, T, scale * LOG2E,
-            D, BLOCK_D, BLOCK_N, True,
+            b_dq, b_q, b_g, b_lse, b_delta, p_k, p_v, column, s_kt, s_vt, lo, full_lo, b_first, b_limit, o_d, T,
+            scale * LOG2E, D, BLOCK_D, BLOCK_N, True, TMA,
         )
     b_dq = dq_tiles(
-        b_dq, b_q, b_g, b_lse, b_delta, p_k, p_v, s_kt, s_vt, full_lo, full_hi, b_first, b_limit, o_d, T, scale * LOG2E,
-        D, BLOCK_D, BLOCK_N, False,
+        b_dq, b_q, b_g, b_lse, b_delta, p_k, p_v, column, s_kt, s_vt, full_lo, full_hi, b_first, b_limit, o_d, T,
+        scale * LOG2E, D, BLOCK_D, BLOCK_N, False, TMA,
     )
     b_dq = dq_tiles(
-        b_dq, b_q, b_g, b_lse, b_delta, p_k, p_v, s_kt, s_vt, full_hi, hi, b_first, b_limit, o_d, T, scale * LOG2E,
-        D, BLOCK_D, BLOCK_N, True,
+        b_dq, b_q, b_g, b_lse, b_delta, p_k, p_v, column, s_kt, s_vt, full_hi, hi, b_first, b_limit, o_d, T,
+        scale * LOG2E, D, BLOCK_D, BLOCK_N, True, TMA,
     )
     store_rows(p_dq + i_h * D, o_row, HQ * D, o_d, T, b_dq * scale, D)
 
 
 @triton.jit
 def dkv_tiles(
-    b_dk, b_dv, b_k, b_v, p_q, p_g, p_lse, p_delta, s_qt, s_gt, lo, hi, b_first, b_limit, o_d, T, scale,
+    b_dk, b_dv, b_k, b_v, p_q, p_g, p_lse, p_delta, column, s_qt, s_gt, lo, hi, b_first, b_limit, o_d, T, scale,
     HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     o_n = tl.arange(0, BLOCK_N)
     for start in range(lo, hi, BLOCK_N):
         o_row = start + o_n
-        b_q = load_rows(p_q, o_row, s_qt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
-        b_g = load_rows(p_g, o_row, s_gt, o_d, T, D, BLOCK_D, MASKED)  # [BN, BD]
+        b_q = load_block(p_q, start, column, s_qt, o_d, T, D, BLOCK_D, BLOCK_N, MASKED, TMA)  # [BN, BD]
+        b_g = load_block(p_g, start, column, s_gt, o_d, T, D, BLOCK_D, BLOCK_N, MASKED, TMA)  # [BN, BD]
         o_flat = (tl.minimum(o_row, T - 1) if MASKED else o_row).to(tl.int64) * HQ
         b_lse = tl.load(p_lse + o_flat) * LOG2E
         b_delta = tl.load(p_delta + o_flat)
@@ -263,10 +281,10 @@ def dkv_tiles(
 
 @triton.jit(do_not_specialize=["T", "num_seqs", "window"])
 def dkv_kernel(
-    p_q, p_k, p_v, p_offset, p_cu, p_lse, p_g, p_delta, p_dk, p_dv, T, num_seqs, window, scale,
+    p_k, p_v, p_q, p_g, p_offset, p_cu, p_lse, p_delta, p_dk, p_dv, T, num_seqs, window, scale,
     s_qt, s_qh, s_kt, s_kh, s_vt, s_vh, s_gt, s_gh,
     HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, TMA: tl.constexpr,
 ):
     """One block of keys of one key head, against the rows of every query head that reads it: no atomics."""
     i_m, i_h = tl.program_id(0), tl.program_id(1)
@@ -281,17 +299,20 @@ def dkv_kernel(
     b_dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i_g in range(GROUP):
         head = (i_h * GROUP + i_g).to(tl.int64)
+        column = (i_h * GROUP + i_g) * D
+        p_qh = p_q if TMA else p_q + head * s_qh
+        p_gh = p_g if TMA else p_g + head * s_gh
         b_dk, b_dv = dkv_tiles(
-            b_dk, b_dv, b_k, b_v, p_q + head * s_qh, p_g + head * s_gh, p_lse + head, p_delta + head, s_qt, s_gt,
-            lo, full_lo, b_first, b_limit, o_d, T, scale * LOG2E, HQ, D, BLOCK_D, BLOCK_N, True,
+            b_dk, b_dv, b_k, b_v, p_qh, p_gh, p_lse + head, p_delta + head, column, s_qt, s_gt,
+            lo, full_lo, b_first, b_limit, o_d, T, scale * LOG2E, HQ, D, BLOCK_D, BLOCK_N, True, TMA,
         )
         b_dk, b_dv = dkv_tiles(
-            b_dk, b_dv, b_k, b_v, p_q + head * s_qh, p_g + head * s_gh, p_lse + head, p_delta + head, s_qt, s_gt,
-            full_lo, full_hi, b_first, b_limit, o_d, T, scale * LOG2E, HQ, D, BLOCK_D, BLOCK_N, False,
+            b_dk, b_dv, b_k, b_v, p_qh, p_gh, p_lse + head, p_delta + head, column, s_qt, s_gt,
+            full_lo, full_hi, b_first, b_limit, o_d, T, scale * LOG2E, HQ, D, BLOCK_D, BLOCK_N, False, TMA,
         )
         b_dk, b_dv = dkv_tiles(
-            b_dk, b_dv, b_k, b_v, p_q + head * s_qh, p_g + head * s_gh, p_lse + head, p_delta + head, s_qt, s_gt,
-            full_hi, hi, b_first, b_limit, o_d, T, scale * LOG2E, HQ, D, BLOCK_D, BLOCK_N, True,
+            b_dk, b_dv, b_k, b_v, p_qh, p_gh, p_lse + head, p_delta + head, column, s_qt, s_gt,
+            full_hi, hi, b_first, b_limit, o_d, T, scale * LOG2E, HQ, D, BLOCK_D, BLOCK_N, True, TMA,
         )
     heads = HQ // GROUP * D
     store_rows(p_dk + i_h * D, o_key, heads, o_d, T, b_dk * scale, D)
@@ -326,12 +347,32 @@ def _shape(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> dict:
     return dict(HQ=heads, GROUP=heads // k.shape[1], D=width, BLOCK_D=block_d(width), STEPS=steps)
 
 
-def _launch(kernel, name: str, heads: int, q: Tensor, args: tuple, constants: dict) -> None:
-    config = choose(name, architecture(q.device), constants["BLOCK_D"], q.dtype)
-    grid = (triton.cdiv(q.shape[0], config.block_m), heads)
-    tiles = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.warps, num_stages=config.stages)
-    with torch.cuda.device_of(q):
-        kernel[grid](*args, **constants, **tiles, enable_fp_fusion=True)
+def _readable_by_tma(x: Tensor) -> bool:
+    """Whether [T, H, D] is rows of H D numbers, each at a multiple of 16 bytes, of heads that need no padding."""
+    heads, width = x.shape[1:]
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return aligned and x.stride(1) == width == block_d(width) and x.stride(0) >= heads * width
+
+
+def _launch(
+    kernel, name: str, heads: int, held: tuple[Tensor, ...], streamed: tuple[Tensor, ...], args: tuple, constants: dict
+) -> None:
+    """The kernel takes the tensors it holds a block of, then those it streams blocks of."""
+    rows, device, dtype = held[0].shape[0], held[0].device, held[0].dtype
+    tma = all(map(_readable_by_tma, streamed))
+    config = choose(name, architecture(device), constants["BLOCK_D"], dtype, tma)
+    if config.tma:
+        block = [config.block_n, constants["BLOCK_D"]]
+        streamed = tuple(
+            TensorDescriptor(x, [rows, x.shape[1] * x.shape[2]], [x.stride(0), 1], block) for x in streamed
+        )
+    grid = (triton.cdiv(rows, config.block_m), heads)
+    tiles = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, TMA=config.tma)
+    with torch.cuda.device_of(held[0]):
+        kernel[grid](
+            *held, *streamed, *args, **constants, **tiles, num_warps=config.warps, num_stages=config.stages,
+            enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 @implementation("block_attention", "triton")
@@ -346,8 +387,8 @@ def block_attention(
         return out.zero_(), lse.fill_(float("-inf"))
     sizes = q.shape[0], num_seqs, min(window, MOST_WINDOW), scale
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
-    args = q, k, v, offset.contiguous(), contiguous(cu_seqlens), out, lse, *sizes, *strides
-    _launch(forward_kernel, "block_forward", q.shape[1], q, args, _shape(q, k, cu_seqlens))
+    args = offset.contiguous(), contiguous(cu_seqlens), out, lse, *sizes, *strides
+    _launch(forward_kernel, "block_forward", q.shape[1], (q,), (k, v), args, _shape(q, k, cu_seqlens))
     return out, lse
 
 
@@ -366,10 +407,11 @@ def block_attention_backward(
     sizes = q.shape[0], num_seqs, min(window, MOST_WINDOW), scale
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:2]
     lse_strides = (0, 0) if grad_lse is None else grad_lse.stride()
-    args = q, k, v, offset, cu_seqlens, out, lse, grad_out, grad_lse, grads[0], delta, *sizes, *strides, *lse_strides
-    _launch(dq_kernel, "block_dq", q.shape[1], q, args, constants | {"HAS_H": grad_lse is not None})
-    args = q, k, v, offset, cu_seqlens, lse, grad_out, delta, grads[1], grads[2], *sizes, *strides
-    _launch(dkv_kernel, "block_dkv", k.shape[1], q, args, constants)
+    args = offset, cu_seqlens, out, lse, grad_lse, grads[0], delta, *sizes, *strides, *lse_strides
+    more = constants | {"HAS_H": grad_lse is not None}
+    _launch(dq_kernel, "block_dq", q.shape[1], (q, grad_out), (k, v), args, more)
+    args = offset, cu_seqlens, lse, delta, grads[1], grads[2], *sizes, *strides
+    _launch(dkv_kernel, "block_dkv", k.shape[1], (k, v), (q, grad_out), args, constants)
     return tuple(grads)
 
 

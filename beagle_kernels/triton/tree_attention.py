@@ -34,8 +34,8 @@ def load_slots(
     D: tl.constexpr, BLOCK_D: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr,
 ):
     if PAGED:
-        p_page = p_table + o_slot // page
-        b_page = tl.load(p_page, mask=m_slot, other=0) if MASKED else tl.load(p_page)
+        p_entry = p_table + o_slot // page
+        b_page = tl.load(p_entry, mask=m_slot, other=0) if MASKED else tl.load(p_entry)
         b_page = tl.minimum(tl.maximum(b_page, 0), num_pages - 1).to(tl.int64)
         o_row = b_page * s_page + (o_slot % page).to(tl.int64) * s_slot
     else:
@@ -63,11 +63,11 @@ def either(a, b):
 
 
 # What may change from one call of a loop to the next is not specialised, so nothing is compiled in its midst.
-@triton.jit(do_not_specialize="N words slots num_pages page splits s_mb s_mn s_mw s_tb".split())
+@triton.jit(do_not_specialize="N slots num_pages page splits s_mb s_mn s_mw s_tb".split())
 def split_kernel(
-    p_q, p_k, p_v, p_lengths, p_mask, p_table, p_part, p_part_lse, N, words, slots, num_pages, page, splits, scale,
+    p_q, p_k, p_v, p_lengths, p_mask, p_table, p_part, p_part_lse, N, slots, num_pages, page, splits, scale,
     s_qb, s_qn, s_qh, s_kb, s_kh, s_ks, s_vb, s_vh, s_vs, s_mb, s_mn, s_mw, s_tb,
-    HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HQ: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGED: tl.constexpr,
 ):
     # Tiles of the same keys follow each other, so that all but one of them find the keys in the cache.
@@ -113,7 +113,7 @@ def split_kernel(
         b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_slot[None, :], scale, True)
     if i_split == in_use - 1:
         o_bit = tl.arange(0, 64)
-        for w in range(words):
+        for w in range(WORDS):
             p_word = p_mask + i_b * s_mb + o_node.to(tl.int64) * s_mn + w * s_mw
             b_word = tl.load(p_word, mask=m_row, other=0)  # [BM]
             o_slot = length + w * 64 + o_bit
@@ -187,14 +187,14 @@ def tree_attention(
     if block_table is not None and block_table.stride(1) != 1:
         block_table = block_table.contiguous()
     lengths = lengths.contiguous()
-    sizes = nodes, mask.shape[2], slots, k.shape[0], k.shape[2], splits, scale
+    sizes = nodes, slots, k.shape[0], k.shape[2], splits, scale
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride()
     constants = dict(HQ=heads, D=width, BLOCK_D=wide, enable_fp_fusion=True)
     with torch.cuda.device_of(q):
         split_kernel[(blocks * batch, splits)](
             q, k, v, lengths, mask, block_table, part, part_lse, *sizes, *strides,
             0 if block_table is None else block_table.stride(0), **constants,
-            GROUP=group, BLOCK_M=block_m, BLOCK_N=config.block_n, PAGED=block_table is not None,
+            GROUP=group, WORDS=mask.shape[2], BLOCK_M=block_m, BLOCK_N=config.block_n, PAGED=block_table is not None,
             num_warps=config.warps if block_m >= 64 else 4, num_stages=config.stages,
         )  # fmt: skip
         combine_kernel[(batch * nodes * heads,)](part, part_lse, lengths, out, nodes, slots, splits, **constants)

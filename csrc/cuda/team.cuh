@@ -51,11 +51,17 @@ struct Block {
     for (int w = 0; w < rank() / 32; ++w) before += slots[w];
     return before;
   }
+  // In halves: an atomic of 64 bits on shared memory is a loop that spins where threads meet, one of 32 bits is not.
   __device__ __forceinline__ void add(uint64_t* p, uint64_t x) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
+    uint32_t* half = reinterpret_cast<uint32_t*>(p);
+    const uint32_t low = uint32_t(x), old = atomicAdd(half, low);
+    const uint32_t high = uint32_t(x >> 32) + uint32_t(old + low < old);
+    if (high) atomicAdd(half + 1, high);
   }
   __device__ __forceinline__ void set(uint64_t* p, uint64_t bits) {
-    atomicOr(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(bits));
+    uint32_t* half = reinterpret_cast<uint32_t*>(p);
+    if (uint32_t(bits)) atomicOr(half, uint32_t(bits));
+    if (bits >> 32) atomicOr(half + 1, uint32_t(bits >> 32));
   }
 
  private:
