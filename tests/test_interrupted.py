@@ -78,6 +78,14 @@ def sequences_of(folder) -> dict[int, shards.Sequence]:
     return by_index
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_counts():
+    """Whoever started the tests, in the background perhaps, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), REGENERATE], ids=["as they are", "regenerated"])
 def test_killed_at_random_moments(target, source, more, tmp_path, monkeypatch):

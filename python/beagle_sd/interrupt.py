@@ -13,7 +13,7 @@ from contextlib import contextmanager
 def deferred_interrupt() -> Iterator[Callable[..., None]]:
     """Inside the block the first Ctrl-C is noted, and raises KeyboardInterrupt where the function given is called,
     after what that is given to do; a second one raises at once. In other threads than the main one, which alone is
-    interrupted, nothing changes."""
+    interrupted, and where Ctrl-C is ignored, as under nohup, nothing changes."""
     asked = False
 
     def note(number, frame) -> None:
@@ -27,7 +27,8 @@ def deferred_interrupt() -> Iterator[Callable[..., None]]:
             first()
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield check
         return
     before = signal.signal(signal.SIGINT, note)
