@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from beagle_sd import shards
 from beagle_sd.objective import Batch
@@ -38,17 +39,17 @@ class PackedDataset:
 
     def tokens_of(self, entries: list[Entry]) -> int:
         """Tokens in these sequences, after cutting to the context length."""
-        return sum(min(length, self.context) for *_, length in entries)
+        return sum(map(self._rows, entries))
 
     def epoch(self, epoch: int, tokens_per_batch: int, seed: int) -> list[list[int]]:
         """The training sequences of an epoch in batches of about tokens_per_batch tokens: the same for a seed."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train), generator=generator).tolist()
-        return _packs(order, [min(entry[3], self.context) for entry in self.train], tokens_per_batch)
+        return _packs(order, [*map(self._rows, self.train)], tokens_per_batch)
 
     def evaluation_packs(self, tokens_per_batch: int, tokens: int | None = None) -> list[list[Entry]]:
         """The held-out sequences in batches, as `load` takes them; no further batch from `tokens` tokens on."""
-        lengths = [min(entry[3], self.context) for entry in self.evaluation]
+        lengths = [*map(self._rows, self.evaluation)]
         packs, seen = [], 0
         for numbers in _packs(list(range(len(self.evaluation))), lengths, tokens_per_batch):
             if tokens is not None and seen >= tokens:
@@ -56,6 +57,10 @@ class PackedDataset:
             packs.append([self.evaluation[number] for number in numbers])
             seen += self.tokens_of(packs[-1])
         return packs
+
+    def _rows(self, entry: Entry) -> int:
+        """Rows of a sequence after cutting to the context length."""
+        return min(entry[3], self.context)
 
 
 class StateDataset(PackedDataset):
@@ -91,6 +96,13 @@ class StateDataset(PackedDataset):
             sizes.cumsum(0).to(torch.int32),
             torch.cat([torch.arange(length) for length in lengths]),
         )
+
+
+def most_frequent(counts: Tensor, count: int) -> Tensor:
+    """The `count` ids with the largest of `counts` [V] int64, ascending; ties and the rest by lowest id."""
+    if not 1 <= count <= len(counts):
+        raise ValueError(f"draft_vocab is {count}; allowed: 1 to {len(counts)}, or 0 for all")
+    return counts.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def _packs(order: list[int], lengths: list[int], tokens_per_batch: int) -> list[list[int]]:

@@ -28,9 +28,11 @@ class TreeShape:
                 raise ValueError(f"{name} is {value}; allowed: 1 to {most}")
 
     @classmethod
-    def default(cls, device: torch.device) -> TreeShape:
-        """The paper's tree on a GPU; a small one on the CPU, where every verified node costs time."""
-        return cls(6, 10, 60) if device.type == "cuda" else cls(4, 4, 8)
+    def default(cls, device: torch.device, *given: int | None) -> TreeShape:
+        """The paper's tree on a GPU; a small one on the CPU, where every verified node costs time. given: depth, branch
+        and num_nodes, in their places where they are not None."""
+        usual = (6, 10, 60) if device.type == "cuda" else (4, 4, 8)
+        return cls(*(b if a is None else a for a, b in zip(given or (None,) * 3, usual, strict=True)))
 
 
 class Candidates(NamedTuple):

@@ -139,9 +139,4 @@ def _shape(draft, device, depth, branch, num_nodes, adaptive) -> TreeShape:
             raise ValueError(f"depth {depth}, branch {branch}, num_nodes {num_nodes} were given with adaptive; "
                              "allowed: one or the other")
         return adaptive.largest
-    default = TreeShape.default(device)
-    return TreeShape(
-        default.depth if depth is None else depth,
-        default.branch if branch is None else branch,
-        default.num_nodes if num_nodes is None else num_nodes,
-    )
+    return TreeShape.default(device, depth, branch, num_nodes)

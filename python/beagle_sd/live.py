@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from beagle_sd.conversations import Conversation, stored_answers
-from beagle_sd.dataset import Entry, PackedDataset
+from beagle_sd.dataset import Entry, PackedDataset, most_frequent
 from beagle_sd.objective import Batch
 from beagle_sd.target import Target
 
@@ -62,10 +62,7 @@ class Corpus(NamedTuple):
 
     def frequent_tokens(self, count: int, vocab_size: int) -> Tensor:
         """The `count` most frequent of the tokens to learn, ascending; ties and the rest by lowest id."""
-        if not 1 <= count <= vocab_size:
-            raise ValueError(f"draft_vocab is {count}; allowed: 1 to {vocab_size}")
-        counts = torch.bincount(self.ids[self.learn].long(), minlength=vocab_size)
-        return counts.sort(descending=True, stable=True).indices[:count].sort().values
+        return most_frequent(torch.bincount(self.ids[self.learn].long(), minlength=vocab_size), count)
 
 
 class LiveDataset(PackedDataset):
@@ -110,9 +107,6 @@ class LiveDataset(PackedDataset):
 
     def _empty(self, rows: int) -> Tensor:
         return torch.zeros(rows, self.width, dtype=torch.bfloat16, device=self.target.device)
-
-    def _rows(self, entry: Entry) -> int:
-        return min(entry[3], self.context)
 
     @torch.no_grad()
     def _compute(self, entries: list[Entry], states: Tensor, places: list[int]) -> None:

@@ -19,7 +19,7 @@ from beagle_sd import conversations, shards
 from beagle_sd.adaptive import AdaptiveTree, adaptive_tree
 from beagle_sd.answers import encode_chat, requests_of, write_answers
 from beagle_sd.bundled import bundled_folder, load_draft, load_target
-from beagle_sd.dataset import PackedDataset, StateDataset
+from beagle_sd.dataset import PackedDataset, StateDataset, most_frequent
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.generate import Generated, TreeShape
 from beagle_sd.generate import generate as decode
@@ -85,9 +85,7 @@ def _tree(console: Console, target, draft, shape, calibrate: bool) -> TreeShape 
     if any(part is not None for part in shape):
         if calibrate:
             raise ValueError("--calibrate was given with a tree's shape; allowed: one or the other")
-        default = TreeShape.default(target.device)
-        return TreeShape(*(usual if given is None else given for given, usual in zip(
-            shape, (default.depth, default.branch, default.num_nodes), strict=True)))
+        return TreeShape.default(target.device, *shape)
     tree = adaptive_tree(target, draft, calibrate=calibrate)
     best, gain = tree.best
     told = f"{best.num_nodes} nodes, depth {best.depth}, branch {best.branch}: {gain:.2f}x plain decoding"
@@ -213,13 +211,11 @@ def train(console: Console, data: Path, out: Path, target_name: str, config: Tra
 
 def frequent_tokens(data: Path, count: int, vocab_size: int) -> torch.Tensor:
     """The `count` most frequent assistant tokens of a shard folder, ascending; ties and the rest by lowest id."""
-    if not 1 <= count <= vocab_size:
-        raise ValueError(f"draft_vocab is {count}; allowed: 0 (all) or 1 to {vocab_size}")
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for sequence in shards.read_sequences(data, with_states=False):
         following = torch.cat([sequence.tokens[1:], torch.tensor([sequence.final_token])])
         counts += torch.bincount(following[sequence.loss_mask & (following >= 0)], minlength=vocab_size)
-    return counts.sort(descending=True, stable=True).indices[:count].sort().values
+    return most_frequent(counts, count)
 
 
 def _manifest(target, name: str, source: Path, regenerate: bool, max_new_tokens: int, context: int) -> dict:
