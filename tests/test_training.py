@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import forks
 import pytest
 import torch
 from models import agreeable_target, small_draft, small_target
-from shard_cases import MANIFEST, random_sequence, write_states
+from shard_cases import MANIFEST, full_disk, random_sequence, write_states
 
 from beagle_sd import BeagleDraft, generate
 from beagle_sd.dataset import StateDataset
@@ -201,6 +202,22 @@ def test_states_that_are_not_numbers_stop_the_run(data, tmp_path):
     assert all(parameter.isfinite().all() for parameter in trainer.draft.parameters())
     assert not (tmp_path / "final").exists()
     assert trainer_of(data, tmp_path).step == 4
+
+
+@pytest.mark.parametrize("most", [20_000, 150_000], ids=["no room for weights", "no room for the optimizer"])
+def test_a_full_disk_keeps_the_last_checkpoint(most, data, whole, tmp_path):
+    with ExitStack() as disk:
+        def fill(step, metrics):
+            if step == 6:
+                disk.enter_context(full_disk(most))
+
+        with pytest.raises(OSError, match=r"checkpoint-0000008 could not be written \(.*is the disk full\?"):
+            trainer_of(data, tmp_path).run(fill)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000004"] and not list(tmp_path.glob(".*"))
+    resumed = trainer_of(data, tmp_path)
+    assert resumed.step == 4
+    resumed.run()
+    assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.parametrize("steps,lengths", [(1, [9, 2]), (4, [1, 2, 3]), (5, [4, 5, 6, 30]), (7, [7, 14, 6])], ids=str)

@@ -57,12 +57,14 @@ def course_rows(runner: Runner, label: str, run: str, seed: int) -> list[dict]:
 
 
 def result_rows(runner: Runner, label: str, run: str, seed: int) -> list[dict]:
-    """One row: tokens a round of each shape with its standard error, and acceptance by depth at the end."""
+    """One row: tokens a round of each shape with its standard error, and acceptance by depth in the chain's rounds."""
     found, last = runner.result(run, seed), course_rows(runner, label, run, seed)[-1]
     row = {"run": label, "seed": seed, "epochs": last["epoch"], "tokens_seen": last["tokens_seen"]}
     for shape in SHAPES:
         row |= {shape: found[shape]["tokens_per_round"], f"{shape}_error": found[shape]["standard_error"]}
-    return [row | by_depth(found["course"][-1]["acceptance_by_depth"])]
+    deepest = SHAPES["chain"][0]
+    shares = found["chain"]["acceptance_by_depth"]
+    return [row | by_depth(shares + [0.0] * (deepest - len(shares)))]
 
 
 def by_depth(shares: list[float]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -73,7 +73,12 @@ class ShardWriter:
         taken = [int(path.stem.split("-")[1]) for path in shard_paths(self.folder)]
         path = self.folder / f"states-{max(taken, default=-1) + 1:05d}.safetensors"
         partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"format": str(FORMAT)})
+        try:
+            save_file(tensors, partial, metadata={"format": str(FORMAT)})
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(f"{path} could not be written ({error}); is the disk full? The shards before are kept, and "
+                          "the same command goes on from there") from error
         os.replace(partial, path)
         self._open, self._tokens = [], 0
 

@@ -294,7 +294,11 @@ class Trainer:
         partial = self.folder / f".{final.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            write(partial)
+            try:
+                write(partial)
+            except (OSError, RuntimeError, SafetensorError) as error:  # as the writers of tensors report a full disk
+                raise OSError(f"{final} could not be written ({error}); is the disk full? What was written before is "
+                              "kept, and the same command goes on from there") from error
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
         finally:
