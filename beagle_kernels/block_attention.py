@@ -39,9 +39,9 @@ def block_attention(
 
     q [T, Hq, D]; k, v [T, Hkv, D] of one dtype, Hkv dividing Hq; offset int32 [num_seqs], the position of each
     sequence's first window; cu_seqlens int32 [num_seqs + 1], ascending row bounds of the packed sequences (None:
-    one sequence of T rows); scale defaults to D ** -0.5. Returns out [T, Hq, D] in q's dtype and lse [T, Hq] in
-    float32 (float64 for float64 inputs). A row without a key, or outside every sequence, gives 0 and -inf and no
-    gradient. Both outputs are differentiable in q, k and v.
+    one sequence of T rows; a bound outside 0 .. T counts as the nearer of the two); scale defaults to D ** -0.5.
+    Returns out [T, Hq, D] in q's dtype and lse [T, Hq] in float32 (float64 for float64 inputs). A row without a key,
+    or outside every sequence, gives 0 and -inf and no gradient. Both outputs are differentiable in q, k and v.
 
     Raises ValueError or TypeError for shapes, dtypes, devices or a window that do not fit.
     """
@@ -49,12 +49,11 @@ def block_attention(
     checks.tensor(op, "q", q, (None, None, None), checks.FLOATS)
     checks.tensor(op, "k", k, (q.shape[0], None, q.shape[2]), (q.dtype,))
     checks.tensor(op, "v", v, k.shape, (q.dtype,))
-    checks.heads(op, q.shape[1], k.shape[1])
+    checks.heads(op, q.shape[1], k.shape[1], q.shape[-1])
     checks.tensor(op, "offset", offset, (1 if cu_seqlens is None else None,), (torch.int32,))
     if cu_seqlens is not None:
         checks.tensor(op, "cu_seqlens", cu_seqlens, (offset.shape[0] + 1,), (torch.int32,))
-    if window < 1:
-        raise ValueError(f"{op}: window is {window}; allowed: 1 or more")
+    checks.at_least(op, "window", window, 1, 2**63 - 1)
     checks.same_device(op, q=q, k=k, v=v, offset=offset, cu_seqlens=cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return torch.ops.beagle.block_attention(q, k, v, offset, cu_seqlens, window, scale, backend)

@@ -39,8 +39,7 @@ def build_tree(
     checks.tensor("build_tree", "tokens", tokens, (root.shape[0], None), checks.INT64)
     checks.tensor("build_tree", "scores", scores, tokens.shape, checks.FLOAT32)
     checks.tensor("build_tree", "parents", parents, tokens.shape, checks.INT32)
-    if not 1 <= num_nodes <= checks.MAX_NODES:
-        raise ValueError(f"build_tree: num_nodes is {num_nodes}; allowed: 1 to {checks.MAX_NODES}")
+    checks.at_least("build_tree", "num_nodes", num_nodes, 1, checks.MAX_NODES)
     checks.at_least("build_tree", "max_depth", max_depth, 0)
     checks.same_device("build_tree", root=root, tokens=tokens, scores=scores, parents=parents)
     built = torch.ops.beagle.build_tree.default(root, tokens, scores, parents, num_nodes, max_depth, backend)

@@ -49,10 +49,11 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {listed}; allowed: all on one device")
 
 
-def heads(op: str, query: int, key: int) -> None:
-    """Check that every key head serves the same number of query heads."""
-    if key < 1 or query % key:
-        raise ValueError(f"{op}: {query} query heads and {key} key heads; allowed: a multiple of the latter")
+def heads(op: str, query: int, key: int, width: int) -> None:
+    """Check that every key head serves the same number of query heads, and that a head holds something."""
+    if query < 1 or key < 1 or query % key:
+        raise ValueError(f"{op}: {query} query heads and {key} key heads; allowed: 1 or more, a multiple of the latter")
+    at_least(op, "head size", width, 1)
 
 
 LOGITS = (torch.float32, torch.float16, torch.bfloat16)
@@ -90,10 +91,12 @@ def tree(op: str, value: DraftTree) -> tuple[int, int]:
     return batch, nodes
 
 
-def at_least(op: str, name: str, value: int, least: int) -> None:
-    """Check a Python integer's lower bound."""
-    if value < least:
-        raise ValueError(f"{op}: {name} is {value}; allowed: {least} or more")
+def at_least(op: str, name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+    """Check a Python integer and its bounds."""
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}; allowed: an int")
+    if not least <= value <= most:
+        raise ValueError(f"{op}: {name} is {value}; allowed: {least} to {most}")
 
 
 MAX_NODES = 1024

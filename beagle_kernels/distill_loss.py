@@ -44,8 +44,8 @@ def distill_loss(
     checks.tensor(op, "teacher", teacher, student.shape, (student.dtype,))
     checks.tensor(op, "weight", weight, (None, student.shape[1]), (student.dtype,))
     checks.tensor(op, "row_weight", row_weight, student.shape[:1], (accumulation(student.dtype),))
-    if weight.shape[0] < 1:
-        raise ValueError(f"{op}: weight has shape {list(weight.shape)}; allowed: at least one token")
+    if weight.numel() < 1:
+        raise ValueError(f"{op}: weight has shape {list(weight.shape)}; allowed: at least one token of width 1 or more")
     checks.same_device(op, student=student, teacher=teacher, weight=weight, row_weight=row_weight)
     gradient = torch.is_grad_enabled() and student.requires_grad
     args = student, teacher.detach(), weight.detach(), row_weight.detach(), float(regression), gradient, backend

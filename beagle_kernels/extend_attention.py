@@ -43,7 +43,7 @@ def extend_attention(
     checks.tensor(op, "lse", lse, q.shape[:2], (accumulation(q.dtype),))
     checks.tensor(op, "k", k, (q.shape[0], None, None, q.shape[2]), (q.dtype,))
     checks.tensor(op, "v", v, k.shape, (q.dtype,))
-    checks.heads(op, q.shape[1], k.shape[2])
+    checks.heads(op, q.shape[1], k.shape[2], q.shape[-1])
     checks.same_device(op, out=out, lse=lse, q=q, k=k, v=v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return torch.ops.beagle.extend_attention(out, lse, q, k, v, scale, backend)

@@ -43,11 +43,13 @@ def tree_attention(
     checks.tensor(op, "q", q, (None, None, None, None), checks.FLOATS)
     checks.tensor(op, "k", k, (None if block_table is not None else q.shape[0], None, None, q.shape[3]), (q.dtype,))
     checks.tensor(op, "v", v, k.shape, (q.dtype,))
-    checks.heads(op, q.shape[2], k.shape[1])
+    checks.heads(op, q.shape[2], k.shape[1], q.shape[-1])
     checks.tensor(op, "lengths", lengths, (q.shape[0],), (torch.int32,))
     checks.tensor(op, "mask", mask, (q.shape[0], q.shape[1], None), (torch.int64,))
     if block_table is not None:
         checks.tensor(op, "block_table", block_table, (q.shape[0], None), (torch.int32,))
+        if k.shape[0] < 1 or k.shape[2] < 1:
+            raise ValueError(f"{op}: k holds {k.shape[0]} pages of {k.shape[2]} slots; allowed: 1 or more of each")
     if mask.shape[2] < 1:
         raise ValueError(f"{op}: mask has shape {list(mask.shape)}; allowed: at least one word a node")
     checks.same_device(op, q=q, k=k, v=v, lengths=lengths, mask=mask, block_table=block_table)

@@ -35,10 +35,13 @@ class Sampling(NamedTuple):
     ) -> Sampling:
         """The same settings for `rows` rows; an int seed s means s + r for row r, a tensor [rows] is taken as it is.
 
-        Raises ValueError for a temperature below 0, top_k below 0, top_p outside (0, 1], min_p outside [0, 1].
+        Raises ValueError for a temperature below 0, top_k below 0, top_p outside (0, 1], min_p outside [0, 1], or an
+        int seed whose rows leave int64.
         """
         check_sampling(temperature, top_k, top_p, min_p)
         if not isinstance(seed, Tensor):
+            if not -(2**63) <= seed <= 2**63 - max(rows, 1):
+                raise ValueError(f"seed is {seed} for {rows} rows; allowed: seed + row within -2**63 to 2**63 - 1")
             seed = torch.arange(rows, dtype=torch.int64, device=device) + seed
         elif seed.shape != (rows,):
             raise ValueError(f"seed has shape {tuple(seed.shape)}; allowed: an int or an int64 tensor [{rows}]")

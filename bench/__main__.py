@@ -1,7 +1,7 @@
 """`python -m bench [NAME ...]`: every op on the CPU or on a GPU beside its peers, ratios in one run.
 
-Names select benchmark files (choose_tokens, tree_attention, ...). Attention and loss run under pytest-benchmark, which
-`pytest bench/bench_tree_attention.py` does too.
+Names select benchmark files (choose_tokens, tree_attention, ...). A file without `cases` runs under pytest-benchmark,
+which `pytest bench/bench_tree_attention.py` does for any of them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from pathlib import Path
 import torch
 
 import beagle_kernels
-from bench.registry import lines
+from bench.peers import table as peers
+from bench.registry import SIZES, lines, measured
 
 ROOT = Path(__file__).resolve().parent.parent
-
-BY_PYTEST = ("block_attention", "extend_attention", "tree_attention", "distill_loss")
-"""Files whose cases only pytest-benchmark can run; the others list theirs in `cases`."""
-FILES = ("choose_tokens", "verify_tree", "verify_chain", "build_tree", "compact_cache", "skinny_linear", *BY_PYTEST)
+FILES = tuple(sorted(file.stem.removeprefix("bench_") for file in Path(__file__).parent.glob("bench_*.py")))
 
 
 def main(arguments: list[str]) -> int:
@@ -33,61 +31,60 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(FILES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    sizes = "; ".join(f"{size}: {what}" for size, what in SIZES.items())
+    parser.add_argument("--size", choices=SIZES, help=f"{sizes}; default: small, full on a GPU")
+    parser.add_argument("--tuned", type=Path, help="tile sizes that python -m bench.tuning found, for Triton's kernels")
     parser.add_argument("--json", type=Path, help="also write the results there")
     options = parser.parse_args(arguments)
     for name in options.names:
         if name not in FILES:
             parser.error(f"{name!r}; allowed: {', '.join(FILES)}")
-    versions = f"beagle_kernels {beagle_kernels.__version__}, torch {torch.__version__}"
     on_gpu = options.device == "cuda"
+    size = options.size or ("full" if on_gpu else "small")
+    if options.tuned:
+        from bench.tuning import use
+
+        use(json.loads(options.tuned.read_text()))
+    versions = f"beagle_kernels {beagle_kernels.__version__}, torch {torch.__version__}"
     print(f"{versions}, {torch.cuda.get_device_name() if on_gpu else f'CPU {torch.get_num_threads()} threads'}")
     print("20, 50 and 80 percentiles; x: how many times ours is faster")
     results = []
     for name in options.names or FILES:
-        if name in BY_PYTEST:
-            results += pytest_rows(name, options.device)
-        else:
-            for case in importlib.import_module(f"bench.bench_{name}").cases(options.device):
-                print(f"\n{case.name}, {case.data}")
-                results += measured(case)
-        if options.json:
-            options.json.write_text(json.dumps(results, indent=1) + "\n")
+        for rows in results_of(name, options.device, size):
+            results += rows
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
+    print("\nnot compared:")
+    print(*(f"  {name}: {why}" for name, why in peers(options.device).items() if why), sep="\n")
     return int(any("error" in row for row in results))
 
 
-def measured(case) -> list[dict]:
-    """A case's rows, or the error that it has instead."""
-    try:
-        case.run()
-    except Exception as error:  # one case's failure leaves the others their numbers
-        print(f"  refused: {type(error).__name__}: {error}")
-        return [{"group": case.name, "error": f"{type(error).__name__}: {error}"}]
-    print(*lines(case.rows()), sep="\n", flush=True)
-    return case.rows()
+def results_of(name: str, device: str, size: str) -> Iterator[list[dict]]:
+    """Each case's rows of one file."""
+    torch.manual_seed(0)
+    module = importlib.import_module(f"bench.bench_{name}")
+    if not hasattr(module, "cases"):
+        yield pytest_rows(name, size)
+        return
+    for case in module.cases(device, size):
+        yield measured(case)
 
 
-def pytest_rows(name: str, device: str) -> list[dict]:
+def pytest_rows(name: str, size: str) -> list[dict]:
     """The rows of a pytest-benchmark file, printed too; one with the error where pytest failed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
-        size = "full" if device == "cuda" else "small"
         command = [sys.executable, "-m", "pytest", "-q", f"bench/bench_{name}.py", "-k", size]
         done = subprocess.run([*command, f"--benchmark-json={file}", "--benchmark-max-time=0.5"], cwd=ROOT,
                               capture_output=True, text=True)
         found = json.loads(file.read_text()) if file.exists() and file.stat().st_size else {"benchmarks": []}
     rows = [{"group": one["group"], **one["extra_info"]} for one in found["benchmarks"]]
-    print(*table(rows), sep="\n", flush=True)
-    if done.returncode == 0:
+    for group, members in itertools.groupby(sorted(rows, key=lambda row: row["group"]), lambda row: row["group"]):
+        print(f"\n{group}", *lines(sorted(members, key=lambda row: row["peer"] != "beagle")), sep="\n", flush=True)
+    if done.returncode in (0, 5):  # 5: no shape of this size
         return rows
     print(f"  refused: {done.stdout[-2000:]}")
     return [*rows, {"group": name, "error": f"pytest ended with {done.returncode}: {done.stdout[-2000:]}"}]
-
-
-def table(rows: list[dict]) -> Iterator[str]:
-    """One line a row under its group, ours first; rows of one group need not stand together."""
-    for group, members in itertools.groupby(sorted(rows, key=lambda row: row["group"]), lambda row: row["group"]):
-        yield f"\n{group}"
-        yield from lines(sorted(members, key=lambda row: row["peer"] != "beagle"))
 
 
 if __name__ == "__main__":

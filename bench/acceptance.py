@@ -42,6 +42,16 @@ def measure(target, draft, prompts, pad, shape: TreeShape, temperature: float, a
     }  # fmt: skip
 
 
+def described(target_name: str, prompts_name: str, count: int, target, args) -> dict:
+    """What the rows were measured on and with."""
+    return {
+        "target": target_name, "prompts": prompts_name, "count": count, "max_new_tokens": args.max_new_tokens,
+        "dtype": str(target.dtype).removeprefix("torch."), "seed": args.seed, "device": str(target.device),
+        "versions": {"beagle_kernels": beagle_kernels.__version__, "torch": torch.__version__,
+                     "transformers": transformers.__version__},
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="smollm2-135m")
@@ -65,13 +75,7 @@ def main() -> None:
             shape = TreeShape(*map(int, text.split(",")))
             rows.append(measure(target, draft, prompts, tokenizer.pad_token_id, shape, temperature, args))
             print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "target": args.target, "prompts": args.prompts, "count": len(prompts), "max_new_tokens": args.max_new_tokens,
-        "dtype": args.dtype, "seed": args.seed, "device": str(target.device),
-        "versions": {"beagle_kernels": beagle_kernels.__version__, "torch": torch.__version__,
-                     "transformers": transformers.__version__},
-        "shapes": rows,
-    }  # fmt: skip
+    result = described(args.target, args.prompts, len(prompts), target, args) | {"shapes": rows}
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""build_tree and accept_tree against their vectorised PyTorch form (the reference)."""
+"""build_tree and accept_tree against their vectorised PyTorch form (the reference) and EAGLE-2's Python on the host."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from beagle_kernels import accept_tree, build_tree
+from beagle_kernels.reference.build_tree import unpack
+from bench.peers import eagle2_tree
 from bench.registry import Case, drive, label, moved, parameters
 
 
@@ -30,25 +32,51 @@ def candidates(batch: int, depth: int, branch: int) -> tuple[torch.Tensor, ...]:
     return torch.randint(49152, (batch,)), torch.cat(tokens, 1), torch.cat(scores, 1), flat
 
 
-def cases(device: str = "cpu") -> Iterator[Case]:
-    for batch in (1, 8):
-        for nodes in (16, 60):
-            inputs = (*moved(candidates(batch, 6, 10), device), nodes, 6)
-            chosen = torch.randint(49152, (batch, nodes)).to(device)
-            yield of_inputs(inputs, chosen, f"{batch} x {inputs[1].shape[1]} candidates, {nodes} nodes")
+SHAPES = {
+    # size -> (batch, nodes)
+    "tiny": [(2, 8)],
+    "small": [(batch, nodes) for batch in (1, 8) for nodes in (16, 60)],
+    "full": [(1, 60), (8, 60), (8, 256)],
+    "scaling": [(1, nodes) for nodes in (4, 8, 16, 32, 64, 128)],
+}
+DEPTH, BRANCH = 6, 10
 
 
-def of_inputs(inputs: tuple, chosen: torch.Tensor, shape: str) -> Case:
+def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
+    for batch, nodes in SHAPES[size]:
+        inputs = (*moved(candidates(batch, DEPTH, BRANCH), device), nodes, DEPTH)
+        yield of_inputs(inputs, torch.randint(49152, (batch, nodes)).to(device))
+
+
+def of_inputs(inputs: tuple, chosen: torch.Tensor) -> Case:
+    batch, nodes = chosen.shape
+
     def both(backend: str):
         tree = build_tree(*inputs, backend=backend)
         return *tree[:5], *accept_tree(tree, chosen, backend=backend)
 
+    def on_host():
+        trees = [eagle2_tree.build(*row, nodes) for row in zip(*inputs[:4])]
+        return trees, [eagle2_tree.greedy(*row) for row in zip(trees, chosen)]
+
     def check() -> None:
         for have, want in zip(both("auto"), both("reference")):
-            assert torch.equal(have, want)
+            assert torch.equal(have, want), "build_tree or accept_tree is wrong"
 
-    peers = {"beagle": lambda: both("auto"), "PyTorch": lambda: both("reference")}
-    return Case(f"build_tree + accept_tree {shape}", peers, check, rounds=50, device=chosen.device.type)
+    def check_peer(name: str) -> None:
+        if name != "EAGLE-2 on the host":
+            return
+        tokens, _, depth, mask, _, _, count, *_ = both("auto")
+        trees, verdicts = on_host()
+        for row, tree in enumerate(trees):
+            assert torch.equal(tree.tokens, tokens[row]) and torch.equal(tree.depth, depth[row].long())
+            assert torch.equal(tree.visible, unpack(mask[row], nodes))
+            assert verdicts[row][0] == int(count[row]), "the host accepts another path"
+
+    peers = {"beagle": lambda: both("auto"), "PyTorch": lambda: both("reference"), "EAGLE-2 on the host": on_host}
+    name = f"build_tree + accept_tree {batch} x {inputs[1].shape[1]} candidates, {nodes} nodes"
+    return Case(name, peers, check, rounds=50, device=chosen.device.type, check_peer=check_peer,
+                series="build_tree + accept_tree", at={"batch": batch, "nodes": nodes})  # fmt: skip
 
 
 @pytest.mark.parametrize("case, peer", parameters(list(cases())), ids=label)

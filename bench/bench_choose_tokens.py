@@ -1,14 +1,15 @@
-"""choose_tokens against PyTorch: argmax, softmax + multinomial, the same perturbed argmax, and sorted top-p."""
+"""choose_tokens against PyTorch (argmax, multinomial, the same perturbed argmax, sorted top-p) and FlashInfer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from beagle_kernels import Sampling, choose_tokens
-from bench.registry import SHAPES, Case, drive, label, parameters, same_as_truth
+from bench.peers import flashinfer, or_reason
+from bench.registry import DTYPES, SHAPES, Case, drive, label, parameters, same_as_truth
 
 
 def top_p(z: torch.Tensor, p: float) -> torch.Tensor:
@@ -18,18 +19,18 @@ def top_p(z: torch.Tensor, p: float) -> torch.Tensor:
     return order.gather(1, torch.multinomial(probability, 1))
 
 
-def cases(device: str = "cpu") -> Iterator[Case]:
-    dtypes = torch.float32, torch.bfloat16
-    shapes = [(*shape, dtype) for shape in SHAPES for dtype in dtypes]
-    if device == "cuda":
-        shapes = [(128256, rows, torch.bfloat16) for rows in (1, 60, 512)]
-    for vocab, rows, dtype in shapes:
-        z = torch.randn(rows, vocab, device=device).to(dtype)
-        yield from of_logits(f"{rows} x {vocab} {str(dtype)[6:]}", z, torch.arange(rows, device=device))
+def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
+    if size == "scaling":
+        return  # verify_tree's plots show it
+    for vocab, rows in [(128256, rows) for rows in (1, 60, 512)] if size == "full" else SHAPES[size]:
+        z = torch.randn(rows, vocab, device=device)
+        for dtype in DTYPES[size]:
+            yield from of_logits(z.to(dtype), torch.arange(rows, device=device))
 
 
-def of_logits(shape: str, z: torch.Tensor, positions: torch.Tensor) -> Iterator[Case]:
-    rows, device = len(z), z.device.type
+def of_logits(z: torch.Tensor, positions: torch.Tensor) -> Iterator[Case]:
+    (rows, vocab), device = z.shape, z.device.type
+    shape = f"{rows} x {vocab} {str(z.dtype)[6:]}"
     common = {"device": device, "work": {"byte": float(z.numel() * z.element_size())}}
     greedy, warm, nucleus = (
         Sampling.of(rows, 0, temperature, 0, p, device=device)
@@ -38,6 +39,10 @@ def of_logits(shape: str, z: torch.Tensor, positions: torch.Tensor) -> Iterator[
 
     def ours(sampling: Sampling):
         return lambda: choose_tokens(z, positions, sampling)
+
+    def peer(make) -> Callable | str:
+        found = or_reason(flashinfer.why_not(device), make)
+        return found if isinstance(found, str) else lambda: found(z)
 
     noise = lambda: -torch.empty(z.shape, device=device).exponential_().log()  # noqa: E731
     yield Case(
@@ -53,6 +58,7 @@ def of_logits(shape: str, z: torch.Tensor, positions: torch.Tensor) -> Iterator[
             "beagle": ours(warm),
             "softmax + multinomial": lambda: torch.multinomial(z.float().softmax(-1), 1),
             "perturbed argmax": lambda: (z.float() + noise()).argmax(-1),
+            "FlashInfer": peer(flashinfer.sample),
         },
         lambda: same_as_truth(choose_tokens, z, positions, warm),
         rounds=5,
@@ -60,7 +66,11 @@ def of_logits(shape: str, z: torch.Tensor, positions: torch.Tensor) -> Iterator[
     )
     yield Case(
         f"choose_tokens top-p {shape}",
-        {"beagle": ours(nucleus), "softmax + sort + multinomial": lambda: top_p(z, 0.9)},
+        {
+            "beagle": ours(nucleus),
+            "softmax + sort + multinomial": lambda: top_p(z, 0.9),
+            "FlashInfer": peer(lambda: flashinfer.sample_top_p(0.9)),
+        },
         lambda: same_as_truth(choose_tokens, z, positions, nucleus),
         rounds=3,
         **common,

@@ -10,20 +10,24 @@ import torch
 from beagle_kernels import compact_cache_
 from bench.registry import Case, drive, label, parameters
 
-SHAPES = [
-    # layers, batch, key heads, slots, head size, dtype
-    (30, 1, 3, 512, 64, torch.float32),
-    (32, 1, 8, 2048, 128, torch.bfloat16),
-    (32, 4, 8, 1024, 128, torch.bfloat16),
-]
-ON_GPU = [(32, 1, 8, 8192, 128, torch.bfloat16), (32, 8, 8, 4096, 128, torch.bfloat16)]
+SHAPES = {
+    # size -> (layers, batch, key heads, slots, head size, dtype)
+    "tiny": [(2, 2, 3, 512, 16, torch.float32)],
+    "small": [
+        (30, 1, 3, 512, 64, torch.float32),
+        (32, 1, 8, 2048, 128, torch.bfloat16),
+        (32, 4, 8, 1024, 128, torch.bfloat16),
+    ],
+    "full": [(32, 1, 8, 8192, 128, torch.bfloat16), (32, 8, 8, 4096, 128, torch.bfloat16)],
+    "scaling": [],
+}
 PATH = (0, 2, 7, 20, 33, 41, 50)
 
 
-def cases(device: str = "cpu") -> Iterator[Case]:
-    for layers, batch, heads, slots, size, dtype in ON_GPU if device == "cuda" else SHAPES:
-        cache = torch.randn(layers, 2, batch, heads, slots, size, device=device, dtype=dtype)
-        yield of_cache(cache, f"{layers} layers, {batch} x {heads} x {slots} x {size} {str(dtype)[6:]}")
+def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
+    for layers, batch, heads, slots, width, dtype in SHAPES[size]:
+        cache = torch.randn(layers, 2, batch, heads, slots, width, device=device, dtype=dtype)
+        yield of_cache(cache, f"{layers} layers, {batch} x {heads} x {slots} x {width} {str(dtype)[6:]}")
 
 
 def of_cache(cache: torch.Tensor, shape: str) -> Case:
@@ -42,7 +46,7 @@ def of_cache(cache: torch.Tensor, shape: str) -> Case:
         have, want = cache[:2].clone(), cache[:2].clone()
         compact_cache_(have, path, accepted, lengths)
         loop(want)
-        assert torch.equal(have, want)
+        assert torch.equal(have, want), "compact_cache_ is wrong"
 
     peers = {"beagle": lambda: compact_cache_(cache, path, accepted, lengths), "index_select loop": loop}
     # every slot of the path but the root's is read and written

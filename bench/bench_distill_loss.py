@@ -1,9 +1,12 @@
-"""distill_loss with its gradient against the same in plain PyTorch and torch.compile, time and peak memory.
+"""distill_loss with its gradient against plain PyTorch, torch.compile and Liger's loss: time and peak memory.
 
-`pytest bench/bench_distill_loss.py --benchmark-group-by=group`
+`pytest bench/bench_distill_loss.py --benchmark-group-by=group`. `python -m bench.bench_distill_loss` compares the peak
+memory on this CPU with that of plain PyTorch, which for the large shape does not fit and is reckoned from few rows.
 """
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
@@ -11,20 +14,23 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from beagle_kernels import distill_loss
+from bench.peers import liger
 from bench.timing import device_for, timed
 
 SHAPES = {
     # size -> (rows, width, vocabulary, dtype)
+    "tiny": [(64, 32, 300, torch.float32)],
     "small": [(512, 576, 49152, torch.float32)],
+    "scaling": [(rows, 576, 49152, torch.float32) for rows in (64, 128, 256, 512)],
     "full": [(8192, 4096, 128256, torch.bfloat16), (4096, 2048, 151936, torch.bfloat16)],
 }
 
 
-def naive(student, teacher, weight, row_weight):
+def naive(student, teacher, weight, row_weight, regression=10.0):
     target = torch.softmax(teacher @ weight.T, -1)
     cross_entropy = F.cross_entropy(student @ weight.T, target, reduction="none")
     distance = F.smooth_l1_loss(student, teacher, reduction="none").mean(-1)
-    return (row_weight * (cross_entropy + 10.0 * distance)).sum()
+    return (row_weight * (cross_entropy + regression * distance)).sum()
 
 
 def peak_memory(run, device: torch.device) -> int:
@@ -44,34 +50,88 @@ def peak_memory(run, device: torch.device) -> int:
     return most
 
 
-@pytest.mark.parametrize("name", ["beagle", "eager", "torch.compile"])
+def with_gradient(loss, student, teacher, weight, row_weight, **options):
+    student = student.detach().requires_grad_()
+    value = loss(student, teacher, weight, row_weight, **options)
+    return value, torch.autograd.grad(value, student)[0]
+
+
+def without_weights():
+    """Liger's loss as the others are called; the three products and two softmaxes are the same."""
+    loss = liger.forward_kl()
+    return lambda student, teacher, weight, row_weight: loss(student, teacher, weight)
+
+
+LOSSES = {
+    "beagle": lambda: distill_loss, "eager": lambda: naive, "torch.compile": lambda: torch.compile(naive),
+    "Liger, cross-entropy alone": without_weights,
+}  # fmt: skip
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    if name == "torch.compile" and device.type != "cuda":
+        return "compiled on a GPU only"
+    return liger.why_not(device.type) if name.startswith("Liger") else None
+
+
+def check(name: str, loss, student, teacher, weight, row_weight) -> None:
+    """Raise unless value and gradient are those of the float64 computation; of Liger's, the gradient alone."""
+    options = {}
+    if name.startswith("Liger"):
+        options, row_weight = {"regression": 0.0}, torch.full_like(row_weight, 1 / len(row_weight))
+    value, gradient = with_gradient(loss, student, teacher, weight, row_weight)
+    truth = [x.double() for x in (student, teacher, weight, row_weight)]
+    want, want_gradient = with_gradient(naive, *truth, **options)
+    tolerance = 1e-5 if student.dtype == torch.float32 else 2e-2
+    assert name.startswith("Liger") or abs(value.item() / want.item() - 1) < tolerance, "the loss is wrong"
+    assert (gradient.double() - want_gradient).norm() < tolerance * want_gradient.norm(), "the gradient is wrong"
+
+
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("size, shape", [(size, shape) for size in SHAPES for shape in SHAPES[size]], ids=str)
 def test_distill_loss(benchmark, size, shape, name):
     device, (rows, width, vocab, dtype) = device_for(size), shape
-    if name == "torch.compile" and device.type != "cuda":
-        pytest.skip("compiled on a GPU only")
+    if reason := why_not(name, device):
+        pytest.skip(reason)
     weight = torch.randn(vocab, width, device=device, dtype=dtype) * width**-0.5
     row_weight = torch.rand(rows, device=device)
     inputs = [tuple(torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2)) for _ in range(2)]
-    loss = {"beagle": distill_loss, "eager": naive}.get(name) or torch.compile(naive)
+    loss = LOSSES[name]()
+    check(name, loss, *(x[:64] for x in inputs[0]), weight, row_weight[:64])
 
     def run(student, teacher):
-        student = student.detach().requires_grad_()
-        value = loss(student, teacher, weight, row_weight)
-        return value, torch.autograd.grad(value, student)[0]
-
-    small = [x[:64] for x in inputs[0]]
-    student = small[0].double().requires_grad_()
-    want = naive(student, small[1].double(), weight.double(), row_weight[:64].double())
-    want_grad = torch.autograd.grad(want, student)[0]
-    leaf = small[0].detach().requires_grad_()
-    got = loss(leaf, small[1], weight, row_weight[:64])
-    grad = torch.autograd.grad(got, leaf)[0]
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert abs(got.item() / want.item() - 1) < tolerance
-    assert (grad.double() - want_grad).norm() < tolerance * want_grad.norm()
+        return with_gradient(loss, student, teacher, weight, row_weight)
 
     benchmark.group = f"distill_loss {rows} x {width}, {vocab} tokens, {dtype}"
     memory = peak_memory(lambda: run(*inputs[0]), device)
     work = {"flop": 6.0 * rows * width * vocab}
     timed(benchmark, run, inputs, work=work, peer=name, peak_bytes=memory)
+
+
+def compared_memory(rows: int, width: int, vocab: int, few: int | None = None) -> dict:
+    """Peak bytes of both in fp32 on this CPU, and ours over eager's.
+
+    few: eager is then run with few and 2 few rows, and each further one is reckoned to need as much more as those did,
+    its logits being [rows, vocab]. Ours has all rows, but only 2 few of weight: enough for several of its chunks, whose
+    logits take each other's place, so that more would need time and no memory.
+    """
+    weight = torch.randn(vocab, width) * width**-0.5
+
+    def peak(loss, count: int, counted: int) -> int:
+        student, teacher = torch.randn(2, count, width)
+        row_weight = (torch.arange(count) < counted).float()
+        return peak_memory(lambda: with_gradient(loss, student, teacher, weight, row_weight), weight.device)
+
+    ours = peak(distill_loss, rows, rows if few is None else 2 * few)
+    if few is None:
+        eager = peak(naive, rows, rows)
+    else:
+        one, two = (peak(naive, count, count) for count in (few, 2 * few))
+        eager = two + (two - one) // few * (rows - 2 * few)
+    return {"rows": rows, "width": width, "vocab": vocab, "beagle_peak_bytes": ours, "eager_peak_bytes": eager,
+            "eager_reckoned_from_rows": few and 2 * few, "ratio": round(ours / eager, 4)}  # fmt: skip
+
+
+if __name__ == "__main__":
+    for found in (compared_memory(512, 576, 49152), compared_memory(8192, 4096, 128256, few=128)):
+        print(json.dumps(found), flush=True)

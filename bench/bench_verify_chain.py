@@ -1,4 +1,4 @@
-"""verify_chain against the usual composition: two softmaxes, gathers, a residual and multinomial."""
+"""verify_chain against the usual composition (softmax, gather, residual, multinomial) and FlashInfer's kernel."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from beagle_kernels import Sampling, verify_chain
+from bench.peers import flashinfer, or_reason
 from bench.registry import Case, drive, label, parameters, same_as_truth
 
 
@@ -21,14 +22,21 @@ def composition(target: torch.Tensor, draft: torch.Tensor, tokens: torch.Tensor)
     return count, torch.multinomial((p[row, count] - more * q[row, last]).clamp(min=0), 1)
 
 
-def cases(device: str = "cpu") -> Iterator[Case]:
-    shapes = [(1, vocab, dtype) for vocab in (49152, 128256) for dtype in (torch.float32, torch.bfloat16)]
-    if device == "cuda":
-        shapes = [(batch, 128256, torch.bfloat16) for batch in (1, 8)]
-    for batch, vocab, dtype in shapes:
-        target = torch.randn(batch, 6, vocab, device=device).to(dtype)
-        draft = (target[:, :5].float() + 0.3 * torch.randn(batch, 5, vocab, device=device)).to(dtype)
-        tokens = torch.multinomial(draft.float().softmax(-1).flatten(0, 1), 1).view(batch, 5)
+SHAPES = {
+    # size -> (batch, vocabulary, dtype)
+    "tiny": [(2, 300, torch.float32)],
+    "small": [(1, vocab, dtype) for vocab in (49152, 128256) for dtype in (torch.float32, torch.bfloat16)],
+    "full": [(batch, 128256, torch.bfloat16) for batch in (1, 8, 64)],
+    "scaling": [],
+}
+DRAFTED = 5
+
+
+def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
+    for batch, vocab, dtype in SHAPES[size]:
+        target = torch.randn(batch, DRAFTED + 1, vocab, device=device).to(dtype)
+        draft = (target[:, :DRAFTED].float() + 0.3 * torch.randn(batch, DRAFTED, vocab, device=device)).to(dtype)
+        tokens = torch.multinomial(draft.float().softmax(-1).flatten(0, 1), 1).view(batch, DRAFTED)
         for rule in ("token", "block"):
             yield of_logits(target, draft, tokens, rule)
 
@@ -37,10 +45,13 @@ def of_logits(target: torch.Tensor, draft: torch.Tensor, tokens: torch.Tensor, r
     batch, device = len(tokens), tokens.device.type
     positions = torch.zeros(batch, dtype=torch.int64, device=device)
     args = (target, draft, tokens, positions, Sampling.of(batch, 0, 1.0, device=device), rule)
-    peers = {"beagle": lambda: verify_chain(*args), "softmax + gather": lambda: composition(target, draft, tokens)}
+    peers: dict = {"beagle": lambda: verify_chain(*args)}
     if rule == "block":
-        peers.pop("softmax + gather")
         peers["PyTorch (f64 reference)"] = lambda: verify_chain(*args, backend="reference")
+    else:
+        peers["softmax + gather"] = lambda: composition(target, draft, tokens)
+        kernel = or_reason(flashinfer.why_not(device), flashinfer.verify_chain)
+        peers["FlashInfer"] = kernel if isinstance(kernel, str) else lambda: kernel(target, draft, tokens)
     work = {"byte": float((target.numel() + draft.numel()) * target.element_size())}
     name = f"verify_chain {rule} {batch} x {tokens.shape[1]} x {target.shape[2]} {str(target.dtype)[6:]}"
     return Case(name, peers, lambda: same_as_truth(verify_chain, *args), rounds=9, device=device, work=work)

@@ -1,4 +1,4 @@
-"""verify_tree against argmax or multinomial followed by the walk over the tree in plain Python."""
+"""verify_tree against EAGLE-2's evaluation on the host and SGLang's kernels, each after the choice at every node."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from beagle_kernels import DraftTree, Sampling, build_tree, verify_tree
 from bench.bench_choose_tokens import top_p
-from bench.registry import SHAPES, Case, drive, label, moved, parameters, same_as_truth
+from bench.peers import eagle2_tree, or_reason, sglang
+from bench.registry import DTYPES, SHAPES, Case, drive, label, moved, parameters, same_as_truth
 
 
 def trees(batch: int, nodes: int) -> DraftTree:
@@ -21,56 +22,70 @@ def trees(batch: int, nodes: int) -> DraftTree:
     return build_tree(root, tokens, scores, torch.tensor(parents).int(), nodes, nodes)
 
 
-def walk(tree: DraftTree, chosen: torch.Tensor) -> list[tuple[list[int], int]]:
-    """Follow the choices [B, N] down from each tree's root."""
-    return [walk_one(*row) for row in zip(*(x.tolist() for x in (tree.tokens, tree.parents, tree.depth, chosen)))]
+FULL = [(1, 60, 128256), (8, 64, 128256)] + [(1, nodes, 128256) for nodes in (4, 16, 256)]
+FULL += [(1, 60, vocab) for vocab in (32768, 65536, 262144)]
 
 
-def walk_one(tokens: list[int], parents: list[int], depth: list[int], choice: list[int]) -> tuple[list[int], int]:
-    """Follow the choices down from the root of a single tree."""
-    accepted, path = {0}, [0]
-    for node in range(1, len(tokens)):
-        if parents[node] in accepted and tokens[node] == choice[parents[node]]:
-            accepted.add(node)
-            path = max(path, [node], key=lambda p: depth[p[-1]])
-    return path, choice[path[-1]]
-
-
-def cases(device: str = "cpu") -> Iterator[Case]:
-    shapes = [(1, nodes, vocab, t) for vocab, nodes in SHAPES for t in (torch.float32, torch.bfloat16)]
-    if device == "cuda":
-        shapes = [(1, 60, 128256, torch.bfloat16), (8, 64, 128256, torch.bfloat16)]
-    for batch, nodes, vocab, dtype in shapes:
+def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
+    shapes = FULL if size == "full" else [(1, nodes, vocab) for vocab, nodes in SHAPES[size]]
+    for batch, nodes, vocab in shapes:
         tree = moved(trees(batch, nodes), device)
-        logits = torch.randn(batch, nodes, vocab, device=device).to(dtype)
-        yield of_logits(logits, tree, Sampling.of(batch, device=device))
-        yield of_logits(logits, tree, Sampling.of(batch, 0, 1.0, device=device))
-        if device == "cuda":
-            # a model's rows have a few likely tokens, and most of the others need no noise
-            yield of_logits(logits * 3, tree, Sampling.of(batch, 0, 1.0, device=device), "normal random, deviation 3")
-            yield of_logits(logits, tree, Sampling.of(batch, 0, 1.0, 0, 0.9, device=device))
+        drawn = torch.randn(batch, nodes, vocab, device=device)
+        for dtype in DTYPES[size]:
+            logits = drawn.to(dtype)
+            yield of_logits(logits, tree, Sampling.of(batch, device=device))
+            yield of_logits(logits, tree, Sampling.of(batch, 0, 1.0, device=device))
+            if (batch, nodes, vocab) in FULL[:2] and size == "full":
+                warm = Sampling.of(batch, 0, 1.0, device=device)
+                # a model's rows have a few likely tokens, and most of the others need no noise
+                yield of_logits(logits * 3, tree, warm, "normal random, deviation 3")
+                yield of_logits(logits, tree, Sampling.of(batch, 0, 1.0, 0, 0.9, device=device))
 
 
 def of_logits(logits: torch.Tensor, tree: DraftTree, sampling: Sampling, data: str = "normal random") -> Case:
     (batch, nodes, vocab), device = logits.shape, logits.device.type
     positions = torch.zeros(batch, dtype=torch.int64, device=device)
     args = logits, tree, positions, sampling
-    peers = {"beagle": lambda: verify_tree(*args)}
+    peers: dict = {"beagle": lambda: verify_tree(*args)}
+    hosts = [eagle2_tree.from_parents(tree.tokens[row], tree.parents[row].tolist()) for row in range(batch)]
+
+    def law() -> torch.Tensor:
+        return logits.float().softmax(-1)
+
+    def by_sglang(sampled: bool):
+        found = or_reason(sglang.why_not(device), lambda: sglang.verify(tree, sampled))
+        return found if isinstance(found, str) else lambda: found(logits)
+
+    def check_peer(name: str) -> None:
+        if mode != "greedy" or name not in ("EAGLE-2 on the host", "SGLang"):
+            return
+        found = peers[name]()
+        counts = found.tolist() if isinstance(found, torch.Tensor) else [accepted for accepted, _ in found]
+        assert counts == verify_tree(*args).num_accepted.tolist(), f"{name} accepts {counts}"
+
     if not sampling.temperature.any():
         mode = "greedy"
-        peers |= {"argmax + walk": lambda: walk(tree, logits.argmax(-1)), "amax": lambda: logits.amax(-1)}
+        peers["EAGLE-2 on the host"] = lambda: [
+            eagle2_tree.greedy(*row) for row in zip(hosts, logits.argmax(-1))
+        ]
+        peers |= {"SGLang": by_sglang(False), "amax": lambda: logits.amax(-1)}
     elif (sampling.top_p == 1).all():
         mode = "sampled"
-        draw = lambda: torch.multinomial(logits.float().softmax(-1).flatten(0, 1), 1).view(batch, nodes)  # noqa: E731
-        peers |= {"softmax + multinomial + walk": lambda: walk(tree, draw())}
+        draw = lambda: torch.multinomial(law().flatten(0, 1), 1).view(batch, nodes)  # noqa: E731
+        peers["multinomial + EAGLE-2 on the host"] = lambda: [eagle2_tree.greedy(*row) for row in zip(hosts, draw())]
+        peers["EAGLE-2 on the host, rejection"] = lambda: [eagle2_tree.sampled(*row) for row in zip(hosts, law())]
+        peers["SGLang"] = by_sglang(True)
     else:
         mode, p = "top-p", sampling.top_p[0].item()
-        peers |= {"top-p + multinomial + walk": lambda: walk(tree, top_p(logits.flatten(0, 1), p).view(batch, nodes))}
-    name = f"verify_tree {mode} {batch} x {nodes} x {vocab} {str(logits.dtype)[6:]}"
-    work = {"byte": float(logits.numel() * logits.element_size())}
+        nucleus = lambda: top_p(logits.flatten(0, 1), p).view(batch, nodes)  # noqa: E731
+        peers["top-p + EAGLE-2 on the host"] = lambda: [eagle2_tree.greedy(*row) for row in zip(hosts, nucleus())]
+    dtype = str(logits.dtype)[6:]
     return Case(
-        name, peers, lambda: same_as_truth(verify_tree, *args), bounds=("amax",), rounds=15 if mode == "greedy" else 5,
-        device=device, work=work, data=data,
+        f"verify_tree {mode} {batch} x {nodes} x {vocab} {dtype}", peers, lambda: same_as_truth(verify_tree, *args),
+        bounds=("amax",), rounds=15 if mode == "greedy" else 5, device=device, data=data,
+        work={"byte": float(logits.numel() * logits.element_size())}, check_peer=check_peer,
+        series=f"verify_tree {mode}" if data == "normal random" else "",
+        at={"batch": batch, "nodes": nodes, "vocabulary": vocab, "type": dtype},
     )  # fmt: skip
 
 

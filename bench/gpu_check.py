@@ -1,13 +1,15 @@
-"""Build for the GPU at hand, run the tests that need one and every op's benchmark, and write one JSON.
+"""Build for the GPU at hand, run the tests that need one, tune the tiles, measure everything, and write one JSON.
 
-Run it as `bench/gpu_check.sh [OUT [PART ...]]`; parts: build, tests, bench, or a single one as bench:verify_tree. A
-step that fails or takes too long is recorded and the next one runs. OUT is written after every step; a run into the
-same OUT at the same commit (BEAGLE_COMMIT, or git's) repeats no test or benchmark that is there and passed.
+Run it as `bench/gpu_check.sh [OUT [PART ...]]`; parts: build, tests, tune, bench, round, speed, or a single one as
+bench:verify_tree. A step that fails or takes too long is recorded and the next one runs; none begins when the time is
+up. OUT is written after every step; a run into the same OUT at the same commit (BEAGLE_COMMIT, or git's) repeats no
+step that is there and passed, so calling it again goes on. --dry-run walks every step on the CPU at a tiny size.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,8 +26,13 @@ import torch
 from bench.__main__ import FILES
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = {"build": 300, "tests": 240, "bench": 150}
+SECONDS = {"build": 240, "tests": 150, "tune": 240, "bench": 150, "round": 180, "speed": 120}
 """A step's time limit."""
+OPS = tuple(name for name in FILES if name != "round")
+ALL = 530
+"""Seconds after which no step goes on, unless told otherwise: a run ends within nine minutes."""
+LEAST = 15
+"""A step that has fewer seconds left does not begin."""
 TAIL = 3000
 
 
@@ -47,7 +55,7 @@ def environment() -> dict:
     found = {"commit": commit(), "python": sys.version.split()[0], "torch": torch.__version__, "gpu": None}
     for package in ("triton", "transformers"):
         try:
-            found[package] = __import__(package).__version__
+            found[package] = importlib.import_module(package).__version__
         except ImportError:
             found[package] = None
     found["nvcc"] = command_output(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc", "-V")
@@ -64,7 +72,7 @@ def native_arch() -> str:
     return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
 
 
-def run(command: list[str], seconds: int, **variables: str) -> dict:
+def run(command: list[str], seconds: float, **variables: str) -> dict:
     """One step in a process of its own: its status, and the end of its output where it did not pass."""
     start = time.monotonic()
     # to a file: a worker that outlives the command would keep a pipe open
@@ -78,40 +86,91 @@ def run(command: list[str], seconds: int, **variables: str) -> dict:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             process.wait()
-            status = f"stopped after {seconds} s"
+            status = f"stopped after {seconds:.0f} s"
         log.seek(0)
         said = {} if status == "passed" else {"output": log.read()[-TAIL:]}
     return {"status": status, "seconds": round(time.monotonic() - start, 1), **said}
 
 
-def build() -> dict:
-    """The extension, in place, for this GPU alone."""
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return run(command, SECONDS["build"], BEAGLE_CUDA="1", BEAGLE_CUDA_ARCHS=native_arch())
+class Steps:
+    """Each part's step, on a GPU or, dry, at a tiny size on the CPU."""
+
+    def __init__(self, dry: bool, record: dict):
+        self.dry, self.record = dry, record
+        self.device = ["--device", "cpu" if dry else "cuda"]
+        self.limits: dict[str, float] = {}
+
+    def build(self, name: str, seconds: float) -> dict:
+        """The extension, in place, for this GPU alone."""
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        if self.dry:
+            return run(command, seconds, BEAGLE_CUDA="0")
+        return run(command, seconds, BEAGLE_CUDA="1", BEAGLE_CUDA_ARCHS=native_arch())
+
+    def tests(self, file: str, seconds: float) -> dict:
+        """The tests of one file that need a GPU, counted; dry, they are only collected."""
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.xml"
+            command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", file]
+            done = run([*command, "--collect-only"] if self.dry else command, seconds)
+            if report.exists() and not self.dry:
+                counts = next(ElementTree.parse(report).getroot().iter("testsuite")).attrib
+                done |= {name: int(counts[name]) for name in ("tests", "failures", "errors", "skipped")}
+        if self.dry and done["status"] == "failed with 5":  # a file that skips itself without a GPU
+            done = {"status": "passed", "seconds": done["seconds"]}
+        if not self.dry and done["status"] == "passed" and done.get("tests", 0) == done.get("skipped", 0):
+            done["status"] = "failed: nothing ran"
+        return done
+
+    def tune(self, name: str, seconds: float) -> dict:
+        """The fastest tiles and what they gain over the shipped ones; `bench` measures with them."""
+        done, configs = self._with_json([sys.executable, "-m", "bench.tuning", *self.device], seconds)
+        return done | {"configs": configs}
+
+    def bench(self, name: str, seconds: float) -> dict:
+        """One op's rows, each with its share of the machine's limits."""
+        if not self.limits and not self.dry:
+            self.limits = measured_limits()
+        configs = self.record["steps"].get("tune", {}).get("configs") or []
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as tuned:
+            json.dump(configs, tuned)
+            tuned.flush()
+            command = [sys.executable, "-m", "bench", name, *self.device, *(["--tuned", tuned.name] if configs else [])]
+            done, rows = self._with_json([*command, *(["--size", "tiny"] if self.dry else [])], seconds, "--json")
+        return done | {"limits": self.limits, "tuned": bool(configs),
+                       "rows": [with_shares(row, self.limits) for row in rows]}  # fmt: skip
+
+    def round(self, name: str, seconds: float) -> dict:
+        """Whole rounds of an 8B-shaped target, acceptance replayed."""
+        return self.bench("round", seconds)
+
+    def speed(self, name: str, seconds: float) -> dict:
+        """Whole answers of the bundled draft, where its target and the prompts are."""
+        if why := why_no_answers():
+            return {"status": "skipped", "why": why}
+        little = ["--count", "1", "--max-new-tokens", "4"] if self.dry else ["--count", "4", "--dtype", "bfloat16"]
+        done, found = self._with_json([sys.executable, "-m", "bench.speed", *little], seconds, "--out")
+        return done | {"found": found}
+
+    def _with_json(self, command: list[str], seconds: float, option: str = "") -> tuple[dict, list]:
+        """A step whose command writes a JSON, to the file that `option` names or as an argument."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "found.json"
+            done = run([*command, *([option] if option else []), str(file)], seconds)
+            return done, json.loads(file.read_text()) if file.exists() and file.stat().st_size else []
 
 
-def tests(file: str) -> dict:
-    """The tests of one file that need a GPU, counted."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        done = run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", file], SECONDS["tests"])
-        if report.exists():
-            suites = ElementTree.parse(report).getroot().iter("testsuite")
-            counts = next(suites).attrib
-            done |= {name: int(counts[name]) for name in ("tests", "failures", "errors", "skipped")}
-    if done["status"] == "passed" and done.get("tests", 0) == done.get("skipped", 0):
-        done["status"] = "failed: nothing ran"
-    return done
+def why_no_answers() -> str | None:
+    """What bench.speed lacks here, None where nothing: it needs SmolLM2 and prompts, and no network is asked."""
+    from beagle_sd.evaluation_sets import evaluation_prompts
+    from beagle_sd.smollm2 import converted
 
-
-def bench(name: str, limits: dict) -> dict:
-    """One op's rows, each with its share of the machine's limits."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "bench", name, "--device", "cuda", "--json", str(file)]
-        done = run(command, SECONDS["bench"])
-        rows = json.loads(file.read_text()) if file.exists() and file.stat().st_size else []
-    return done | {"limits": limits, "rows": [with_shares(row, limits) for row in rows]}
+    try:
+        converted()
+        evaluation_prompts("mt-bench", download=False)
+    except (FileNotFoundError, ImportError) as error:
+        return str(error)
+    return None
 
 
 def with_shares(row: dict, limits: dict) -> dict:
@@ -131,48 +190,50 @@ def steps(parts: list[str]) -> list[str]:
     found = []
     for part in parts:
         kind, _, name = part.partition(":")
-        several = {"build": [""], "tests": gpu_tests(), "bench": FILES}[kind]
+        several = {"tests": gpu_tests(), "bench": OPS}.get(kind, [""])
         found += [f"{kind}:{one}".rstrip(":") for one in ([name] if name else several)]
     return found
 
 
 def main(arguments: list[str]) -> int:
-    """Run the parts; the exit status is 0 unless a step failed, and without a GPU."""
-    allowed = ["build", "tests", "bench", *(f"tests:{file}" for file in gpu_tests()), *(f"bench:{b}" for b in FILES)]
+    """Run the parts; the exit status is 0 unless a step failed or found no time, and without a GPU."""
+    allowed = [*SECONDS, *(f"tests:{file}" for file in gpu_tests()), *(f"bench:{name}" for name in OPS)]
     parser = argparse.ArgumentParser(prog="bench/gpu_check.sh", description=__doc__)
     parser.add_argument("out", nargs="?", type=Path, default=Path("bench/results/gpu.json"))
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(allowed))
-    options = parser.parse_args(arguments)
+    parser.add_argument("--seconds", type=float, default=ALL, help=f"for the whole run (default {ALL})")
+    parser.add_argument("--dry-run", action="store_true", help="every step, on the CPU, at a tiny size")
+    options = parser.parse_intermixed_args(arguments)
     for part in options.parts:
         if part not in allowed:
             parser.error(f"part {part!r}; allowed: {', '.join(allowed)}")
-    out, now = options.out, environment()
+    out, now, ends = options.out, environment() | {"dry_run": options.dry_run}, time.monotonic() + options.seconds
     before = json.loads(out.read_text()) if out.exists() else {}
-    at = now["commit"]
-    known = at and not at.endswith("-dirty") and before.get("environment", {}).get("commit") == at
+    at, then = now["commit"], before.get("environment", {})
+    known = at and not at.endswith("-dirty") and then.get("commit") == at and then.get("dry_run") == options.dry_run
     record = {"environment": now, "steps": before.get("steps", {}) if known else {}}
     out.parent.mkdir(parents=True, exist_ok=True)
-    wanted, limits = steps(options.parts or ["build", "tests", "bench"]), {}
+    wanted, make = steps(options.parts or list(SECONDS)), Steps(options.dry_run, record)
     for step in wanted:
         kind, _, name = step.partition(":")
         if kind != "build" and record["steps"].get(step, {}).get("status") == "passed":
             continue
-        if now["gpu"] is None:
+        if now["gpu"] is None and not options.dry_run:
             done = {"status": "skipped", "why": "torch finds no CUDA device"}
-        elif kind == "bench":
-            limits = limits or measured_limits()
-            done = bench(name, limits)
+        elif (left := ends - time.monotonic()) < LEAST:
+            done = {"status": f"not begun: the {options.seconds:.0f} s were over; run it again to go on"}
         else:
-            done = build() if kind == "build" else tests(name)
+            begin: Callable[[str, float], dict] = getattr(make, kind)
+            done = begin(name, min(SECONDS[kind], left))
         record["steps"][step] = done
-        print(f"{step}: {done['status']}", flush=True)
+        print(f"{step}: {done['status']}, {done.get('seconds', 0):.0f} s {done.get('why', '')}", flush=True)
         partial = out.with_suffix(".partial")
         partial.write_text(json.dumps(record, indent=1) + "\n")
         partial.replace(out)
-    if now["gpu"] is None:
+    if now["gpu"] is None and not options.dry_run:
         print(f"no GPU: {out} holds no numbers")
         return 0
-    return int(any(record["steps"][step]["status"] != "passed" for step in wanted))
+    return int(any(record["steps"][step]["status"] not in ("passed", "skipped") for step in wanted))
 
 
 def measured_limits() -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,9 +12,12 @@ from beagle_sd.answers import encode_chat
 from beagle_sd.evaluation_sets import evaluation_prompts
 
 
-def encoded_prompts(name: str, tokenizer, count: int) -> list[list[int]]:
-    """The first turns of `count` prompts, spread over the whole set, as the chat template's ids."""
-    prompts = evaluation_prompts(name)
+def encoded_prompts(name: str, tokenizer, count: int, folder: Path | None = None) -> list[list[int]]:
+    """The first turns of `count` prompts, spread over the whole set, as the chat template's ids.
+
+    folder: where the set's file is; default the user's cache, into which it is downloaded.
+    """
+    prompts = evaluation_prompts(name, folder, download=folder is None)
     spread = [prompts[number * len(prompts) // count] for number in range(min(count, len(prompts)))]
     return [encode_chat(tokenizer, [{"role": "user", "content": prompt["turns"][0]}]) for prompt in spread]
 

@@ -2,19 +2,25 @@
 that hold the numbers: python -m bench.report
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`; `--check` changes nothing and fails where one is stale.
+`--plots` draws the figures too; `--configs FILE` prints instead the tiles that a GPU's run found, as the lines of
+beagle_kernels/triton/configs.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from bench.paper.tables import TABLES as REPRODUCTION
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 BUNDLED = ROOT / "python" / "beagle_sd" / "bundled" / "smollm2-135m"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", BUNDLED / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "paper.md", BUNDLED / "README.md")
 
 
 def acceptance() -> str:
@@ -36,16 +42,25 @@ def _tokens(row: dict | None) -> str:
 
 def speed() -> str:
     """Seconds of whole answers on the CPU, every contender over target.generate in the same dtype."""
-    lines = ["| dtype | contender | ms a token | tokens a round | x `target.generate`, median (20%, 80%) |",
-             "|---|---|---|---|---|"]
+    lines = ["| prompts | dtype | contender | ms a token | tokens a round | x `target.generate`, median (20%, 80%) | "
+             "95% lower bound |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for measured, row in speed_rows():
+        tokens = "" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.2f}"
+        bound = "" if row["bound"] is None else f"{row['bound']:.2f}"
+        lines.append(f"| {row['prompts']} | {measured['dtype']} | {row['contender']} | {row['ms_per_token']:.1f} | "
+                     f"{tokens} | {row['median']:.2f} ({row['low']:.2f}, {row['high']:.2f}) | {bound} |")
+    return "\n".join(lines)
+
+
+def speed_rows() -> Iterator[tuple[dict, dict]]:
+    """(run, row) of every contender in the CPU's files."""
     for path in sorted(RESULTS.glob("cpu-speed*.json")):
         measured = json.loads(path.read_text(encoding="utf-8"))
         for row in measured["rows"]:
-            low, middle, high = row["speedup_20_50_80"]
-            tokens = "" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.2f}"
-            lines.append(f"| {measured['dtype']} | {row['contender']} | {row['ms_per_token']:.1f} | {tokens} | "
-                         f"{middle:.2f} ({low:.2f}, {high:.2f}) |")
-    return "\n".join(lines)
+            if "speedup_20_50_80" in row:  # as bench.speed wrote it at first
+                low, middle, high = row["speedup_20_50_80"]
+                row |= {"prompts": measured["prompts"], "low": low, "median": middle, "high": high, "bound": None}
+            yield measured, row
 
 
 def lossless() -> str:
@@ -60,22 +75,120 @@ def lossless() -> str:
 def ops() -> str:
     """Every op on the CPU beside its fastest peer: medians, and how many times ours is faster."""
     lines = ["| op and shape | ours, µs | fastest peer | its µs | ratio | bound, µs |", "|---|---|---|---|---|---|"]
-    groups: dict[str, list[dict]] = {}
-    for row in json.loads((RESULTS / "cpu-ops.json").read_text(encoding="utf-8")):
-        groups.setdefault(row["group"], []).append(row)
-    for group, rows in groups.items():
+    for group, rows in grouped(json.loads((RESULTS / "cpu-ops.json").read_text(encoding="utf-8"))).items():
         if any("error" in row for row in rows):
             lines.append(f"| {group} | refused |  |  |  |  |")
             continue
-        peers = {row["peer"]: row["p50"] * 1e6 for row in rows if not row.get("bound")}
-        bound = "".join(f"{row['peer']} {row['p50'] * 1e6:,.0f}" for row in rows if row.get("bound"))
-        ours = peers.pop("beagle")
-        peer, time = min(peers.items(), key=lambda item: item[1])
-        lines.append(f"| {group} | {ours:,.0f} | {peer} | {time:,.0f} | {time / ours:.2f}x | {bound} |")
+        ours, peer, time = against_fastest(rows)
+        bound = ", ".join(f"{row['peer']} {row['p50'] * 1e6:,.0f}" for row in rows if row.get("bound"))
+        lines.append(f"| {group} | {ours * 1e6:,.0f} | {peer} | {time * 1e6:,.0f} | {time / ours:.2f}x | {bound} |")
     return "\n".join(lines)
 
 
-TABLES = {"acceptance": acceptance, "speed": speed, "lossless": lossless, "ops": ops}
+def grouped(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows by group, without those that have neither a number nor an error."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        if "p50" in row or "error" in row:
+            groups.setdefault(row["group"], []).append(row)
+    return groups
+
+
+def against_fastest(rows: list[dict]) -> tuple[float, str, float]:
+    """(seconds of ours, the fastest peer, its seconds) of one group, of its bounds where it has no other peer;
+    ValueError where it has neither."""
+    ours = next(row["p50"] for row in rows if row["peer"] == "beagle")
+    others = [row for row in rows if row["peer"] != "beagle"]
+    if not others:
+        raise ValueError(f"{rows[0]['group']} has no peer with a number; allowed: one or more")
+    peers = {row["peer"]: row["p50"] for row in [row for row in others if not row.get("bound")] or others}
+    peer, time = min(peers.items(), key=lambda item: item[1])
+    return ours, peer, time
+
+
+def gpu_rows() -> list[dict]:
+    """All rows of the GPU's run; none without one."""
+    path = RESULTS / "gpu.json"
+    if not path.exists():
+        return []
+    steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
+    return [row for name, step in steps.items() if name.startswith("bench") for row in step.get("rows", [])]
+
+
+def gpu() -> str:
+    """Every op on the GPU beside its fastest peer, with its share of the limits measured in the same run."""
+    head = ["| op and shape | ours, µs | share of copy | share of matmul | fastest peer | ratio | bound, µs |",
+            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = []
+    for group, rows in grouped(gpu_rows()).items():
+        if any("error" in row for row in rows):
+            lines.append(f"| {group} | refused |  |  |  |  |  |")
+            continue
+        ours, peer, time = against_fastest(rows)
+        own = next(row for row in rows if row["peer"] == "beagle")
+        shares = [f"{own[name]:.0%}" if name in own else "" for name in ("share of copy", "share of matmul")]
+        bound = ", ".join(f"{row['peer']} {row['p50'] * 1e6:,.0f}" for row in rows if row.get("bound"))
+        cells = (group, f"{ours * 1e6:,.1f}", *shares, peer, f"{time / ours:.2f}x", bound)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*head, *(lines or ["| every op | not measured |  |  |  |  |  |"])])
+
+
+PAPER = {
+    # target -> method -> tokens a second, speedup, tokens a round, peak GB (arXiv 2505.24544, table 1, MT-Bench)
+    "Vicuna-7B": {"plain": (35.2, 1.0, 1.0, 13.7), "Medusa": (71.2, 2.0, 2.1, 15.0), "EAGLE-2": (103.4, 2.9, 4.0, 14.5),
+                  "Beagle": (104.6, 3.0, 4.1, 13.5)},
+    "LLaMA-2-7B": {"EAGLE-2": (104.9, 3.0, 4.0, 15.5), "Beagle": (106.2, 3.0, 4.1, 13.5)},
+    "LLaMA-3-8B": {"EAGLE-2": (80.2, 2.5, 3.6, 17.8), "Beagle": (79.2, 2.5, 3.5, 15.7)},
+}  # fmt: skip
+
+
+def paper() -> str:
+    """The paper's table 1 on MT-Bench, beside whole answers on the CPU and whole rounds on a GPU."""
+    lines = ["| where | target | method | tokens/s | speedup | tokens a round | peak GB |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for target, methods in PAPER.items():
+        lines += [f"| the paper, A6000 Ada | {target} | {method} | " + " | ".join(f"{x:.1f}" for x in numbers) + " |"
+                  for method, numbers in methods.items()]  # fmt: skip
+    for measured, row in speed_rows():
+        tokens = "" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.1f}"
+        cells = (f"{measured['threads']} CPU threads, {row['prompts']}", f"{measured['target']} {measured['dtype']}",
+                 row["contender"], f"{1e3 / row['ms_per_token']:.1f}", f"{row['median']:.2f}", tokens, "not measured")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, *_rounds()])
+
+
+def _rounds() -> list[str]:
+    """Rows of the paper's table for whole rounds on a GPU: speedup over target.generate."""
+    path, lines = RESULTS / "gpu.json", []
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"steps": {}}
+    for group, rows in grouped(record["steps"].get("round", {}).get("rows", [])).items():
+        if any("error" in row for row in rows):
+            lines.append(f"| {record['environment']['gpu']} | {group} | refused |  |  |  |  |")
+            continue
+        base = next(row["p50"] for row in rows if row["peer"] == "target.generate")
+        for row in rows:
+            name = f"{row['peer']}{', replayed acceptance' if row['acceptance'] == 'replayed' else ''}"
+            peak = f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else "not measured"
+            cells = (record["environment"]["gpu"], f"{row['at']['model']}, batch {row['at']['batch']}", name,
+                     f"{row['token/s']:.1f}", f"{base / row['p50']:.2f}", f"{row['tokens_per_round']:.1f}", peak)
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines or ["| a GPU | 8B-shaped random bfloat16 | Beagle, replayed acceptance | not measured |  |  |  |"]
+
+
+def configs(entries: list[dict]) -> str:
+    """The tiles found, as TABLE's lines, each with what it gained."""
+    lines, kernels = [], sorted({(entry["kernel"], entry["arch"]) for entry in entries})
+    for kernel, arch in kernels:
+        own = [entry for entry in entries if (entry["kernel"], entry["arch"]) == (kernel, arch)]
+        gains = ", ".join(f"{entry['head_size']}: {entry['shipped_ms'] / entry['tuned_ms']:.2f}x" for entry in own)
+        sizes = ", ".join(f"{entry['head_size']}: Config({', '.join(map(str, entry['config']))})"
+                          for entry in sorted(own, key=lambda entry: entry["head_size"]))  # fmt: skip
+        lines.append(f'"{kernel}": {arch}: {{{sizes}}},  # {own[0]["timed"]} faster by {gains}')
+    return "\n".join(lines)
+
+
+TABLES = {"acceptance": acceptance, "speed": speed, "lossless": lossless, "ops": ops, "gpu": gpu, "paper": paper,
+          **REPRODUCTION}  # fmt: skip
 
 
 def filled(page: str) -> str:
@@ -90,15 +203,28 @@ def filled(page: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """1 if --check finds a stale table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--plots", action="store_true")
+    parser.add_argument("--configs", type=Path, metavar="FILE", help="of bench.tuning, or of bench/gpu_check.sh")
+    options = parser.parse_args(arguments)
+    if options.configs:
+        found = json.loads(options.configs.read_text(encoding="utf-8"))
+        print(configs(found if isinstance(found, list) else found["steps"]["tune"]["configs"]))
+        return 0
+    if options.plots:
+        from bench import plots
+
+        print(*(f"drawn: {path.relative_to(ROOT)}" for path in plots.main()), sep="\n")
     stale = []
     for path in PAGES:
         page = path.read_text(encoding="utf-8")
         if (new := filled(page)) != page:
             stale.append(str(path.relative_to(ROOT)))
-            if "--check" not in arguments:
+            if not options.check:
                 path.write_text(new, encoding="utf-8")
-    print("\n".join(f"{'stale' if '--check' in arguments else 'written'}: {name}" for name in stale) or "up to date")
-    return int(bool(stale) and "--check" in arguments)
+    print("\n".join(f"{'stale' if options.check else 'written'}: {name}" for name in stale) or "up to date")
+    return int(bool(stale) and options.check)
 
 
 if __name__ == "__main__":

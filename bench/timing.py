@@ -49,14 +49,23 @@ def event_times(run: Callable, inputs: Sequence[tuple], seconds: float = 0.5) ->
     return timed_calls(int(min(100, max(10, seconds / max(once, 1e-6)))))
 
 
-def host_times(runs: dict[str, Callable], rounds: int) -> dict[str, torch.Tensor]:
-    """Seconds on the host's clock of each run, taken in turns, so that what else the machine does hits all alike."""
+def host_times(
+    runs: dict[str, Callable], rounds: int, inputs: Sequence[tuple] = ((),), device: str = "cpu", own: bool = False
+) -> dict[str, torch.Tensor]:
+    """Seconds on the host's clock of each run, taken in turns, so that what else the machine does hits all alike.
+
+    own: each run returns its seconds itself.
+    """
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + WARM_UP - 1):
+    for i in range(rounds + WARM_UP - 1 if not own else rounds):
         for name, run in runs.items():
             start = time.perf_counter()
-            run()
-            if i >= WARM_UP - 1:
+            found = run(*inputs[i % len(inputs)])
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if own:
+                taken[name].append(found)
+            elif i >= WARM_UP - 1:
                 taken[name].append(time.perf_counter() - start)
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in taken.items()}
 

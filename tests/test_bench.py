@@ -1,23 +1,20 @@
-"""The benchmarks' own machinery: no number without a right result, and a GPU check that says what it did not do."""
+"""The benchmarks' own machinery: no number without a right result, peers that do what they say, replayed rounds that
+accept what was replayed."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
+import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from beagle_kernels import Sampling, choose_tokens
-from bench import __main__ as command
-from bench import gpu_check
+import beagle_kernels
+from beagle_kernels import DraftTree, Sampling, choose_tokens
+from bench import bench_block_attention, bench_distill_loss, bench_round, bench_tree_attention, gpu_check
 from bench.bench_verify_tree import of_logits, trees
-from bench.registry import Case, same_as_truth
-
-ROOT = Path(__file__).resolve().parent.parent
+from bench.peers import eagle2_tree, sglang, table
+from bench.registry import Case, drive, measured, same_as_truth
 
 
 def a_case(wrong_by: int) -> Case:
@@ -39,7 +36,7 @@ def test_a_wrong_result_gets_no_number():
     with pytest.raises(AssertionError, match="op is wrong"):
         case.run()
     assert case.times == {} and case.rows() == []
-    rows = command.measured(case)
+    rows = measured(case)
     assert len(rows) == 1 and "op is wrong" in rows[0]["error"] and not {"p50", "byte/s"} & rows[0].keys()
 
 
@@ -54,7 +51,7 @@ def test_an_error_after_good_numbers_takes_them_back():
 
 
 def test_rows_and_shares():
-    (row,) = command.measured(a_case(wrong_by=0))
+    (row,) = measured(a_case(wrong_by=0))
     assert 0 < row["p20"] <= row["p50"] <= row["p80"] and row["byte/s"] == 1 / row["p50"]
     assert row["group"] == "planted" and row["data"] == "normal random" and row["torch"] == torch.__version__
     shares = gpu_check.with_shares(row, {"byte/s": 2 * row["byte/s"], "flop/s": 1.0})
@@ -71,52 +68,170 @@ def test_a_batch_of_trees(sampling):
     assert len(case.rows()) == len(case.peers) >= 2 and case.rows()[0]["byte"] == 4 * 3 * 9 * 200
 
 
-def test_gpu_check_without_a_gpu(tmp_path):
-    out = tmp_path / "folder" / "gpu.json"
-    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "BEAGLE_COMMIT": "abc"}
-    done = subprocess.run(
-        [ROOT / "bench" / "gpu_check.sh", out], env=hidden, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "no GPU" in done.stdout
-    record = json.loads(out.read_text())
-    assert record["environment"]["gpu"] is None and record["environment"]["commit"] == "abc"
-    assert {"build", "tests:tests/test_extension_gpu.py", "bench:verify_tree"} <= record["steps"].keys()
-    for step in record["steps"].values():
-        assert step == {"status": "skipped", "why": "torch finds no CUDA device"}
 
 
-@pytest.fixture
-def with_gpu(monkeypatch):
-    """gpu_check as if there were a GPU, with steps that only note that they ran."""
-    ran = []
+class NoBenchmark:
+    """Stands in for pytest-benchmark's fixture where nothing may be timed."""
 
-    def step(name):
-        ran.append(name)
-        return {"status": "failed with 1" if name == "choose_tokens" else "passed"}
-
-    monkeypatch.setattr(gpu_check, "environment", lambda: {"gpu": "a test's", "commit": "abc"})
-    monkeypatch.setattr(gpu_check, "build", lambda: step("build"))
-    monkeypatch.setattr(gpu_check, "tests", step)
-    monkeypatch.setattr(gpu_check, "bench", lambda name, limits: step(name))
-    monkeypatch.setattr(gpu_check, "measured_limits", lambda: {"byte/s": 1.0})
-    return ran
+    def __call__(self, run):
+        pytest.fail("a wrong result was timed")
 
 
-def test_gpu_check_goes_on_and_resumes(tmp_path, with_gpu):
-    out = tmp_path / "gpu.json"
-    assert gpu_check.main([str(out), "build", "bench"]) == 1
-    assert with_gpu == ["build", *command.FILES]
-    with_gpu.clear()
-    assert gpu_check.main([str(out), "bench:choose_tokens", "bench:verify_tree"]) == 1
-    assert with_gpu == ["choose_tokens"]
-    assert len(json.loads(out.read_text())["steps"]) == 1 + len(command.FILES)
-    with pytest.raises(SystemExit):
-        gpu_check.main([str(out), "bench:nothing"])
+def one_wrong_bit(q, k, v, lengths, mask):
+    """tree_attention, the last node of the first row seeing a node that is not its ancestor, or not seeing one."""
+    mask = mask.clone()
+    mask[0, -1, 0] ^= 2
+    return beagle_kernels.tree_attention(q, k, v, lengths, mask)
 
 
-def test_gpu_check_stops_a_step_that_hangs():
-    done = gpu_check.run([sys.executable, "-c", "import time; print('before', flush=True); time.sleep(60)"], 1)
-    assert done["status"] == "stopped after 1 s" and "before" in done["output"] and done["seconds"] < 30
-    assert gpu_check.run([sys.executable, "-c", "raise SystemExit(3)"], 60)["status"] == "failed with 3"
-    assert "output" not in gpu_check.run([sys.executable, "-c", ""], 60)
+def one_dropped_slot(q, k, v, lengths, mask):
+    """tree_attention without the last key of the prefix."""
+    last = int(lengths[0]) - 1
+    keys, values = (torch.cat([x[:, :, :last], x[:, :, last + 1 :]], 2) for x in (k, v))
+    return beagle_kernels.tree_attention(q, keys, values, lengths - 1, mask)
+
+
+def one_dropped_key(q, k, v, window, offset):
+    """block_attention, one row without the last of its keys."""
+    out, lse = beagle_kernels.block_attention(q, k, v, window, offset)
+    end = bench_block_attention.visible_keys(len(q), window, offset, None)[1]
+    row = len(q) - 1
+    out = out.clone()
+    out[row] = bench_block_attention.dense_rows(q, k, v, end - 1, row, row + 1)[0]
+    return out, lse
+
+
+def wrong_gradient(q, k, v, window, offset):
+    """block_attention with the right output and a gradient to k that is off by 1%."""
+    out, lse = beagle_kernels.block_attention(q, k * 1.01 - (k * 0.01).detach(), v, window, offset)
+    return out, lse
+
+
+PLANTED = [
+    (bench_tree_attention, "tree_attention", one_wrong_bit),
+    (bench_tree_attention, "tree_attention", one_dropped_slot),
+    (bench_block_attention, "block_attention", one_dropped_key),
+    (bench_block_attention, "block_attention", wrong_gradient),
+]
+
+
+@pytest.mark.parametrize("module, op, wrong", PLANTED, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_an_attention_with_one_error_gets_no_number(monkeypatch, module, op, wrong, size):
+    """Neither from `python -m bench` nor from pytest-benchmark, at the size of the tests and at that of the tables."""
+    case = next(case for case in module.cases(size=size) if wrong is not wrong_gradient or "backward" in case.name)
+    monkeypatch.setattr(module, op, wrong)
+    (row,) = measured(case)
+    assert "is wrong" in row["error"] and "p50" not in row
+    with pytest.raises(AssertionError, match="is wrong"):
+        drive(NoBenchmark(), case, "beagle")
+
+
+def test_a_loss_with_one_error_gets_no_number(monkeypatch):
+    def without_a_token(student, teacher, weight, row_weight):
+        return beagle_kernels.distill_loss(student, teacher, weight[1:], row_weight)
+
+    monkeypatch.setattr(bench_distill_loss, "distill_loss", without_a_token)
+    with pytest.raises(AssertionError):
+        bench_distill_loss.test_distill_loss(NoBenchmark(), "small", (64, 32, 300, torch.float32), "beagle")
+
+
+def off_by_one(op):
+    def wrong(*args, **options):
+        first, *rest = found = op(*args, **options)
+        rest = [rest[0] + 1, *rest[1:]] if options.get("backend") != "reference" else rest
+        return type(found)(first, *rest) if hasattr(found, "_fields") else (first, *rest)
+
+    return wrong
+
+
+def added(op):
+    def wrong(*args, **options):
+        found = op(*args, **options)
+        return (found[0] + 0.1 * (options.get("backend") != "reference"), *found[1:])
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "name, op, wrong",
+    [("choose_tokens", "choose_tokens", off_by_one), ("verify_tree", "verify_tree", off_by_one),
+     ("verify_chain", "verify_chain", off_by_one), ("build_tree", "accept_tree", off_by_one),
+     ("compact_cache", "compact_cache_", lambda op: lambda *args: None),
+     ("extend_attention", "extend_attention", added)],
+)  # fmt: skip
+def test_every_wrong_op_is_refused(monkeypatch, name, op, wrong):
+    module = importlib.import_module(f"bench.bench_{name}")
+    monkeypatch.setattr(module, op, wrong(getattr(beagle_kernels, op)))
+    rows = [row for case in module.cases(size="tiny") for row in measured(case)]
+    assert rows and all("is wrong" in row["error"] or "off by" in row["error"] for row in rows)
+
+
+def test_a_wrong_peer_loses_its_own_number_only(monkeypatch):
+    case = next(bench_tree_attention.cases(size="tiny"))
+    case.rounds, right = 2, case.peers["sdpa folded"]
+    case.peers["sdpa folded"] = lambda *args: right(*args) + 1.0
+    rows = {row["peer"]: row for row in measured(case)}
+    assert "sdpa folded is wrong" in rows["sdpa folded"]["refused"] and "p50" not in rows["sdpa folded"]
+    assert "p50" in rows["beagle"] and "p50" in rows["sdpa mask"]
+
+
+def test_an_absent_peer_says_why():
+    rows = {row["peer"]: row for case in importlib.import_module("bench.bench_verify_chain").cases(size="tiny")
+            for row in measured(case)}  # fmt: skip
+    assert "p50" in rows["FlashInfer"] or rows["FlashInfer"]["skipped"] == "flashinfer is not installed"
+    assert all(why is None or len(why) > 10 for why in table("cpu").values())
+
+
+def test_inputs_go_round():
+    seen = []
+    case = Case("turns", {"beagle": seen.append}, lambda: None, rounds=4, inputs=[(1,), (2,)])
+    case.run()
+    assert seen[:4] == [1, 2, 1, 2] and len(case.times["beagle"]) == 4
+
+
+def test_eagle2_rejection_keeps_the_law():
+    """The token after the root is distributed as the target says, whatever was drafted."""
+    torch.manual_seed(0)
+    tree = eagle2_tree.from_parents(torch.tensor([0, 1, 3, 2]), [-1, 0, 0, 1])
+    law = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    counts = torch.zeros(4)
+    for _ in range(1500):
+        accepted, token = eagle2_tree.sampled(tree, law.expand(4, 4))
+        # which child was accepted is seen only where it is the deepest: the one with a child of its own, or not
+        counts[token if accepted == 0 else 1 if accepted == 2 else -1] += 1
+    assert abs(counts[0] / 1500 - 0.1) < 0.03 and abs(counts[2] / 1500 - 0.2) < 0.04
+
+
+def test_sglang_links():
+    parents = torch.tensor([[-1, 0, 0, 1, 1]], dtype=torch.int32)
+    tree = DraftTree(torch.zeros(1, 5, dtype=torch.int64), parents, parents, parents, parents, 2)
+    index, child, sibling = sglang.links(tree)
+    assert child.tolist() == [[1, 3, -1, -1, -1]] and sibling.tolist() == [[-1, 2, -1, 4, -1]]
+    assert index.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_replayed_acceptance():
+    """Its mean is Table 1's, a round accepts what it says, and afterwards the loop verifies as before."""
+    lengths = bench_round.accepted_lengths(3, 6)
+    assert lengths.shape == (bench_round.REPLAYED, 3) and abs(lengths.double().mean().item() + 1 - 4.1) < 0.05
+    case = next(bench_round.cases(size="tiny"))
+    case.rounds = 1
+    rows = {row["peer"]: row for row in measured(case)}
+    assert rows["beagle"]["acceptance"] == "replayed" and rows["beagle plain"]["acceptance"] == "none"
+    assert 2.0 < rows["beagle"]["tokens_per_round"] <= 4.0 and 0 < rows["beagle"]["share_beside_target"] < 1
+    assert rows["beagle"]["token/s"] > 0 and rows["beagle"]["draft_bytes"] < rows["beagle"]["target_bytes"] * 2
+    tree = trees(2, 9)
+    with bench_round.replayed(torch.tensor([[1, 2], [0, 8]])):
+        users = [module for name, module in sys.modules.items()
+                 if name.startswith("beagle_sd") and hasattr(module, "verify_tree")]  # fmt: skip
+        args = torch.randn(2, 9, 300), tree, torch.zeros(2, dtype=torch.int64), Sampling.of(2)
+        first, second = users[0].verify_tree(*args), users[0].verify_tree(*args)
+    assert first.num_accepted.tolist() == [1, 2]
+    deepest = tree.depth.max(1).values.tolist()
+    assert second.num_accepted.tolist() == [0, min(8, deepest[1])]
+    for row, verdict in ((0, first), (1, first), (1, second)):
+        path = [node for node in verdict.path[row].tolist() if node >= 0]
+        assert path[0] == 0 and len(path) == int(verdict.num_accepted[row]) + 1
+        assert [int(tree.parents[row, node]) for node in path[1:]] == path[:-1]
+    assert users[0].verify_tree is beagle_kernels.verify_tree

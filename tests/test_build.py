@@ -66,3 +66,11 @@ def test_hot_kernels_neither_spill_nor_use_local_memory(name, arch, tmp_path):
     assert result.returncode == 0, result.stderr
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert frames and all(frame == ("0", "0", "0") for frame in frames), result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
+def test_the_cuda_kernels_emulated_on_the_host_give_what_the_host_executor_gives():
+    """The very kernels, with their launches, barriers and shuffles; `make sanitize` also looks for races."""
+    result = run("sh", str(CUDA.parent / "sanitize.sh"), "none")
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from models import small_target
 from tokenizers_for_tests import small_tokenizer
 from typer.testing import CliRunner
 
+from beagle_sd import calibration
 from beagle_sd.cli import app
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Costs go to a folder of the test's own, and take one short pass."""
+    monkeypatch.setenv("BEAGLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibration, "_PASSES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +51,17 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
                   "--simulation-epochs", 2, "--tokens-per-step", 512, "--lr", 1e-3, "--warmup-steps", 2)
     assert "acceptance by depth" in trained and (out / "final" / "model.safetensors").is_file()
     shown = run("generate", "ab", "--target", target, "--draft", out / "final", "--max-new-tokens", 12)
-    assert "Same tokens as plain decoding." in shown and "tokens a round" in shown
-    again = run("prepare", states / "answers.npz", tmp_path / "again", "--target", target)
-    assert "30 of 30 conversations" in again
+    assert "Same tokens as plain decoding." in shown and "speculative, adaptive" in shown
+    assert "calibrations: 1 in" in run("info")
+    again = run("generate", "ab", "--target", target, "--draft", out / "final", "--max-new-tokens", 12, "--calibrate")
+    assert "Same tokens as plain decoding." in again
+    live = run("train", states / "answers.npz", tmp_path / "live", "--target", target, "--draft-vocab", 40,
+               "--block-epochs", 1, "--simulation-epochs", 1, "--tokens-per-step", 512, "--lr", 1e-3)
+    assert trained.splitlines()[0].split(";")[0] == live.splitlines()[0].split(";")[0]
+    assert (tmp_path / "live" / "final" / "model.safetensors").is_file()
+    again = "prepare", states / "answers.npz", tmp_path / "again", "--target", target
+    assert "10 of 10 conversations" in run(*again, "--limit", 10)
+    assert "20 of 30 conversations" in run(*again)
 
 
 @pytest.mark.parametrize("args,message", [
@@ -54,8 +71,12 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
     (("generate", "a", "--num-nodes", "0"), "num_nodes is 0; allowed: 1 to 1024"),
     (("generate", "a", "--dtype", "int3"), "dtype is 'int3'; allowed: auto"),
     (("generate", "a", "--draft", "{nowhere}"), "{nowhere}"),
+    (("generate", "a", "--depth", "2", "--calibrate"), "--calibrate was given with a tree's shape; allowed"),
+    (("bench", "--shape", "4,4"), "the shape is '4,4'; allowed: depth,branch,num_nodes"),
+    (("bench", "--prompts", "mt-bank"), "'mt-bank' is no set of prompts and no file; allowed: mt-bench"),
+    (("bench", "--count", "0"), "count is 0; allowed: 1 or more"),
 ])  # fmt: skip
-def test_wrong_arguments_of_generate(target, tmp_path, args, message):
+def test_wrong_arguments(target, tmp_path, args, message):
     from beagle_sd import BeagleDraft
 
     BeagleDraft.from_target(small_target()).save_pretrained(tmp_path / "draft")
@@ -65,6 +86,26 @@ def test_wrong_arguments_of_generate(target, tmp_path, args, message):
         args += ["--draft", str(tmp_path / "draft")]
     said = run(*args, "--target", target, code=1)
     assert message.format(nowhere=nowhere) in said.replace("\n", ""), said
+
+
+def test_the_comparison_as_a_table_csv_and_plot(target, tmp_path):
+    from beagle_sd import BeagleDraft
+
+    BeagleDraft.from_target(small_target()).save_pretrained(tmp_path / "draft")
+    (tmp_path / "questions.txt").write_text("ab\ncd\n")
+    pytest.importorskip("matplotlib")
+    said = run("bench", "--target", target, "--draft", tmp_path / "draft", "--prompts", tmp_path / "questions.txt",
+               "--count", 1, "--max-new-tokens", 6, "--shape", "2,1,3", "--shape", "3,2,6", "--csv",
+               tmp_path / "rows.csv", "--plot", tmp_path / "rows.png")  # fmt: skip
+    for contender in ("target.generate", "prompt lookup", "beagle, plain", "beagle, chain of 2", "adaptive tree"):
+        assert contender in said and contender in (tmp_path / "rows.csv").read_text()
+    assert "questions.txt, 1 prompts" in said.replace("\n", "") and (tmp_path / "rows.png").stat().st_size > 1000
+
+
+def test_a_plot_without_matplotlib_is_refused_before_measuring(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said = run("bench", "--target", "nowhere/at-all", "--plot", tmp_path / "rows.png", code=1)
+    assert "a plot needs matplotlib" in said and "beagle-kernels[bench]" in said
 
 
 def test_wrong_files(target, tmp_path):

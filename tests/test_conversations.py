@@ -94,7 +94,10 @@ def test_states_are_those_of_each_conversation_alone(tmp_path):
     model, tokenizer = small_target(), small_tokenizer()
     path = write_lines(tmp_path / "chats.jsonl", {"messages": TURNS}, {"messages": TURNS[:2]})
     items = list(read_conversations(path, tokenizer, 2048))
-    for item, sequence in zip(items, states_of(model, items), strict=True):
+    found = {sequence.index: sequence for sequence in states_of(model, items)}
+    assert list(found) == [1, 0], "the shorter one first"
+    for item in items:
+        sequence = found[item.index]
         with torch.no_grad():
             alone = model.model(torch.tensor([item.ids])).last_hidden_state[0, :-1]
         torch.testing.assert_close(sequence.states.float(), alone, rtol=1e-2, atol=1e-2)

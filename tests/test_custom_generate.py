@@ -6,7 +6,14 @@ import pytest
 import torch
 from models import agreeable_target, small_draft
 from test_generate import NEW, Recorder, prompts, ragged
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from tokenizers_for_tests import small_tokenizer
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from beagle_sd import custom_generate, generate
 from beagle_sd.custom_generate import SpeculativeOutput
@@ -38,6 +45,12 @@ def test_greedy_equals_the_targets_own(pair):
                             return_dict_in_generate=True, **settings)  # fmt: skip
     assert isinstance(whole, SpeculativeOutput) and torch.equal(whole.sequences, want)
     assert whole.report.tokens_per_round > 1.1
+    assert whole.logprobs is None
+    paged = custom_generate(draft, page_size=8, return_logprobs=True)
+    made = target.generate(ids, custom_generate=paged, return_dict_in_generate=True, **settings)
+    want_logprobs = generate(target, None, ids, mask, max_new_tokens=NEW, return_logprobs=True).logprobs
+    assert torch.equal(made.sequences, want)
+    torch.testing.assert_close(made.logprobs, want_logprobs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("settings", [
@@ -101,6 +114,41 @@ def test_a_streamer_is_given_every_token_once(pair):
     made = target.generate(prompts(1), do_sample=False, max_new_tokens=NEW,
                            custom_generate=custom_generate(draft, streamer=recorder))  # fmt: skip
     assert sum(recorder.runs, []) == made[0].tolist() and recorder.ended == 1
+
+
+def test_what_the_models_own_generation_config_says_is_honoured():
+    """do_sample and filters that came with the weights; overridden in the call they are gone."""
+    target = agreeable_target()
+    draft, ids = small_draft(target), prompts(1)
+    target.generation_config.update(do_sample=True, temperature=0.7, top_k=9, top_p=0.8, max_new_tokens=NEW)
+    by = custom_generate(draft, seed=3)
+    want = generate(target, None, ids, max_new_tokens=NEW, temperature=0.7, top_k=9, top_p=0.8, seed=3).sequences
+    assert torch.equal(target.generate(ids, custom_generate=by), want)
+    greedy = target.generate(ids, do_sample=False)
+    assert torch.equal(target.generate(ids, do_sample=False, custom_generate=by), greedy) and (greedy != want).any()
+    target.generation_config.repetition_penalty = 1.1
+    with pytest.raises(ValueError, match="RepetitionPenalty.*unset in the call, as repetition_penalty=1.0"):
+        target.generate(ids, custom_generate=by)
+    assert torch.equal(target.generate(ids, repetition_penalty=1.0, custom_generate=by), want)
+
+
+def test_chats_of_unequal_length_and_stop_strings():
+    """What a tokenizer's chat template gives for a batch goes in as it is; a stop string ends its row."""
+    target, tokenizer = agreeable_target(), small_tokenizer()
+    tokenizer.padding_side = "left"
+    chats = [[{"role": "user", "content": text}] for text in ("a", "Name rivers", "why?")]
+    given = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True, return_tensors="pt",
+                                          padding=True)  # fmt: skip
+    assert (given["attention_mask"] == 0).any()
+    settings = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": 0}
+    by = custom_generate(small_draft(target))
+    free = target.generate(**given, **settings)
+    assert torch.equal(target.generate(**given, custom_generate=by, **settings), free)
+    stop = tokenizer.decode(free[1, -20:-18])
+    want = target.generate(**given, **settings, stop_strings=[stop], tokenizer=tokenizer)
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [stop])])
+    assert torch.equal(target.generate(**given, custom_generate=by, stopping_criteria=criteria, **settings), want)
+    assert (want[1, -18:] == tokenizer.pad_token_id).all(), "the string did not stop its row"
 
 
 class Ban(LogitsProcessor):

@@ -16,6 +16,7 @@ from tokenizers_for_tests import small_tokenizer
 from typer.testing import CliRunner
 
 import beagle_kernels
+from beagle_sd import calibration
 from beagle_sd.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,9 @@ def pages_with_python() -> list:
 def test_blocks_run_in_the_order_of_the_page(page, tmp_path, monkeypatch):
     """Python, and in blocks marked sh the command beagle-sd; "my-model" is a small target of the tests' own."""
     monkeypatch.chdir(tmp_path)
+    if page.name != "README.md":
+        monkeypatch.setenv("BEAGLE_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(calibration, "_PASSES", 1)
     small_target().save_pretrained("my-model")
     small_tokenizer().save_pretrained("my-model")
     names = {"__name__": "page"}

@@ -10,8 +10,9 @@ from transformers.generation.streamers import BaseStreamer
 from beagle_kernels import Sampling
 from beagle_kernels.reference.sampling import perturb
 from beagle_sd import generate
-from beagle_sd.generate import TreeShape, _Loop
-from beagle_sd.target import Target
+from beagle_sd.attention import tree_attention_of
+from beagle_sd.decoding import Decoding
+from beagle_sd.engine import Engine
 
 SHAPES = [(1, 1, 2), (4, 1, 5), (3, 2, 7), (4, 4, 16), (6, 10, 60), (5, 8, 100)]
 NEW = 32
@@ -267,25 +268,27 @@ def test_prompts_of_more_than_one_prefill_chunk():
 def test_after_any_round_both_caches_hold_true_states_only(shape):
     """What compaction and the draft's appends left behind, against one plain pass over the final text."""
     target = agreeable_target("qwen3")
-    wrapped, draft, ids = Target(target), small_draft(target), prompts(3)
+    draft, ids = small_draft(target), prompts(3)
     lengths = torch.tensor([11, 4, 7], dtype=torch.int32)
-    sampling = Sampling.of(3, 3, temperature=1.0)
+    engine = Engine(target, draft, batch=3, capacity=41, **shape_of(*shape))
+    with torch.inference_mode(), tree_attention_of(target):
+        decoding = Decoding(engine, ids, lengths, 30)
+        accepted = sum(len(run) for runs in decoding.run(Sampling.of(3, 3, temperature=1.0), []) for run in runs)
+        assert accepted == 90 and decoding.report().tokens_per_round > 1.5
     with torch.inference_mode():
-        loop = _Loop(wrapped, draft, ids, lengths, sampling, TreeShape(*shape), 30, frozenset())
-        accepted = sum(len(run) for runs in loop.run() for run in runs)
-        assert accepted == 90 and loop.report().tokens_per_round > 1.5
+        cache, draft_cache = engine.buffers.cache, engine.buffers.draft_cache
         for row in range(3):
-            text = torch.tensor([ids[row, : lengths[row]].tolist() + loop.emitted[row]])[:, :-1]
+            text = torch.cat((ids[row, : lengths[row]], decoding.new_tokens(0)[row]))[None, :-1]
             count = text.shape[1]
-            assert int(loop.cache.lengths[row]) >= count
+            assert int(cache.lengths[row]) == count
             plain = target(text, use_cache=True, output_hidden_states=True)
             for layer in range(2):
                 for part, name in enumerate(("keys", "values")):
-                    ours = loop.cache.states[layer, part, row, :, :count]
+                    ours = cache.states[layer, part, row, :, :count]
                     theirs = getattr(plain.past_key_values.layers[layer], name)[0]
                     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
             keys, values = draft.keys_values(plain.hidden_states[-1][0], torch.arange(count))
-            for ours, theirs in zip((loop.draft_cache.keys, loop.draft_cache.values), (keys, values), strict=True):
+            for ours, theirs in zip((draft_cache.keys, draft_cache.values), (keys, values), strict=True):
                 torch.testing.assert_close(ours[row, :, :count], theirs.transpose(0, 1), rtol=1e-4, atol=1e-4)
 
 

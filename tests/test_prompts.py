@@ -5,14 +5,18 @@ import random
 import re
 import sys
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
-from beagle_sd import prompts
+from beagle_sd import prompts, smollm2
 from beagle_sd.evaluation_sets import EVALUATION_SETS, evaluation_ngrams, ngrams
 from beagle_sd.prompts import MIX, SOURCES, build_prompts
 
 TEMPLATES = {"templates": 1.0}
+ANSWERS = Path(__file__).resolve().parent.parent / "bench" / "data" / "smollm2-135m-answers.npz"
 
 
 @pytest.fixture
@@ -167,3 +171,29 @@ def test_imported_puzzles_leave_no_module_behind():
 )
 def test_first_lines_that_stand_alone(text, sensible):
     assert prompts._sensible(text) is sensible
+
+
+@pytest.mark.slow
+def test_what_drafts_are_trained_on_shares_nothing_with_the_evaluation_sets():
+    """The prompts of the stored answers, as text again, and new ones of the sources that need no file.
+
+    Fourteen stored prompts count from 1 to 8, or 1 to 4 twice, as examples in HumanEval do: no word is shared.
+    """
+    try:
+        barred = evaluation_ngrams()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    assert len(barred) > 10_000
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.converted())
+    with np.load(ANSWERS) as stored:
+        answers = np.split(stored["ids"], stored["lengths"].cumsum()[:-1])
+        asked = [ids[:length].tolist() for ids, length in zip(answers, stored["prompt_lengths"], strict=True)]
+    texts = tokenizer.batch_decode(asked)
+    assert len(texts) > 25_000 and texts[0].startswith("<|im_start|>") and "user" in texts[0]
+    shared = [ngrams(text) & barred for text in texts]
+    assert all(word.isdigit() for found in shared for gram in found for word in gram)
+    assert sum(map(bool, shared)) <= 14
+    new = contents(build_prompts(2000, 11, {"templates": 0.9, "python-stdlib": 0.1}))
+    assert not [text for text in new if ngrams(text) & barred]
+    planted = f"so: {' '.join(min(barred))}, then"
+    assert ngrams(planted) & barred, "the check finds what it looks for"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from shard_cases import MANIFEST, random_sequence
+from shard_cases import MANIFEST, full_disk, random_sequence
 
 from beagle_sd import shards
 from beagle_sd.shards import ShardError, ShardWriter
@@ -66,6 +66,15 @@ def test_a_deleted_shard_does_not_cost_another(tmp_path):
     (tmp_path / "states-00002.safetensors").unlink()
     write(tmp_path, [2], tokens_per_shard=1)
     assert sorted(sequence.index for sequence in shards.read_sequences(tmp_path)) == list(range(6))
+
+
+def test_a_full_disk_keeps_the_shards_before(tmp_path):
+    write(tmp_path, range(3))
+    with full_disk(1000), pytest.raises(OSError, match=r"states-00001.safetensors could not be written .*disk full"):
+        write(tmp_path, range(3, 6))
+    assert [path.name for path in tmp_path.glob("states*")] == ["states-00000.safetensors"]
+    write(tmp_path, range(3, 6))
+    assert [sequence.index for sequence in shards.read_sequences(tmp_path)] == list(range(6))
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])

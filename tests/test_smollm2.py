@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from models import small_target
@@ -122,37 +120,17 @@ def test_an_incomplete_folder_is_replaced(made, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-_INTERRUPTED = """
-import sys, time
-from pathlib import Path
-from beagle_sd import smollm2
-smollm2.find_gguf = lambda: Path(sys.argv[1])
-def stuck(*args):
-    print("halfway", flush=True)
-    time.sleep(60)
-smollm2._write_tokenizer = stuck
-smollm2.converted(sys.argv[2])
-"""
-
-
 def test_a_killed_conversion_leaves_nothing_under_the_final_name(made, tmp_path, monkeypatch):
     folder = tmp_path / "model"
-    running = subprocess.Popen([sys.executable, "-c", _INTERRUPTED, made[0], folder], stdout=subprocess.PIPE, text=True,
-                               env=_environment())  # fmt: skip
-    assert running.stdout.readline() == "halfway\n"
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    running.stdout.close()
+    monkeypatch.setattr(smollm2, "find_gguf", lambda: made[0])
+    with monkeypatch.context() as halfway:
+        halfway.setattr(smollm2, "_write_tokenizer", forks.die)
+        assert forks.run(lambda: smollm2.converted(folder)) == -signal.SIGKILL
     (remains,) = tmp_path.iterdir()
     assert remains.name.startswith(".model.") and (remains / "model.safetensors").is_file()
-    monkeypatch.setattr(smollm2, "find_gguf", lambda: made[0])
     assert smollm2.converted(folder) == folder
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "the remains are gone"
     AutoModelForCausalLM.from_pretrained(folder)
-
-
-def _environment() -> dict:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def test_two_conversions_at_once_both_succeed(made, tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ import threading
 import pytest
 import torch
 from models import VOCAB, agreeable_target, small_draft
+from pool_work import chosen, put_chosen
 
-import beagle_kernels as bk
 from beagle_sd import generate
 
 BATCHES = int(os.environ.get("BEAGLE_SOAK", "12"))
@@ -90,16 +90,6 @@ def run_at_once(threads: list[threading.Thread]) -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
-def chosen(rows: int = 64, vocab: int = 5000, threads: int = 4) -> torch.Tensor:
-    """Tokens by the extension's thread pool."""
-    torch.set_num_threads(threads)
-    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(1))
-    try:
-        return bk.choose_tokens(logits, torch.arange(rows), bk.Sampling.of(rows, 3, 1.0))[0]
-    finally:
-        torch.set_num_threads(1)
-
-
 def test_many_threads_share_the_pool():
     want, found = chosen(threads=1), []
 
@@ -110,17 +100,13 @@ def test_many_threads_share_the_pool():
     assert len(found) == 80 and all(tokens.equal(want) for tokens in found)
 
 
-def in_a_child(queue) -> None:
-    queue.put(chosen().tolist())
-
-
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_child_processes(start):
     """Threads do not survive a fork: a child must start a pool of its own."""
     want = chosen().tolist()
     context = multiprocessing.get_context(start)
     queue = context.Queue()
-    child = context.Process(target=in_a_child, args=(queue,))
+    child = context.Process(target=put_chosen, args=(queue,))
     child.start()
     try:
         assert queue.get(timeout=60) == want

@@ -7,6 +7,7 @@ import torch
 from models import ARCHITECTURES, VOCAB, small_draft, small_target
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from beagle_kernels.reference.build_tree import pack
 from beagle_sd import UnsupportedTarget, generate
 from beagle_sd.target import Target
 
@@ -18,14 +19,22 @@ def tiny(kind: str, make=AutoModelForCausalLM, **settings):
     return make.from_config(AutoConfig.for_model(kind, **{**_SIZES, **settings})).eval()
 
 
+def unknown_scale():
+    """A model that does to its logits what no config says."""
+    target = small_target()
+    target.register_forward_hook(lambda module, given, out: out.__setitem__("logits", 1.5 * out.logits))
+    return target
+
+
 REFUSED = {
     "sliding window": (lambda: small_target("mistral", sliding_window=32), "mistral has .*sliding"),
     "some sliding layers": (lambda: small_target("qwen2", use_sliding_window=True, sliding_window=8,
                                                  max_window_layers=1), "layers of type .*sliding_attention"),
     "recurrent": (lambda: tiny("mamba"), "mamba has layers of type .*linear_attention"),
-    "soft-capping": (lambda: tiny("gemma2", layer_types=["full_attention"] * 2, head_dim=16), "softcapping=30.0"),
-    "logit scale": (lambda: tiny("cohere"), "logit_scale=0.0625"),
-    "scaled embeddings": (lambda: tiny("granite", embedding_multiplier=12.0), "embedding_multiplier=12.0"),
+    "soft-capping in attention": (lambda: tiny("gemma2", layer_types=["full_attention"] * 2, head_dim=16),
+                                  "attn_logit_softcapping=50.0"),
+    "Gemma 3": (lambda: tiny("gemma3_text", head_dim=16, sliding_window=8), "layers of type .*sliding_attention"),
+    "an unknown scale of the logits": (unknown_scale, "logits of LlamaForCausalLM are not its LM head's"),
     "learned positions": (lambda: tiny("gpt2"), "gpt2 has no rotary positions"),
     "ALiBi": (lambda: tiny("bloom"), "bloom has no rotary positions"),
     "its own attention": (lambda: tiny("falcon"), "FalconForCausalLM does not take registered attention"),
@@ -52,16 +61,65 @@ def test_head_counts_that_differ_from_the_config_are_refused():
         generate(target, None, torch.ones(1, 3, dtype=torch.int64), max_new_tokens=2)
 
 
-@pytest.mark.parametrize("kind", ["gemma", "phi3", "olmo2", "mixtral", "glm", "nemotron", "gpt_neox"])
-def test_other_architectures_decode_as_transformers_does(kind):
+PLAIN_HEADS = {
+    **{kind: {} for kind in ("gemma", "phi3", "olmo2", "glm", "nemotron", "gpt_neox")},
+    "smollm3": {"tie_word_embeddings": True},
+}
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+}
+SCALED = {
+    "granite": {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.5},
+    "hyperclovax": {"embedding_multiplier": 3.0, "logits_scaling": 0.25},
+    "cohere": {},
+    "gemma2": {"layer_types": ["full_attention"] * 2, "attn_logit_softcapping": None, "final_logit_softcapping": 3.0},
+    "nanochat": {"final_logit_softcapping": 2.0},
+}
+
+
+def other_target(kind: str, **settings):
     heads = {} if kind == "gpt_neox" else {"num_key_value_heads": 2, "head_dim": 16}
+    own = {**PLAIN_HEADS, **EXPERTS, **SCALED}[kind]
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    target = tiny(kind, initializer_range=0.3, **heads, **ends)
-    ids = torch.randint(VOCAB, (1, 9))
+    return tiny(kind, initializer_range=0.3, **{**heads, **ends, **own, **settings})
+
+
+@pytest.mark.parametrize("kind", [*PLAIN_HEADS, *EXPERTS, *SCALED])
+def test_other_architectures_decode_as_transformers_does(kind):
+    """Greedy as the model's own generate, sampled as plain decoding."""
+    target = other_target(kind)
+    draft, ids = small_draft(target), torch.randint(VOCAB, (1, 9))
     want = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
     assert torch.equal(generate(target, None, ids, max_new_tokens=16).sequences, want)
-    made = generate(target, small_draft(target), ids, max_new_tokens=16, depth=3, branch=3, num_nodes=12)
-    assert torch.equal(made.sequences, want)
+    tree = {"max_new_tokens": 16, "depth": 3, "branch": 3, "num_nodes": 12}
+    assert torch.equal(generate(target, draft, ids, **tree).sequences, want)
+    sampled = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
+    want = generate(target, None, ids, max_new_tokens=16, **sampled).sequences
+    assert torch.equal(generate(target, draft, ids, **tree, **sampled).sequences, want)
+
+
+@pytest.mark.parametrize("kind", SCALED)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_scales_and_caps_are_the_models_own(kind, tied):
+    """The head's logits, what the draft embeds and what its own head gives are what the model computes."""
+    model = other_target(kind, tie_word_embeddings=tied)
+    draft = small_draft(model, draft_vocab=torch.arange(1, VOCAB, 3))
+    target, ids, seen = Target(model), torch.randint(VOCAB, (2, 7)), []
+    model.base_model.layers[0].register_forward_pre_hook(lambda layer, args, kwargs: seen.append(args[0]),
+                                                         with_kwargs=True)  # fmt: skip
+    with torch.no_grad():
+        want = model(ids).logits
+        states = model.base_model(ids).last_hidden_state
+        torch.testing.assert_close(target.head(states), want)
+        torch.testing.assert_close(draft.logits(states), want[..., 1::3])
+        embedded = draft.embed(ids)
+    if kind == "nanochat":  # norms what it embeds
+        embedded = model.base_model.norm(embedded)
+    torch.testing.assert_close(embedded, seen[0])
+    assert (target.head.scale, target.head.cap) != (1.0, None)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -87,7 +145,7 @@ def test_a_tree_forward_equals_each_path_alone(kind):
             model.set_attn_implementation(implementation)
             cache = target.new_cache(2, 20)
             target.prefill(prompts, lengths, cache)
-            states = target.forward(nodes, depth, among, cache)
+            states = target.forward(nodes, depth, pack(among), cache)
             assert torch.equal(cache.lengths, lengths), "the caller says what was accepted"
             for (row, node), want in alone.items():
                 torch.testing.assert_close(states[row, node], want, rtol=1e-4, atol=1e-4)

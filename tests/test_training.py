@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from models import agreeable_target, small_draft, small_target
-from shard_cases import MANIFEST, random_sequence, write_states
+from shard_cases import MANIFEST, full_disk, random_sequence, write_states
 
 from beagle_sd import BeagleDraft, generate
 from beagle_sd.dataset import StateDataset
@@ -125,29 +127,15 @@ def test_a_stopped_run_resumes_bit_for_bit(stop, data, whole, tmp_path):
     assert_same_run(tmp_path, whole)
 
 
-_KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from test_training import trainer_of
-data, folder, when, where = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-trainer = trainer_of(data, folder)
-die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-def progress(step, metrics):
-    if step == when:
-        if where == "between steps":
-            die()
-        torch.save = die
-trainer.run(progress)
-"""
-
-
 @pytest.mark.parametrize("where", ["between steps", "in a checkpoint"])
 def test_a_killed_run_resumes_bit_for_bit(where, data, whole, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
-    command = [sys.executable, "-c", _KILLED, str(data), str(tmp_path), "9", where]
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == -9
+    def progress(step, metrics):
+        if step == 9:
+            if where == "between steps":
+                forks.die()
+            torch.save = forks.die
+
+    assert forks.run(lambda: trainer_of(data, tmp_path).run(progress)) == -9
     if where == "in a checkpoint":
         assert (tmp_path / ".checkpoint-0000012.partial" / "model.safetensors").is_file(), "killed halfway"
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -216,6 +204,22 @@ def test_states_that_are_not_numbers_stop_the_run(data, tmp_path):
     assert trainer_of(data, tmp_path).step == 4
 
 
+@pytest.mark.parametrize("most", [20_000, 150_000], ids=["no room for weights", "no room for the optimizer"])
+def test_a_full_disk_keeps_the_last_checkpoint(most, data, whole, tmp_path):
+    with ExitStack() as disk:
+        def fill(step, metrics):
+            if step == 6:
+                disk.enter_context(full_disk(most))
+
+        with pytest.raises(OSError, match=r"checkpoint-0000008 could not be written \(.*is the disk full\?"):
+            trainer_of(data, tmp_path).run(fill)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000004"] and not list(tmp_path.glob(".*"))
+    resumed = trainer_of(data, tmp_path)
+    assert resumed.step == 4
+    resumed.run()
+    assert_same_run(tmp_path, whole)
+
+
 @pytest.mark.parametrize("steps,lengths", [(1, [9, 2]), (4, [1, 2, 3]), (5, [4, 5, 6, 30]), (7, [7, 14, 6])], ids=str)
 def test_stage_two_at_window_boundaries(steps, lengths, tmp_path):
     """Sequences shorter than, equal to and around the window, in one batch; those without a countable row too."""
@@ -242,14 +246,14 @@ def test_evaluation_counts_as_figure_3_does(data, tmp_path):
     """A draft that always agrees is always right; one that never does, never."""
     trainer = trainer_of(data, tmp_path)
     right = trainer._agreement
-    trainer._agreement = lambda states, teacher, counted: counted.clone()
+    trainer._agreement = lambda states, choices, counted: counted.clone()
     assert trainer.evaluate(depth=3) == [1.0, 1.0, 1.0]
-    trainer._agreement = lambda states, teacher, counted: torch.zeros_like(counted)
+    trainer._agreement = lambda states, choices, counted: torch.zeros_like(counted)
     assert trainer.evaluate(depth=3) == [0.0, 0.0, 0.0]
     batch = trainer.dataset.load(trainer.dataset.evaluation_packs(200)[0])
-    counted = torch.ones(len(batch.tokens), dtype=torch.bool)
-    assert right(batch.states, batch.states, counted).all()
-    assert not right(-batch.states, batch.states, counted).any()
+    choices = trainer._target_choices(batch)
+    assert right(batch.states, choices, batch.loss_mask).equal(batch.loss_mask)
+    assert not right(-batch.states, choices, torch.ones_like(batch.loss_mask)).any()
 
 
 def test_states_of_another_width_are_refused(tmp_path):
@@ -276,11 +280,15 @@ def test_wrong_settings_are_refused(wrong):
 def test_a_shared_batch_trains_as_a_whole_one(processes, micro_batches, data, whole, tmp_path):
     """Losses are sums over the weight of the whole batch: processes and micro-batches change rounding only."""
     run_shared(data, tmp_path / "out", processes, micro_batches)
-    for mine, theirs in zip(metrics_of(tmp_path / "out"), metrics_of(whole[1]), strict=True):
+    assert_same_but_for_rounding(tmp_path / "out", whole)
+
+
+def assert_same_but_for_rounding(folder: Path, whole) -> None:
+    for mine, theirs in zip(metrics_of(folder), metrics_of(whole[1]), strict=True):
         assert mine["tokens_seen"] == theirs["tokens_seen"] and mine["lr"] == theirs["lr"]
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
         assert mine.keys() == theirs.keys()
-    first, same = metrics_of(tmp_path / "out")[0], metrics_of(whole[1])[0]
+    first, same = metrics_of(folder)[0], metrics_of(whole[1])[0]
     assert first["loss"] == pytest.approx(same["loss"], rel=1e-6)
     assert first["gradient_norm"] == pytest.approx(same["gradient_norm"], rel=1e-5)
 
@@ -294,30 +302,41 @@ def test_two_processes_resume_as_they_were(data, tmp_path):
                for name, weight in weights_of(tmp_path / "stopped").items())
 
 
-_SHARED = """
+def run_shared(data: Path, folder: Path, processes: int, micro_batches: int, stop: int = 0) -> None:
+    def train() -> None:
+        trainer = trainer_of(data, folder, replace(CONFIG, micro_batches=micro_batches))
+        assert trainer.processes.num_processes == processes
+
+        def progress(step, metrics):
+            if step == stop:
+                os._exit(0)
+
+        trainer.run(progress)
+
+    assert forks.run_ranks(processes, train) == [0] * processes
+
+
+_UNDER_TORCHRUN = """
 import sys
 from dataclasses import replace
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from test_training import CONFIG, trainer_of
-data, folder, micro_batches, stop = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-trainer = trainer_of(data, folder, replace(CONFIG, micro_batches=micro_batches))
-def progress(step, metrics):
-    if step == stop:
-        sys.exit(0)
-trainer.run(progress)
+trainer_of(Path(sys.argv[1]), Path(sys.argv[2]), replace(CONFIG, micro_batches=2)).run()
 """
 
 
-def run_shared(data: Path, folder: Path, processes: int, micro_batches: int, stop: int = 0) -> None:
-    script = folder.parent / "shared.py"
-    script.write_text(_SHARED)
+@pytest.mark.slow
+def test_under_torchrun(data, whole, tmp_path):
+    """The launcher itself: two processes, two micro-batches each."""
+    (tmp_path / "shared.py").write_text(_UNDER_TORCHRUN)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*launch, str(script), str(data), str(folder), str(micro_batches), str(stop)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, str(tmp_path / "shared.py"), str(data), str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_but_for_rounding(tmp_path / "out", whole)
 
 
 def test_tensorboard_holds_every_step(data, tmp_path):

@@ -26,7 +26,7 @@ class Compiled(NamedTuple):
 def compile_for(
     arch: int, kernel, pointers: dict[str, str | None], constants: dict, warps: int, stages: int
 ) -> Compiled:
-    """Compile with 16-byte aligned pointers and strides; other arguments are int32, `scale` float32.
+    """Compile with 16-byte aligned pointers, strides and V multiples of 16; other arguments int32, `scale` float32.
 
     `pointers` maps a pointer argument to its element type, None for one that is not given.
     """
@@ -37,6 +37,8 @@ def compile_for(
         elif name.startswith("p_"):
             if pointers[name] is None:
                 signature[name], constexprs[name] = "constexpr", None
+            elif pointers[name].startswith("tensordesc"):
+                signature[name] = pointers[name]
             else:
                 signature[name] = "*" + pointers[name]
                 attributes[(i,)] = [["tt.divisibility", 16]]
@@ -44,12 +46,11 @@ def compile_for(
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if name.startswith("s_"):
+            if name.startswith("s_") or name == "V":
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
-    binary = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
-    )
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills = resources(binary.asm["cubin"])
     return Compiled(registers, spills, binary.metadata.shared, binary.asm["ptx"])
 

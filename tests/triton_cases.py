@@ -1,6 +1,6 @@
 """What the Triton ops must satisfy on any device: on a GPU directly, on the CPU in a process with the interpreter on.
 
-`python triton_cases.py OP` checks one op under the interpreter in float32 and float16 and prints how many cases it ran.
+`python triton_cases.py OP DTYPE` checks one op under the interpreter and prints how many cases it ran.
 """
 
 from __future__ import annotations
@@ -114,6 +114,56 @@ def check_partial_and_strided(device: str, dtype: torch.dtype) -> int:
     return 4
 
 
+def check_bounds_of_no_sequence(device: str, dtype: torch.dtype) -> int:
+    """Row bounds outside the rows, offsets and windows of any size: what the reference makes of them."""
+    gen, extremes = torch.Generator().manual_seed(6), (-(2**31), 2**31 - 1)
+    q, k, v = (random((37, heads, 16), dtype, device, gen) for heads in (2, 1, 1))
+    cases = [
+        (5, [-3, extremes[0], extremes[1]], [-9, 10, 30, 99]),
+        (2**40, [2, extremes[0], 4], [0, 5, 10, 37]),
+        (3, [extremes[1]], None),
+    ]
+    for window, offsets, bounds in cases:
+        offset = torch.tensor(offsets, dtype=torch.int32, device=device)
+        cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
+        got = block_attention(q, k, v, window, offset, cu, backend="triton")
+        want = block_attention(q, k, v, window, offset, cu, backend="reference")
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, atol=0.01 if dtype != torch.float32 else 1e-5, rtol=0)
+    lengths = torch.tensor([-7, extremes[0], extremes[1]], dtype=torch.int32, device=device)
+    q = random((3, 5, 2, 16), dtype, device, gen)
+    k, v = (random((3, 1, 40, 16), dtype, device, gen) for _ in range(2))
+    mask = torch.full((3, 5, 1), 5, dtype=torch.int64, device=device)
+    for scale in (0.3, -0.3, 0.0):
+        got, want = (tree_attention(q, k, v, lengths, mask, scale=scale, backend=b) for b in ("triton", "reference"))
+        torch.testing.assert_close(got, want, atol=0.01 if dtype != torch.float32 else 1e-5, rtol=0)
+    return len(cases) + 1
+
+
+def check_reading_by_tma(device: str, dtype: torch.dtype) -> int:
+    """Tensor descriptors give what pointers give, where the tensors let them read."""
+    from beagle_kernels.triton import configs
+    from beagle_kernels.triton.block_attention import _readable_by_tma
+
+    gen, count = torch.Generator().manual_seed(8), 0
+    offset, cu = torch.tensor([1, 3], dtype=torch.int32, device=device), packed([100, 61]).to(device)
+    wide = random((171, 6, 64), dtype, device, gen)
+    for q, k, v in (wide.tensor_split((4, 5), 1), [random((161, 2, 32), dtype, device, gen) for _ in range(3)]):
+        assert all(map(_readable_by_tma, (q, k, v))) and not _readable_by_tma(v[..., 1:])
+        results, up = [], random(q.shape, dtype, device, gen)
+        keys = [(name, 90, max(16, q.shape[2]), dtype) for name in ("block_forward", "block_dq", "block_dkv")]
+        for tma in (False, True):
+            configs._tuned.update(dict.fromkeys(keys, configs.Config(64, 32, 4, 2, tma)))
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            out, lse = block_attention(*leaves, 4, offset, cu, backend="triton")
+            results.append((out, lse, *torch.autograd.grad(out, leaves, up)))
+        for key in keys:
+            del configs._tuned[key]
+        torch.testing.assert_close(*results)
+        count += 1
+    return count
+
+
 def eager_extend(out, lse, q, k, v):
     group = q.shape[1] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
@@ -207,7 +257,9 @@ def check_distill_loss(device: str, dtype: torch.dtype) -> int:
 
 CHECKS = {
     "distill_loss": (check_distill_loss,),
-    "block_attention": (check_block_attention, check_partial_and_strided),
+    "block_attention": (
+        check_block_attention, check_partial_and_strided, check_bounds_of_no_sequence, check_reading_by_tma,
+    ),
     "extend_attention": (check_extend_attention,),
     "tree_attention": (check_tree_attention,),
 }
@@ -222,7 +274,7 @@ def small_tiles() -> None:
             by_size.update({size: configs.Config(32, 32, 4, 1) for size in by_size})
 
 
-def main(op: str) -> None:
+def main(op: str, dtype: str) -> None:
     torch.set_num_threads(1)
     # Uninitialised memory becomes NaN: what a kernel fails to write shows.
     torch.use_deterministic_algorithms(True)
@@ -231,8 +283,8 @@ def main(op: str) -> None:
     from beagle_kernels.triton import distill_loss as module
 
     module.BUDGET, module.BLOCK = 1 << 18, 256
-    print(sum(check("cpu", dtype) for check in CHECKS[op] for dtype in (torch.float32, torch.float16)))
+    print(sum(check("cpu", getattr(torch, dtype)) for check in CHECKS[op]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -27,9 +27,9 @@ def _blocks(rows: int, window: int, offset: Tensor, cu_seqlens: Tensor | None, d
 
     Which of a block's own keys a row sees does not depend on the block, so all masks are views of one.
     """
-    block = min(max(BLOCK // window, 1), -(-rows // window)) * window
-    seen = torch.arange(block)[:, None] // window * window
-    mask = torch.zeros(block, rows + max(block - window, 0), dtype=dtype)
+    block = max(min(BLOCK // window, -(-rows // window)), 1) * window
+    seen = torch.arange(min(block, rows))[:, None] // window * window
+    mask = torch.zeros(len(seen), rows + max(block - window, 0), dtype=dtype)
     mask[:, rows:].masked_fill_(torch.arange(mask.shape[1] - rows) >= seen, -torch.inf)
     bounds = [0, rows] if cu_seqlens is None else cu_seqlens.clamp(0, rows).tolist()
     for start, stop, begin in zip(bounds[:-1], bounds[1:], offset.tolist(), strict=True):

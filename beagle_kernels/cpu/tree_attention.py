@@ -58,6 +58,8 @@ def _compiled(
     q, k, v, lengths, mask = dense(q), dense(k), dense(v), lengths.contiguous(), mask.contiguous()
     block_table = contiguous(block_table)
     out = torch.empty(q.shape, dtype=q.dtype)
+    if out.numel() == 0:
+        return out
     sizes = *q.shape[:3], k.shape[1], q.shape[3], k.shape[2], mask.shape[2]
     table_width = 0 if block_table is None else block_table.shape[1]
     with executor(q.device) as (module, threads):

@@ -13,10 +13,12 @@ def visible_keys(rows: int, window: int, offset: Tensor, cu_seqlens: Tensor | No
     row = torch.arange(rows, device=offset.device)
     if cu_seqlens is None:
         cu_seqlens = torch.tensor([0, rows], device=offset.device)
-    cu_seqlens = cu_seqlens.long()
+    if offset.numel() == 0:
+        return torch.zeros_like(row), torch.zeros_like(row)
+    cu_seqlens = cu_seqlens.long().clamp(0, rows)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
     inside = (sequence < offset.numel()) & (row >= cu_seqlens[0])
-    sequence = sequence.clamp(max=max(offset.numel() - 1, 0))
+    sequence = sequence.clamp(max=offset.numel() - 1)
     first = cu_seqlens[sequence]
     since = row - first - offset.long()[sequence]
     end = torch.where(inside & (since >= 0), row - since % window, first)

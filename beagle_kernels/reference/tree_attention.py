@@ -30,6 +30,8 @@ def tree_attention(
     if block_table is not None:
         k, v = gather_pages(k, block_table), gather_pages(v, block_table)
     batch, nodes, heads, width = q.shape
+    if k.shape[2] == 0:
+        return torch.zeros_like(q)
     acc = accumulation(q.dtype)
     visible = visible_slots(k.shape[2], lengths, mask)
     grouped = q.to(acc).reshape(batch, nodes, k.shape[1], heads // k.shape[1], width)

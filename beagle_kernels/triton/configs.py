@@ -10,18 +10,19 @@ import triton
 
 
 class Config(NamedTuple):
-    """Rows and columns of a score tile, warps, and pipeline stages of the loop."""
+    """Rows and columns of a score tile, warps, pipeline stages of the loop, and whether it reads by TMA (sm_90 on)."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    tma: bool = False
 
 
 # kernel -> architecture -> padded head size -> 16-bit configuration. sm_90 also serves what is newer.
 TABLE: dict[str, dict[int, dict[int, Config]]] = {
     "block_forward": {
-        80: {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 3), 256: Config(64, 64, 8, 2)},
+        80: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 64, 8, 2)},
         90: {64: Config(128, 128, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
     },
     "block_dq": {
@@ -35,12 +36,43 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {
     },
     # block_m is the most rows a tile takes: fewer queries take a smaller one.
     "tree": {
-        80: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 8, 3), 256: Config(32, 32, 8, 2)},
+        80: {64: Config(64, 64, 4, 3), 128: Config(64, 32, 8, 3), 256: Config(32, 32, 8, 2)},
         90: {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
     },
 }
 
-CANDIDATES = [Config(m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (2, 3)]
+def _candidates(plain: str, tma: str = "") -> list[Config]:
+    """From "block_m x block_n x warps x stages" each."""
+    found: list[Config] = []
+    for tiles in (*plain.split(), *tma.split()):
+        m, n, warps, stages = map(int, tiles.split("x"))
+        found.append(Config(m, n, warps, stages, len(found) >= len(plain.split())))
+    return found
+
+
+# Those of a wider search that Triton 3.9 compiled for sm_90 without spills (block_dkv of 256: the fewest).
+CANDIDATES: dict[str, dict[int, list[Config]]] = {
+    "block_forward": {
+        64: _candidates("128x128x8x2 128x128x8x3 128x64x8x3 128x64x8x4 64x64x4x4", "128x128x8x2 128x128x8x3"),
+        128: _candidates("128x64x8x2 128x64x8x3 128x32x8x4", "128x64x8x3 128x64x8x4 128x128x8x2 128x128x8x3"),
+        256: _candidates("128x32x8x2", "128x32x8x3 128x64x8x2"),
+    },
+    "block_dq": {
+        64: _candidates("128x64x8x2 128x64x8x3 128x128x8x2 64x64x4x3", "128x64x8x3 128x128x8x2"),
+        128: _candidates("128x64x8x2 128x64x8x3 128x32x8x3 64x64x8x2 64x32x4x3", "128x64x8x2 128x64x8x3"),
+        256: _candidates("128x32x8x1 128x32x8x2", "128x32x8x2"),
+    },
+    "block_dkv": {
+        64: _candidates("128x64x8x2 128x64x8x3 128x32x8x3", "128x64x8x3"),
+        128: _candidates("128x32x8x2", "128x32x8x3 64x64x8x3"),
+        256: _candidates("64x16x8x2 32x32x8x1", "64x16x8x2 64x32x8x2"),
+    },
+    "tree": {
+        64: _candidates("64x64x4x3 64x64x4x4 64x128x4x3 128x64x4x3 128x64x8x3 128x128x8x3"),
+        128: _candidates("64x64x4x3 64x64x8x3 64x128x8x2 128x64x8x2 128x64x8x3 128x128x8x2"),
+        256: _candidates("64x64x8x2"),
+    },
+}
 """What `tune` tries unless told otherwise."""
 
 _tuned: dict[tuple, Config] = {}
@@ -51,9 +83,13 @@ def architecture(device: torch.device) -> int:
     return 80 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9 else 90
 
 
-def choose(kernel: str, arch: int, head_size: int, dtype: torch.dtype) -> Config:
-    """The tuned configuration if there is one, else the table's; float32 tiles are at most 32 x 32."""
-    if (config := _tuned.get((kernel, arch, head_size, dtype))) is not None:
+def choose(kernel: str, arch: int, head_size: int, dtype: torch.dtype, tma: bool = False) -> Config:
+    """The tuned configuration if there is one, else the table's; float32 tiles are at most 32 x 32.
+
+    One that reads by TMA serves where the tensors let it (`tma`).
+    """
+    config = _tuned.get((kernel, arch, head_size, dtype))
+    if config is not None and (tma or not config.tma):
         return config
     config = TABLE[kernel][arch][max(64, min(head_size, 256))]
     if dtype == torch.float32:
@@ -67,9 +103,11 @@ def tune(
     head_size: int,
     dtype: torch.dtype,
     run: Callable[[], object],
-    candidates: Iterable[Config] = CANDIDATES,
+    candidates: Iterable[Config] | None = None,
 ) -> Config:
     """Time `run`, which must launch `kernel`, under each candidate; later calls use the fastest. Never on its own.
+
+    The candidates are CANDIDATES' and the table's unless given; those that read by TMA are left out below sm_90.
 
     Raises RuntimeError during graph capture, or where no candidate runs.
     """
@@ -77,6 +115,9 @@ def tune(
         raise RuntimeError(f"tuning {kernel} during graph capture; allowed: before it")
     key, times = (kernel, arch, head_size, dtype), {}
     before = _tuned.pop(key, None)
+    if candidates is None:
+        listed = [*CANDIDATES[kernel][max(64, min(head_size, 256))], choose(*key)]
+        candidates = dict.fromkeys(config for config in listed if arch >= 90 or not config.tma)
     try:
         for config in candidates:
             _tuned[key] = config

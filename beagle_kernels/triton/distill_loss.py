@@ -20,7 +20,7 @@ BLOCK = 4096
 """Logits a program takes at a time."""
 
 
-@triton.jit(do_not_specialize=["V"])
+@triton.jit
 def softmax_kernel(p_z, p_t, p_weight, p_loss, V, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr):
     """Cross-entropy of one row: lse z - softmax(t) . z."""
     i_row = tl.program_id(0)
@@ -73,7 +73,8 @@ def distill_loss(
         cross_entropy = torch.empty_like(w)
         with torch.cuda.device_of(student):
             softmax_kernel[(len(rows),)](
-                z, target, w, cross_entropy, vocab, GRADIENT=gradient, BLOCK_V=BLOCK, num_warps=8
+                z, target, w, cross_entropy, vocab, GRADIENT=gradient, BLOCK_V=BLOCK, num_warps=8,
+                enable_fp_fusion=True,
             )
         s, t = s.float(), t.float()
         loss += (w * (cross_entropy + regression * F.smooth_l1_loss(s, t, reduction="none").mean(-1))).sum()

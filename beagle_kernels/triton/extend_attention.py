@@ -24,8 +24,8 @@ def load_tile(p_base, o_flat, m_head, o_d, D: tl.constexpr):
 
 
 @triton.jit
-def load_key(p_base, o_row, s_row, o_d, R, D: tl.constexpr):
-    p_key = p_base + o_row[:, None].to(tl.int64) * s_row + o_d[None, :]
+def load_key(p_base, o_row, j, s_row, s_j, o_d, R, D: tl.constexpr):
+    p_key = p_base + o_row[:, None].to(tl.int64) * s_row + tl.cast(j, tl.int64) * s_j + o_d[None, :]
     return tl.load(p_key, mask=(o_row[:, None] < R) & (o_d[None, :] < D), other=0.0).to(tl.float32)
 
 
@@ -46,9 +46,11 @@ def forward_kernel(
     m_old = b_max > float("-inf")
     b_sum = tl.where(m_old, 1.0, 0.0)
     b_acc = load_tile(p_out, o_head * D, m_head & m_old, o_d, D).to(tl.float32)
+    p_k += i_h.to(tl.int64) * s_kh
+    p_v += i_h.to(tl.int64) * s_vh
     for j in range(m):
-        b_k = load_key(p_k + i_h.to(tl.int64) * s_kh + j * s_km, o_row, s_kr, o_d, R, D)  # [BR, BD]
-        b_v = load_key(p_v + i_h.to(tl.int64) * s_vh + j * s_vm, o_row, s_vr, o_d, R, D)  # [BR, BD]
+        b_k = load_key(p_k, o_row, j, s_kr, s_km, o_d, R, D)  # [BR, BD]
+        b_v = load_key(p_v, o_row, j, s_vr, s_vm, o_d, R, D)  # [BR, BD]
         b_s = tl.sum(b_q * b_k[:, None, :], 2) * scale
         b_new = tl.maximum(b_max, b_s)
         b_decay, b_p = tl.exp(b_max - b_new), tl.exp(b_s - b_new)
@@ -85,8 +87,8 @@ def backward_kernel(
     b_along = tl.sum(b_g * load_tile(p_out, o_head * D, m_head & m_old, o_d, D).to(tl.float32), 2)
     b_max, b_sum, b_mean = b_lse, tl.where(m_old, 1.0, 0.0), b_along
     for j in range(m):
-        b_k = load_key(p_k + j * s_km, o_row, s_kr, o_d, R, D)  # [BR, BD]
-        b_v = load_key(p_v + j * s_vm, o_row, s_vr, o_d, R, D)  # [BR, BD]
+        b_k = load_key(p_k, o_row, j, s_kr, s_km, o_d, R, D)  # [BR, BD]
+        b_v = load_key(p_v, o_row, j, s_vr, s_vm, o_d, R, D)  # [BR, BD]
         b_s = tl.sum(b_q * b_k[:, None, :], 2) * scale
         b_new = tl.maximum(b_max, b_s)
         b_decay, b_p = tl.exp(b_max - b_new), tl.exp(b_s - b_new)
@@ -106,8 +108,8 @@ def backward_kernel(
     tl.store(p_dlse + o_head, b_p * (b_along - b_shift), mask=m_head)
     b_dq = tl.zeros_like(b_q)
     for j in range(m):
-        b_k = load_key(p_k + j * s_km, o_row, s_kr, o_d, R, D)  # [BR, BD]
-        b_v = load_key(p_v + j * s_vm, o_row, s_vr, o_d, R, D)  # [BR, BD]
+        b_k = load_key(p_k, o_row, j, s_kr, s_km, o_d, R, D)  # [BR, BD]
+        b_v = load_key(p_v, o_row, j, s_vr, s_vm, o_d, R, D)  # [BR, BD]
         b_p = tl.exp(tl.sum(b_q * b_k[:, None, :], 2) * scale - b_pivot) / b_safe
         b_p = tl.where(m_head, b_p, 0.0)
         b_ds = b_p * (tl.sum(b_g * b_v[:, None, :], 2) - b_shift) * scale
@@ -123,7 +125,7 @@ def _launch(kernel, q: Tensor, k: Tensor, v: Tensor, args: tuple, **more) -> Non
     rows, heads, width = q.shape
     group, wide = heads // k.shape[2], block_d(width)
     block_g = triton.next_power_of_2(group)
-    constants = dict(HQ=heads, GROUP=group, D=width, BLOCK_G=block_g, BLOCK_D=wide)
+    constants = dict(HQ=heads, GROUP=group, D=width, BLOCK_G=block_g, BLOCK_D=wide, enable_fp_fusion=True)
     block_r = max(1, TILE // (block_g * wide))
     grid = (triton.cdiv(rows, block_r), k.shape[2])
     with torch.cuda.device_of(q):

@@ -13,42 +13,48 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import implementation
-from .block_attention import LN2, LOG2E, block_d, rows_contiguous
+from .block_attention import LN2, LOG2E, block_d, positive_scale, rows_contiguous, softmax_step
 from .configs import Config, architecture, choose, tune
 
 MIN_KEYS = tl.constexpr(256)
 """Prefix keys below which a further split is not worth its combining."""
+MOST_SPLITS = tl.constexpr(64)
+AT_ONCE = tl.constexpr(8)
+"""Splits whose results are combined in one step."""
 
 
 @triton.jit
-def splits_in_use(length, SPLITS: tl.constexpr):
-    return tl.maximum(tl.minimum(tl.cdiv(length, MIN_KEYS), SPLITS), 1)
+def splits_in_use(length, splits):
+    return tl.maximum(tl.minimum(tl.cdiv(length, MIN_KEYS), splits), 1)
 
 
 @triton.jit
 def load_slots(
-    p_base, o_slot, m_slot, p_table, num_pages, page, s_page, s_slot, o_d, D: tl.constexpr, PAGED: tl.constexpr
+    p_base, o_slot, m_slot, p_table, num_pages, page, s_page, s_slot, o_d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr,
 ):
     if PAGED:
-        b_page = tl.load(p_table + o_slot // page, mask=m_slot, other=0)
+        p_entry = p_table + o_slot // page
+        b_page = tl.load(p_entry, mask=m_slot, other=0) if MASKED else tl.load(p_entry)
         b_page = tl.minimum(tl.maximum(b_page, 0), num_pages - 1).to(tl.int64)
-        o_row = b_page * s_page + (o_slot % page) * s_slot
+        o_row = b_page * s_page + (o_slot % page).to(tl.int64) * s_slot
     else:
         o_row = o_slot.to(tl.int64) * s_slot
-    return tl.load(p_base + o_row[:, None] + o_d[None, :], mask=m_slot[:, None] & (o_d[None, :] < D), other=0.0)
+    p_row = p_base + o_row[:, None] + o_d[None, :]
+    if MASKED:
+        return tl.load(p_row, mask=m_slot[:, None] & (o_d[None, :] < D), other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(p_row)
+    else:
+        return tl.load(p_row, mask=o_d[None, :] < D, other=0.0)
 
 
 @triton.jit
 def attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, MASKED: tl.constexpr):
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BM, BN]
-    if MASKED:
-        b_s = tl.where(m_s, b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1))
-    b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
-    b_p = tl.exp2(b_s - b_pivot[:, None])
-    b_decay = tl.exp2(b_max - b_pivot)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
+    b_p, b_decay, b_max = softmax_step(b_s, b_max, m_s, scale, MASKED)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
-    return b_acc, b_new, b_sum * b_decay + tl.sum(b_p, 1)
+    return b_acc, b_max, b_sum * b_decay + tl.sum(b_p, 1)
 
 
 @triton.jit
@@ -56,24 +62,27 @@ def either(a, b):
     return a | b
 
 
-@triton.jit(do_not_specialize=["N", "slots", "num_pages", "page"])
+# What may change from one call of a loop to the next is not specialised, so nothing is compiled in its midst.
+@triton.jit(do_not_specialize="N slots num_pages page splits s_mb s_mn s_mw s_tb".split())
 def split_kernel(
-    p_q, p_k, p_v, p_lengths, p_mask, p_table, p_part, p_part_lse, N, slots, num_pages, page, scale,
+    p_q, p_k, p_v, p_lengths, p_mask, p_table, p_part, p_part_lse, N, slots, num_pages, page, splits, scale,
     s_qb, s_qn, s_qh, s_kb, s_kh, s_ks, s_vb, s_vh, s_vs, s_mb, s_mn, s_mw, s_tb,
     HQ: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PAGED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGED: tl.constexpr,
 ):
-    i_split, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    i_h, i_m = tl.program_id(1) % (HQ // GROUP), tl.program_id(1) // (HQ // GROUP)
+    # Tiles of the same keys follow each other, so that all but one of them find the keys in the cache.
+    tiles = tl.cdiv(N * GROUP, BLOCK_M)
+    i_m, i_plane, i_split = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
+    i_h, i_b = i_plane % (HQ // GROUP), (i_plane // (HQ // GROUP)).to(tl.int64)
     length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), slots)
-    in_use = splits_in_use(length, SPLITS)
+    in_use = splits_in_use(length, splits)
     if i_split >= in_use:
         return
     o_row = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_node, o_head = o_row // GROUP, i_h * GROUP + o_row % GROUP
     m_row = o_node < N
     o_d = tl.arange(0, BLOCK_D)
-    p_row = p_q + i_b * s_qb + o_node.to(tl.int64) * s_qn + o_head * s_qh
+    p_row = p_q + i_b * s_qb + o_node.to(tl.int64) * s_qn + o_head.to(tl.int64) * s_qh
     b_q = tl.load(p_row[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d[None, :] < D), other=0.0)  # [BM, BD]
     p_k += i_h.to(tl.int64) * s_kh
     p_v += i_h.to(tl.int64) * s_vh
@@ -93,15 +102,14 @@ def split_kernel(
     o_n = tl.arange(0, BLOCK_N)
     for start in range(lo, full_hi, BLOCK_N):
         o_slot = start + o_n
-        m_slot = o_slot < slots
-        b_k = load_slots(p_k, o_slot, m_slot, p_table, num_pages, page, s_kb, s_ks, o_d, D, PAGED)  # [BN, BD]
-        b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_d, D, PAGED)  # [BN, BD]
+        b_k = load_slots(p_k, o_slot, None, p_table, num_pages, page, s_kb, s_ks, o_d, D, BLOCK_D, PAGED, False)
+        b_v = load_slots(p_v, o_slot, None, p_table, num_pages, page, s_vb, s_vs, o_d, D, BLOCK_D, PAGED, False)
         b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, None, scale, False)
     if full_hi < hi:
         o_slot = full_hi + o_n
         m_slot = o_slot < hi
-        b_k = load_slots(p_k, o_slot, m_slot, p_table, num_pages, page, s_kb, s_ks, o_d, D, PAGED)  # [BN, BD]
-        b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_d, D, PAGED)  # [BN, BD]
+        b_k = load_slots(p_k, o_slot, m_slot, p_table, num_pages, page, s_kb, s_ks, o_d, D, BLOCK_D, PAGED, True)
+        b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_d, D, BLOCK_D, PAGED, True)
         b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_slot[None, :], scale, True)
     if i_split == in_use - 1:
         o_bit = tl.arange(0, 64)
@@ -112,41 +120,49 @@ def split_kernel(
             # A slot that no row sees may hold anything, NaN included: it is not read.
             m_slot = ((tl.reduce(b_word, 0, either) >> o_bit) & 1 != 0) & (o_slot < slots)
             m_s = ((b_word[:, None] >> o_bit[None, :]) & 1 != 0) & m_slot[None, :]
-            b_k = load_slots(p_k, o_slot, m_slot, p_table, num_pages, page, s_kb, s_ks, o_d, D, PAGED)  # [64, BD]
-            b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_d, D, PAGED)  # [64, BD]
+            b_k = load_slots(p_k, o_slot, m_slot, p_table, num_pages, page, s_kb, s_ks, o_d, D, BLOCK_D, PAGED, True)
+            b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_d, D, BLOCK_D, PAGED, True)
             b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, True)
 
     b_safe = tl.where(b_sum > 0, b_sum, 1.0)
-    o_part = ((i_b * N + o_node) * HQ + o_head) * SPLITS + i_split
+    o_part = ((i_b * N + o_node) * HQ + o_head) * splits + i_split
     p_out = p_part + o_part[:, None] * D + o_d[None, :]
     tl.store(p_out, b_acc / b_safe[:, None], mask=m_row[:, None] & (o_d[None, :] < D))
     tl.store(p_part_lse + o_part, (b_max + tl.log2(b_safe)) * LN2, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["N", "slots"])
+@triton.jit(do_not_specialize=["N", "slots", "splits"])
 def combine_kernel(
-    p_part, p_part_lse, p_lengths, p_out, N, slots,
-    HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    p_part, p_part_lse, p_lengths, p_out, N, slots, splits, HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """One program a node and head: its splits' results weighted by their log-sum-exp."""
     i_row = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.maximum(tl.load(p_lengths + i_row // (N * HQ)), 0), slots)
-    o_split, o_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    m_split = o_split < splits_in_use(length, SPLITS)
-    b_lse = tl.load(p_part_lse + i_row * SPLITS + o_split, mask=m_split, other=float("-inf"))
-    b_max = tl.max(b_lse, 0)
-    b_weight = tl.exp2((b_lse - tl.where(b_max == float("-inf"), 0.0, b_max)) * LOG2E)
-    p_tile = p_part + (i_row * SPLITS + o_split[:, None]) * D + o_d[None, :]
-    b_part = tl.load(p_tile, mask=m_split[:, None] & (o_d[None, :] < D), other=0.0)  # [SPLITS, BD]
-    b_total = tl.sum(b_weight, 0)
-    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(b_total > 0, b_total, 1.0)
+    in_use = splits_in_use(length, splits)
+    p_part += i_row * splits * D
+    p_part_lse += i_row * splits
+    o_all, o_some, o_d = tl.arange(0, MOST_SPLITS), tl.arange(0, AT_ONCE), tl.arange(0, BLOCK_D)
+    b_max = tl.max(tl.load(p_part_lse + o_all, mask=o_all < in_use, other=float("-inf")), 0)
+    b_pivot = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_out = tl.zeros([BLOCK_D], tl.float32)
+    b_total = tl.full([], 0.0, tl.float32)
+    for start in range(0, in_use, AT_ONCE):
+        o_split = start + o_some
+        m_split = o_split < in_use
+        b_weight = tl.load(p_part_lse + o_split, mask=m_split, other=float("-inf"))  # [AT_ONCE]
+        b_weight = tl.exp2((b_weight - b_pivot) * LOG2E)
+        p_tile = p_part + o_split[:, None] * D + o_d[None, :]
+        b_part = tl.load(p_tile, mask=m_split[:, None] & (o_d[None, :] < D), other=0.0)  # [AT_ONCE, BD]
+        b_out += tl.sum(b_part * b_weight[:, None], 0)
+        b_total += tl.sum(b_weight, 0)
+    b_out /= tl.where(b_total > 0, b_total, 1.0)
     tl.store(p_out + i_row * D + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
 
 
 def most_splits(blocks: int, slots: int, device: torch.device) -> int:
     """Splits that fill the device twice, a power of two; more than the cache can use are not asked for."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = min(triton.cdiv(2 * processors, blocks), triton.cdiv(slots, MIN_KEYS.value), 64)
+    wanted = min(triton.cdiv(2 * processors, blocks), triton.cdiv(slots, MIN_KEYS.value), MOST_SPLITS.value)
     return triton.next_power_of_2(max(wanted, 1))
 
 
@@ -154,6 +170,7 @@ def most_splits(blocks: int, slots: int, device: torch.device) -> int:
 def tree_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Tensor, block_table: Tensor | None, scale: float
 ) -> Tensor:
+    q, scale = positive_scale(q, scale)
     q, k, v = rows_contiguous(q, k, v)
     batch, nodes, heads, width = q.shape
     out = q.new_empty(q.shape)
@@ -170,16 +187,17 @@ def tree_attention(
     if block_table is not None and block_table.stride(1) != 1:
         block_table = block_table.contiguous()
     lengths = lengths.contiguous()
-    args = q, k, v, lengths, mask, block_table, part, part_lse, nodes, slots, k.shape[0], k.shape[2], scale
+    sizes = nodes, slots, k.shape[0], k.shape[2], splits, scale
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride()
-    constants = dict(HQ=heads, D=width, BLOCK_D=wide, SPLITS=splits)
+    constants = dict(HQ=heads, D=width, BLOCK_D=wide, enable_fp_fusion=True)
     with torch.cuda.device_of(q):
-        split_kernel[(splits, blocks, batch)](
-            *args, *strides, 0 if block_table is None else block_table.stride(0), **constants,
+        split_kernel[(blocks * batch, splits)](
+            q, k, v, lengths, mask, block_table, part, part_lse, *sizes, *strides,
+            0 if block_table is None else block_table.stride(0), **constants,
             GROUP=group, WORDS=mask.shape[2], BLOCK_M=block_m, BLOCK_N=config.block_n, PAGED=block_table is not None,
             num_warps=config.warps if block_m >= 64 else 4, num_stages=config.stages,
-        )
-        combine_kernel[(batch * nodes * heads,)](part, part_lse, lengths, out, nodes, slots, **constants, num_warps=4)
+        )  # fmt: skip
+        combine_kernel[(batch * nodes * heads,)](part, part_lse, lengths, out, nodes, slots, splits, **constants)
     return out
 
 

@@ -15,9 +15,7 @@ __global__ void __launch_bounds__(kThreads) accept_rows(const AcceptTree op) {
 }  // namespace
 
 void accept_tree(const AcceptTree& op, void* stream) {
-  if (op.batch == 0) return;
-  accept_rows<<<op.batch, kThreads, 0, stream_of(stream)>>>(op);
-  check_launch();
+  launch(accept_rows, op.batch, stream, op);
 }
 
 }  // namespace beagle::cuda

@@ -16,9 +16,7 @@ __global__ void __launch_bounds__(kThreads) build_rows(const BuildTree op) {
 }  // namespace
 
 void build_tree(const BuildTree& op, void* stream) {
-  if (op.batch == 0) return;
-  build_rows<<<op.batch, kThreads, 0, stream_of(stream)>>>(op);
-  check_launch();
+  launch(build_rows, op.batch, stream, op);
 }
 
 }  // namespace beagle::cuda

@@ -45,11 +45,10 @@ void choose_tokens(const ChooseTokens& op, void* stream) {
                      op.settings.top_p + first, op.settings.min_p + first};
     by_dtype(op.dtype, [&](auto* type) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-      choose_chunks<T><<<dim3(op.chunks, part.rows), kThreads, 0, stream_of(stream)>>>(part);
+      launch(choose_chunks<T>, dim3(op.chunks, part.rows), stream, part);
     });
   }
-  finish_rows<<<(op.rows + kThreads - 1) / kThreads, kThreads, 0, stream_of(stream)>>>(op);
-  check_launch();
+  launch(finish_rows, (op.rows + kThreads - 1) / kThreads, stream, op);
 }
 
 }  // namespace beagle::cuda

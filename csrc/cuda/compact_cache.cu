@@ -22,23 +22,21 @@ __global__ void __launch_bounds__(kThreads) move_columns(const CompactCache op) 
 struct alignas(16) Sixteen { uint64_t words[2]; };
 
 template <class Unit>
-void launch(const CompactCache& op, void* stream) {
+void move(const CompactCache& op, void* stream) {
   const int64_t work = op.layers * 2 * op.heads * (op.width / int64_t(sizeof(Unit)));
   const int64_t blocks = least<int64_t>((work + kThreads - 1) / kThreads, 1 << 20);
-  if (work > 0) move_columns<Unit><<<dim3(blocks, op.batch), kThreads, 0, stream_of(stream)>>>(op);
+  launch(move_columns<Unit>, dim3(blocks, op.batch), stream, op);
 }
 
 }  // namespace
 
 void compact_cache(const CompactCache& op, void* stream) {
-  if (op.batch == 0) return;
   if (op.batch > 65535) throw std::invalid_argument("batch above 65535 rows");
   const int64_t alignment = reinterpret_cast<int64_t>(op.cache) | op.width | op.stride_layer | op.stride_kv |
                             op.stride_batch | op.stride_head | op.stride_slot;
-  if (alignment % 16 == 0) launch<Sixteen>(op, stream);
-  else if (alignment % 4 == 0) launch<uint32_t>(op, stream);
-  else launch<char>(op, stream);
-  check_launch();
+  if (alignment % 16 == 0) move<Sixteen>(op, stream);
+  else if (alignment % 4 == 0) move<uint32_t>(op, stream);
+  else move<char>(op, stream);
 }
 
 }  // namespace beagle::cuda

@@ -42,20 +42,26 @@ struct Block {
     uint64_t inclusive = x;
     for (int s = 1; s < 32; s *= 2) {
       const uint64_t left = __shfl_up_sync(~0u, inclusive, s);
-      if (threadIdx.x % 32 >= s) inclusive += left;
+      if (int(threadIdx.x % 32) >= s) inclusive += left;
     }
     uint64_t* slots = shared[turn ^= 1];
     if (threadIdx.x % 32 == 31) slots[threadIdx.x / 32] = inclusive;
     __syncthreads();
     uint64_t before = inclusive - x;
-    for (int w = 0; w < threadIdx.x / 32; ++w) before += slots[w];
+    for (int w = 0; w < rank() / 32; ++w) before += slots[w];
     return before;
   }
+  // In halves: an atomic of 64 bits on shared memory is a loop that spins where threads meet, one of 32 bits is not.
   __device__ __forceinline__ void add(uint64_t* p, uint64_t x) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
+    uint32_t* half = reinterpret_cast<uint32_t*>(p);
+    const uint32_t low = uint32_t(x), old = atomicAdd(half, low);
+    const uint32_t high = uint32_t(x >> 32) + uint32_t(old + low < old);
+    if (high) atomicAdd(half + 1, high);
   }
   __device__ __forceinline__ void set(uint64_t* p, uint64_t bits) {
-    atomicOr(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(bits));
+    uint32_t* half = reinterpret_cast<uint32_t*>(p);
+    if (uint32_t(bits)) atomicOr(half, uint32_t(bits));
+    if (bits >> 32) atomicOr(half + 1, uint32_t(bits >> 32));
   }
 
  private:
@@ -65,12 +71,18 @@ struct Block {
   static __device__ __forceinline__ T value_of(uint64_t bits) { return bit_cast<T>(bits); }
 };
 
-inline void check_launch() {
+// Launches blocks of kThreads on the stream; an empty grid launches nothing.
+template <class Op>
+void launch(void (*kernel)(Op), dim3 grid, void* stream, const Op& op) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+#if defined(BEAGLE_EMULATED)
+  emulator::launch(kernel, grid, kThreads, stream, op);
+#else
+  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op);
+#endif
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
-
-inline cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
 
 // Calls body with a null pointer of the logits' type.
 template <class Body>

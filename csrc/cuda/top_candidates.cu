@@ -8,6 +8,8 @@ namespace beagle::cuda {
 namespace {
 
 constexpr int kMaxK = 1024, kPerThread = 4;
+// Keys set aside before they are merged: as many as a step can add, and half a step's to wait for more.
+constexpr int kStep = kThreads * 4, kWaiting = kStep / 2, kAside = kStep + kWaiting;
 
 // The k largest of the keys that `each(i)` gives for i below n, merged into the sorted list `best`.
 template <class Each>
@@ -35,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 2) rank_chunks(const TopCandidates o
   constexpr int kTile = Block::kTile, kSpan = kThreads * kTile * kPerThread;
   __shared__ uint64_t slots[2][kWarps];
   __shared__ Scratch scratch;
-  __shared__ uint64_t best[kMaxK], found[kSpan / 8];
+  __shared__ uint64_t best[kMaxK], found[kAside];
   __shared__ int32_t count;
   Block team{slots};
   const int64_t row = blockIdx.y, chunk = blockIdx.x, out = row * op.chunks + chunk;
@@ -46,8 +48,17 @@ __global__ void __launch_bounds__(kThreads, 2) rank_chunks(const TopCandidates o
   const float cut = !filters || chunk > 0 ? -kInf : penalty_cut(team, logits, op.vocab, knobs, scratch);
   const int64_t spans = filters ? (chunk > 0 ? 0 : op.chunks) : 1;
   for (int i = team.rank(); i < op.k; i += kThreads) best[i] = 0;
+  if (team.rank() == 0) count = 0;
   team.sync();
 
+  uint64_t floor = 0;
+  const auto merge = [&] {
+    const int32_t have = count;
+    team.sync();
+    if (team.rank() == 0) count = 0;
+    merge_best(team, best, op.k, have, [&](int64_t f) { return found[f]; });
+    floor = best[op.k - 1];
+  };
   LogSum total;
   for (int64_t s = 0; s < spans; ++s) {
     const int64_t begin = (chunk + s) * kSpan, end = least<int64_t>(begin + kSpan, op.vocab);
@@ -57,25 +68,19 @@ __global__ void __launch_bounds__(kThreads, 2) rank_chunks(const TopCandidates o
       if (i < end) perturb_tile(value, i, end, knobs, cut, stream, op.token_ids);
       const float top = tile_max(value);
       if (top > -kInf) total.add(top, tile_sum(value, top));
-      // at most kSpan / 8 keys are set aside before they are merged, so none is lost
-      if (team.rank() == 0) count = 0;
-      team.sync();
-      const uint64_t floor = best[op.k - 1];
       BEAGLE_UNROLL
       for (int j = 0; j < kTile; ++j) {
         const uint64_t key = value[j] > -kInf ? make_key(value[j], uint32_t(i + j)) : 0;
-        if (key > floor) found[atomicAdd(&count, 1) % (kSpan / 8)] = key;
+        if (key > floor) found[atomicAdd(&count, 1)] = key;
         if (j % 4 == 3) {
           team.sync();
-          const int32_t have = count;
-          team.sync();
-          if (have > 0) merge_best(team, best, op.k, have, [&](int64_t f) { return found[f]; });
-          if (team.rank() == 0) count = 0;
+          if (count > kWaiting) merge();
           team.sync();
         }
       }
     }
   }
+  if (count > 0) merge();
   for (int i = team.rank(); i < op.k; i += kThreads) op.keys[out * op.k + i] = best[i];
   const float top = key_value(team.max(make_key(total.top, 0)));
   const double sum = team.sum(total.top > -kInf ? total.sum * double(exp_of(total.top - top)) : 0.0);
@@ -110,10 +115,9 @@ void top_candidates(const TopCandidates& op, void* stream) {
   if (op.rows > 65535) throw std::invalid_argument("more than 65535 rows");
   by_dtype(op.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    rank_chunks<T><<<dim3(op.chunks, op.rows), kThreads, 0, stream_of(stream)>>>(op);
+    launch(rank_chunks<T>, dim3(op.chunks, op.rows), stream, op);
   });
-  join_chunks<<<op.rows, kThreads, 0, stream_of(stream)>>>(op);
-  check_launch();
+  launch(join_chunks, op.rows, stream, op);
 }
 
 }  // namespace beagle::cuda

@@ -32,14 +32,12 @@ __global__ void __launch_bounds__(kThreads, 2) verify_rows(const VerifyChain op)
 }  // namespace
 
 void verify_chain(const VerifyChain& op, void* stream) {
-  if (op.batch == 0) return;
   if (op.batch > 65535) throw std::invalid_argument("batch above 65535 rows");
   by_dtype(op.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    measure_rows<T><<<dim3(2 * op.steps + 1, op.batch), kThreads, 0, stream_of(stream)>>>(op);
-    verify_rows<T><<<op.batch, kThreads, 0, stream_of(stream)>>>(op);
+    launch(measure_rows<T>, dim3(2 * op.steps + 1, op.batch), stream, op);
+    launch(verify_rows<T>, op.batch, stream, op);
   });
-  check_launch();
 }
 
 }  // namespace beagle::cuda

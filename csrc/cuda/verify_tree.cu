@@ -44,14 +44,12 @@ __global__ void __launch_bounds__(kThreads) accept_chosen(const VerifyTree op) {
 }  // namespace
 
 void verify_tree(const VerifyTree& op, void* stream) {
-  if (op.batch == 0) return;
   if (op.batch > 65535) throw std::invalid_argument("batch above 65535 rows");
   by_dtype(op.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    choose_nodes<T><<<dim3(op.chunks, op.tree.nodes, op.batch), kThreads, 0, stream_of(stream)>>>(op);
+    launch(choose_nodes<T>, dim3(op.chunks, op.tree.nodes, op.batch), stream, op);
   });
-  accept_chosen<<<op.batch, kThreads, 0, stream_of(stream)>>>(op);
-  check_launch();
+  launch(accept_chosen, op.batch, stream, op);
 }
 
 }  // namespace beagle::cuda

@@ -1,13 +1,17 @@
 """Beagle: lossless speculative decoding with a cross-attention draft (arXiv 2505.24544)."""
 
-from beagle_sd.adaptive import AdaptiveTree
+from beagle_sd.adaptive import AdaptiveTree, adaptive_tree
 from beagle_sd.bundled import load_bundled
 from beagle_sd.custom_generate import custom_generate
 from beagle_sd.draft import BeagleConfig, BeagleDraft
-from beagle_sd.generate import Generated, Report, generate
-from beagle_sd.target import UnsupportedTarget
+from beagle_sd.engine import Engine
+from beagle_sd.generate import Generated, generate
+from beagle_sd.graph import GraphError
+from beagle_sd.head import UnsupportedTarget
+from beagle_sd.report import Report
 
 __all__ = [
-    "AdaptiveTree", "BeagleConfig", "BeagleDraft", "Generated", "Report", "UnsupportedTarget", "custom_generate",
-    "generate", "load_bundled",
+    "AdaptiveTree", "BeagleConfig", "BeagleDraft", "Engine", "Generated", "GraphError", "Report", "UnsupportedTarget",
+    "adaptive_tree",
+    "custom_generate", "generate", "load_bundled",
 ]  # fmt: skip

@@ -1,45 +1,35 @@
-"""The target writes answers to prompts, in continuous batches, keeping the states it had while writing."""
+"""The target writes answers to prompts, in continuous batches: every answer is the one plain decoding gives."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from beagle_kernels import STATUS_NO_FINITE, Sampling, choose_tokens
 from beagle_sd import shards
 from beagle_sd.attention import tree_attention_of
+from beagle_sd.cache import causal
+from beagle_sd.graph import GraphError, RoundGraph, check_capturable
+from beagle_sd.linears import skinny_linears_of
 from beagle_sd.target import Target
 
-_PREFILL_ROWS = 16
-"""Prompts run together, of about equal length, so that little is padding."""
+_PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
+"""Prompt tokens run together, of prompts of about equal length, so that little is padding."""
+_LOOK_EVERY = 4
+"""Steps between looks at which rows have ended: looking waits for the device."""
 
 
-def write_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Iterable[tuple[int, list[dict]]],
-    *,
-    batch: int = 128,
-    max_new_tokens: int = 192,
-    max_prompt_tokens: int = 256,
-    temperatures: Sequence[float] = (0.0, 0.0, 0.7, 1.0),
-    seed: int = 0,
-) -> Iterator[shards.Sequence]:
-    """An answer to every prompt, as it is finished, with the states of prompt and answer.
+class Request(NamedTuple):
+    """A prompt's ids, ready for the assistant's turn; the number it is known by; the temperature of its answer."""
 
-    prompts: (index, messages ending with a user turn); prompt i is answered at temperatures[i % len]. Prompts
-    of more than max_prompt_tokens tokens are skipped. States are in the model's dtype, bf16 at most.
-    """
-    encoded = ((index, encode_chat(tokenizer, messages)) for index, messages in prompts)
-    fitting = ((index, ids) for index, ids in encoded if len(ids) <= max_prompt_tokens)
-    with torch.inference_mode(), tree_attention_of(model):
-        slots = max_prompt_tokens + max_new_tokens
-        writer = _Writer(Target(model), tokenizer.eos_token_id, batch, slots, max_new_tokens, temperatures, seed)
-        yield from writer.run(fitting)
+    index: int  # type: ignore[assignment]  # tuple.index is not needed
+    ids: list[int]
+    temperature: float
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
@@ -48,96 +38,172 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> lis
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@dataclass
-class _Work:
-    """An answer in progress: states has a row for every token but the last of the answer."""
+def requests_of(
+    prompts: Iterable[tuple[int, list[int]]], temperatures: Sequence[float] = (0.0, 0.0, 0.7, 1.0), turn: int = 0
+) -> Iterator[Request]:
+    """Prompts (index, ids) to be answered: prompt i at temperatures[(i + turn) % len]."""
+    for index, ids in prompts:
+        yield Request(index, ids, temperatures[(index + turn) % len(temperatures)])
 
-    index: int
-    temperature: float
-    prompt: list[int]
-    answer: list[int] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)
 
-    def finished(self) -> shards.Sequence:
-        tokens = torch.tensor(self.prompt + self.answer[:-1])
-        mask = torch.arange(len(tokens)) >= len(self.prompt) - 1
-        states = torch.cat(self.states).to(torch.bfloat16)
-        return shards.Sequence(tokens, mask, states, self.answer[-1], self.index, self.temperature)
+def seed_of(seed: int, request: Request) -> int:
+    """The seed of an answer: `generate` with it and the request's temperature writes the same tokens."""
+    return (seed << 40) + (request.index << 10) + min(1023, round(100 * request.temperature))
+
+
+def write_answers(
+    model: PreTrainedModel,
+    requests: Iterable[Request],
+    *,
+    end: int,
+    batch: int = 128,
+    max_new_tokens: int = 192,
+    max_prompt_tokens: int = 256,
+    seed: int = 0,
+    states: bool = True,
+    graph: bool = True,
+) -> Iterator[shards.Sequence]:
+    """An answer to every request, as it is finished: up to the token `end` or of max_new_tokens tokens.
+
+    The same seed gives the same answers in any order and batch, up to the model's rounding. Prompts of more than
+    max_prompt_tokens tokens are skipped. states: also give those of prompt and answer, in bf16 (else they are
+    empty). graph: on a GPU, capture the step as a CUDA graph; where that fails, a warning says why and steps run one
+    kernel at a time. Raises ValueError for sizes below 1, RuntimeError where the model gives no finite logit.
+    """
+    for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("max_prompt_tokens", max_prompt_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; allowed: at least 1")
+    fitting = (request for request in requests if len(request.ids) <= max_prompt_tokens)
+    with torch.inference_mode(), tree_attention_of(model), skinny_linears_of(model):
+        target = Target(model)
+        writer = _Writer(target, end, batch, max_prompt_tokens, max_new_tokens, seed, states,
+                         graph and target.device.type == "cuda")  # fmt: skip
+        yield from writer.run(fitting)
 
 
 class _Writer:
-    """Rows of one cache, each an answer in progress; a finished row takes the next prompt."""
+    """Rows of one cache, each an answer in progress; a finished row takes the next prompt.
 
-    def __init__(self, target: Target, end: int, batch: int, slots: int, longest: int, temperatures, seed: int):
-        self.target, self.end, self.longest, self.temperatures = target, end, longest, temperatures
-        self.cache = target.new_cache(batch, slots)
-        self.random = torch.Generator(target.device).manual_seed(seed)
-        self.rows: list[_Work | None] = [None] * batch
-        self.temperature = torch.zeros(batch, device=target.device)
-        self.token = torch.zeros(batch, dtype=torch.int64, device=target.device)
+    All that a step reads and writes lives on the device. token [B]: chosen, not yet run; answer [B, longest + 1]: what
+    was chosen (the last column takes what ended rows choose); count [B]: how much of it; done [B]: ended or free.
+    """
 
-    def run(self, requests: Iterator[tuple[int, list[int]]]) -> Iterator[shards.Sequence]:
+    def __init__(self, target: Target, end: int, batch: int, prompt: int, longest: int, seed: int, states: bool,
+                 graph: bool, fixed: bool = False):  # fmt: skip
+        device = target.device
+        self.target, self.end, self.longest, self.seed = target, end, longest, seed
+        self.cache = target.new_cache(batch, prompt + longest, fixed=fixed)
+        self.sampling = Sampling.of(batch, device=device)
+        self.token = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.answer = torch.zeros(batch, longest + 1, dtype=torch.int64, device=device)
+        self.count = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.done = torch.ones(batch, dtype=torch.bool, device=device)
+        self.status = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.numbers = torch.arange(batch, device=device)
+        self.depth = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.itself = causal(batch, 1, device)
+        shape = (batch, self.cache.capacity, target.config.hidden_size)
+        self.states = torch.zeros(shape, dtype=torch.bfloat16, device=device) if states else None
+        self.rows: list[Request | None] = [None] * batch
+        self.capture, self.play = graph, self._step
+
+    def run(self, requests: Iterator[Request]) -> Iterator[shards.Sequence]:
         exhausted = False
         while True:
-            free = [row for row, work in enumerate(self.rows) if work is None]
+            free = [row for row, request in enumerate(self.rows) if request is None]
             if not exhausted and len(free) >= max(1, len(self.rows) // 16):
                 taken = list(islice(requests, len(free)))
                 exhausted = len(taken) < len(free)
-                taken.sort(key=lambda request: len(request[1]))
-                for start in range(0, len(taken), _PREFILL_ROWS):
-                    part = taken[start : start + _PREFILL_ROWS]
-                    self._admit(free[start : start + len(part)], part)
-            if all(work is None for work in self.rows):
+                for part in _groups(taken, _PREFILL_TOKENS[self.target.device.type]):
+                    self._admit([free.pop(0) for _ in part], part)
+            if all(request is None for request in self.rows):
                 return
+            if self.capture:
+                self.capture, self.play = False, self._captured()
+            for _ in range(_LOOK_EVERY):
+                self.play()
             yield from self._collect()
-            self._step()
 
-    def _admit(self, rows: list[int], requests: list[tuple[int, list[int]]]) -> None:
+    def _admit(self, rows: list[int], requests: list[Request]) -> None:
         device = self.target.device
-        lengths = torch.tensor([len(ids) for _, ids in requests], device=device)
-        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64, device=device)
-        for place, (_, ids) in enumerate(requests):
-            tokens[place, : len(ids)] = torch.tensor(ids, device=device)
+        longest = max(len(request.ids) for request in requests)
+        padded = [request.ids + [0] * (longest - len(request.ids)) for request in requests]
+        tokens = torch.tensor(padded, device=device)
+        lengths = torch.tensor([len(request.ids) for request in requests], device=device)
+        place = torch.tensor(rows, device=device)
         prompt = self.target.new_cache(*tokens.shape)
         hidden = self.target.prefill(tokens, lengths, prompt)
-        self.cache.states[:, :, rows, :, : tokens.shape[1]] = prompt.states
-        self.cache.lengths[rows] = prompt.lengths
-        for place, (row, (index, ids)) in enumerate(zip(rows, requests, strict=True)):
-            temperature = self.temperatures[index % len(self.temperatures)]
-            self.rows[row] = _Work(index, temperature, ids, states=[hidden[place, : len(ids)].cpu()])
-            self.temperature[row] = temperature
+        self.cache.states[:, :, place, :, :longest] = prompt.states
+        self.cache.lengths[place] = prompt.lengths
+        if self.states is not None:
+            self.states[place, :longest] = hidden.to(torch.bfloat16)
+        seeds = [seed_of(self.seed, request) for request in requests]
+        self.sampling.seed[place] = torch.tensor(seeds, device=device)
+        self.sampling.temperature[place] = torch.tensor([request.temperature for request in requests], device=device)
         last = hidden[torch.arange(len(rows), device=device), lengths - 1]
-        self.token[rows] = self._choose(self.target.head(last), self.temperature[rows])
+        settings = Sampling(*(field[place] for field in self.sampling))
+        chosen, status = choose_tokens(self.target.head(last), lengths, settings)
+        self.token[place], self.answer[place, 0] = chosen, chosen
+        self.count[place], self.status[place] = 1, status
+        self.done[place] = (chosen == self.end) | (self.longest == 1)
+        for row, request in zip(rows, requests, strict=True):
+            self.rows[row] = request
 
-    def _choose(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        """Gumbel-max: the argmax of logits + temperature x noise, greedy at temperature 0."""
-        chosen = logits.argmax(-1)
-        warm = temperature.nonzero().flatten()
-        if len(warm):
-            noise = torch.empty(len(warm), logits.shape[1], device=logits.device).exponential_(generator=self.random)
-            chosen[warm] = (logits[warm].float() - temperature[warm, None] * noise.log_()).argmax(-1)
-        return chosen
-
-    def _collect(self) -> Iterator[shards.Sequence]:
-        """Append each row's pending token; give out the answers that end with it."""
-        for row, token in enumerate(self.token.tolist()):
-            work = self.rows[row]
-            if work is None:
-                continue
-            work.answer.append(token)
-            if token == self.end or len(work.answer) == self.longest:
-                self.rows[row] = None
-                self.cache.lengths[row] = 0
-                yield work.finished()
+    def _captured(self) -> Callable[[], None]:
+        """The step as a graph's replay, captured while no row is live; as it is, with a warning, if it cannot be."""
+        device, done = self.target.device, self.done.clone()
+        try:
+            check_capturable(device, self.target.dtype)
+            self.done.fill_(True)
+            return RoundGraph(self._step, device, torch.cuda.graph_pool_handle()).replay
+        except GraphError as error:
+            warnings.warn(f"the step runs one kernel at a time: {error}", stacklevel=2)
+            return self._step
+        finally:
+            self.done.copy_(done)
 
     def _step(self) -> None:
-        among = torch.ones(len(self.rows), 1, 1, dtype=torch.bool, device=self.target.device)
-        depth = torch.zeros_like(self.token)[:, None]
-        hidden = self.target.forward(self.token[:, None], depth, among, self.cache)
-        kept = hidden.cpu()
-        for row, work in enumerate(self.rows):
-            if work is not None:
-                work.states.append(kept[row].clone())
-        live = torch.tensor([work is not None for work in self.rows], device=self.target.device)
-        self.cache.lengths += live.to(torch.int32)
-        self.token = self._choose(self.target.head(hidden[:, 0]), self.temperature)
+        """Run the pending tokens and choose the next: no value is read on the host, all buffers stay in place."""
+        lengths = self.cache.lengths
+        hidden = self.target.forward(self.token[:, None], self.depth, self.itself, self.cache)[:, 0]
+        if self.states is not None:
+            self.states[self.numbers, lengths.long()] = hidden.to(torch.bfloat16)
+        live = ~self.done
+        lengths += live
+        chosen, status = choose_tokens(self.target.head(hidden), lengths.long(), self.sampling)
+        self.status |= torch.where(live, status, 0)
+        self.token.copy_(torch.where(live, chosen, self.token))
+        self.answer[self.numbers, torch.where(live, self.count, self.longest)] = chosen
+        self.count += live
+        self.done |= (self.token == self.end) | (self.count >= self.longest)
+
+    def _collect(self) -> Iterator[shards.Sequence]:
+        """Give out the answers that have ended and free their rows."""
+        ended = [row for row, done in enumerate(self.done.tolist()) if done and self.rows[row] is not None]
+        if not ended:
+            return
+        place = torch.tensor(ended, device=self.done.device)
+        answers, counts, status = (part[place].cpu() for part in (self.answer, self.count, self.status))
+        for row, answer, count, bits in zip(ended, answers, counts.tolist(), status.tolist(), strict=True):
+            request = self.rows[row]
+            assert request is not None
+            if bits & STATUS_NO_FINITE:
+                raise RuntimeError(f"prompt {request.index}: the target gave no finite logit; check its weights and "
+                                   "dtype")
+            tokens = torch.tensor(request.ids + answer[: count - 1].tolist())
+            mask = torch.arange(len(tokens)) >= len(request.ids) - 1
+            states = torch.empty(0) if self.states is None else self.states[row, : len(tokens)].to("cpu", copy=True)
+            yield shards.Sequence(tokens, mask, states, int(answer[count - 1]), request.index, request.temperature)
+            self.rows[row] = None
+
+
+def _groups(requests: list[Request], tokens: int) -> Iterator[list[Request]]:
+    """The requests by length, in groups of about so many tokens with their padding."""
+    group: list[Request] = []
+    for request in sorted(requests, key=lambda request: len(request.ids)):
+        if group and len(request.ids) * (len(group) + 1) > tokens:
+            yield group
+            group = []
+        group.append(request)
+    if group:
+        yield group

@@ -1,4 +1,4 @@
-"""`attn_implementation="beagle_tree"`: the target's attention over a fixed cache, with its tree mask."""
+"""`attn_implementation="beagle_tree"`: the target's attention over a fixed cache, its tree mask as words or 4-D."""
 
 from __future__ import annotations
 
@@ -14,10 +14,23 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from beagle_kernels import tree_attention
+from beagle_sd.cache import TreeCache
 
 NAME = "beagle_tree"
-_RAGGED_ROWS = 4
-"""Rows from which reading only what each row sees beats one padded call."""
+_read = threading.local()
+
+
+@contextmanager
+def reading(cache: TreeCache) -> Iterator[None]:
+    """Inside, a mask of words [B, 1, N, W] int64 speaks of `cache`: its lengths, and its pages if it has any.
+
+    transformers hands a 4-D mask on as it is, so words reach the attention where a mask [B, 1, N, S] would.
+    """
+    before, _read.cache = getattr(_read, "cache", None), cache
+    try:
+        yield
+    finally:
+        _read.cache = before
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -37,20 +50,12 @@ def _beagle_tree(module, query, key, value, attention_mask, scaling, dropout=0.0
     if kwargs.get("softcap") is not None:
         raise ValueError("attention soft-capping is not supported by beagle_tree; use attn_implementation='eager'")
     if attention_mask is None and query.shape[2] > 1:
-        raise ValueError("beagle_tree needs the 4-D mask that the decoding loop gives it")
-    if query.shape[2] == 1 and len(query) >= _RAGGED_ROWS and query.device.type == "cpu":
-        return _ragged_attention(query, key, value, attention_mask, scaling), None
+        raise ValueError("beagle_tree needs the mask that the decoding loop gives it")
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
+        cache = _read.cache
+        return tree_attention(query.transpose(1, 2), key, value, cache.lengths, attention_mask[:, 0], scale=scaling,
+                              block_table=cache.block_table), None  # fmt: skip
     return grouped_attention(query, key, value, attention_mask, scaling).transpose(1, 2), None
-
-
-def _ragged_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """One new token a row, which sees its row's slots from the first to its own: reads those, not the longest row's.
-
-    As in grouped_attention, but returns [B, 1, Hq, D].
-    """
-    lengths = (mask[:, 0, 0].sum(-1) - 1).to(torch.int32)
-    own = torch.ones(len(query), 1, 1, dtype=torch.int64)
-    return tree_attention(query.transpose(1, 2), key, value, lengths, own, scale=scale)
 
 
 AttentionInterface.register(NAME, _beagle_tree)

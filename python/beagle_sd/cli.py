@@ -1,4 +1,4 @@
-"""The command `beagle-sd`: generate, prompts, prepare, train, info."""
+"""The command `beagle-sd`: generate, bench, prompts, prepare, train, plot, info."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     help="Lossless speculative decoding with a cross-attention draft (Beagle, arXiv 2505.24544).",
@@ -20,6 +21,8 @@ console = Console()
 Target = Annotated[str, typer.Option(help="Target model: smollm2-135m, a folder, or a hub name.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bf16 on a GPU, fp32 on a CPU.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")]
+Draft = Annotated[Path | None, typer.Option(help="Draft folder; default: the one bundled for the target.")]
+Calibrate = Annotated[bool, typer.Option(help="Measure this machine's costs anew, instead of those kept.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling, of the data's order, or of the prompts.")]
 
 
@@ -27,18 +30,19 @@ Seed = Annotated[int, typer.Option(help="Seed of sampling, of the data's order, 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     target: Target = "smollm2-135m",
-    draft: Annotated[Path | None, typer.Option(help="Draft folder; default: the one bundled for the target.")] = None,
+    draft: Draft = None,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k best tokens; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the smallest set of this mass; 1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best; 0 is off.")] = 0.0,
     seed: Seed = 0,
-    num_nodes: Annotated[int | None, typer.Option(help="Tree nodes a round; default: from measured costs.")] = None,
+    num_nodes: Annotated[int | None, typer.Option(help="Tree nodes a round; default: by cost and acceptance.")] = None,
     depth: Annotated[int | None, typer.Option(help="Levels of drafted tokens.")] = None,
     branch: Annotated[int | None, typer.Option(help="Branching; 1 is a chain.")] = None,
     raw: Annotated[bool, typer.Option(help="Continue the text itself, without a chat template.")] = False,
     compare: Annotated[bool, typer.Option(help="Decode the same plainly afterwards, and compare.")] = True,
+    calibrate: Calibrate = False,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -47,9 +51,39 @@ def generate(
 
     with _clear_errors():
         session.answer(
-            console, prompt, target, draft, raw=raw, compare=compare, dtype=dtype, device=device,
-            shape=(depth, branch, num_nodes), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, seed=seed,
+            console, prompt, target, draft, raw=raw, compare=compare, calibrate=calibrate, dtype=dtype,
+            device=device, shape=(depth, branch, num_nodes), max_new_tokens=max_new_tokens, temperature=temperature,
+            top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
+        )  # fmt: skip
+
+
+@app.command("bench")
+def compare_contenders(
+    target: Target = "smollm2-135m",
+    draft: Draft = None,
+    prompts: Annotated[list[str], typer.Option(help="mt-bench, humaneval, gsm8k, a .jsonl of conversations or a .txt "
+                                                    "of one prompt a line; may be given again.")] = ["mt-bench"],  # noqa: B006
+    count: Annotated[int, typer.Option(help="Prompts of each.")] = 20,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    assistant: Annotated[str | None, typer.Option(help="A smaller model for transformers' own speculation.")] = None,
+    shape: Annotated[list[str], typer.Option(help="A tree to measure, as depth,branch,num_nodes; may be given again. "
+                                                  "Default: the best chain and tree by costs.")] = [],  # noqa: B006
+    calibrate: Calibrate = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write the table there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the ratios there; needs matplotlib.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Time whole answers side by side: target.generate, transformers' speculation, Beagle's plain, chain and trees."""
+    from beagle_sd.bench import bench
+    from beagle_sd.comparison import read_shape
+
+    with _clear_errors():
+        bench(
+            console, target, draft, prompts, count=count, max_new_tokens=max_new_tokens, temperature=temperature,
+            assistant=assistant, shapes=[read_shape(text) for text in shape], calibrate=calibrate, csv=csv, plot=plot,
+            dtype=dtype, device=device,
         )  # fmt: skip
 
 
@@ -63,7 +97,8 @@ def prompts(
     from beagle_sd.prompts import build_prompts
 
     with _clear_errors():
-        lines = [json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in build_prompts(count, seed)]
+        made = build_prompts(count, seed, left_out=lambda reason: console.print(f"left out: {escape(reason)}"))
+        lines = [json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in made]
         out.write_text("".join(lines), encoding="utf-8")
     console.print(f"{len(lines)} prompts in {out}")
 
@@ -77,6 +112,7 @@ def prepare(
     batch: Annotated[int, typer.Option(help="Answers written at a time.")] = 128,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 192,
     context: Annotated[int, typer.Option(help="Longest conversation, in tokens.")] = 2048,
+    limit: Annotated[int, typer.Option(help="Only the first so many conversations; 0: all.")] = 0,
     seed: Seed = 0,
     dtype: Dtype = "bfloat16",
     device: Device = None,
@@ -84,14 +120,14 @@ def prepare(
     """Run the target over conversations and store its states for training. Safe to kill and run again."""
     from beagle_sd import session
 
-    with _clear_errors():
+    with _clear_errors(f"; what is finished is in {out}: run the same command again to go on"):
         session.prepare(console, source, out, target, regenerate=regenerate, batch=batch, context=context,
-                        max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device)
+                        max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device, limit=limit)
 
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Argument(help="Folder of shards from `prepare`.")],
+    data: Annotated[Path, typer.Argument(help="Folder from `prepare`, or a file it takes: states live, none stored.")],
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints; an unfinished run is gone on with.")],
     target: Target = "smollm2-135m",
     draft_vocab: Annotated[int, typer.Option(help="Most frequent tokens the draft may propose; 0: all.")] = 8192,
@@ -119,7 +155,7 @@ def train(
     from beagle_sd import session
     from beagle_sd.training import TrainingConfig
 
-    with _clear_errors():
+    with _clear_errors(f"; the last checkpoint is in {out}: run the same command again to go on"):
         config = TrainingConfig(
             window=window, steps=steps, block_epochs=block_epochs, simulation_epochs=simulation_epochs,
             tokens_per_step=tokens_per_step, context=context, lr=lr, schedule=schedule, warmup_steps=warmup_steps,
@@ -145,18 +181,24 @@ def plot(
 
 @app.command()
 def info() -> None:
-    """Versions, devices, backends of every op, bundled drafts and the cache folder."""
+    """Versions, devices, backends of every op, bundled drafts, the cache folder and the costs kept in it."""
     from beagle_kernels.__main__ import main
     from beagle_sd.bundled import bundled_names
+    from beagle_sd.calibration import calibration_folder
     from beagle_sd.smollm2 import cache_folder
 
     main()
-    console.print(f"\nbundled drafts: {', '.join(bundled_names()) or 'none'}\ncache folder: {cache_folder()}")
+    kept = len(list(calibration_folder().glob("*.json")))
+    console.print(f"\nbundled drafts: {', '.join(bundled_names()) or 'none'}\ncache folder: {cache_folder()}\n"
+                  f"calibrations: {kept} in {calibration_folder()}", soft_wrap=True)
 
 
 class _clear_errors:
-    """Show what a user can mend as one line, and exit with 1; anything else is a bug and keeps its traceback.
-    transformers' own progress bars stay off."""
+    """Show what a user can mend as one line, and exit with 1, or with 130 after Ctrl-C; anything else is a bug and
+    keeps its traceback. transformers' own progress bars stay off."""
+
+    def __init__(self, after_interrupt: str = ""):
+        self.after_interrupt = after_interrupt
 
     def __enter__(self):
         from transformers.utils import logging
@@ -167,8 +209,11 @@ class _clear_errors:
     def __exit__(self, kind, error, trace):
         from beagle_sd.training import TrainingStopped
 
-        if isinstance(error, (ValueError, OSError, TrainingStopped)):
-            console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        if isinstance(error, KeyboardInterrupt):
+            console.print(f"\nstopped{escape(self.after_interrupt)}", highlight=False, soft_wrap=True)
+            raise typer.Exit(130) from error
+        if isinstance(error, (ValueError, OSError, TrainingStopped)) and not isinstance(error, BrokenPipeError):
+            console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +43,11 @@ def read_conversations(path: str | Path, tokenizer: PreTrainedTokenizerBase, con
     if path.suffix == ".npz":
         yield from read_answers(path, context)
     elif path.suffix == ".txt":
-        ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error}); allowed: UTF-8") from error
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for index, start in enumerate(range(0, len(ids), context)):
             part = ids[start : start + context]
             yield Conversation(index, part, [True] * len(part), HUMAN)
@@ -76,6 +82,21 @@ def read_messages(path: str | Path) -> Iterator[tuple[int, list[dict]]]:
             yield index, messages
 
 
+def read_prompts(path: str | Path) -> Iterator[tuple[int, list[dict]]]:
+    """Each line's messages up to its last user turn, for the target to answer, with the line's index."""
+    for index, messages in read_messages(path):
+        turns = [place for place, message in enumerate(messages) if message["role"] == "user"]
+        if not turns:
+            raise ValueError(f"{path}: line {index + 1} has no user turn to answer; allowed: at least one")
+        yield index, messages[: turns[-1] + 1]
+
+
+def read_sources(path: str | Path) -> dict[int, str]:
+    """Line index -> the "source" that a JSONL file's prompt names, "" where it names none."""
+    with Path(path).open("rb") as file:
+        return {index: str(json.loads(line).get("source", "")) for index, line in enumerate(file) if line.strip()}
+
+
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tuple[list[int], list[bool]]:
     """Ids of the chat template, and a mask of what the assistant says, its end token included."""
     def render(upto: int, prompt: bool):
@@ -103,18 +124,17 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict]
 def states_of(
     model: PreTrainedModel, conversations: Iterable[Conversation], *, batch_tokens: int = 4096
 ) -> Iterator[shards.Sequence]:
-    """Run the target over conversations, teacher-forced; states in bf16. In the order of their coming."""
+    """Run the target over conversations, teacher-forced; states in bf16. Of every 256 conversations the shorter ones
+    come first, so that little of a batch is padding."""
     target = Target(model)
-    waiting: list[Conversation] = []
-    for conversation in conversations:
-        if len(conversation.ids) < 2:
-            continue
-        longest = max(len(item.ids) for item in [*waiting, conversation])
-        if waiting and longest * (len(waiting) + 1) > batch_tokens:
-            yield from _forward(target, waiting)
-            waiting = []
-        waiting.append(conversation)
-    if waiting:
+    coming = (conversation for conversation in conversations if len(conversation.ids) > 1)
+    while pool := sorted(islice(coming, 256), key=lambda item: len(item.ids)):
+        waiting: list[Conversation] = []
+        for conversation in pool:
+            if waiting and len(conversation.ids) * (len(waiting) + 1) > batch_tokens:
+                yield from _forward(target, waiting)
+                waiting = []
+            waiting.append(conversation)
         yield from _forward(target, waiting)
 
 
@@ -137,10 +157,17 @@ def export_answers(folder: str | Path, path: str | Path, sources: dict[int, str]
     sources: index -> where its prompt came from.
     """
     sequences = sorted(shards.read_sequences(folder, with_states=False), key=lambda sequence: sequence.index)
+    write_answer_file(path, sequences, sources)
+    return len(sequences)
+
+
+def write_answer_file(path: str | Path, sequences: list[shards.Sequence], sources: dict[int, str]) -> None:
+    """Write sequences' token ids, without states, to a compressed .npz, which appears whole or not at all."""
     names = sorted({sources.get(sequence.index, "") for sequence in sequences})
     ids = np.concatenate([np.append(sequence.tokens.numpy(), sequence.final_token) for sequence in sequences])
+    partial = Path(path).with_suffix(".partial.npz")
     np.savez_compressed(
-        path,
+        partial,
         ids=ids.astype(np.uint16 if ids.max() < 65536 else np.uint32),
         lengths=np.array([len(sequence.tokens) + 1 for sequence in sequences], dtype=np.int32),
         prompt_lengths=np.array([int((~sequence.loss_mask).sum()) + 1 for sequence in sequences], dtype=np.int32),
@@ -149,11 +176,14 @@ def export_answers(folder: str | Path, path: str | Path, sources: dict[int, str]
         source=np.array([names.index(sources.get(sequence.index, "")) for sequence in sequences], dtype=np.int16),
         source_names=np.array(names),
     )
-    return len(sequences)
+    os.replace(partial, path)
 
 
-def read_answers(path: str | Path, context: int) -> Iterator[Conversation]:
-    """The conversations of a file that `export_answers` wrote."""
+def stored_answers(path: str | Path) -> dict[str, np.ndarray]:
+    """The parts of a file of answers: ids [all], and lengths, prompt_lengths, temperature, index [answers].
+
+    An answer's ids are its prompt's, then its own. ValueError names a file that is not whole.
+    """
     try:
         with np.load(path) as data:
             stored = {name: data[name] for name in ("ids", "lengths", "prompt_lengths", "temperature", "index")}
@@ -166,8 +196,14 @@ def read_answers(path: str | Path, context: int) -> Iterator[Conversation]:
     if not whole or not integers or lengths.min(initial=0) < 0 or stored["ids"].shape != (lengths.sum(),):
         raise ValueError(f"{path}: its parts do not belong together; allowed: an .npz that "
                          "`beagle-sd prepare --regenerate` wrote")
+    return stored
+
+
+def read_answers(path: str | Path, context: int) -> Iterator[Conversation]:
+    """The conversations of a file of answers."""
+    stored = stored_answers(path)
     start = 0
-    for number, length in enumerate(lengths.tolist()):
+    for number, length in enumerate(stored["lengths"].tolist()):
         ids = stored["ids"][start : start + length].astype(np.int64).tolist()
         start += length
         learn = [place >= int(stored["prompt_lengths"][number]) for place in range(length)]

@@ -23,7 +23,9 @@ from transformers.utils import ModelOutput
 
 from beagle_sd.adaptive import AdaptiveTree
 from beagle_sd.draft import BeagleDraft
-from beagle_sd.generate import Report, generate
+from beagle_sd.engine import Engine
+from beagle_sd.generate import generate
+from beagle_sd.report import Report
 
 _WARPERS = {
     TemperatureLogitsWarper: "temperature",
@@ -39,10 +41,12 @@ _MODEL_KWARGS = {"attention_mask", "position_ids", "use_cache", "cache_position"
 
 @dataclass
 class SpeculativeOutput(ModelOutput):
-    """With return_dict_in_generate: sequences [B * num_return_sequences, prompt + new] int64, and the Report."""
+    """With return_dict_in_generate: sequences [B * num_return_sequences, prompt + new] int64, the Report, and with
+    return_logprobs logprobs [B * num_return_sequences, new] float32."""
 
     sequences: Tensor | None = None
     report: Report | None = None
+    logprobs: Tensor | None = None
 
 
 def custom_generate(
@@ -54,16 +58,21 @@ def custom_generate(
     num_nodes: int | None = None,
     adaptive: AdaptiveTree | None = None,
     streamer: BaseStreamer | None = None,
+    return_logprobs: bool = False,
+    graph: bool | None = None,
+    page_size: int | None = None,
+    engine: Engine | None = None,
 ) -> Callable[..., Tensor | SpeculativeOutput]:
     """What `target.generate(custom_generate=...)` takes: decodes with `draft`, the text is that of plain decoding.
 
-    seed, depth, branch, num_nodes, adaptive as in `beagle_sd.generate`; seed None draws one a row from torch's
-    generator, so that torch.manual_seed governs. Of the generation config: do_sample, temperature, top_k, top_p,
-    min_p, lengths, end tokens, stop_strings, max_time, num_return_sequences, return_dict_in_generate (a
+    The keywords are those of `beagle_sd.generate`; seed None draws one a row from torch's generator, so that
+    torch.manual_seed governs; log-probabilities come in the SpeculativeOutput. Of the generation config: do_sample,
+    temperature, top_k, top_p, min_p, lengths, end tokens, max_time, num_return_sequences, return_dict_in_generate (a
     SpeculativeOutput) are honoured, as are stopping criteria, which see one unpadded row [1, length] after each of its
     tokens. Whatever else would change the text (beams, penalties, processors of your own) raises ValueError by name.
-    Give a streamer here: transformers 5 keeps the one given to its own `generate` to itself once custom_generate is a
-    function.
+
+    Once custom_generate is a function transformers 5 keeps the streamer and the tokenizer given to its own `generate`
+    to itself: give the streamer here, and stop strings as a StopStringCriteria(tokenizer, strings) among the criteria.
     """
 
     def decode(
@@ -90,11 +99,15 @@ def custom_generate(
             eos_token_id=[] if generation_config.eos_token_id is None else generation_config.eos_token_id,
             pad_token_id=generation_config.pad_token_id,
             streamer=streamer,
+            return_logprobs=return_logprobs,
+            graph=graph,
+            page_size=page_size,
+            engine=engine,
             stopping_criteria=[c for c in stopping_criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)],
             **_settings(logits_processor, generation_config),
         )
         if generation_config.return_dict_in_generate:
-            return SpeculativeOutput(sequences=made.sequences, report=made.report)
+            return SpeculativeOutput(made.sequences, made.report, made.logprobs)
         return made.sequences
 
     return decode
@@ -108,7 +121,8 @@ def _settings(processors: LogitsProcessorList, config: GenerationConfig) -> dict
         if name is None or not config.do_sample:
             raise ValueError(
                 f"{type(processor).__name__} changes the logits by the text before each token, which a tree does not "
-                "have one of; allowed: temperature, top_k, top_p, min_p with do_sample"
+                "have one of; allowed: temperature, top_k, top_p, min_p with do_sample (what the model's own "
+                "generation config sets can be unset in the call, as repetition_penalty=1.0)"
             )
         found[name] = getattr(processor, name)
     return found
@@ -120,7 +134,8 @@ def _check(config: GenerationConfig, input_ids: Tensor, model_kwargs: dict) -> N
         raise ValueError(f"the generation mode is {mode.value}; allowed: greedy_search, sample")
     for name in _OUTPUTS:
         if getattr(config, name, None):
-            raise ValueError(f"{name} is set; allowed: unset (nodes of a tree that are not kept have values too)")
+            raise ValueError(f"{name} is set; allowed: unset (nodes of a tree that are not kept have values too); "
+                             "beagle_sd.generate(..., return_logprobs=True) gives the new tokens' log-probabilities")
     if config.cache_implementation is not None:
         raise ValueError(f"cache_implementation is {config.cache_implementation!r}; allowed: unset, the loop has a "
                          "cache of its own")

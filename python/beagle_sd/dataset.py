@@ -1,4 +1,4 @@
-"""Packed training batches from shards: a fixed order for a seed, so that a resumed run sees the same."""
+"""Packed training batches: a fixed order for a seed, so that a resumed run sees the same."""
 
 from __future__ import annotations
 
@@ -6,51 +6,50 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from beagle_sd import shards
 from beagle_sd.objective import Batch
 
+Entry = tuple[int, int, int, int]
+"""A sequence: file, place in it, its first row there, rows."""
 
-class StateDataset:
-    """Sequences of a folder of shards, read from disk as they are needed.
+
+class PackedDataset:
+    """Sequences in packed batches. Subclasses say where they are (`_add`), how wide states are, and load them.
 
     Every `held_out`-th sequence (by its index) is kept for evaluation and never trained on.
     """
 
-    def __init__(self, folder: str | Path, *, context: int = 2048, held_out: int = 50):
-        paths = shards.shard_paths(folder)
-        if not paths:
-            raise shards.ShardError(f"{folder} has no shards: run `beagle-sd prepare` first")
-        self.context = context
-        self.train: list[tuple[int, int, int, int]] = []
-        self.evaluation: list[tuple[int, int, int, int]] = []
-        for number, path in enumerate(paths):
-            start = 0
-            for place, sequence in enumerate(shards.read_shard(path, with_states=False)):
-                length = len(sequence.tokens)
-                held = held_out and sequence.index % held_out == held_out - 1
-                (self.evaluation if held else self.train).append((number, place, start, length))
-                start += length
-        self._files = [safe_open(path, "pt") for path in paths]
+    width: int
+    """The size of the states."""
 
-    @property
-    def width(self) -> int:
-        """The size of the states."""
-        return self._files[0].get_slice("states").get_shape()[1]
+    def __init__(self, context: int, held_out: int):
+        self.context, self.held_out = context, held_out
+        self.train: list[Entry] = []
+        self.evaluation: list[Entry] = []
 
-    def tokens_of(self, entries: list[tuple[int, int, int, int]]) -> int:
+    def _add(self, index: int, entry: Entry) -> None:
+        held = self.held_out and index % self.held_out == self.held_out - 1
+        (self.evaluation if held else self.train).append(entry)
+
+    def load(self, entries: list[Entry]) -> Batch:
+        """These sequences as one packed batch."""
+        raise NotImplementedError
+
+    def tokens_of(self, entries: list[Entry]) -> int:
         """Tokens in these sequences, after cutting to the context length."""
-        return sum(min(length, self.context) for *_, length in entries)
+        return sum(map(self._rows, entries))
 
     def epoch(self, epoch: int, tokens_per_batch: int, seed: int) -> list[list[int]]:
         """The training sequences of an epoch in batches of about tokens_per_batch tokens: the same for a seed."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train), generator=generator).tolist()
-        return _packs(order, [min(entry[3], self.context) for entry in self.train], tokens_per_batch)
+        return _packs(order, [*map(self._rows, self.train)], tokens_per_batch)
 
-    def evaluation_packs(self, tokens_per_batch: int, tokens: int | None = None) -> list[list[tuple]]:
+    def evaluation_packs(self, tokens_per_batch: int, tokens: int | None = None) -> list[list[Entry]]:
         """The held-out sequences in batches, as `load` takes them; no further batch from `tokens` tokens on."""
-        lengths = [min(entry[3], self.context) for entry in self.evaluation]
+        lengths = [*map(self._rows, self.evaluation)]
         packs, seen = [], 0
         for numbers in _packs(list(range(len(self.evaluation))), lengths, tokens_per_batch):
             if tokens is not None and seen >= tokens:
@@ -59,7 +58,28 @@ class StateDataset:
             seen += self.tokens_of(packs[-1])
         return packs
 
-    def load(self, entries: list[tuple[int, int, int, int]]) -> Batch:
+    def _rows(self, entry: Entry) -> int:
+        """Rows of a sequence after cutting to the context length."""
+        return min(entry[3], self.context)
+
+
+class StateDataset(PackedDataset):
+    """The sequences of a folder of shards, read from disk as they are needed."""
+
+    def __init__(self, folder: str | Path, *, context: int = 2048, held_out: int = 50):
+        super().__init__(context, held_out)
+        paths = shards.shard_paths(folder)
+        if not paths:
+            raise shards.ShardError(f"{folder} has no shards: run `beagle-sd prepare` first")
+        for number, path in enumerate(paths):
+            start = 0
+            for place, sequence in enumerate(shards.read_shard(path, with_states=False)):
+                self._add(sequence.index, (number, place, start, len(sequence.tokens)))
+                start += len(sequence.tokens)
+        self._files = [safe_open(path, "pt") for path in paths]
+        self.width = self._files[0].get_slice("states").get_shape()[1]
+
+    def load(self, entries: list[Entry]) -> Batch:
         """Read these sequences into one packed batch."""
         parts: dict[str, list] = {"tokens": [], "states": [], "loss_mask": []}
         lengths = []
@@ -76,6 +96,13 @@ class StateDataset:
             sizes.cumsum(0).to(torch.int32),
             torch.cat([torch.arange(length) for length in lengths]),
         )
+
+
+def most_frequent(counts: Tensor, count: int) -> Tensor:
+    """The `count` ids with the largest of `counts` [V] int64, ascending; ties and the rest by lowest id."""
+    if not 1 <= count <= len(counts):
+        raise ValueError(f"draft_vocab is {count}; allowed: 1 to {len(counts)}, or 0 for all")
+    return counts.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def _packs(order: list[int], lengths: list[int], tokens_per_batch: int) -> list[list[int]]:

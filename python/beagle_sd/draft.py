@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and x.dtype == self.weight.dtype:  # one kernel, wide inside
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(wide), x.shape[-1:], self.weight.to(wide), self.eps).to(x.dtype)
 
@@ -123,6 +125,13 @@ class Rotary(LlamaRotaryEmbedding):
         if not kept.is_meta:
             self.inv_freq = kept.to(self.inv_freq.device)
         return self
+
+
+class Angles(NamedTuple):
+    """Cosines and sines of RoPE, [..., 1, D] each."""
+
+    cos: Tensor
+    sin: Tensor
 
 
 class BeagleDraft(PreTrainedModel):
@@ -192,7 +201,7 @@ class BeagleDraft(PreTrainedModel):
         if draft_vocab is not None:
             _check_draft_vocab(draft_vocab, target.config.vocab_size)
             overrides["draft_vocab_size"] = len(draft_vocab)
-        draft = cls(BeagleConfig.of_target(target.config, **overrides))
+        draft = cls(cls.config_class.of_target(target.config, **overrides))
         draft.to(target.device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
         if draft.draft_vocab is not None and draft_vocab is not None:
             draft.draft_vocab.copy_(draft_vocab)
@@ -212,6 +221,8 @@ class BeagleDraft(PreTrainedModel):
         if self.draft_vocab is not None:
             _check_draft_vocab(self.draft_vocab, target.config.vocab_size)
             head = head[self.draft_vocab.to(head.device)]
+        if target.head.scale != 1.0:
+            head = head * target.head.scale
         self._shared = (target, head)
         return self
 
@@ -221,7 +232,7 @@ class BeagleDraft(PreTrainedModel):
 
     @property
     def head(self) -> Tensor:
-        """[V', d], the rows of the target's LM head that the draft uses."""
+        """[V', d], the rows of the target's LM head that the draft uses, times the target's logit scale."""
         return self._bound()[1]
 
     def _bound(self) -> tuple[Target, Tensor]:
@@ -231,33 +242,37 @@ class BeagleDraft(PreTrainedModel):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """e(t): [...] int64 -> [..., d]."""
-        return self.target.embedding(tokens).detach().to(self.q_proj.weight.dtype)
+        return self.target.embed(tokens).detach().to(self.q_proj.weight.dtype)
 
-    def queries(self, embedded: Tensor, positions: Tensor) -> Tensor:
-        """q_i = RoPE(W_Q norm_q(e_i), i): [T, d], [T] -> [T, Hq, D]."""
+    def queries(self, embedded: Tensor, positions: Tensor | Angles) -> Tensor:
+        """q_i = RoPE(W_Q norm_q(e_i), i): [..., d], [...] -> [..., Hq, D]."""
         return self._rotate(self.q_proj(self.norm_query(embedded)), positions)
 
-    def keys_values(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """k_j = RoPE(W_K norm_s(X_j), j), v_j = W_V norm_s(X_j): [T, d], [T] -> two [T, Hkv, D]."""
+    def keys_values(self, states: Tensor, positions: Tensor | Angles) -> tuple[Tensor, Tensor]:
+        """k_j = RoPE(W_K norm_s(X_j), j), v_j = W_V norm_s(X_j): [..., d], [...] -> two [..., Hkv, D]."""
         states = self.norm_state(states.to(self.k_proj.weight.dtype))
         values = self.v_proj(states)
         return self._rotate(self.k_proj(states), positions), values.unflatten(-1, (-1, self.config.head_dim))
 
+    def angles(self, positions: Tensor) -> Angles:
+        """RoPE's at positions [...], which `queries` and `keys_values` take in their place: [..., 1, D] each."""
+        cos, sin = self.rotary(self.q_proj.weight, positions.reshape(1, -1))
+        shape = (*positions.shape, 1, self.config.head_dim)
+        return Angles(cos.view(shape), sin.view(shape))
+
     def block(self, embedded: Tensor, attended: Tensor) -> Tensor:
-        """S = norm_o(y + MLP(norm_m(y))), y = W_O attended + e: [T, d], [T, Hq, D] -> [T, d]."""
+        """S = norm_o(y + MLP(norm_m(y))), y = W_O attended + e: [..., d], [..., Hq, D] -> [..., d]."""
         y = self.o_proj(attended.flatten(-2)) + embedded
         x = self.norm_mlp(y)
         return self.norm_output(y + self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)))
 
     def logits(self, states: Tensor) -> Tensor:
-        """The draft's logits over its own vocabulary: [..., d] -> [..., V']."""
-        return linear(states.to(self.head.dtype), self.head)
+        """The draft's logits over its own vocabulary, soft-capped as the target's: [..., d] -> [..., V']."""
+        return self.target.head.capped(linear(states.to(self.head.dtype), self.head))
 
-    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, positions: Tensor | Angles) -> Tensor:
         x = x.unflatten(-1, (-1, self.config.head_dim))
-        cos, sin = self.rotary(x, positions.reshape(1, -1))
-        shape = (*positions.shape, 1, self.config.head_dim)
-        cos, sin = cos.view(shape), sin.view(shape)
+        cos, sin = self.angles(positions) if isinstance(positions, Tensor) else positions
         half = self.config.head_dim // 2
         turned = torch.cat((-x[..., half:], x[..., :half]), -1)
         return x * cos + turned * sin

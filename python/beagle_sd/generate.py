@@ -1,91 +1,41 @@
-"""The decoding loop: draft a tree, let the target verify it at once, keep what it would have said itself."""
+"""Speculative decoding as one call: draft a tree, let the target verify it at once, keep what it would have said."""
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from beagle_kernels import (
-    STATUS_BAD_TREE,
-    STATUS_NO_FINITE,
-    DraftTree,
-    Sampling,
-    Verdict,
-    build_tree,
-    choose_tokens,
-    compact_cache_,
-    verify_tree,
-)
+from beagle_kernels import Sampling
 from beagle_sd.attention import tree_attention_of
+from beagle_sd.decoding import Decoding
 from beagle_sd.draft import BeagleDraft
-from beagle_sd.drafting import DraftCache, propose
+from beagle_sd.drafting import TreeShape
+from beagle_sd.engine import Engine
 from beagle_sd.linears import skinny_linears_of
+from beagle_sd.report import Report
 from beagle_sd.target import Target
 
 if TYPE_CHECKING:
     from beagle_sd.adaptive import AdaptiveTree
 
-
-@dataclass(frozen=True)
-class TreeShape:
-    """How a round drafts: `depth` levels, `branch` expansions a level with `branch` children each, the best
-    `num_nodes` kept, root counted. branch 1 is a chain; num_nodes 1 is plain decoding."""
-
-    depth: int
-    branch: int
-    num_nodes: int
-
-    def __post_init__(self):
-        for name, most in (("depth", 64), ("branch", 64), ("num_nodes", 1024)):
-            value = getattr(self, name)
-            if not 1 <= value <= most:
-                raise ValueError(f"{name} is {value}; allowed: 1 to {most}")
-
-    @classmethod
-    def default(cls, device: torch.device) -> TreeShape:
-        """The paper's tree on a GPU; a small one on the CPU, where every verified node costs time."""
-        return cls(6, 10, 60) if device.type == "cuda" else cls(4, 4, 8)
-
-
-@dataclass
-class Report:
-    """What happened. A row's first token comes from the prefill and is not counted in rounds.
-
-    rounds: forwards of the target after the prefill; new_tokens: all emitted tokens; tokens_per_round: emitted
-    tokens a round and row, drafts and the target's own; acceptance_by_depth[d]: how often a drafted token at depth
-    d + 1 was accepted, given that its parent was; seconds: by phase. row_rounds and reached are the counts behind:
-    rounds summed over the rows in progress, and how many of them accepted d or more drafted tokens.
-    """
-
-    rounds: int = 0
-    new_tokens: int = 0
-    tokens_per_round: float = 0.0
-    acceptance_by_depth: list[float] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    row_rounds: int = 0
-    reached: list[int] = field(default_factory=list)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Emitted tokens over all phases' seconds."""
-        return self.new_tokens / max(sum(self.seconds.values()), 1e-9)
+__all__ = ["Generated", "Report", "TreeShape", "generate"]
 
 
 @dataclass
 class Generated:
-    """sequences [B, prompt + new] int64: the prompt as given, then the new tokens, padded with pad_token_id."""
+    """sequences [B, prompt + new] int64: the prompt as given, then the new tokens, padded with pad_token_id; logprobs
+    [B, new] f32 of the new tokens, if asked for, padded with 0."""
 
     sequences: Tensor
     report: Report
+    logprobs: Tensor | None = None
 
 
 def generate(
@@ -108,6 +58,10 @@ def generate(
     pad_token_id: int | None = None,
     streamer: BaseStreamer | None = None,
     stopping_criteria: Sequence[StoppingCriteria] = (),
+    return_logprobs: bool = False,
+    graph: bool | None = None,
+    page_size: int | None = None,
+    engine: Engine | None = None,
 ) -> Generated:
     """Decode speculatively: the tokens are those of plain decoding with the same seed, whatever the draft does.
 
@@ -116,10 +70,17 @@ def generate(
     depth, branch, num_nodes shape the tree (see TreeShape; None: the device's default), or adaptive chooses each
     round's. eos_token_id None takes the target's generation config's; an empty list never stops early. streamer (one
     row only) is given the prompt, then each round's tokens. stopping_criteria are asked after each token, with one
-    unpadded row [1, length] and no scores: a row ends with the first token at which one says so.
+    unpadded row [1, length] and no scores: a row ends with the first token at which one says so. return_logprobs gives
+    log softmax of the target's own logits for each new token, at temperature 1 and without filters: what scoring the
+    text would give, so that calls with different settings compare, and no emitted token is at -inf.
 
-    Raises ValueError for bad arguments and for targets or drafts that do not fit, RuntimeError where the target
-    gives a row no finite logit. Paper: section 3.4; DESIGN: section 4.
+    On CUDA each round is one graph's replay (graph=False: eagerly); page_size keeps the target's cache in pages. An
+    engine keeps buffers and graphs from call to call; what shapes them (depth to adaptive, return_logprobs to
+    page_size) is then given to it, not here.
+
+    Raises ValueError for bad arguments, for targets or drafts that do not fit, and where the request does not fit the
+    engine; RuntimeError where the target gives a row no finite logit; GraphError where a round cannot be captured.
+    Paper: section 3.4; DESIGN: section 4.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; allowed: at least 1")
@@ -127,193 +88,48 @@ def generate(
     if target.training:
         raise ValueError("the target is in training mode, where dropout makes its tokens random; "
                          "allowed: target.eval()")
+    options: dict[str, Any] = {
+        "depth": depth, "branch": branch, "num_nodes": num_nodes, "adaptive": adaptive, "graph": graph,
+        "page_size": page_size, "return_logprobs": return_logprobs or None,
+    }  # fmt: skip
+    _check_engine(engine, target, draft, options)
     prompts, lengths = _prompts(input_ids, attention_mask, wrapped)
     sampling = Sampling.of(len(prompts), seed, temperature, top_k, top_p, min_p, device=wrapped.device)
     if streamer is not None and len(prompts) > 1:
         raise ValueError(f"a streamer was given with {len(prompts)} rows; allowed: 1 row")
-    if draft is not None:
-        draft.bind(target)
-    shape = _shape(draft, wrapped.device, depth, branch, num_nodes, adaptive)
     ends, pad = _end_tokens(target, eos_token_id, pad_token_id)
-    with torch.inference_mode(), tree_attention_of(target), skinny_linears_of(target, draft):
-        loop = _Loop(wrapped, draft, prompts, lengths, sampling, shape, max_new_tokens, ends, stopping_criteria,
-                     adaptive if draft is not None else None)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        for run in loop.run():
-            if streamer is not None and run[0]:
-                streamer.put(torch.tensor(run[0]))
-        if streamer is not None:
-            streamer.end()
-    return Generated(_padded(input_ids, loop.emitted, pad), loop.report())
+
+    def decode() -> Generated:
+        made = engine or Engine(target, draft, batch=len(prompts), capacity=prompts.shape[1] + max_new_tokens,
+                                **{**options, "return_logprobs": return_logprobs})  # fmt: skip
+        with torch.inference_mode(), tree_attention_of(target), skinny_linears_of(target, draft):
+            decoding = Decoding(made, prompts, lengths, max_new_tokens, stopping_criteria)
+            if streamer is not None:
+                streamer.put(input_ids.cpu())
+            for run in decoding.run(sampling, ends):
+                if streamer is not None and run[0]:
+                    streamer.put(torch.tensor(run[0]))
+            if streamer is not None:
+                streamer.end()
+            if engine is None:
+                made.settle()
+        sequences = torch.cat([input_ids, decoding.new_tokens(pad).to(input_ids)], 1)
+        return Generated(sequences, decoding.report(), decoding.logprobs())
+
+    try:
+        return decode()
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they would hold the buffers for as long as the error lives
+        raise
 
 
-class _Loop:
-    """The state of a batch between rounds: target cache, draft cache, pending token, and what was emitted."""
-
-    def __init__(self, target, draft, prompts, lengths, sampling, shape, max_new_tokens, ends,
-                 stopping_criteria=(), adaptive=None):  # fmt: skip
-        self.target, self.draft, self.sampling, self.shape = target, draft, sampling, shape
-        self.max_new_tokens, self.ends, self.stopping_criteria = max_new_tokens, ends, stopping_criteria
-        self.adaptive = adaptive
-        self.prompts, self.prompt_lengths = prompts, lengths
-        batch, longest = prompts.shape
-        most = longest + max_new_tokens + shape.depth  # a row's last run may pass its end by as much as depth
-        self.cache = target.new_cache(batch, most + shape.num_nodes)
-        if draft is not None:
-            self.draft_cache = DraftCache(draft, batch, most + 1 + shape.branch * shape.depth)
-        self.emitted: list[list[int]] = [[] for _ in range(batch)]
-        self.stopped = [False] * batch
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.rounds = self.row_rounds = self.round_tokens = 0
-        self.reached = [0] * (min(shape.depth, shape.num_nodes - 1) + 1)
-        self.tried = [0] * len(self.reached)  # of those that reached a depth, the rounds that drafted a further one
-
-    def run(self) -> Iterator[list[list[int]]]:
-        """Yields each round's new tokens a row (none for finished rows), the prefill's first."""
-        yield self._emit(self._prefill())
-        while not all(self.finished):
-            if self.adaptive is not None:
-                self.shape = self.adaptive.choose()
-            tree = self._draft_tree()
-            hidden = self._target_forward(tree)
-            verdict = self._verify(tree, hidden)
-            self._keep(verdict, hidden)
-            yield self._emit(self._accepted_tokens(tree, verdict))
-
-    @property
-    def finished(self) -> list[bool]:
-        return [stopped or len(row) >= self.max_new_tokens or bool(row and row[-1] in self.ends)
-                for row, stopped in zip(self.emitted, self.stopped, strict=True)]
-
-    def _prefill(self) -> list[list[int]]:
-        with self._phase("prefill"):
-            hidden = self.target.prefill(self.prompts, self.prompt_lengths, self.cache)
-            last = hidden[torch.arange(len(hidden), device=hidden.device), self.prompt_lengths.long() - 1]
-            token, status = choose_tokens(self.target.head(last), self.prompt_lengths.long(), self.sampling)
-            _raise_for(status)
-            self.pending = token
-            if self.draft is not None:
-                slots = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
-                self.draft_cache.append(self.draft, hidden, slots, slots)
-        return [[value] for value in token.tolist()]
-
-    def _draft_tree(self) -> DraftTree:
-        with self._phase("draft"):
-            if self.draft is None or self.shape.num_nodes == 1:
-                none = self.pending[:, None][:, :0]
-                return build_tree(self.pending, none, none.float(), none.to(torch.int32), 1, 0)
-            candidates = propose(self.draft, self.draft_cache, self.cache.lengths, self.pending, self.sampling,
-                                 self.shape.depth, self.shape.branch)
-            return build_tree(self.pending, *candidates, self.shape.num_nodes, self.shape.depth)
-
-    def _target_forward(self, tree: DraftTree) -> Tensor:
-        with self._phase("target"):
-            return self.target.forward(tree.tokens, tree.depth, _visible(tree), self.cache)
-
-    def _verify(self, tree: DraftTree, hidden: Tensor) -> Verdict:
-        with self._phase("verify"):
-            logits = self.target.head(hidden)
-            verdict = verify_tree(logits, tree, self.cache.lengths.long() + 1, self.sampling)
-            _raise_for(verdict.status)
-            return verdict
-
-    def _keep(self, verdict: Verdict, hidden: Tensor) -> None:
-        """Move the accepted nodes' keys into place, give their states to the draft, advance the rows in progress."""
-        with self._phase("keep"):
-            live = torch.tensor([not done for done in self.finished], device=hidden.device)
-            lengths = self.cache.lengths
-            if verdict.path.shape[1] > 1:
-                compact_cache_(self.cache.states, verdict.path, verdict.num_accepted, lengths)
-            if self.draft is not None:
-                path = verdict.path.long().clamp(min=0)
-                states = hidden.gather(1, path[:, :, None].expand(-1, -1, hidden.shape[2]))
-                slots = lengths.long()[:, None] + torch.arange(path.shape[1], device=hidden.device)
-                self.draft_cache.append(self.draft, states, slots, slots)
-            self.cache.lengths = lengths + torch.where(live, verdict.num_accepted + 1, 0).to(torch.int32)
-            self.pending = torch.where(live, verdict.next_token, self.pending)
-
-    def _accepted_tokens(self, tree: DraftTree, verdict: Verdict) -> list[list[int]]:
-        drafted = tree.tokens.gather(1, verdict.path.long().clamp(min=0)).tolist()
-        counts, own = verdict.num_accepted.tolist(), verdict.next_token.tolist()
-        if self.adaptive is not None:
-            live = [count for count, done in zip(counts, self.finished, strict=True) if not done]
-            self.adaptive.learn(self.shape, sum(live) / len(live))
-        self.rounds += 1
-        runs = []
-        for row, done in enumerate(self.finished):
-            runs.append([] if done else drafted[row][1 : 1 + counts[row]] + [own[row]])
-            if not done:
-                self.row_rounds += 1
-                for depth in range(counts[row] + 1):
-                    self.reached[depth] += 1
-                    self.tried[depth] += depth < min(self.shape.depth, self.shape.num_nodes - 1)
-        return runs
-
-    def _emit(self, runs: list[list[int]]) -> list[list[int]]:
-        """Append the runs, each cut at its first end token, at the length limit and where a criterion stops it; returns
-        what was appended."""
-        cut = []
-        for number, (row, run) in enumerate(zip(self.emitted, runs, strict=True)):
-            run = run[: self.max_new_tokens - len(row)]
-            ends = [place for place, token in enumerate(run) if token in self.ends]
-            run = run[: ends[0] + 1] if ends else run
-            if self.stopping_criteria:
-                run = self._until_stopped(number, run)
-            if row:
-                self.round_tokens += len(run)
-            row.extend(run)
-            cut.append(run)
-        return cut
-
-    def _until_stopped(self, number: int, run: list[int]) -> list[int]:
-        """The run up to the first token after which a criterion ends row `number`."""
-        prompt = self.prompts[number, : self.prompt_lengths[number]]
-        text = torch.cat([prompt, prompt.new_tensor(self.emitted[number] + run)])[None]
-        for count in range(1, len(run) + 1):
-            text_so_far = text[:, : text.shape[1] - len(run) + count]
-            if any(bool(torch.as_tensor(criterion(text_so_far, None)).all()) for criterion in self.stopping_criteria):
-                self.stopped[number] = True
-                return run[:count]
-        return run
-
-    @contextmanager
-    def _phase(self, name: str):
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize(self.target.device)
-        began = time.perf_counter()
-        yield
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize(self.target.device)
-        self.seconds[name] += time.perf_counter() - began
-
-    def report(self) -> Report:
-        pairs = zip(self.tried, self.reached[1:], strict=False)
-        return Report(
-            rounds=self.rounds,
-            new_tokens=sum(map(len, self.emitted)),
-            tokens_per_round=self.round_tokens / max(self.row_rounds, 1),
-            acceptance_by_depth=[further / before for before, further in pairs if before],
-            seconds=dict(self.seconds),
-            row_rounds=self.row_rounds,
-            reached=list(self.reached),
-        )
-
-
-def _visible(tree: DraftTree) -> Tensor:
-    """The tree's mask words as bool [B, N, N]."""
-    nodes = torch.arange(tree.tokens.shape[1], device=tree.mask.device)
-    return (tree.mask[:, :, nodes // 64] >> (nodes % 64) & 1).bool()
-
-
-def _raise_for(status: Tensor) -> None:
-    if not bool((status >= STATUS_NO_FINITE).any()):
+def _check_engine(engine: Engine | None, target: PreTrainedModel, draft: BeagleDraft | None, options: dict) -> None:
+    if engine is None:
         return
-    for row, bits in enumerate(status.tolist()):
-        if bits & STATUS_NO_FINITE:
-            raise RuntimeError(f"row {row}: the target gave no finite logit; check its weights and dtype")
-        if bits & STATUS_BAD_TREE:
-            raise RuntimeError(f"row {row}: the draft gave an invalid tree; check its weights")
+    if engine.model is not target or engine.draft is not draft:
+        raise ValueError("the engine was made for another target or draft; allowed: the same two objects")
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)} given with an engine; allowed: give them to Engine")
 
 
 def _prompts(input_ids: Tensor, attention_mask: Tensor | None, target: Target) -> tuple[Tensor, Tensor]:
@@ -342,32 +158,10 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None, target: Target) -
     return kept[:, : int(lengths.max())], lengths.to(torch.int32)
 
 
-def _shape(draft, device, depth, branch, num_nodes, adaptive) -> TreeShape:
-    if draft is None:
-        return TreeShape(1, 1, 1)
-    if adaptive is not None:
-        if (depth, branch, num_nodes) != (None, None, None):
-            raise ValueError(f"depth {depth}, branch {branch}, num_nodes {num_nodes} were given with adaptive; "
-                             "allowed: one or the other")
-        return adaptive.largest
-    default = TreeShape.default(device)
-    return TreeShape(
-        default.depth if depth is None else depth,
-        default.branch if branch is None else branch,
-        default.num_nodes if num_nodes is None else num_nodes,
-    )
-
-
-def _end_tokens(target: PreTrainedModel, eos_token_id, pad_token_id) -> tuple[frozenset[int], int]:
+def _end_tokens(target: PreTrainedModel, eos_token_id, pad_token_id) -> tuple[list[int], int]:
     config = target.generation_config
     eos = config.eos_token_id if eos_token_id is None else eos_token_id
     ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if pad_token_id is None:
         pad_token_id = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
-    return frozenset(ends), pad_token_id
-
-
-def _padded(input_ids: Tensor, emitted: list[list[int]], pad: int) -> Tensor:
-    longest = max(map(len, emitted))
-    new = torch.tensor([row + [pad] * (longest - len(row)) for row in emitted], dtype=torch.int64)
-    return torch.cat([input_ids, new.to(input_ids.device)], 1)
+    return ends, pad_token_id

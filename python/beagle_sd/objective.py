@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from beagle_kernels import block_attention, extend_attention
 from beagle_sd.draft import BeagleDraft
@@ -67,16 +69,16 @@ def simulated_states(
     rows_done: list[Tensor] = []
     own_keys: list[Tensor] = []
     own_values: list[Tensor] = []
-    for rows in _rows_by_step(batch, window, offset):
+    for rows in rows_by_step(batch, window, offset):
         attended = prefix[rows]
         if own_keys:
-            local = [torch.stack([part[: len(rows)] for part in parts], 1) for parts in (own_keys, own_values)]
-            attended, _ = extend_attention(attended, lse[rows], queries[rows], *local)
+            attended = _again(_extended, prefix, lse, queries, rows, tuple(own_keys), tuple(own_values))
         state = draft.block(embedded[rows], attended)
         states.append(state)
         rows_done.append(rows)
         if draft.config.append_states and len(states) < window:
-            key, value = draft.keys_values(state.detach() if detach_states else state, batch.positions[rows])
+            seen = state.detach() if detach_states else state
+            key, value = _again(draft.keys_values, seen, batch.positions[rows])
             own_keys.append(key)
             own_values.append(value)
     if not states:  # every sequence is shorter than its offset: zeros that backward can still pass
@@ -85,7 +87,30 @@ def simulated_states(
     return done.new_zeros(len(batch.tokens), done.shape[1]).index_copy(0, torch.cat(rows_done), done)
 
 
-def _rows_by_step(batch: Batch, window: int, offset: Tensor) -> list[Tensor]:
+def _extended(
+    prefix: Tensor, lse: Tensor, queries: Tensor, rows: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]
+) -> Tensor:
+    """Attention of `rows`, that over true keys merged with that over the first of the keys of the steps before."""
+    local = [torch.stack([part[: len(rows)] for part in parts], 1) for parts in (keys, values)]
+    return extend_attention(prefix[rows], lse[rows], queries[rows], *local)[0]
+
+
+def _again(function: Callable, *args):
+    """function(*args), computed anew in backward: what is cheap here would be kept besides what stage 1 keeps."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def draft_states(
+    draft: BeagleDraft, batch: Batch, keys_of: Tensor, window: int, offset: Tensor, *, simulated: bool,
+    detach_states: bool = False,
+) -> Tensor:
+    """What the trainer asks of a draft, `simulated` in stage 2 and in evaluation: its states [T, d]."""
+    if simulated:
+        return simulated_states(draft, batch, keys_of, window, offset, detach_states=detach_states)
+    return block_states(draft, batch, keys_of, window, offset)
+
+
+def rows_by_step(batch: Batch, window: int, offset: Tensor) -> list[Tensor]:
     """For step m, the rows s + m of all windows that reach it, windows that reach further first: so the rows of
     a step stand in the order of the step before, and a prefix of its keys belongs to them."""
     start = offset.long() + batch.cu_seqlens[:-1].long()

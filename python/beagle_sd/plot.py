@@ -1,9 +1,16 @@
-"""Plots of a training run from its log: loss, and acceptance by depth (the paper's figure 3)."""
+"""Plots: of a training run, loss and acceptance by depth (the paper's figure 3); of a comparison, its ratios."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from beagle_sd.comparison import Row
 
 
 def read_log(run: str | Path) -> list[dict]:
@@ -24,10 +31,8 @@ def whole_lines(path: Path) -> list[dict]:
 
 def plot_run(run: str | Path, out: str | Path) -> None:
     """Write the plot; the format is that of out's suffix. Needs matplotlib (`pip install beagle-kernels[train]`)."""
-    from matplotlib.figure import Figure
-
     lines = read_log(run)
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = blank_figure(10, 4)
     losses, acceptance = figure.subplots(1, 2)
     for stage, name in ((1, "stage 1, block attention"), (2, "stage 2, simulation")):
         part = [line for line in lines if line["stage"] == stage]
@@ -43,3 +48,28 @@ def plot_run(run: str | Path, out: str | Path) -> None:
     if evaluated:
         acceptance.legend()
     figure.savefig(out, dpi=120)
+
+
+def plot_comparison(rows: Sequence[Row], out: str | Path) -> None:
+    """Write each contender's median ratio with its 20 and 80 percentiles, a panel for each set of prompts."""
+    sets = list(dict.fromkeys(row.prompts for row in rows))
+    figure = blank_figure(1 + 4 * len(sets), 1 + 0.35 * len({row.contender for row in rows}))
+    for axes, name in zip(figure.subplots(1, len(sets), sharey=True, squeeze=False)[0], sets, strict=True):
+        own = [row for row in rows if row.prompts == name]
+        places = range(len(own), 0, -1)
+        axes.barh(places, [row.median for row in own], color="tab:blue", alpha=0.6)
+        axes.hlines(places, [row.low for row in own], [row.high for row in own], color="black")
+        axes.axvline(1.0, color="gray", linewidth=0.8)
+        axes.set_yticks(places, [row.contender for row in own])
+        axes.set(xlabel="times target.generate", title=name)
+    figure.savefig(out, dpi=120)
+
+
+def blank_figure(width: float, height: float) -> Figure:
+    """In inches, without a screen; ValueError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a plot needs matplotlib; allowed: without it no plot, or pip install 'beagle-kernels[bench]'"
+                         ) from error  # fmt: skip
+    return Figure(figsize=(width, height), layout="constrained")

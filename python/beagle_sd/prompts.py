@@ -279,7 +279,10 @@ SOURCES = {
 }
 
 
-def build_prompts(count: int, seed: int, mix: dict[str, float] | None = None, folder: Path | None = None) -> list[dict]:
+def build_prompts(
+    count: int, seed: int, mix: dict[str, float] | None = None, folder: Path | None = None,
+    left_out: Callable[[str], object] | None = None,
+) -> list[dict]:
     """`count` distinct shuffled prompts, `{"messages": [{"role": "user", "content": str}], "source": str}`.
 
     `mix` gives each source's weight (default `MIX`); `folder` (default `cache_folder()`) holds the unpacked packages
@@ -287,7 +290,7 @@ def build_prompts(count: int, seed: int, mix: dict[str, float] | None = None, fo
     files and Python. Prompts that share eight words in a row with an evaluation prompt are dropped, as far as the
     evaluation files are in `folder` or the cache; a source with too few prompts is made up for by "templates".
     Raises ValueError for a bad count or mix, and FileNotFoundError naming every source whose files are not there:
-    leave those out of `mix`.
+    leave those out of `mix`, or give `left_out`, which is told of each and lets "templates" make up for it.
     """
     mix = MIX if mix is None else mix
     unknown = sorted(set(mix) - set(SOURCES))
@@ -309,7 +312,10 @@ def build_prompts(count: int, seed: int, mix: dict[str, float] | None = None, fo
             continue
         clean = [text for text in texts if not ngrams(text) & barred and text not in prompts]
         prompts.update(dict.fromkeys(clean[:wanted], name))
-    if missing:
+    if left_out is not None:
+        for reason in missing:
+            left_out(reason)
+    elif missing:
         raise FileNotFoundError("sources without files, leave them out of mix or unpack them: " + "; ".join(missing))
     rows = [{"messages": [{"role": "user", "content": text}], "source": name} for text, name in prompts.items()]
     random.Random(seed).shuffle(rows)

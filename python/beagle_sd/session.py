@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -15,14 +16,15 @@ from rich.text import Text
 from transformers.generation.streamers import BaseStreamer
 
 from beagle_sd import conversations, shards
-from beagle_sd.adaptive import AdaptiveTree
-from beagle_sd.answers import encode_chat, write_answers
-from beagle_sd.bundled import bundled_folder, load_draft, load_target, measured_acceptance
-from beagle_sd.calibration import measure_costs
-from beagle_sd.dataset import StateDataset
+from beagle_sd.adaptive import AdaptiveTree, adaptive_tree
+from beagle_sd.answers import encode_chat, requests_of, write_answers
+from beagle_sd.bundled import bundled_folder, load_draft, load_target
+from beagle_sd.dataset import PackedDataset, StateDataset, most_frequent
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.generate import Generated, TreeShape
 from beagle_sd.generate import generate as decode
+from beagle_sd.interrupt import deferred_interrupt
+from beagle_sd.live import Corpus, LiveDataset
 from beagle_sd.training import Trainer, TrainingConfig
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,17 +58,17 @@ class RunStreamer(BaseStreamer):
 
 
 def answer(console: Console, prompt: str, target_name: str, draft_folder: Path | None, *, raw: bool, compare: bool,
-           dtype: str, device: str | None, shape: tuple[int | None, int | None, int | None],
+           calibrate: bool, dtype: str, device: str | None, shape: tuple[int | None, int | None, int | None],
            **settings) -> None:  # fmt: skip
     """Decode speculatively while showing it, then plainly, and print both times."""
     if not prompt.strip():
         raise ValueError("the prompt is empty; allowed: a word or more")
     folder = Path(draft_folder) if draft_folder else bundled_folder(target_name)
-    target, tokenizer = load_target(target_name, dtype=_dtype(dtype), device=device)
+    target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
     draft = load_draft(folder, target)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if raw else encode_chat(
         tokenizer, [{"role": "user", "content": prompt}])
-    tree = _tree(console, target, draft, folder, shape)
+    tree = _tree(console, target, draft, shape, calibrate)
     input_ids = torch.tensor([ids])
     options = {**settings, **({"adaptive": tree} if isinstance(tree, AdaptiveTree) else vars(tree))}
     decode(target, draft, input_ids, **{**options, "max_new_tokens": 4})
@@ -78,22 +80,18 @@ def answer(console: Console, prompt: str, target_name: str, draft_folder: Path |
         console.print("Same tokens as plain decoding." if same else _first_difference(found, plain, len(ids)))
 
 
-def _tree(console: Console, target, draft, folder: Path, shape) -> TreeShape | AdaptiveTree:
+def _tree(console: Console, target, draft, shape, calibrate: bool) -> TreeShape | AdaptiveTree:
     """The shape asked for, or what adapts by measured costs and the draft's measured acceptance."""
     if any(part is not None for part in shape):
-        default = TreeShape.default(target.device)
-        return TreeShape(*(usual if given is None else given for given, usual in zip(
-            shape, (default.depth, default.branch, default.num_nodes), strict=True)))
-    measured = {TreeShape(row["depth"], row["branch"], row["num_nodes"]): row["tokens_per_round"]
-                for row in measured_acceptance(folder) if row["temperature"] == 0.0}
-    if not measured:
-        return TreeShape.default(target.device)
-    tree = AdaptiveTree(measure_costs(target, draft, list(measured)), measured)
+        if calibrate:
+            raise ValueError("--calibrate was given with a tree's shape; allowed: one or the other")
+        return TreeShape.default(target.device, *shape)
+    tree = adaptive_tree(target, draft, calibrate=calibrate)
     best, gain = tree.best
     told = f"{best.num_nodes} nodes, depth {best.depth}, branch {best.branch}: {gain:.2f}x plain decoding"
-    starts = "that" if gain > 1.0 else "plain decoding, with a try now and then"
-    console.print(f"[dim]from measured costs and the draft's usual acceptance, the best tree is {told}; starting with "
-                  f"{starts}, then as this text accepts[/]", highlight=False)
+    starts = "that" if tree.pays else "plain decoding, with a try now and then"
+    console.print(f"[dim]from this machine's costs and the draft's usual acceptance, the best tree is {told}; starting "
+                  f"with {starts}, then as this text accepts[/]", highlight=False)
     return tree
 
 
@@ -123,62 +121,89 @@ def _first_difference(found: Generated, plain: Generated, prompt: int) -> str:
 
 
 def prepare(console: Console, source: Path, out: Path, target_name: str, *, regenerate: bool, batch: int,
-            max_new_tokens: int, context: int, seed: int, dtype: str, device: str | None) -> None:  # fmt: skip
+            max_new_tokens: int, context: int, seed: int, dtype: str, device: str | None,
+            limit: int = 0) -> None:  # fmt: skip
     """Store states for training: of conversations as they are, or of answers that the target writes."""
+    if limit < 0:
+        raise ValueError(f"limit is {limit}; allowed: 0 (all conversations) or more")
+    for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("context", context)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; allowed: 1 or more")
     if not source.is_file():
         raise FileNotFoundError(f"{source} is not a file; allowed: .jsonl, .txt or .npz")
-    target, tokenizer = load_target(target_name, dtype=_dtype(dtype), device=device)
+    if regenerate and source.suffix != ".jsonl":
+        raise ValueError(f"{source} ends in {source.suffix!r}; allowed with --regenerate: .jsonl, whose last user turn "
+                         "the target answers")
+    target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
     writer = shards.ShardWriter(out, _manifest(target, target_name, source, regenerate, max_new_tokens, context))
     done = {sequence.index for sequence in shards.read_sequences(out, with_states=False)}
     if regenerate:
-        messages = list(conversations.read_messages(source))
+        messages = list(islice(conversations.read_prompts(source), limit or None))
         asked = [(index, turns) for index, turns in messages if index not in done]
-        sequences = write_answers(target, tokenizer, asked, batch=batch, max_new_tokens=max_new_tokens, seed=len(done))
+        encoded = ((index, encode_chat(tokenizer, turns)) for index, turns in asked)
+        sequences = write_answers(target, requests_of(encoded), end=tokenizer.eos_token_id, batch=batch,
+                                  max_new_tokens=max_new_tokens, seed=seed)  # fmt: skip
         total = len(asked)
     else:
-        said = [item for item in conversations.read_conversations(source, tokenizer, context)
+        said = [item for item in islice(conversations.read_conversations(source, tokenizer, context), limit or None)
                 if item.index not in done]
         sequences = conversations.states_of(target, said)
         total = len(said)
-    tokens, began = 0, time.perf_counter()
-    with _progress(console) as progress:
-        bar = progress.add_task("prepare", total=total)
-        for sequence in sequences:
-            writer.add(sequence)
-            tokens += len(sequence.tokens)
-            progress.update(bar, advance=1, description=f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
-    writer.flush()
-    console.print(f"{total} of {total + len(done)} conversations, {tokens} tokens, now in {out}")
+    written, tokens, began = 0, 0, time.perf_counter()
+    try:
+        with progress_of(console) as progress, deferred_interrupt() as check_interrupt:
+            bar = progress.add_task("prepare", total=total)
+            for sequence in sequences:
+                writer.add(sequence)
+                written, tokens = written + 1, tokens + len(sequence.tokens)
+                progress.update(bar, advance=1, description=f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
+                check_interrupt()
+    finally:
+        writer.flush()
+    notes = [f"{len(done)} were there before"] if done else []
+    notes += [f"{total - written} are too short or too long"] if written < total else []
+    console.print("; ".join([f"{written} of {total + len(done)} conversations, {tokens} tokens, now in {out}", *notes]))
+    if not written and not done:
+        raise ValueError(f"{source} holds nothing to learn from: "
+                         + (f"all {total} conversations are too short or too long" if total else "it is empty"))
     if regenerate:
-        sources = {index: json.loads(line).get("source", "") for index, line in enumerate(source.open())}
-        conversations.export_answers(out, out / "answers.npz", sources)
+        conversations.export_answers(out, out / "answers.npz", conversations.read_sources(source))
         console.print(f"the answers' token ids alone: {out / 'answers.npz'}")
 
 
 def train(console: Console, data: Path, out: Path, target_name: str, config: TrainingConfig, *, draft_vocab: int,
           append_states: bool, device: str | None, tensorboard: bool) -> None:  # fmt: skip
-    """Train a draft on a folder of shards, with a progress bar, evaluation and checkpoints; this process's share of
-    it under `torchrun` or `accelerate launch`."""
+    """Train a draft on a folder of shards, or on a file whose states the target computes live, with a progress bar,
+    evaluation and checkpoints; this process's share of it under `torchrun` or `accelerate launch`."""
     processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     if not processes.is_main_process:
         console = Console(quiet=True)
     with processes.main_process_first():
-        target, _ = load_target(target_name, device=device or processes.device)
-    shards.check_manifest(data, hidden_size=target.config.hidden_size, vocab_size=target.config.vocab_size)
-    dataset = StateDataset(data, context=config.context, held_out=config.held_out)
-    ids = frequent_tokens(data, draft_vocab, target.config.vocab_size) if draft_vocab else None
+        target, tokenizer = load_target(target_name, device=device or processes.device)
+    dataset: PackedDataset
+    if data.is_file():
+        corpus = Corpus.of(conversations.read_conversations(data, tokenizer, config.context))
+        dataset = LiveDataset(target, corpus, context=config.context, held_out=config.held_out)
+        ids = corpus.frequent_tokens(draft_vocab, target.config.vocab_size) if draft_vocab else None
+    else:
+        shards.check_manifest(data, hidden_size=target.config.hidden_size, vocab_size=target.config.vocab_size)
+        dataset = StateDataset(data, context=config.context, held_out=config.held_out)
+        ids = frequent_tokens(data, draft_vocab, target.config.vocab_size) if draft_vocab else None
     torch.manual_seed(config.seed)
     draft = BeagleDraft.from_target(target, ids, append_states=append_states)
     trainer = Trainer(draft, dataset, out, config, tensorboard=tensorboard)
     console.print(f"{len(dataset.train)} sequences, {dataset.tokens_of(dataset.train)} tokens; {trainer.block_steps} "
                   f"steps of stage 1, {trainer.total_steps - trainer.block_steps} of stage 2; at step {trainer.step}")
-    with _progress(console) as progress:
+    alone = processes.num_processes == 1  # others would not hear of a Ctrl-C at the same step
+    interruptible = deferred_interrupt() if alone else nullcontext(lambda first: None)
+    with progress_of(console) as progress, interruptible as check_interrupt:
         bar = progress.add_task("train", total=trainer.total_steps, completed=trainer.step)
 
         def show(step: int, metrics: dict) -> None:
             progress.update(bar, completed=step, description=f"stage {metrics['stage']} loss {metrics['loss']:.3f}")
             if "acceptance_by_depth" in metrics:
                 console.print(f"step {step}: acceptance by depth {metrics['acceptance_by_depth']}")
+            check_interrupt(trainer.save)
 
         trainer.run(show)
     console.print(f"the draft is in {out / 'final'}")
@@ -186,13 +211,11 @@ def train(console: Console, data: Path, out: Path, target_name: str, config: Tra
 
 def frequent_tokens(data: Path, count: int, vocab_size: int) -> torch.Tensor:
     """The `count` most frequent assistant tokens of a shard folder, ascending; ties and the rest by lowest id."""
-    if not 1 <= count <= vocab_size:
-        raise ValueError(f"draft_vocab is {count}; allowed: 0 (all) or 1 to {vocab_size}")
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for sequence in shards.read_sequences(data, with_states=False):
         following = torch.cat([sequence.tokens[1:], torch.tensor([sequence.final_token])])
         counts += torch.bincount(following[sequence.loss_mask & (following >= 0)], minlength=vocab_size)
-    return counts.sort(descending=True, stable=True).indices[:count].sort().values
+    return most_frequent(counts, count)
 
 
 def _manifest(target, name: str, source: Path, regenerate: bool, max_new_tokens: int, context: int) -> dict:
@@ -211,12 +234,14 @@ def _manifest(target, name: str, source: Path, regenerate: bool, max_new_tokens:
     }
 
 
-def _progress(console: Console) -> Progress:
+def progress_of(console: Console) -> Progress:
+    """A bar with what is said beside it."""
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                     console=console)
 
 
-def _dtype(name: str) -> torch.dtype | None:
+def dtype_of(name: str) -> torch.dtype | None:
+    """The dtype that --dtype names; None for auto."""
     if name not in _DTYPES:
         raise ValueError(f"dtype is {name!r}; allowed: {', '.join(_DTYPES)}")
     return _DTYPES[name]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -73,7 +73,12 @@ class ShardWriter:
         taken = [int(path.stem.split("-")[1]) for path in shard_paths(self.folder)]
         path = self.folder / f"states-{max(taken, default=-1) + 1:05d}.safetensors"
         partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"format": str(FORMAT)})
+        try:
+            save_file(tensors, partial, metadata={"format": str(FORMAT)})
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(f"{path} could not be written ({error}); is the disk full? The shards before are kept, and "
+                          "the same command goes on from there") from error
         os.replace(partial, path)
         self._open, self._tokens = [], 0
 
@@ -88,7 +93,7 @@ def read_manifest(folder: str | Path) -> dict:
     path = Path(folder) / "manifest.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ShardError(f"{path} is missing: {folder} is not a folder made by `beagle-sd prepare`") from None
     except json.JSONDecodeError as error:
         raise ShardError(f"{path} is not JSON ({error}): run `beagle-sd prepare` again into a new folder") from error
@@ -146,9 +151,10 @@ def read_sequences(folder: str | Path, *, with_states: bool = True) -> Iterator[
 
 
 def _merge_manifest(path: Path, manifest: dict) -> None:
-    """Write the manifest, or check that the one there, of an earlier part of the same work, is equal."""
+    """Write the manifest, or check that the one there, of an earlier part of the same work, is equal; one without a
+    shard is of work that never began."""
     manifest = {"format": FORMAT, **manifest}
-    if path.exists():
+    if path.exists() and shard_paths(path.parent):
         have = read_manifest(path.parent)
         for key, value in manifest.items():
             if have.get(key) != value:

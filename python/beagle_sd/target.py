@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from beagle_sd.attention import NAME, reading
 from beagle_sd.cache import TreeCache, causal, visible_keys
+from beagle_sd.head import Head, UnsupportedTarget, head_of
 
 _PREFILL_CHUNK = 512
+_RAGGED_ROWS = 4
+"""Rows from which, on the CPU, reading only what each row sees beats one padded call."""
 
 
-class UnsupportedTarget(ValueError):
-    """The target has something that drafting or tree verification cannot honour; the message names it."""
-
-
-def check_supported(config: PreTrainedConfig) -> None:
-    """Raise UnsupportedTarget with the reason unless every layer is full attention and the head is plain."""
+def check_supported(config: PretrainedConfig) -> None:
+    """Raise UnsupportedTarget with the reason unless every layer is full attention over rotary positions."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedTarget(f"{kind} is an encoder-decoder; allowed: decoder-only causal LMs")
@@ -37,11 +39,9 @@ def check_supported(config: PreTrainedConfig) -> None:
     if rope.get("rope_type") in ("dynamic", "longrope"):
         raise UnsupportedTarget(f"{kind} has rope_type={rope['rope_type']!r}, whose angles change with the length of "
                                 "the text; allowed: fixed angles (default, linear, yarn, llama3)")
-    for name in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling",
-                 "embedding_multiplier", "scale_emb"):
-        value = getattr(config, name, None)
-        if value not in (None, 1, 1.0):
-            raise UnsupportedTarget(f"{kind} sets {name}={value}; allowed: targets without it")
+    for name, value in config.to_dict().items():
+        if "softcap" in name and value is not None and name != "final_logit_softcapping":
+            raise UnsupportedTarget(f"{kind} sets {name}={value}; allowed: final_logit_softcapping alone")
 
 
 class Target:
@@ -59,12 +59,11 @@ class Target:
         self.model = model
         self.config = config
         self.decoder = model.base_model
+        # transformers calls it `cache` from 5.24 on, model by model, and warns of the older name
+        named = inspect.signature(self.decoder.forward).parameters
+        self._cache_argument = "cache" if "cache" in named else "past_key_values"
         self.embedding: nn.Module = model.get_input_embeddings()
-        self.head: nn.Linear = model.get_output_embeddings()
-        if self.head is None:
-            raise UnsupportedTarget(f"{type(model).__name__} has no LM head; allowed: causal LMs")
-        if getattr(self.head, "bias", None) is not None:
-            raise UnsupportedTarget(f"{config.model_type}'s LM head has a bias; allowed: heads without")
+        self.head: Head = head_of(model)
 
     @property
     def device(self) -> torch.device:
@@ -74,28 +73,41 @@ class Target:
     def dtype(self) -> torch.dtype:
         return self.head.weight.dtype
 
-    def new_cache(self, batch: int, slots: int) -> TreeCache:
-        """An empty cache of `slots` positions a row."""
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first layer is given: [...] int64 -> [..., d], with the model's scale (Gemma's is in the module,
+        Granite's in the config)."""
+        embedded = self.embedding(tokens)
+        scale = getattr(self.config, "embedding_multiplier", None)
+        return embedded if scale in (None, 1.0) else embedded * scale
+
+    def new_cache(self, batch: int, slots: int, *, page_size: int | None = None, fixed: bool = False) -> TreeCache:
+        """An empty cache of `slots` positions a row, in pages of page_size if given; `fixed` as in TreeCache."""
         config = self.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return TreeCache(config.num_hidden_layers, batch, heads, slots, width, self.dtype, self.device)
+        return TreeCache(config.num_hidden_layers, batch, heads, slots, width, self.dtype, self.device,
+                         page_size=page_size, fixed=fixed)  # fmt: skip
 
-    def forward(self, tokens: Tensor, depth: Tensor, among: Tensor, cache: TreeCache) -> Tensor:
+    def forward(self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: TreeCache) -> Tensor:
         """Top hidden states [B, N, d] of N new tokens a row, written to the cache behind its lengths.
 
-        tokens [B, N] int64; depth [B, N], added to the row's length to give positions; among [B, N, N] bool: which
-        new tokens each one sees (itself too), besides everything below the row's length.
+        tokens [B, N] int64; depth [B, N], added to the row's length to give positions; mask words [B, N, W] int64:
+        which new tokens each one sees (itself too), besides everything below the row's length. A fixed cache needs the
+        model's attention to be beagle_tree, and room behind the lengths, which are not read.
         """
-        limit = int(cache.lengths.max()) + tokens.shape[1]
-        cache.expect(tokens.shape[1], limit)
-        return self.decoder(
-            input_ids=tokens,
-            attention_mask=visible_keys(cache.lengths, among, limit),
-            position_ids=cache.lengths.long()[:, None] + depth.long(),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        batch, count = tokens.shape
+        limit = None
+        if not (cache.fixed or count == 1 and batch >= _RAGGED_ROWS and self.config._attn_implementation == NAME):
+            limit = int(cache.lengths.max()) + count
+        cache.expect(count, limit)
+        with reading(cache):
+            return self.decoder(
+                input_ids=tokens,
+                attention_mask=mask[:, None] if limit is None else visible_keys(cache.lengths, mask, limit),
+                position_ids=cache.lengths.long()[:, None] + depth.long(),
+                use_cache=True,
+                **{self._cache_argument: cache},
+            ).last_hidden_state
 
     def prefill(self, tokens: Tensor, lengths: Tensor, cache: TreeCache) -> Tensor:
         """Run right-padded prompts [B, T] with `lengths` [B] into an empty cache; hidden states [B, T, d].

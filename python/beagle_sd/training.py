@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from beagle_kernels import distill_loss
-from beagle_sd.dataset import StateDataset
+from beagle_sd.dataset import PackedDataset
 from beagle_sd.draft import BeagleDraft
-from beagle_sd.objective import Batch, block_states, row_weights, simulated_states
+from beagle_sd.objective import Batch, draft_states, row_weights
 from beagle_sd.parallel import mean_gradients, own, shares, summed
 from beagle_sd.plot import whole_lines
 
@@ -80,12 +80,13 @@ class Trainer:
     """Trains `draft` on `dataset` and keeps checkpoints under `folder`; begins again where the last one stands.
 
     Under `torchrun` or `accelerate launch` every process makes the same trainer and does its share of each batch.
+    states: how the draft's states are had, with the arguments of `draft_states`; another kind of draft brings its own.
     tensorboard: also write the metrics for TensorBoard.
     """
 
-    def __init__(self, draft: BeagleDraft, dataset: StateDataset, folder: str | Path, config: TrainingConfig, *,
-                 tensorboard: bool = False):  # fmt: skip
-        self.draft, self.dataset, self.config = draft, dataset, config
+    def __init__(self, draft: BeagleDraft, dataset: PackedDataset, folder: str | Path, config: TrainingConfig, *,
+                 states: Callable[..., Tensor] = draft_states, tensorboard: bool = False):  # fmt: skip
+        self.draft, self.dataset, self.config, self.states = draft, dataset, config, states
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = draft.q_proj.weight.device
@@ -106,6 +107,7 @@ class Trainer:
         self.step = 0
         self.tokens_seen = 0
         self._epochs: dict[int, list[list[int]]] = {}
+        self._choices: dict[int, Tensor] = {}
         self._resume()
         self._writer = self._tensorboard() if tensorboard and self.processes.is_main_process else None
 
@@ -133,13 +135,16 @@ class Trainer:
         draft's first choice equals the target's at row m, among those where it did at all rows before."""
         self.draft.eval()
         counts = torch.zeros(2, depth, device=self.device)
-        for entries in own(self.dataset.evaluation_packs(self.config.tokens_per_step, self.config.eval_tokens)):
+        packs = self.dataset.evaluation_packs(self.config.tokens_per_step, self.config.eval_tokens)
+        for number, entries in own(list(enumerate(packs))):
             batch = self._move(self.dataset.load(entries))
+            if number not in self._choices:
+                self._choices[number] = self._target_choices(batch)
             offset = torch.zeros(len(batch.cu_seqlens) - 1, dtype=torch.int32, device=self.device)
             with self._autocast():
-                states = simulated_states(self.draft, batch, batch.states, depth, offset)
+                states = self.states(self.draft, batch, batch.states, depth, offset, simulated=True)
             counted = row_weights(batch, depth, offset, simulated=False) > 0
-            matches = self._agreement(states, batch.states, counted)
+            matches = self._agreement(states, self._choices[number], counted)
             for m in range(depth):
                 rows = ((batch.positions % depth == m) & counted).nonzero().flatten()
                 rows = rows[rows >= m]
@@ -150,15 +155,22 @@ class Trainer:
         reached, accepted = summed(counts).cpu()
         return [round(value, 4) for value in (accepted / reached.clamp(min=1)).tolist()]
 
-    def _agreement(self, states: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
-        """[T] bool: the draft's first choice is the target's, over the whole vocabulary."""
+    def _target_choices(self, batch: Batch) -> Tensor:
+        """[T] int64: the target's first choice over the whole vocabulary in the rows of the loss, elsewhere -1."""
+        choices = torch.full_like(batch.tokens, -1)
+        head = self.draft.target.head.weight.float()
+        for rows in batch.loss_mask.nonzero().flatten().split(512):
+            choices[rows] = (batch.states[rows].float() @ head.T).argmax(-1)
+        return choices
+
+    def _agreement(self, states: Tensor, choices: Tensor, counted: Tensor) -> Tensor:
+        """[T] bool: the draft's first choice is the target's."""
         matches = torch.zeros(len(states), dtype=torch.bool, device=self.device)
-        full_head = self.draft.target.head.weight.float()
         for rows in counted.nonzero().flatten().split(512):
             mine = (states[rows].float() @ self.head.T).argmax(-1)
             if self.draft.draft_vocab is not None:
                 mine = self.draft.draft_vocab[mine]
-            matches[rows] = mine == (teacher[rows].float() @ full_head.T).argmax(-1)
+            matches[rows] = mine == choices[rows]
         return matches
 
     def _train_step(self) -> dict:
@@ -195,11 +207,8 @@ class Trainer:
             keys_of = keys_of + noise.to(self.device)
         weights = row_weights(batch, window, offset, simulated=stage == 2)
         with self._autocast():
-            if stage == 2:
-                states = simulated_states(self.draft, batch, keys_of, window, offset,
-                                          detach_states=config.detach_states)
-            else:
-                states = block_states(self.draft, batch, keys_of, window, offset)
+            states = self.states(self.draft, batch, keys_of, window, offset, simulated=stage == 2,
+                                 detach_states=config.detach_states)
         loss = distill_loss(states.float(), batch.states.float(), self.head, weights, regression=config.regression)
         loss.backward()
         tokens = torch.tensor(len(batch.tokens), device=self.device)
@@ -285,7 +294,11 @@ class Trainer:
         partial = self.folder / f".{final.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            write(partial)
+            try:
+                write(partial)
+            except (OSError, RuntimeError, SafetensorError) as error:  # as the writers of tensors report a full disk
+                raise OSError(f"{final} could not be written ({error}); is the disk full? What was written before is "
+                              "kept, and the same command goes on from there") from error
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
         finally:
@@ -294,8 +307,8 @@ class Trainer:
     def _settings(self) -> dict:
         """All that a resumed run must share with the one before."""
         shape = self.draft.config.to_dict()
-        names = ("target_type", "hidden_size", "vocab_size", "draft_vocab_size", "append_states", "norm_query",
-                 "norm_state", "norm_output")
+        names = ("model_type", "target_type", "hidden_size", "vocab_size", "draft_vocab_size", "append_states",
+                 "norm_query", "norm_state", "norm_output")
         data = {"sequences": len(self.dataset.train), "tokens": self.dataset.tokens_of(self.dataset.train)}
         return asdict(self.config) | {"betas": list(self.config.betas)} | data | {name: shape[name] for name in names}
 

@@ -1,0 +1,118 @@
+"""Train, choose and measure a draft on a machine with one GPU and no internet, in parts of a few minutes.
+
+    bench/gpu_train.sh kit FOLDER                  where there is internet: what to carry, in parts of 49 MiB
+    bench/gpu_train.sh OUT setup --kit FOLDER      join it, build the extension, convert the target, try all ops
+    bench/gpu_train.sh OUT answers                 the target writes answers to the prompts
+    bench/gpu_train.sh OUT search                  short runs that settle the recipe
+    bench/gpu_train.sh OUT train                   stage 1, then stage 2, states computed live
+    bench/gpu_train.sh OUT evaluate                MT-Bench, HumanEval, GSM8K: chain, 16 and 60 nodes, greedy and T = 1
+    bench/gpu_train.sh OUT eagle2                  EAGLE-2's head and ours on the same answers, in one run
+
+A part ends before its --minutes, and goes on where it stopped when it is run again, also after a kill. What it made is
+in OUT/PART, in files of less than 16 MiB: put those into the OUT of another machine to go on there. Several parts may
+be named: they run one after the other, each with its own minutes. docs/gpu.md has the whole sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from beagle_sd.training import TrainingStopped
+from bench import gpu_kit, gpu_parts
+from bench.gpu_eagle2 import eagle2
+from bench.gpu_search import search
+from bench.gpu_work import TOY, Budget, Sizes, Work
+
+PARTS = ("setup", "answers", "search", "train", "evaluate", "eagle2")
+
+
+def main(arguments: list[str]) -> int:
+    """0 when the parts are done, 3 when one ran out of time and wants to be run again, 2 for what a user can mend."""
+    if arguments[:1] == ["kit"]:
+        return kit(arguments[1:])
+    options = parsed(arguments)
+    sizes = TOY if options.toy else Sizes()
+    if options.batch is not None:
+        sizes = replace(sizes, batch=options.batch)
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ["BEAGLE_CACHE"] = str(out / "scratch")  # the converted target stays out of the user's cache
+    sys.path.insert(0, str(out / "kit" / "site"))
+    run: dict[str, Callable[[Work], bool]] = {
+        "setup": lambda work: gpu_parts.setup(work, options.kit),
+        "answers": lambda work: gpu_parts.answers(work, graph=not options.no_graph),
+        "search": search,
+        "train": lambda work: gpu_parts.train(work, options.train_minutes),
+        "evaluate": gpu_parts.evaluate,
+        "eagle2": eagle2,
+    }
+    disable_progress_bar()
+    for part in options.parts:
+        work = Work(out, sizes, Budget(options.minutes), options.device)
+        try:
+            done = run[part](work)
+        except (FileNotFoundError, ValueError, TrainingStopped) as error:
+            print(f"{part}: {error}", file=sys.stderr)
+            return 2
+        end = "done" if done else "out of time: run it again to go on"
+        print(f"{part}: {end} ({work.budget.spent:.0f} s)")
+        if not done:
+            return 3
+    return 0
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """The options; what cannot be is told as argparse tells it."""
+    parser = argparse.ArgumentParser(prog="bench/gpu_train.sh", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to work in")
+    parser.add_argument("parts", nargs="+", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--minutes", type=float, default=8.5, help="a part's time (default 8.5)")
+    parser.add_argument("--train-minutes", type=float, help="plan train for so many minutes, over several runs of it")
+    parser.add_argument("--kit", type=Path, help="folder with the kit's parts, for setup")
+    parser.add_argument("--batch", type=int, help="answers written at a time (default 1024)")
+    parser.add_argument("--no-graph", action="store_true", help="write answers without CUDA graphs")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: the GPU if there is one")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, to try the parts on a CPU")
+    options = parser.parse_args(arguments)
+    for part in options.parts:
+        if part not in PARTS:
+            parser.error(f"part {part!r}; allowed: {', '.join(PARTS)}")
+    for name in ("minutes", "train_minutes", "batch"):
+        if (value := getattr(options, name)) is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} is {value}; allowed: above 0")
+    if "setup" in options.parts and options.kit is None:
+        parser.error("setup needs --kit FOLDER, which `bench/gpu_train.sh kit FOLDER` makes")
+    return options
+
+
+def kit(arguments: list[str]) -> int:
+    """0 when the kit is made, 2 for what a user can mend."""
+    try:
+        gpu_kit.make(**vars(parsed_kit(arguments)))
+    except (FileNotFoundError, ValueError) as error:
+        print(f"kit: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parsed_kit(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench/gpu_train.sh kit", description=gpu_kit.__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--target", default="smollm2-135m", help="smollm2-135m, or a model's folder")
+    parser.add_argument("--count", type=int, default=60000, help="training prompts (default 60000)")
+    parser.add_argument("--seed", type=int, default=11, help="of the prompts (default 11)")
+    parser.add_argument("--part-mib", type=int, default=49, help="largest file, in MiB (default 49)")
+    parser.add_argument("--sources", nargs="+", help="default: all that can be had")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

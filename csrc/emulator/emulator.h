@@ -1,0 +1,21 @@
+// What a CUDA block's threads ask of each other, on the host; one block at a time, from one thread at a time.
+#pragma once
+
+#include <cstdint>
+
+namespace emulator {
+
+constexpr unsigned kWarp = 32;
+struct Index { unsigned x, y, z; };
+
+unsigned thread_index();
+Index block_index();
+Index grid_size();
+void sync();
+bool any(bool x);
+// x of the warp's lane `from`.
+uint64_t shuffle(uint64_t x, unsigned from);
+// Runs kernel(op) in every thread of every block, the blocks one after the other.
+void run(Index blocks, unsigned threads, void (*kernel)(const void*), const void* op);
+
+}  // namespace emulator
