@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,9 +12,15 @@ from torch import Tensor
 from beagle_kernels import skinny_linear
 from bench.registry import Case, drive, label, parameters
 
-SHAPES = [(576, 576), (1536, 576), (576, 1536), (49152, 576), (4096, 4096)]
-"""(outputs, inputs); the last is an 8B-shaped projection."""
-ROWS = (1, 4, 8, 16, 32)
+SHAPES = {
+    # size -> (outputs, inputs, dtype, rows): SmolLM2's projections and head, an 8B's projection
+    "tiny": [(64, 48, torch.float32, (3,))],
+    "small": [
+        *((outputs, inputs, torch.float32, (1, 8, 16)) for outputs, inputs in ((1536, 576), (576, 1536), (49152, 576))),
+        *((4096, 4096, dtype, (1, 8, 16)) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+    "scaling": [(1536, 576, torch.float32, (1, 2, 4, 8, 16, 32, 64))],
+}
 CACHED = 2**27
 """Bytes of weights that go round, so that none is found in a cache."""
 
@@ -23,13 +28,11 @@ CACHED = 2**27
 def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
     if device == "cuda":  # the reference serves there: nothing of ours to measure
         return
-    tiny = size == "tiny"
-    for dtype in (torch.float32, torch.bfloat16):
-        for outputs, inputs in [(64, 48)] if tiny else SHAPES:
-            wanted = CACHED // (outputs * inputs * dtype.itemsize)
-            weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(1 if tiny else min(max(wanted, 1), 64))]
-            for rows in (3,) if tiny else ROWS:
-                yield of_weights(weights, torch.randn(rows, inputs).to(dtype))
+    for outputs, inputs, dtype, most in SHAPES[size]:
+        count = 1 if size == "tiny" else CACHED // (outputs * inputs * dtype.itemsize) + 1
+        weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(count)]
+        for rows in most:
+            yield of_weights(weights, torch.randn(rows, inputs).to(dtype))
 
 
 def of_weights(weights: list[Tensor], x: Tensor) -> Case:
@@ -58,12 +61,16 @@ def of_weights(weights: list[Tensor], x: Tensor) -> Case:
             lambda weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""), packed
         )
     peers["reading the weight"] = each(lambda weight: weight.view(torch.int32).amax(), weights)
-    (outputs, inputs), size = weights[0].shape, sum(weight.nbytes for weight in weights)
-    name = f"skinny_linear {len(x)} x {inputs} -> {outputs} {str(x.dtype)[6:]}, {len(weights)} weights"
-    return Case(name, peers, check, bounds=("reading the weight",), rounds=9,
-                work={"byte": float(size), "flop": 2.0 * len(x) * outputs * inputs * len(weights)})  # fmt: skip
+    outputs, inputs = weights[0].shape
+    dtype = str(x.dtype)[6:]
+    return Case(
+        f"skinny_linear {len(x)} x {inputs} to {outputs} {dtype}, {len(weights)} weights", peers, check,
+        bounds=("reading the weight",), rounds=9, series="skinny_linear", at={"rows": len(x), "dtype": dtype},
+        work={"byte": float(sum(weight.nbytes for weight in weights)),
+              "flop": 2.0 * len(x) * outputs * inputs * len(weights)},
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("case, peer", parameters(list(itertools.islice(cases(size="tiny"), 1))), ids=label)
+@pytest.mark.parametrize("case, peer", parameters(list(cases(size="tiny"))), ids=label)
 def test_skinny_linear(benchmark, case, peer):
     drive(benchmark, case, peer)
