@@ -41,14 +41,18 @@ def _tokens(row: dict | None) -> str:
 
 
 def speed() -> str:
-    """Seconds of whole answers on the CPU, every contender over target.generate in the same dtype."""
-    lines = ["| prompts | dtype | contender | ms a token | tokens a round | x `target.generate`, median (20%, 80%) | "
-             "95% lower bound |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    """Seconds of whole answers on the CPU, every contender over target.generate in the same dtype; beside it the speed
+    after the prefill over plain decoding in the same loop, and the same by tokens a round and calibrated costs."""
+    lines = ["| prompts | dtype, T | contender | ms a token | tokens a round | x `target.generate`, median (20%, 80%) | "
+             "95% lower bound | x plain decoding (predicted) |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for measured, row in speed_rows():
-        tokens = "" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.2f}"
-        bound = "" if row["bound"] is None else f"{row['bound']:.2f}"
-        lines.append(f"| {row['prompts']} | {measured['dtype']} | {row['contender']} | {row['ms_per_token']:.1f} | "
-                     f"{tokens} | {row['median']:.2f} ({row['low']:.2f}, {row['high']:.2f}) | {bound} |")
+        tokens, bound, decode = (("" if row[name] is None else f"{row[name]:.2f}")
+                                 for name in ("tokens_per_round", "bound", "decode"))  # fmt: skip
+        decode += "" if row["predicted"] is None else f" ({row['predicted']:.2f})"
+        cells = (row["prompts"], f"{measured['dtype']}, {measured['temperature']:g}", row["contender"],
+                 f"{row['ms_per_token']:.1f}", tokens, f"{row['median']:.2f} ({row['low']:.2f}, {row['high']:.2f})",
+                 bound, decode)  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -57,9 +61,6 @@ def speed_rows() -> Iterator[tuple[dict, dict]]:
     for path in sorted(RESULTS.glob("cpu-speed*.json")):
         measured = json.loads(path.read_text(encoding="utf-8"))
         for row in measured["rows"]:
-            if "speedup_20_50_80" in row:  # as bench.speed wrote it at first
-                low, middle, high = row["speedup_20_50_80"]
-                row |= {"prompts": measured["prompts"], "low": low, "median": middle, "high": high, "bound": None}
             yield measured, row
 
 
@@ -150,6 +151,8 @@ def paper() -> str:
         lines += [f"| the paper, A6000 Ada | {target} | {method} | " + " | ".join(f"{x:.1f}" for x in numbers) + " |"
                   for method, numbers in methods.items()]  # fmt: skip
     for measured, row in speed_rows():
+        if row["prompts"] != "mt-bench" or measured["temperature"] != 0:
+            continue
         tokens = "" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.1f}"
         cells = (f"{measured['threads']} CPU threads, {row['prompts']}", f"{measured['target']} {measured['dtype']}",
                  row["contender"], f"{1e3 / row['ms_per_token']:.1f}", f"{row['median']:.2f}", tokens, "not measured")
