@@ -43,8 +43,8 @@ def _tokens(row: dict | None) -> str:
 def speed() -> str:
     """Seconds of whole answers on the CPU, every contender over target.generate in the same dtype; beside it the speed
     after the prefill over plain decoding in the same loop, and the same by tokens a round and calibrated costs."""
-    lines = ["| prompts | dtype, T | contender | ms a token | tokens a round | x `target.generate`, median (20%, 80%) | "
-             "95% lower bound | x plain decoding (predicted) |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| prompts | dtype, T | contender | ms a token | tokens a round | x `target.generate`, median (20%, 80%) "
+             "| 95% lower bound | x plain decoding (predicted) |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for measured, row in speed_rows():
         tokens, bound, decode = (("" if row[name] is None else f"{row[name]:.2f}")
                                  for name in ("tokens_per_round", "bound", "decode"))  # fmt: skip
