@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 # another torch than TORCH: what `make dist` tries the wheel with
 OTHER_TORCH ?= torch==2.14.1
 RUN := $(VENV)/bin/python
+# a worker a core, up to four: one may take 2 GiB. Neighbours stay together, for what a module prepares once
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-fast lint dist bench sanitize clean
 
@@ -12,10 +14,10 @@ demo: $(VENV)/ready
 	$(VENV)/bin/beagle-sd generate "Explain in a few sentences why the sky is blue."
 
 test: $(VENV)/ready
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q $(WORKERS)
 
 test-fast: $(VENV)/ready
-	$(RUN) -m pytest -q -m "not slow"
+	$(RUN) -m pytest -q $(WORKERS) -m "not slow"
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -56,7 +56,7 @@ def test_flipped_and_cut_bytes_of_a_shard(shard):
     ("lengths", lambda x: x.float()), ("loss_mask", lambda x: x[:-1]), ("states", lambda x: x[:-3]),
     ("states", lambda x: x[:, 0]), ("tokens", lambda x: x.float()), ("tokens", lambda x: x[None]),
     ("index", lambda x: x[:-1]), ("final_token", lambda x: x[:0]), ("temperature", lambda x: x[:2]),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_a_shard_whose_parts_do_not_fit_is_named(shard, name, change):
     data = load_file(shard)
     save_file({**data, name: change(data[name]).contiguous()}, shard)

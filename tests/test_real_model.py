@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import pytest
@@ -33,6 +34,20 @@ def prompts(real):
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="module")
+def truth(real, prompts):
+    """Plain decoding of the first `count` prompts, each asked for once."""
+    from bench.lossless import truths
+
+    model, tokenizer, _ = real
+
+    @functools.cache
+    def plain(batch: int, count: int, max_new_tokens: int):
+        return truths(model, prompts[:count], tokenizer.pad_token_id, batch, max_new_tokens, {})
+
+    return plain
+
+
 def held_to(result, tokens: int) -> None:
     """No fault, at most one tie in 2,000 tokens, and enough compared to mean something."""
     assert result.faults == 0 and result.tokens > tokens
@@ -41,11 +56,12 @@ def held_to(result, tokens: int) -> None:
 
 @pytest.mark.parametrize("shape,batch,count", [(TREE, 4, 20), (CHAIN, 4, 20), (TREE, 1, 4), (CHAIN, 1, 4)],
                          ids=["tree-4", "chain-4", "tree-1", "chain-1"])  # fmt: skip
-def test_greedy_equals_transformers(real, prompts, shape, batch, count):
+def test_greedy_equals_transformers(real, prompts, truth, shape, batch, count):
     from bench.lossless import compare
 
     model, tokenizer, draft = real
-    result = compare(model, draft, prompts[:count], tokenizer.pad_token_id, batch, shape, 128, {})
+    plain = truth(batch, count, 128)
+    result = compare(model, draft, prompts[:count], tokenizer.pad_token_id, batch, shape, 128, {}, plain)
     held_to(result, 80 * count)
 
 

@@ -17,44 +17,20 @@ HERE = Path(__file__).parent
 
 
 CASES = {"tree_attention": 3, "block_attention": 10, "extend_attention": 6, "distill_loss": 5}
-"""How many there are at least, the longest first."""
+"""How many there are at least."""
 
 
-def interpreter(op: str, dtype: str) -> subprocess.Popen:
-    """A process of its own, since Triton asks for its interpreter when it is imported."""
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("op", CASES)
+def test_under_the_interpreter(op, dtype):
+    """In a process of its own, since Triton asks for its interpreter when it is imported."""
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
-    return subprocess.Popen(
+    done = subprocess.run(
         [sys.executable, "-c", f"import triton, triton_cases; triton_cases.main({op!r}, {dtype!r})"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def interpreters():
-    """All ops at once, so that every core is of use."""
-    running = {op: interpreter(op, "float32") for op in CASES}
-    yield running
-    for process in running.values():
-        process.kill()
-        process.communicate()
-
-
-def check_interpreted(process: subprocess.Popen, op: str) -> None:
-    found, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors[-3000:]
-    assert int(found) >= CASES[op]
-
-
-@pytest.mark.parametrize("op", CASES)
-def test_under_the_interpreter(op, interpreters):
-    check_interpreted(interpreters[op], op)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("op", CASES)
-def test_float16_under_the_interpreter(op):
-    check_interpreted(interpreter(op, "float16"), op)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) >= CASES[op]
 
 
 @pytest.fixture
