@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from beagle_sd.interrupt import raise_at_interrupt
+
 app = typer.Typer(
     help="Lossless speculative decoding with a cross-attention draft (Beagle, arXiv 2505.24544).",
     no_args_is_help=True,
@@ -204,6 +206,7 @@ class _clear_errors:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        raise_at_interrupt()
         return self
 
     def __exit__(self, kind, error, trace):
