@@ -92,10 +92,10 @@ def _tree(console: Console, target, draft, shape, calibrate: bool) -> TreeShape 
         return TreeShape.default(target.device, *shape)
     tree = measured_tree(console, target, draft, calibrate)
     best, gain = tree.best
-    told = f"{best.num_nodes} nodes, depth {best.depth}, branch {best.branch}: {gain:.2f}x plain decoding"
-    starts = "that" if tree.pays else "plain decoding, with a try now and then"
-    console.print(f"[dim]from this machine's costs and the draft's usual acceptance, the best tree is {told}; starting "
-                  f"with {starts}, then as this text accepts[/]", highlight=False)
+    starts = "so it drafts" if tree.pays else "so it decodes plainly, with a try now and then"
+    console.print(f"[dim]Expected: {gain:.2f}x plain decoding with the best tree ({best.num_nodes} nodes, depth "
+                  f"{best.depth}, branch {best.branch}), by this machine's costs and the draft's usual acceptance; "
+                  f"{starts}, until this text says otherwise.[/]", highlight=False)
     return tree
 
 
