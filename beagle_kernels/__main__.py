@@ -24,6 +24,12 @@ def devices() -> list[torch.device]:
     return [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
 
 
+def end_with_reader() -> None:
+    """From here on a reader that has seen enough, as `head`, ends this process and is no error."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 def main() -> None:
     """Print the report."""
     print(f"beagle_kernels {__version__}, Python {platform.python_version()}, {platform.machine()}")
@@ -44,6 +50,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that has seen enough, as `head`, is no error
+    end_with_reader()
     main()

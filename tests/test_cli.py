@@ -64,6 +64,24 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
     assert "20 of 30 conversations" in run(*again)
 
 
+def test_what_is_waited_for_is_said_where_somebody_looks(target, tmp_path, capsys, monkeypatch):
+    from beagle_sd import BeagleDraft, session, smollm2
+
+    BeagleDraft.from_target(small_target()).save_pretrained(tmp_path / "draft")
+    args = ["generate", "ab", "--target", target, "--draft", str(tmp_path / "draft"), "--max-new-tokens", "2"]
+    looked_at = CliRunner().invoke(app, args, env={"COLUMNS": "200", "FORCE_COLOR": "1"})
+    for what in ("loading", "measuring what rounds cost", "warming up", "decoding the same plainly"):
+        assert what in looked_at.stderr and what not in looked_at.stdout
+    assert CliRunner().invoke(app, args, env={"COLUMNS": "200"}).stderr == ""
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with session.loading(session.Console(), smollm2.NAME):
+        pass
+    with session.loading(session.Console(quiet=True), smollm2.NAME):
+        pass
+    assert capsys.readouterr().err.count("converting smollm2-135m for transformers: once") == 1
+
+
 @pytest.mark.parametrize("args,message", [
     (("generate", " "), "the prompt is empty"),
     (("generate", "a", "--temperature", "-1"), "temperature is -1.0; allowed: 0"),

@@ -15,8 +15,10 @@ from transformers import (
     StopStringCriteria,
 )
 
-from beagle_sd import custom_generate, generate
+from beagle_sd import AdaptiveTree, Engine, custom_generate, generate
+from beagle_sd.calibration import Costs
 from beagle_sd.custom_generate import SpeculativeOutput
+from beagle_sd.drafting import TreeShape
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,20 @@ def test_greedy_equals_the_targets_own(pair):
     want_logprobs = generate(target, None, ids, mask, max_new_tokens=NEW, return_logprobs=True).logprobs
     assert torch.equal(made.sequences, want)
     torch.testing.assert_close(made.logprobs, want_logprobs, atol=1e-5, rtol=0)
+
+
+def test_an_engine_or_an_adaptive_tree_is_used(pair):
+    target, draft = pair
+    settings = {"max_new_tokens": NEW, "do_sample": False}
+    want = target.generate(prompts(1), **settings)
+    tree = AdaptiveTree(Costs({1: 10.0, 6: 10.0}, {TreeShape(3, 2, 6): 0.1}), {TreeShape(3, 2, 6): 1.8})
+    engine = Engine(target, draft, batch=1, capacity=want.shape[1], depth=3, branch=2, num_nodes=6)
+    for by in (custom_generate(draft, adaptive=tree, graph=False), custom_generate(draft, engine=engine)):
+        made = target.generate(prompts(1), custom_generate=by, return_dict_in_generate=True, **settings)
+        assert torch.equal(made.sequences, want) and made.report.tokens_per_round > 1.1
+    small = Engine(target, draft, batch=1, capacity=8, depth=3, branch=2, num_nodes=6)
+    with pytest.raises(ValueError, match="the engine's capacity, 8"):
+        target.generate(prompts(1), custom_generate=custom_generate(draft, engine=small), **settings)
 
 
 @pytest.mark.parametrize("settings", [

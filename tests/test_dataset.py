@@ -65,7 +65,7 @@ def test_long_sequences_are_cut_to_the_context(folder):
 def test_held_out_sequences_are_never_trained_on(folder):
     dataset = StateDataset(folder, held_out=8)
     held = [7, 15, 23, 31, 39]
-    assert [entry[3] for entry in dataset.evaluation] == [LENGTHS[number] for number in held]
+    assert [entry.rows for entry in dataset.evaluation] == [LENGTHS[number] for number in held]
     assert len(dataset.train) == 35
     batches = [dataset.load(pack) for pack in dataset.evaluation_packs(30)]
     assert torch.equal(torch.cat([batch.tokens for batch in batches]),

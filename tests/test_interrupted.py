@@ -6,8 +6,11 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import forks
 import pytest
@@ -18,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from beagle_sd import session, shards
-from beagle_sd.cli import app
+from beagle_sd.cli import _clear_errors, app
 
+ROOT = Path(__file__).resolve().parent.parent
 COUNT = 24
 
 
@@ -179,3 +183,33 @@ def test_a_second_interrupt_is_immediate():
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("went on")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.fixture
+def starting(tmp_path):
+    """Runs Python where the import of torch, or of transformers, is a Ctrl-C: (exit status, what stderr says)."""
+    for name in ("torch.py", "transformers.py"):
+        (tmp_path / name).write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nsum(range(10**6))\n")
+    path = os.pathsep.join(map(str, (tmp_path, ROOT / "python", ROOT)))
+
+    def run(*arguments) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, *map(str, arguments)], env={**os.environ, "PYTHONPATH": path},
+                              cwd=tmp_path, capture_output=True, text=True, timeout=60)  # fmt: skip
+        return done.returncode, done.stderr
+
+    return run
+
+
+def test_interrupted_while_torch_is_imported(starting, tmp_path):
+    """The commands end quietly, by the signal: 130 in a shell. A program that imports the package keeps its own way."""
+    script = tmp_path / "beagle-sd"
+    script.write_text("import sys\nfrom beagle_sd.cli import app\nsys.exit(app())\n")
+    for arguments in (("-m", "beagle_sd", "info"), ("-m", "beagle_sd.lossless"), (script, "info")):
+        assert starting(*arguments) == (-signal.SIGINT, ""), arguments
+    assert "KeyboardInterrupt" in starting("-c", "import beagle_sd")[1]
+
+
+def test_what_has_something_to_keep_hears_of_it():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as a command starts
+    with _clear_errors():
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

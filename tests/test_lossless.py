@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import runpy
+import signal
+import sys
+
+import forks
 import pytest
 import torch
 
@@ -120,3 +126,18 @@ class Broken(SiblingRejection):
 
     def __init__(self):
         super().__init__("stale p")
+
+
+def test_a_reader_that_has_seen_enough(tmp_path):
+    """As `python -m beagle_sd.lossless | head`: ended by the pipe's signal, without a word."""
+
+    def piped() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        sys.stdout, sys.stderr = open(writer, "w"), open(tmp_path / "stderr", "w", buffering=1)
+        sys.argv = ["lossless", "--texts", "100"]
+        del sys.modules["beagle_sd.lossless"]
+        runpy.run_module("beagle_sd.lossless", run_name="__main__")
+
+    assert forks.run(piped) == -signal.SIGPIPE
+    assert (tmp_path / "stderr").read_text() == ""

@@ -1,5 +1,10 @@
 """Beagle: lossless speculative decoding with a cross-attention draft (arXiv 2505.24544)."""
 
+# ruff: noqa: E402
+from beagle_sd.interrupt import end_at_interrupt
+
+end_at_interrupt()  # before torch is imported, which takes seconds
+
 from beagle_sd.adaptive import AdaptiveTree, adaptive_tree
 from beagle_sd.bundled import load_bundled
 from beagle_sd.custom_generate import custom_generate

@@ -7,12 +7,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from beagle_sd.adaptive import adaptive_tree
 from beagle_sd.bundled import bundled_folder, load_draft, load_target
 from beagle_sd.comparison import Row, compare_on, write_csv
 from beagle_sd.generate import TreeShape
 from beagle_sd.plot import blank_figure, plot_comparison
-from beagle_sd.session import dtype_of, progress_of
+from beagle_sd.session import dtype_of, loading, measured_tree, progress_of
 
 
 def bench(console: Console, target_name: str, draft_folder: Path | None, sources: list[str], *,
@@ -22,11 +21,11 @@ def bench(console: Console, target_name: str, draft_folder: Path | None, sources
     if plot is not None:
         blank_figure(1, 1)  # what it needs is missed now, not after the measuring
     folder = Path(draft_folder) if draft_folder else bundled_folder(target_name)
-    target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
-    draft = load_draft(folder, target)
-    helper = load_target(assistant, dtype=target.dtype, device=target.device)[0] if assistant else None
-    console.print("measuring what a round costs, if it is not known yet", highlight=False)
-    tree = adaptive_tree(target, draft, calibrate=calibrate)
+    with loading(console, target_name):
+        target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
+        draft = load_draft(folder, target)
+        helper = load_target(assistant, dtype=target.dtype, device=target.device)[0] if assistant else None
+    tree = measured_tree(console, target, draft, calibrate)
     with progress_of(console) as progress:
         bars = {source: progress.add_task(source, total=None) for source in sources}
         rows, _ = compare_on(sources, target, tokenizer, draft, tree, assistant=helper, shapes=shapes, **settings,

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from beagle_sd.interrupt import raise_at_interrupt
+
 app = typer.Typer(
     help="Lossless speculative decoding with a cross-attention draft (Beagle, arXiv 2505.24544).",
     no_args_is_help=True,
@@ -95,9 +97,14 @@ def prompts(
 ) -> None:
     """Write training prompts from licence-clean sources, for `prepare --regenerate`."""
     from beagle_sd.prompts import build_prompts
+    from beagle_sd.session import waiting
 
     with _clear_errors():
-        made = build_prompts(count, seed, left_out=lambda reason: console.print(f"left out: {escape(reason)}"))
+        missing: list[str] = []
+        with waiting(console, "gathering prompts"):
+            made = build_prompts(count, seed, left_out=missing.append)
+        for reason in missing:
+            console.print(f"left out: {escape(reason)}", soft_wrap=True)
         lines = [json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in made]
         out.write_text("".join(lines), encoding="utf-8")
     console.print(f"{len(lines)} prompts in {out}")
@@ -181,16 +188,18 @@ def plot(
 
 @app.command()
 def info() -> None:
-    """Versions, devices, backends of every op, bundled drafts, the cache folder and the costs kept in it."""
+    """Versions, devices, backends of every op, bundled drafts, the cache folders and the costs kept there."""
     from beagle_kernels.__main__ import main
     from beagle_sd.bundled import bundled_names
     from beagle_sd.calibration import calibration_folder
+    from beagle_sd.evaluation_sets import cache_folder as prompts_folder
     from beagle_sd.smollm2 import cache_folder
 
     main()
     kept = len(list(calibration_folder().glob("*.json")))
     console.print(f"\nbundled drafts: {', '.join(bundled_names()) or 'none'}\ncache folder: {cache_folder()}\n"
-                  f"calibrations: {kept} in {calibration_folder()}", soft_wrap=True)
+                  f"calibrations: {kept} in {calibration_folder()}\n"
+                  f"prompts and evaluation sets: {prompts_folder()}", soft_wrap=True)
 
 
 class _clear_errors:
@@ -204,6 +213,7 @@ class _clear_errors:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        raise_at_interrupt()
         return self
 
     def __exit__(self, kind, error, trace):

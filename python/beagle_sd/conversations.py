@@ -18,6 +18,8 @@ from beagle_sd.target import Target
 
 HUMAN = -1.0
 """The temperature noted for text that a person wrote."""
+_BATCH_TOKENS = 4096
+"""Of one forward of `states_of`, padding counted."""
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -121,9 +123,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict]
     return ids, learn
 
 
-def states_of(
-    model: PreTrainedModel, conversations: Iterable[Conversation], *, batch_tokens: int = 4096
-) -> Iterator[shards.Sequence]:
+def states_of(model: PreTrainedModel, conversations: Iterable[Conversation]) -> Iterator[shards.Sequence]:
     """Run the target over conversations, teacher-forced; states in bf16. Of every 256 conversations the shorter ones
     come first, so that little of a batch is padding."""
     target = Target(model)
@@ -131,7 +131,7 @@ def states_of(
     while pool := sorted(islice(coming, 256), key=lambda item: len(item.ids)):
         waiting: list[Conversation] = []
         for conversation in pool:
-            if waiting and len(conversation.ids) * (len(waiting) + 1) > batch_tokens:
+            if waiting and len(conversation.ids) * (len(waiting) + 1) > _BATCH_TOKENS:
                 yield from _forward(target, waiting)
                 waiting = []
             waiting.append(conversation)

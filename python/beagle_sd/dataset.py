@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -11,8 +12,13 @@ from torch import Tensor
 from beagle_sd import shards
 from beagle_sd.objective import Batch
 
-Entry = tuple[int, int, int, int]
-"""A sequence: file, place in it, its first row there, rows."""
+
+class Entry(NamedTuple):
+    """A sequence: the file's number, its first row there, rows."""
+
+    file: int
+    start: int
+    rows: int
 
 
 class PackedDataset:
@@ -60,7 +66,7 @@ class PackedDataset:
 
     def _rows(self, entry: Entry) -> int:
         """Rows of a sequence after cutting to the context length."""
-        return min(entry[3], self.context)
+        return min(entry.rows, self.context)
 
 
 class StateDataset(PackedDataset):
@@ -73,8 +79,8 @@ class StateDataset(PackedDataset):
             raise shards.ShardError(f"{folder} has no shards: run `beagle-sd prepare` first")
         for number, path in enumerate(paths):
             start = 0
-            for place, sequence in enumerate(shards.read_shard(path, with_states=False)):
-                self._add(sequence.index, (number, place, start, len(sequence.tokens)))
+            for sequence in shards.read_shard(path, with_states=False):
+                self._add(sequence.index, Entry(number, start, len(sequence.tokens)))
                 start += len(sequence.tokens)
         self._files = [safe_open(path, "pt") for path in paths]
         self.width = self._files[0].get_slice("states").get_shape()[1]
@@ -83,10 +89,10 @@ class StateDataset(PackedDataset):
         """Read these sequences into one packed batch."""
         parts: dict[str, list] = {"tokens": [], "states": [], "loss_mask": []}
         lengths = []
-        for number, _, start, length in entries:
-            length = min(length, self.context)
+        for entry in entries:
+            length = self._rows(entry)
             for name, values in parts.items():
-                values.append(self._files[number].get_slice(name)[start : start + length])
+                values.append(self._files[entry.file].get_slice(name)[entry.start : entry.start + length])
             lengths.append(length)
         sizes = torch.tensor([0, *lengths])
         return Batch(

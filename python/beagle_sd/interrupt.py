@@ -1,4 +1,4 @@
-"""Ctrl-C in long work: it takes effect where nothing is lost."""
+"""Ctrl-C: while a command starts it ends it quietly, in long work it takes effect where nothing is lost."""
 
 from __future__ import annotations
 
@@ -7,6 +7,26 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+
+def end_at_interrupt() -> None:
+    """If this process is a command of this package, Ctrl-C ends it at once, without a traceback (a shell sees status
+    130), until `raise_at_interrupt`. Nothing changes in a program that imports the package, and where Ctrl-C is
+    ignored."""
+    as_module = sys.argv[0] == "-m" and any(word.partition(".")[0] == "beagle_sd" for word in sys.orig_argv)
+    if as_module or Path(sys.argv[0]).stem == "beagle-sd":
+        _exchange(signal.default_int_handler, signal.SIG_DFL)
+
+
+def raise_at_interrupt() -> None:
+    """Undo `end_at_interrupt`: from here on Ctrl-C raises KeyboardInterrupt, for what has something to keep."""
+    _exchange(signal.SIG_DFL, signal.default_int_handler)
+
+
+def _exchange(before, after) -> None:
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is before:
+        signal.signal(signal.SIGINT, after)
 
 
 @contextmanager

@@ -82,21 +82,21 @@ class LiveDataset(PackedDataset):
             raise ValueError(f"the corpus has token {int(corpus.ids.max())}; allowed: below the target's vocabulary "
                              f"of {self.target.config.vocab_size}")
         starts = (corpus.lengths.cumsum(0) - corpus.lengths).tolist()
-        for place, (index, start, length) in enumerate(zip(corpus.index.tolist(), starts, corpus.lengths.tolist())):
+        for index, start, length in zip(corpus.index.tolist(), starts, corpus.lengths.tolist()):
             if length > 1:  # the last token has no next one to predict
-                self._add(index, (0, place, start, length - 1))
+                self._add(index, Entry(0, start, length - 1))
         self.states: Tensor | None = None
         if keep:
             every = [*self.train, *self.evaluation]
             self.states = self._empty(len(corpus.ids))
-            self._compute(every, self.states, [entry[2] for entry in every])
+            self._compute(every, self.states, [entry.start for entry in every])
 
     def load(self, entries: list[Entry]) -> Batch:
         """These sequences as one packed batch; tokens on the CPU, states on the target's device."""
         lengths = torch.tensor([self._rows(entry) for entry in entries])
         ends = lengths.cumsum(0)
         positions = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - lengths, lengths)
-        rows = torch.repeat_interleave(torch.tensor([entry[2] for entry in entries]), lengths) + positions
+        rows = torch.repeat_interleave(torch.tensor([entry.start for entry in entries]), lengths) + positions
         if self.states is not None:
             states = self.states[rows.to(self.states.device)]
         else:
@@ -125,7 +125,7 @@ class LiveDataset(PackedDataset):
         lengths = torch.tensor([self._rows(entry) for entry, _ in group])[:, None]
         step = torch.arange(longest)
         inside = step < lengths
-        first = torch.tensor([entry[2] for entry, _ in group])[:, None]
+        first = torch.tensor([entry.start for entry, _ in group])[:, None]
         tokens = self.corpus.ids[torch.where(inside, first + step, first)].long()
         hidden = self.target.decoder(input_ids=tokens.to(device), use_cache=False).last_hidden_state
         place = torch.tensor([place for _, place in group])[:, None] + step

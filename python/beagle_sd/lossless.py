@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from beagle_kernels import Sampling, build_tree, choose_tokens, top_candidates, verify_chain, verify_tree
+from beagle_kernels.__main__ import end_with_reader
 
 VOCAB, LENGTH = 3, 5
 """Tokens of the vocabulary and of a text: 243 texts."""
@@ -279,4 +280,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    end_with_reader()
     main()

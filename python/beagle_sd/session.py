@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from transformers.generation.streamers import BaseStreamer
 
-from beagle_sd import conversations, shards
+from beagle_sd import conversations, shards, smollm2
 from beagle_sd.adaptive import AdaptiveTree, adaptive_tree
 from beagle_sd.answers import encode_chat, requests_of, write_answers
 from beagle_sd.bundled import bundled_folder, load_draft, load_target
@@ -64,16 +65,19 @@ def answer(console: Console, prompt: str, target_name: str, draft_folder: Path |
     if not prompt.strip():
         raise ValueError("the prompt is empty; allowed: a word or more")
     folder = Path(draft_folder) if draft_folder else bundled_folder(target_name)
-    target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
-    draft = load_draft(folder, target)
+    with loading(console, target_name):
+        target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
+        draft = load_draft(folder, target)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if raw else encode_chat(
         tokenizer, [{"role": "user", "content": prompt}])
     tree = _tree(console, target, draft, shape, calibrate)
     input_ids = torch.tensor([ids])
     options = {**settings, **({"adaptive": tree} if isinstance(tree, AdaptiveTree) else vars(tree))}
-    decode(target, draft, input_ids, **{**options, "max_new_tokens": 4})
+    with waiting(console, "warming up"):
+        decode(target, draft, input_ids, **{**options, "max_new_tokens": 4})
     found = decode(target, draft, input_ids, streamer=RunStreamer(console, tokenizer), **options)
-    plain = decode(target, None, input_ids, **settings) if compare else None
+    with waiting(console, "decoding the same plainly"):
+        plain = decode(target, None, input_ids, **settings) if compare else None
     console.print(_table(found, plain, tree))
     if plain is not None:
         same = torch.equal(found.sequences, plain.sequences)
@@ -86,13 +90,19 @@ def _tree(console: Console, target, draft, shape, calibrate: bool) -> TreeShape 
         if calibrate:
             raise ValueError("--calibrate was given with a tree's shape; allowed: one or the other")
         return TreeShape.default(target.device, *shape)
-    tree = adaptive_tree(target, draft, calibrate=calibrate)
+    tree = measured_tree(console, target, draft, calibrate)
     best, gain = tree.best
-    told = f"{best.num_nodes} nodes, depth {best.depth}, branch {best.branch}: {gain:.2f}x plain decoding"
-    starts = "that" if tree.pays else "plain decoding, with a try now and then"
-    console.print(f"[dim]from this machine's costs and the draft's usual acceptance, the best tree is {told}; starting "
-                  f"with {starts}, then as this text accepts[/]", highlight=False)
+    starts = "so it drafts" if tree.pays else "so it decodes plainly, with a try now and then"
+    console.print(f"[dim]Expected: {gain:.2f}x plain decoding with the best tree ({best.num_nodes} nodes, depth "
+                  f"{best.depth}, branch {best.branch}), by this machine's costs and the draft's usual acceptance; "
+                  f"{starts}, until this text says otherwise.[/]", highlight=False)
     return tree
+
+
+def measured_tree(console: Console, target, draft, calibrate: bool) -> AdaptiveTree:
+    """What adapts by this machine's costs, measured now if they are not known."""
+    with waiting(console, "measuring what rounds cost on this machine: some seconds, the first time"):
+        return adaptive_tree(target, draft, calibrate=calibrate)
 
 
 def _table(found: Generated, plain: Generated | None, tree: TreeShape | AdaptiveTree) -> Table:
@@ -134,7 +144,8 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
     if regenerate and source.suffix != ".jsonl":
         raise ValueError(f"{source} ends in {source.suffix!r}; allowed with --regenerate: .jsonl, whose last user turn "
                          "the target answers")
-    target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
+    with loading(console, target_name):
+        target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
     writer = shards.ShardWriter(out, _manifest(target, target_name, source, regenerate, max_new_tokens, context))
     done = {sequence.index for sequence in shards.read_sequences(out, with_states=False)}
     if regenerate:
@@ -178,7 +189,7 @@ def train(console: Console, data: Path, out: Path, target_name: str, config: Tra
     processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     if not processes.is_main_process:
         console = Console(quiet=True)
-    with processes.main_process_first():
+    with processes.main_process_first(), loading(console, target_name):
         target, tokenizer = load_target(target_name, device=device or processes.device)
     dataset: PackedDataset
     if data.is_file():
@@ -232,6 +243,18 @@ def _manifest(target, name: str, source: Path, regenerate: bool, max_new_tokens:
         "max_new_tokens": max_new_tokens if regenerate else None,
         "context": None if regenerate else context,
     }
+
+
+def loading(console: Console, target_name: str) -> AbstractContextManager:
+    """`waiting` for a target, by name."""
+    if target_name == smollm2.NAME and not smollm2.is_converted(smollm2.converted_folder()):
+        return waiting(console, f"converting {target_name} for transformers: once, about 15 seconds")
+    return waiting(console, f"loading {target_name}")
+
+
+def waiting(console: Console, what: str) -> AbstractContextManager:
+    """Say on stderr what is waited for, until it is there; nothing where stderr is no terminal."""
+    return Console(stderr=True, quiet=console.quiet).status(escape(what))
 
 
 def progress_of(console: Console) -> Progress:

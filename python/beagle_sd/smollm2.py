@@ -47,14 +47,24 @@ def find_gguf() -> Path:
     )
 
 
+def converted_folder() -> Path:
+    """Where the converted model is kept."""
+    return cache_folder() / "SmolLM2-135M-Instruct"
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether the whole model is in this folder."""
+    return all((folder / name).is_file() for name in _MODEL_FILES)
+
+
 def converted(folder: str | Path | None = None) -> Path:
     """The Hugging Face folder of the model, made on first use (about 15 s, 272 MB).
 
     The folder appears whole or not at all: the conversion writes beside it and renames at the end, so a killed
     one leaves no folder under the final name, and its remains are removed by the next.
     """
-    folder = Path(folder) if folder is not None else cache_folder() / "SmolLM2-135M-Instruct"
-    if all((folder / name).is_file() for name in _MODEL_FILES):
+    folder = Path(folder) if folder is not None else converted_folder()
+    if is_converted(folder):
         return folder
     source = find_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +100,7 @@ def _rename(partial: Path, folder: Path) -> None:
     try:
         os.replace(partial, folder)
     except OSError:
-        if all((folder / name).is_file() for name in _MODEL_FILES):
+        if is_converted(folder):
             return
         shutil.rmtree(folder)
         os.replace(partial, folder)

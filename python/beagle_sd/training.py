@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from beagle_kernels import distill_loss
-from beagle_sd.dataset import PackedDataset
+from beagle_sd.dataset import Entry, PackedDataset
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.objective import Batch, draft_states, row_weights
 from beagle_sd.parallel import mean_gradients, own, shares, summed
@@ -178,7 +178,7 @@ class Trainer:
         window = config.steps if stage == 2 else config.window
         entries = self._next_entries()
         offsets = torch.randint(window, (len(entries),), generator=self._generator(), dtype=torch.int32)
-        lengths = [min(entry[3], config.context) for entry in entries]
+        lengths = [min(entry.rows, config.context) for entry in entries]
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for part in own(shares(lengths, self.processes.num_processes * config.micro_batches)):
             if part:
@@ -234,7 +234,7 @@ class Trainer:
         done = (self.step - config.warmup_steps) / max(1, self.total_steps - config.warmup_steps)
         return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
 
-    def _next_entries(self) -> list[tuple[int, int, int, int]]:
+    def _next_entries(self) -> list[Entry]:
         per_epoch = len(self._epoch(0))
         epoch, step = 0, self.step
         while step >= per_epoch:
