@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 # another torch than TORCH: what `make dist` tries the wheel with
 OTHER_TORCH ?= torch==2.14.1
 RUN := $(VENV)/bin/python
-# a worker a core, up to four: one may take 2 GiB. Neighbours stay together, for what a module prepares once
+# a worker a core, up to four: one may take 2.5 GiB. Neighbours stay together, for what a module prepares once
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-fast lint dist bench sanitize clean
