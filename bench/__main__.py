@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import beagle_kernels
+from beagle_kernels.__main__ import end_with_reader
 from bench.peers import table as peers
 from bench.registry import SIZES, lines, measured
 
@@ -88,4 +89,5 @@ def pytest_rows(name: str, size: str) -> list[dict]:
 
 
 if __name__ == "__main__":
+    end_with_reader()
     sys.exit(main(sys.argv[1:]))

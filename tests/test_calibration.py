@@ -63,6 +63,27 @@ def test_costs_are_measured_once(measured, tmp_path):
     assert len(measured) == 3 and len(list((tmp_path / "new").iterdir())) == 1
 
 
+def test_costs_of_a_busy_machine_are_not_kept(monkeypatch, tmp_path):
+    found = [Costs(COSTS.verify, COSTS.draft, scatter=scatter) for scatter in (1.1, 1.8)]
+    monkeypatch.setattr(calibration, "measure_costs", lambda *given: found.pop())
+    target = small_target()
+    draft = small_draft(target)
+    with pytest.warns(UserWarning, match="busy: .* up to 1.8 times as long"):
+        assert calibrated_costs(target, draft, [CHAIN], folder=tmp_path).scatter == 1.8
+    assert not list(tmp_path.iterdir())
+    calibrated_costs(target, draft, [CHAIN], folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_scatter_is_of_the_passes(monkeypatch):
+    """Rounds of 5 ms, in the second pass over all shapes of 10."""
+    times = [5.0, 5.0, 10.0, 10.0, 5.0, 5.0]
+    monkeypatch.setattr(calibration._Clock, "milliseconds", property(lambda clock: [times.pop(0)] * 3))
+    target = small_target()
+    costs = measure_costs(target, small_draft(target), [CHAIN], prefix=8)
+    assert costs.scatter == 2.0 and costs.round_ms(PLAIN) == 5.0
+
+
 @pytest.mark.parametrize("change", ["threads", "dtype", "target", "draft"])
 def test_another_machine_or_model_has_costs_of_its_own(measured, tmp_path, change):
     target = small_target()

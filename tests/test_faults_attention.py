@@ -122,6 +122,7 @@ def calls(sizes: dict[str, int]) -> dict[str, Call]:
         "compact_cache_": (
             lambda cache, *given, backend: (bk.compact_cache_(cache, *given, backend=backend), cache)[1],
             [cache, path, few, one]),
+        "skinny_linear": (bk.skinny_linear, [normal(R, T, D), normal(V, D)]),
     }  # fmt: skip
 
 

@@ -30,14 +30,20 @@ PLAIN = TreeShape(1, 1, 1)
 _PASSES = 3
 _ROUNDS = 8
 """Of each shape in a pass: shapes take turns, so that what else the machine does hits all alike."""
+_STEADY = 1.5
+"""The most scatter of costs that are kept: a quiet machine's passes differ by a tenth."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds at batch 1: draft[shape], drafting its levels; verify[n], all the rest of a round with n nodes."""
+    """Milliseconds at batch 1: draft[shape], drafting its levels; verify[n], all the rest of a round with n nodes.
+
+    scatter: how many times as long a shape's rounds took in its slowest pass as in its fastest, of the worst shape.
+    """
 
     verify: dict[int, float]
     draft: dict[TreeShape, float]
+    scatter: float = 1.0
 
     def round_ms(self, shape: TreeShape) -> float:
         """A round with this shape: as measured, else between or beyond the measured node counts and levels."""
@@ -74,7 +80,8 @@ def calibrated_costs(
     """The costs of these shapes on this machine, from `folder` (None: `calibration_folder()`) or measured, and kept.
 
     A file belongs to one machine, thread count, target, draft and set of versions; one that cannot be read is written
-    anew, as is any with `anew`. Where nothing can be written a warning says so, and the costs serve this process only.
+    anew, as is any with `anew`. Where nothing can be written, or the machine was too busy for the costs to be worth
+    keeping, a warning says so, and they serve this process only.
     """
     shapes = list(dict.fromkeys(shapes))
     key = _key(target, draft)
@@ -84,6 +91,10 @@ def calibrated_costs(
     if costs is not None and all(shape in costs.draft for shape in shapes if shape.num_nodes > 1):
         return costs
     costs = measure_costs(target, draft, [*(costs.draft if costs else ()), *shapes])
+    if costs.scatter > _STEADY:
+        warnings.warn(f"the machine is busy: the same rounds took up to {costs.scatter:.1f} times as long in one pass "
+                      "as in another; their costs serve this process and are measured anew by the next", stacklevel=2)
+        return costs
     try:
         _write(path, key, costs)
     except OSError as error:
@@ -105,7 +116,7 @@ def measure_costs(
     shapes = [PLAIN, *(shape for shape in dict.fromkeys(shapes) if shape.num_nodes > 1)]
     vocabulary = target.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, prefix), generator=torch.Generator().manual_seed(0)).to(target.device)
-    rounds: dict[TreeShape, list[float]] = {shape: [] for shape in shapes}
+    rounds: dict[TreeShape, list[list[float]]] = {shape: [] for shape in shapes}
     drafting: dict[TreeShape, list[float]] = {shape: [] for shape in shapes}
     for _ in range(_PASSES):
         for shape in shapes:
@@ -114,15 +125,16 @@ def measure_costs(
                 target, draft, ids, max_new_tokens=_ROUNDS + 2, eos_token_id=[], pad_token_id=0, streamer=clock,
                 depth=shape.depth, branch=shape.branch, num_nodes=shape.num_nodes,
             ).report  # fmt: skip
-            rounds[shape] += clock.milliseconds
+            rounds[shape].append(clock.milliseconds)
             phases = {name: took for name, took in report.seconds.items() if name not in ("prefill", "capture")}
             drafting[shape].append(phases.get("draft", 0.0) / sum(phases.values()))
-    whole = {shape: statistics.median(taken) for shape, taken in rounds.items()}
+    whole = {shape: statistics.median(sum(passes, [])) for shape, passes in rounds.items()}
+    scatter = max(max(medians) / min(medians) for medians in (list(map(statistics.median, p)) for p in rounds.values()))
     rest: dict[int, list[float]] = {1: [whole[PLAIN]]}
     for shape in shapes[1:]:
         rest.setdefault(shape.num_nodes, []).append(whole[shape] * (1.0 - statistics.median(drafting[shape])))
     verify = {size: min(taken) for size, taken in sorted(rest.items())}
-    return Costs(verify, {shape: whole[shape] - verify[shape.num_nodes] for shape in shapes[1:]})
+    return Costs(verify, {shape: whole[shape] - verify[shape.num_nodes] for shape in shapes[1:]}, scatter)
 
 
 class _Clock(BaseStreamer):
