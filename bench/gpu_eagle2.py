@@ -37,7 +37,7 @@ def eagle2(work: Work) -> bool:
     target, _ = work.target()
     steps = sizes.compared_steps
     dataset = work.dataset(target, work.corpus(steps * sizes.tokens_per_step))
-    shards = held_out_answers(dataset, work.answers(), work.scratch / "held-out")
+    shards = held_out_answers(dataset, work.scratch / "held-out")
     cpu = Work(work.out, sizes, work.budget, "cpu").target()[0]
     try:
         for name, change in RUNS.items():
@@ -86,19 +86,19 @@ def course_of(log: list[dict]) -> list[dict]:
     return course
 
 
-def held_out_answers(dataset: LiveDataset, files: list[Path], folder: Path) -> Path:
+def held_out_answers(dataset: LiveDataset, folder: Path) -> Path:
     """A folder of shards with ANSWERS of the held-out greedy answers and their states."""
     shutil.rmtree(folder, ignore_errors=True)
     corpus: Corpus = dataset.corpus
     writer = ShardWriter(folder, {})
-    kept = 0
+    ends, kept = corpus.lengths.cumsum(0), 0
     for entry in dataset.evaluation:
-        _, place, start, _ = entry
         if kept == ANSWERS:
             break
+        place = int(torch.searchsorted(ends, entry.start, right=True))
         if corpus.temperature[place] == 0.0:
             batch = dataset.load([entry])
-            end = int(corpus.ids[start + int(corpus.lengths[place]) - 1])
+            end = int(corpus.ids[ends[place] - 1])
             writer.add(Sequence(batch.tokens, batch.loss_mask, batch.states.cpu(), end, int(corpus.index[place]), 0.0))
             kept += 1
     writer.flush()
