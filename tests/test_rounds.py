@@ -16,12 +16,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, Engine, GraphError, generate
 from beagle_sd.attention import tree_attention_of
+from beagle_sd.cache import causal
 from beagle_sd.calibration import Costs
 from beagle_sd.decoding import Decoding
 from beagle_sd.drafting import TreeShape
 from beagle_sd.graph import check_capturable
 from beagle_sd.report import Clock
 from beagle_sd.rounds import play_round
+from beagle_sd.target import Target
 
 PATHS = {"dense": {}, "pages": {"page_size": 7}}
 SHAPE = shape_of(4, 4, 16)
@@ -108,6 +110,19 @@ class Watched(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.add(str(func))
         return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("count, by", [(16, "beagle.tree_attention"), (65, "aten.scaled_dot_product_attention")])
+def test_a_small_forward_on_the_cpu_leaves_pytorch_s_threads_asleep(count, by):
+    """Woken, they spin for milliseconds on the cores that the linear layers want: index_put_ and SDPA wake them."""
+    target = small_target()
+    wrapped = Target(target)
+    cache = wrapped.new_cache(2, 100)
+    step = torch.arange(count).expand(2, -1)
+    with torch.inference_mode(), tree_attention_of(target), Watched() as watched:
+        wrapped.forward(step, step, causal(2, count, step.device), cache)
+    ops = {"aten.index_put_", "aten.scaled_dot_product_attention", "beagle.tree_attention"}
+    assert ops & {name.removesuffix(".default") for name in watched.names} == {by}
 
 
 READS = {

@@ -36,14 +36,19 @@ class TreeCache(Cache):
         self.states = torch.zeros(layers, 2, rows, heads, size, width, dtype=dtype, device=device)
         self._rows = torch.arange(batch, device=device)[:, None]
         self._at: tuple[Tensor, Tensor] = (self._rows, self._rows)
+        self._starts: list[int] = []
         self._limit: int | None = None
 
     def expect(self, count: int, limit: int | None) -> None:
         """Prepare for a forward over `count` new tokens a row, which is to be given `limit` slots (None: all)."""
         if (limit or count) > self.capacity:
             raise ValueError(f"the cache has {self.capacity} slots a row; {limit or count} are needed")
+        self._limit = limit
+        if not self.fixed:
+            self._starts = self.lengths.tolist()
+            return
         slots = self.lengths.long()[:, None] + torch.arange(count, device=self.lengths.device)
-        self._at, self._limit = (self._rows, slots), limit
+        self._at = self._rows, slots
         if self.block_table is not None:
             size = self.states.shape[4]
             self._at = self.block_table.gather(1, slots // size).long(), slots % size
@@ -55,9 +60,14 @@ class TreeCache(Cache):
             if (new.shape[1], new.shape[3]) != (buffer.shape[1], buffer.shape[3]):
                 raise ValueError(f"layer {layer_idx} gives {new.shape[1]} heads of {new.shape[3]} {name}; allowed: "
                                  f"{buffer.shape[1]} of {buffer.shape[3]}, as the target's config has it")
-        row, slot = self._at
-        keys[row, :, slot] = key_states.transpose(1, 2)
-        values[row, :, slot] = value_states.transpose(1, 2)
+        if self.fixed:
+            rows, slots = self._at
+            keys[rows, :, slots] = key_states.transpose(1, 2)
+            values[rows, :, slots] = value_states.transpose(1, 2)
+        else:  # index_put_ would wake PyTorch's threads, which then spin where a CPU's linear layers want to run
+            for row, start in enumerate(self._starts):
+                end = start + key_states.shape[2]
+                keys[row, :, start:end], values[row, :, start:end] = key_states[row], value_states[row]
         if self._limit is None:
             return keys, values
         return keys[:, :, : self._limit], values[:, :, : self._limit]

@@ -13,8 +13,9 @@ from beagle_sd.cache import TreeCache, causal, visible_keys
 from beagle_sd.head import Head, UnsupportedTarget, head_of
 
 _PREFILL_CHUNK = 512
-_RAGGED_ROWS = 4
-"""Rows from which, on the CPU, reading only what each row sees beats one padded call."""
+_FEW_NODES = 64
+"""New tokens up to which a row's attention reads just what the row sees, by mask words: beyond, as in a prompt, SDPA's
+products over a padded 4-D mask are faster."""
 
 
 def check_supported(config: PretrainedConfig) -> None:
@@ -96,14 +97,16 @@ class Target:
         model's attention to be beagle_tree, and room behind the lengths, which are not read.
         """
         batch, count = tokens.shape
-        limit = None
-        if not (cache.fixed or count == 1 and batch >= _RAGGED_ROWS and self.config._attn_implementation == NAME):
-            limit = int(cache.lengths.max()) + count
+        limit = None if cache.fixed else int(cache.lengths.max()) + count
         cache.expect(count, limit)
+        if limit is None or count <= _FEW_NODES and self.config._attn_implementation == NAME:
+            visible = mask[:, None]
+        else:
+            visible = visible_keys(cache.lengths, mask, limit)
         with reading(cache):
             return self.decoder(
                 input_ids=tokens,
-                attention_mask=mask[:, None] if limit is None else visible_keys(cache.lengths, mask, limit),
+                attention_mask=visible,
                 position_ids=cache.lengths.long()[:, None] + depth.long(),
                 use_cache=True,
                 **{self._cache_argument: cache},
