@@ -53,7 +53,8 @@ def described(target_name: str, prompts_name: str, count: int, target, args) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.acceptance", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--draft", type=Path, help="a folder; default: the bundled one")
     parser.add_argument("--prompts", default="mt-bench", help="mt-bench, humaneval or gsm8k")

@@ -26,7 +26,8 @@ SHAPES = ["2,1,3", "4,1,5", "4,4,8", "4,6,16"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--draft", type=Path, help="a folder; default: the bundled one")
     parser.add_argument("--prompts", nargs="+", default=["mt-bench"], help="mt-bench, humaneval, gsm8k or files")

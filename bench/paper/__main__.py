@@ -23,7 +23,8 @@ from bench.report import RESULTS
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.paper", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.paper", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figures", nargs="+", choices=(*FIGURES, "all"), metavar="FIGURE",
                         help=", ".join((*FIGURES, "all")))  # fmt: skip
     parser.add_argument("--states", type=Path, required=True, help="folder of `beagle-sd prepare`")
