@@ -58,7 +58,7 @@ def speed() -> str:
 
 def speed_rows() -> Iterator[tuple[dict, dict]]:
     """(run, row) of every contender in the CPU's files."""
-    for path in sorted(RESULTS.glob("cpu-speed*.json")):
+    for path in sorted(RESULTS.glob("cpu-speed*.json"), key=lambda path: path.stem):
         measured = json.loads(path.read_text(encoding="utf-8"))
         for row in measured["rows"]:
             yield measured, row
