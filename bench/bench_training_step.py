@@ -121,8 +121,8 @@ class Setting:
         return [counted * (step <= number) for number in range(self.window)]
 
     def step(self, states: Callable[[], list[Tensor]], weights: list[Tensor], loss: bool) -> Callable[[], tuple]:
-        """Forward and backward: (loss, gradients in all weights of the head). Without `loss` the weighted sum of the
-        squared states stands for it."""
+        """Forward and backward: (loss, gradients in all weights of the head). Without `loss` the weighted products
+        with the true states stand for it (squares would not do: their sum is what the last norm fixes)."""
         parameters = list((self.eagle if states == self.eagle_step else self.draft).parameters())
 
         def run():
@@ -131,7 +131,7 @@ class Setting:
                 if loss:
                     total = total + distill_loss(state.float(), self.batch.states, self.head, weight)
                 else:
-                    total = total + (weight[:, None] * state.square()).sum()
+                    total = total + (weight[:, None] * state * self.batch.states).sum()
             return total, *torch.autograd.grad(total, parameters)
 
         return run
