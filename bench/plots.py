@@ -20,6 +20,7 @@ PLOTS = {
     "tree-attention": [("tree_attention", "keys"), ("tree_attention", "batch")],
     "round": [("decode round", "cached"), ("decode round", "batch")],
     "tree-size": [("whole answer", "nodes")],
+    "linear": [("skinny_linear", "rows")],
 }  # fmt: skip
 """Figure -> its panels: an op's series, and what of its sizes the horizontal axis is."""
 LEAST = 3
