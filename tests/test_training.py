@@ -17,7 +17,7 @@ from models import agreeable_target, small_draft, small_target
 from shard_cases import MANIFEST, full_disk, random_sequence, write_states
 
 from beagle_sd import BeagleDraft, generate
-from beagle_sd.dataset import StateDataset
+from beagle_sd.dataset import Entry, StateDataset
 from beagle_sd.shards import ShardWriter
 from beagle_sd.training import Trainer, TrainingConfig, TrainingStopped, checkpoints
 
@@ -98,7 +98,7 @@ def test_training_raises_acceptance(tmp_path):
     target.get_input_embeddings().weight.data.div_(4)
     data = write_states(tmp_path / "data", target, count=60)
     draft = small_draft(target)
-    ids = StateDataset(data, held_out=0).load([(0, 0, 0, 8)]).tokens[None]
+    ids = StateDataset(data, held_out=0).load([Entry(0, 0, 8)]).tokens[None]
     tokens_per_round = lambda: generate(target, draft, ids, max_new_tokens=32, depth=4, branch=1,  # noqa: E731
                                         num_nodes=5).report.tokens_per_round  # fmt: skip
     before = tokens_per_round()
