@@ -103,10 +103,6 @@ BEAGLE_FN void tile(const T* weight, int64_t stride, const T* ahead, const float
   }
 }
 
-BEAGLE_FN void put(float x, float* to) { *to = x; }
-BEAGLE_FN void put(float x, BFloat* to) { *to = narrow<BFloat>(x); }
-BEAGLE_FN void put(float x, Half* to) { *to = narrow<Half>(x); }
-
 // Weight rows n .. n + count - 1, at `weight`, with kRows rows of x from row m on.
 template <int kWeights, int kRows, int kAhead, class T, class W>
 BEAGLE_FN void block(const SkinnyLinear& op, const W* weight, int64_t stride, const W* ahead, const float* x, int64_t m,
@@ -115,7 +111,8 @@ BEAGLE_FN void block(const SkinnyLinear& op, const W* weight, int64_t stride, co
   float out[power_of_two(kWeights * kRows)];
   tile<kWeights, kRows, kAhead>(weight, stride, ahead, x + m * row_stride(width), width, out);
   for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < count; ++j) put(out[i * kWeights + j], static_cast<T*>(op.out) + (m + i) * op.outputs + n + j);
+    for (int j = 0; j < count; ++j)
+      static_cast<T*>(op.out)[(m + i) * op.outputs + n + j] = narrow<T>(out[i * kWeights + j]);
 }
 
 // All rows of x with one panel of weight rows, in tiles of equal height; the tiles share the fetching of the next panel.

@@ -26,12 +26,11 @@ def reading(cache: TreeCache) -> Iterator[None]:
 
     transformers hands a 4-D mask on as it is, so words reach the attention where a mask [B, 1, N, S] would.
     """
-    before = getattr(_read, "cache", None), getattr(_read, "folded", None)
-    _read.cache, _read.folded = cache, None
+    before, _read.cache = getattr(_read, "cache", None), cache
     try:
         yield
     finally:
-        _read.cache, _read.folded = before
+        _read.cache = before
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -42,23 +41,9 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     batch, heads, count, width = query.shape
     group = heads // key.shape[1]
     stacked = query.reshape(batch, key.shape[1], group * count, width)
-    if mask is not None:
-        mask = _folded(mask, group, query.dtype)
+    if mask is not None and group > 1:
+        mask = mask.repeat(1, 1, group, 1)
     return F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scale).view_as(query)
-
-
-def _folded(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """The mask as SDPA's kernel adds it, [B, 1, group * N, L], made once for all layers of a forward."""
-    known = getattr(_read, "folded", None)
-    if known is not None and known[0] is mask and known[1:3] == (group, dtype):
-        return known[3]
-    added = mask
-    if mask.dtype == torch.bool:
-        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    folded = added.repeat(1, 1, group, 1)
-    if getattr(_read, "cache", None) is not None:
-        _read.folded = mask, group, dtype, folded
-    return folded
 
 
 def _beagle_tree(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
