@@ -155,7 +155,7 @@ def paper() -> str:
             continue
         tokens = "" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.1f}"
         cells = (f"{measured['threads']} CPU threads, {row['prompts']}", f"{measured['target']} {measured['dtype']}",
-                 row["contender"], f"{1e3 / row['ms_per_token']:.1f}", f"{row['median']:.2f}", tokens, "not measured")
+                 row["contender"], f"{1e3 / row['ms_per_token']:.1f}", f"{row['median']:.2f}", tokens, _peak(row))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *_rounds()])
 
@@ -171,11 +171,15 @@ def _rounds() -> list[str]:
         base = next(row["p50"] for row in rows if row["peer"] == "target.generate")
         for row in rows:
             name = f"{row['peer']}{', replayed acceptance' if row['acceptance'] == 'replayed' else ''}"
-            peak = f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else "not measured"
             cells = (record["environment"]["gpu"], f"{row['at']['model']}, batch {row['at']['batch']}", name,
-                     f"{row['token/s']:.1f}", f"{base / row['p50']:.2f}", f"{row['tokens_per_round']:.1f}", peak)
+                     f"{row['token/s']:.1f}", f"{base / row['p50']:.2f}", f"{row['tokens_per_round']:.1f}", _peak(row))
             lines.append("| " + " | ".join(cells) + " |")
     return lines or ["| a GPU | 8B-shaped random bfloat16 | Beagle, replayed acceptance | not measured |  |  |  |"]
+
+
+def _peak(row: dict) -> str:
+    """Of memory, in GB."""
+    return "not measured" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e9:.2f}"
 
 
 def configs(entries: list[dict]) -> str:

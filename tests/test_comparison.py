@@ -6,6 +6,7 @@ import csv
 import json
 
 import pytest
+import torch
 from models import agreeable_target, small_draft, small_target
 from tokenizers_for_tests import small_tokenizer
 
@@ -20,6 +21,7 @@ from beagle_sd.comparison import (
     read_prompts,
     read_shape,
     rows_of,
+    warm_up,
     write_csv,
 )
 from beagle_sd.generate import Report, TreeShape
@@ -63,18 +65,29 @@ def test_ratios_are_paired_and_per_token():
 
     answers = [{BASELINE: Answer(2.0 * slow, 10, None), "beagle, plain": answer(2.0, 11, 4.0),
                 "beagle, chain of 2": answer(2.0 * slow, 20, 1.0 * slow)} for slow in (1, 1, 2)]  # fmt: skip
-    chain = rows_of("set", answers, [CHAIN], COSTS)[2]
+    chain = rows_of("set", answers, [CHAIN], COSTS, dict.fromkeys(answers[0], 5))[2]
     assert (chain.low, chain.median, chain.high) == (2.0, 2.0, 2.0), "slow prompts are slow for both"
     assert chain.ms_per_token == 100.0 and chain.tokens_per_round == 2.0
     assert chain.decode == pytest.approx((4.0 / 10) / (1.0 / 19), abs=1e-3), "prefill is left out"
 
 
-def test_the_order_turns_and_the_first_prompt_warms_up():
+def test_the_order_turns():
     order = []
     runs = {name: lambda ids, name=name: (order.append((name, ids.tolist())), (1, None))[1] for name in "abc"}
     assert len(list(compare(runs, [[1], [2]], small_target().device))) == 2
-    assert order == [("a", [[1]]), ("b", [[1]]), ("c", [[1]]), ("b", [[1]]), ("c", [[1]]), ("a", [[1]]),
-                     ("c", [[2]]), ("a", [[2]]), ("b", [[2]])]  # fmt: skip
+    assert order == [("a", [[1]]), ("b", [[1]]), ("c", [[1]]), ("b", [[2]]), ("c", [[2]]), ("a", [[2]])]
+
+
+def test_the_warm_up_tells_each_contenders_memory():
+    """The second holds 64 MiB more than the others, whatever ran before it."""
+    def holding(megabytes):
+        return lambda ids: (len(torch.ones(megabytes, 2**18).add_(1.0)), None)
+
+    peaks = warm_up({"a": holding(1), "b": holding(65), "c": holding(1)}, [1, 2], torch.device("cpu"))
+    if None in peaks.values():
+        pytest.skip("only Linux tells a process's peak of memory")
+    assert peaks["b"] - peaks["a"] == pytest.approx(64 * 2**20, rel=0.1)
+    assert abs(peaks["c"] - peaks["a"]) < 6 * 2**20
 
 
 def test_the_lower_bound_is_the_sign_tests():

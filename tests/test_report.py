@@ -62,7 +62,7 @@ def test_the_gpu_s_tables_come_from_its_file(tmp_path, monkeypatch):
     steps = {"bench:x": {"rows": ops}, "round": {"rows": rounds}}
     (tmp_path / "gpu.json").write_text(json.dumps({"environment": {"gpu": "a GPU"}, "steps": steps}))
     assert "| g | 1,000.0 | 80% |  | sdpa | 2.00x |  |" in report.gpu()
-    assert "| a GPU | 8B, batch 1 | beagle, replayed acceptance | 40.0 | 3.00 | 4.1 | 17.0 |" in report.paper()
+    assert "| a GPU | 8B, batch 1 | beagle, replayed acceptance | 40.0 | 3.00 | 4.1 | 17.00 |" in report.paper()
 
 
 def test_a_panel_is_the_sizes_that_differ_in_one(tmp_path):

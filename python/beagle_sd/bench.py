@@ -35,7 +35,8 @@ def bench(console: Console, target_name: str, draft_folder: Path | None, sources
         console.print(comparison_table(source, [row for row in rows if row.prompts == source]))
     console.print("x: seconds a token of target.generate over the contender's, prefill included, prompt by prompt. "
                   "At least: the median's 95% lower bound by the sign test. Predicted: tokens a round by calibrated "
-                  "costs; decode: the same measured, prefill left out.", style="dim", highlight=False)  # fmt: skip
+                  "costs; decode: the same measured, prefill left out. Peak: memory held while it answered the first "
+                  "prompt, weights included (on a CPU the whole process's).", style="dim", highlight=False)  # fmt: skip
     if csv is not None:
         write_csv(rows, csv)
     if plot is not None:
@@ -45,10 +46,11 @@ def bench(console: Console, target_name: str, draft_folder: Path | None, sources
 def comparison_table(source: str, rows: list[Row]) -> Table:
     """The rows of one set of prompts."""
     table = Table("contender", "ms a token", "tokens a round", "x median (20%, 80%)", "at least", "predicted", "decode",
-                  title=f"{source}, {rows[0].answers} prompts")  # fmt: skip
+                  "peak GB", title=f"{source}, {rows[0].answers} prompts")  # fmt: skip
     for row in rows:
+        peak = None if row.peak_bytes is None else row.peak_bytes / 1e9
         optional = ["" if value is None else f"{value:.2f}"
-                    for value in (row.tokens_per_round, row.bound, row.predicted, row.decode)]  # fmt: skip
+                    for value in (row.tokens_per_round, row.bound, row.predicted, row.decode, peak)]
         table.add_row(row.contender, f"{row.ms_per_token:.1f}", optional[0],
                       f"{row.median:.2f} ({row.low:.2f}, {row.high:.2f})", *optional[1:])
     return table

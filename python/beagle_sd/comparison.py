@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from beagle_sd.conversations import read_messages
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.evaluation_sets import EVALUATION_SETS, evaluation_prompts
 from beagle_sd.generate import Report, TreeShape, generate
+from beagle_sd.memory import peak_bytes
 
 BASELINE = "target.generate"
 _LOOKUP_TOKENS = 4
@@ -43,7 +45,8 @@ class Row:
 
     ms_per_token: the median; tokens_per_round: over all rounds, None where transformers does not say; low, median,
     high: the ratios' 20, 50 and 80 percentiles; bound: `lower_bound` of them; decode: its speed after the prefill over
-    plain decoding in the same loop, the median; predicted: the same by tokens_per_round and calibrated costs.
+    plain decoding in the same loop, the median; predicted: the same by tokens_per_round and calibrated costs;
+    peak_bytes: the most memory while it answered the first prompt (`beagle_sd.memory`), both models' weights included.
     """
 
     prompts: str
@@ -57,6 +60,7 @@ class Row:
     bound: float | None
     decode: float | None = None
     predicted: float | None = None
+    peak_bytes: int | None = None
 
 
 class Comparison(NamedTuple):
@@ -94,12 +98,13 @@ def compare_on(
                       assistant=assistant)  # fmt: skip
     rows = []
     for source, prompts in sets.items():
+        peaks = warm_up(runs, prompts[0], target.device)
         answers: list[dict[str, Answer]] = []
         for answer in compare(runs, prompts, target.device):
             answers.append(answer)
             if told is not None:
                 told(source, len(answers), len(prompts))
-        rows += rows_of(source, answers, shapes, tree.costs)
+        rows += rows_of(source, answers, shapes, tree.costs, peaks)
     return Comparison(rows, tree.costs)
 
 
@@ -168,23 +173,30 @@ def read_shape(text: str) -> TreeShape:
     return TreeShape(*map(int, parts))
 
 
+def warm_up(runs: Runs, prompt: Sequence[int], device: torch.device) -> dict[str, int | None]:
+    """Each contender's peak memory in bytes while it answers `prompt`; the answers are not timed."""
+    ids = torch.tensor([list(prompt)], device=device)
+    return {name: peak_bytes(partial(run, ids), device) for name, run in runs.items()}
+
+
 def compare(runs: Runs, prompts: Sequence[Sequence[int]], device: torch.device) -> Iterator[dict[str, Answer]]:
-    """Each prompt answered by every contender, in an order that turns by one from prompt to prompt; the first prompt is
-    answered once more before, to warm up."""
+    """Each prompt answered by every contender, in an order that turns by one from prompt to prompt."""
     names = list(runs)
-    for number, prompt in enumerate([prompts[0], *prompts]):
+    for number, prompt in enumerate(prompts):
         ids, turn = torch.tensor([list(prompt)], device=device), number % len(names)
         answers = {}
         for name in names[turn:] + names[:turn]:
             began = time.perf_counter()
             tokens, report = runs[name](ids)
             answers[name] = Answer(time.perf_counter() - began, tokens, report)
-        if number:
-            yield {name: answers[name] for name in names}
+        yield {name: answers[name] for name in names}
 
 
-def rows_of(name: str, answers: Sequence[Mapping[str, Answer]], shapes: Sequence[TreeShape], costs: Costs) -> list[Row]:
-    """A row a contender, over one set of prompts called `name`."""
+def rows_of(
+    name: str, answers: Sequence[Mapping[str, Answer]], shapes: Sequence[TreeShape], costs: Costs,
+    peaks: Mapping[str, int | None],
+) -> list[Row]:
+    """A row a contender, over one set of prompts called `name`; peaks are those of `warm_up`."""
     by_name = {shape_name(shape): shape for shape in shapes}
     plain = [_decode_seconds(answer["beagle, plain"].report) for answer in answers]
     rows = []
@@ -210,6 +222,7 @@ def rows_of(name: str, answers: Sequence[Mapping[str, Answer]], shapes: Sequence
             bound=lower_bound(ratios),
             decode=round(statistics.median(speeds), 4) if speeds else None,
             predicted=round(costs.speedup(shape, tokens), 4) if shape and tokens else None,
+            peak_bytes=peaks[contender],
         ))  # fmt: skip
     return rows
 
