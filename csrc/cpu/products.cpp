@@ -1,6 +1,6 @@
 #include "products.h"
 
-#include <utility>
+#include "lanes.h"
 
 #ifndef BEAGLE_ISA
 #define BEAGLE_ISA baseline
@@ -24,8 +24,7 @@ constexpr int kWide = 4;
 // Tiles up to which a panel in 16 bits is widened as each one reads it; for more it is widened once, before.
 constexpr int kWidened = 2;
 
-typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int32_t Lanes __attribute__((vector_size(4 * kLanes)));
+using Vec = Floats<kLanes>;
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Narrow __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
@@ -38,35 +37,6 @@ BEAGLE_FN Vec load(const Half* from) {
   const Vec magnitude = Vec((bits & 0x7fff) << 13) * 0x1p112f;
   const Bits special = Bits((bits & 0x7c00) == 0x7c00) & 0x7f800000;
   return Vec(Bits(magnitude) | special | (bits & 0x8000) << 16);
-}
-
-// Lane i of fold's first or second operand.
-template <int kRun>
-constexpr int source(int i, bool second) {
-  return i / kRun / 2 * 2 * kRun + i % kRun + i / kRun % 2 * kLanes + (second ? kRun : 0);
-}
-
-// Of two vectors, each of sums in runs of 2 kRun lanes: one vector of the same sums in runs of kRun, theirs in turns.
-template <int kRun, int... kLane>
-BEAGLE_FN Vec fold(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, source<kRun>(kLane, false)...) +
-         __builtin_shufflevector(a, b, source<kRun>(kLane, true)...);
-#else
-  return __builtin_shuffle(a, b, Lanes{source<kRun>(kLane, false)...}) +
-         __builtin_shuffle(a, b, Lanes{source<kRun>(kLane, true)...});
-#endif
-}
-
-// The sums of kCount vectors, a power of two: vector j's is left in the first one's lane j kLanes / kCount, all lanes
-// added in one order whatever kCount is.
-template <int kCount, int kRun = kLanes / 2>
-BEAGLE_FN void add_lanes(Vec* sum) {
-  constexpr int kHalf = kCount > 1 ? kCount / 2 : 1;
-#pragma GCC unroll 8
-  for (int j = 0; j < kHalf; ++j)
-    sum[j] = fold<kRun>(sum[j], sum[kCount > 1 ? j + kHalf : j], std::make_integer_sequence<int, kLanes>());
-  if constexpr (kRun > 1) add_lanes<kHalf, kRun / 2>(sum);
 }
 
 constexpr int power_of_two(int least) { return least <= 1 ? 1 : 2 * power_of_two((least + 1) / 2); }
@@ -95,7 +65,7 @@ BEAGLE_FN void tile(const T* weight, int64_t stride, const T* ahead, const float
   }
 #pragma GCC unroll 4
   for (int g = 0; g < kTotal; g += kGroup) {
-    add_lanes<kGroup>(sum + g);
+    add_lanes<kLanes, kGroup>(sum + g);
     alignas(64) float lanes[kLanes];
     *reinterpret_cast<Vec*>(lanes) = sum[g];
 #pragma GCC unroll 16

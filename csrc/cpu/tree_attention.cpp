@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "executor.h"
+#include "lanes.h"
 #include "pool.h"
 
 namespace beagle::cpu {
@@ -19,29 +20,7 @@ constexpr int kAcross = 10;
 constexpr int64_t kMostTiles = 8, kLeastKeys = 256;
 constexpr float kLog2E = 1.442695040888963f;
 
-// Unaligned, and free to alias floats; the compiler maps it to what the machine has.
-typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int32_t Lanes __attribute__((vector_size(4 * kLanes)));
-
-// Of two vectors, each of sums in runs of 2 kRun lanes: one vector of the same sums in runs of kRun, theirs in turns.
-template <int kRun>
-inline __attribute__((always_inline)) Vec fold(Vec a, Vec b) {
-#if defined(__clang__)
-  Vec out;
-  for (int i = 0; i < kLanes; ++i) {
-    const int from = i / kRun / 2 * 2 * kRun + i % kRun;
-    out[i] = i / kRun % 2 ? b[from] + b[from + kRun] : a[from] + a[from + kRun];
-  }
-  return out;
-#else
-  Lanes low, high;
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / kRun / 2 * 2 * kRun + i % kRun + i / kRun % 2 * kLanes;
-    high[i] = low[i] + kRun;
-  }
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-#endif
-}
+using Vec = Floats<kLanes>;
 
 // 2^x for x <= 0, to fp32's last bit or two; below -126 it is 0.
 inline __attribute__((always_inline)) float exp2_of(float x) {
@@ -103,13 +82,8 @@ inline __attribute__((always_inline)) Vec dots(const float* query, const float* 
 #pragma GCC unroll 16
     for (int j = 0; j < kLanes; ++j) sum[j] += q * at(key + j * stride + d);
   }
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) sum[j] = fold<8>(sum[j], sum[j + 8]);
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) sum[j] = fold<4>(sum[j], sum[j + 4]);
-#pragma GCC unroll 2
-  for (int j = 0; j < 2; ++j) sum[j] = fold<2>(sum[j], sum[j + 2]);
-  return fold<1>(sum[0], sum[1]);
+  add_lanes<kLanes, kLanes>(sum);
+  return sum[0];
 }
 
 // Scores of kCount keys for 16 kVecs rows: the queries lie by columns, so that nothing is summed across a vector.
