@@ -1,7 +1,8 @@
-"""Writes the measured tables of the README, of docs/performance.md and of the bundled draft's card from the files
-that hold the numbers: python -m bench.report
+"""Writes what was measured into the README, docs/performance.md and the bundled draft's card, from the files that hold
+the numbers: python -m bench.report
 
-A table stands between `<!-- NAME -->` and `<!-- end -->`; `--check` changes nothing and fails where one is stale.
+A table, or a figure within a sentence, stands between `<!-- NAME -->` and `<!-- end -->`; `--check` changes nothing and
+fails where one is stale.
 `--plots` draws the figures too; `--configs FILE` prints instead the tiles that a GPU's run found, as the lines of
 beagle_kernels/triton/configs.py.
 """
@@ -182,6 +183,28 @@ def _peak(row: dict) -> str:
     return "not measured" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e9:.2f}"
 
 
+def speedup() -> str:
+    """Of the adaptive tree over target.generate, greedy: the medians of the sets of prompts, lowest and highest."""
+    found = sorted(row["median"] for measured, row in speed_rows()
+                   if row["contender"] == "beagle, adaptive tree" and measured["temperature"] == 0)  # fmt: skip
+    return f"{found[0]:.1f} to {found[-1]:.1f}"
+
+
+def simulation() -> str:
+    return f"{_step_over_stage_1('beagle'):.2f}"
+
+
+def literal_simulation() -> str:
+    return f"{_step_over_stage_1('literal passes'):.1f}"
+
+
+def _step_over_stage_1(peer: str) -> float:
+    """Time of a training step of stage 2, ours or another's, over one of stage 1."""
+    groups = grouped(json.loads((RESULTS / "cpu-ops.json").read_text(encoding="utf-8")))
+    times = {row["peer"]: row["p50"] for row in groups["training step, k = 5, 2048 rows"]}
+    return times[peer] / times["stage 1"]
+
+
 def configs(entries: list[dict]) -> str:
     """The tiles found, as TABLE's lines, each with what it gained."""
     lines, kernels = [], sorted({(entry["kernel"], entry["arch"]) for entry in entries})
@@ -194,18 +217,20 @@ def configs(entries: list[dict]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"acceptance": acceptance, "speed": speed, "lossless": lossless, "ops": ops, "gpu": gpu, "paper": paper,
-          **REPRODUCTION}  # fmt: skip
+MEASURED = {"acceptance": acceptance, "speed": speed, "lossless": lossless, "ops": ops, "gpu": gpu, "paper": paper,
+          **REPRODUCTION, "speedup": speedup, "simulation": simulation,
+          "literal_simulation": literal_simulation}  # fmt: skip
 
 
 def filled(page: str) -> str:
-    """The page with every table between its marks made anew."""
-    def table(match: re.Match) -> str:
-        if match[1] not in TABLES:
-            raise ValueError(f"<!-- {match[1]} --> names no table; allowed: {', '.join(TABLES)}")
-        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+    """The page with every table, and every figure in a sentence, between its marks made anew."""
+    def measured(match: re.Match) -> str:
+        name, line = match.groups()
+        if name not in MEASURED:
+            raise ValueError(f"<!-- {name} --> names nothing measured; allowed: {', '.join(MEASURED)}")
+        return f"<!-- {name} -->{line}{MEASURED[name]()}{line}<!-- end -->"
 
-    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
+    return re.sub(r"<!-- (\w+) -->(\n?).*?<!-- end -->", measured, page, flags=re.DOTALL)
 
 
 def main(arguments: list[str]) -> int:
