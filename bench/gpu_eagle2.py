@@ -65,7 +65,7 @@ def measured(work: Work, target, dataset: LiveDataset, settings: dict, kind: typ
     if work.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    draft = draft_of(target, dataset.corpus, settings, kind)
+    draft = draft_of(target, dataset, settings, kind)
     steps = work.sizes.compared_steps
     found = try_run(work, draft, dataset, settings, steps, eval_steps=max(2, steps // 10),
                     keep=work.scratch / "compared", **more)  # fmt: skip

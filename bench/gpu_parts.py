@@ -80,7 +80,7 @@ def tried(work: Work) -> dict:
 def _two_steps(work: Work, target) -> tuple[BeagleDraft, list[float]]:
     """A fresh draft, and its loss and gradient norm in a step of either stage that changes nothing."""
     dataset = LiveDataset(target, Corpus.of_answers([work.scratch / "tried.npz"]), held_out=0, keep=True)
-    draft = draft_of(target, dataset.corpus, BASE)
+    draft = draft_of(target, dataset, BASE)
     log = try_run(work, draft, dataset, {**BASE, "lr": 0.0, "block_share": 0.5}, 2)["log"]
     return draft, [line[name] for line in log for name in ("loss", "gradient_norm")]
 
@@ -178,7 +178,7 @@ def train(work: Work, minutes: float | None = None) -> bool:
         steps = plan["steps"]
         config = config_of(plan["settings"], steps, per_epoch, work.sizes, work.device,
                            eval_steps=max(1, steps // 10), save_steps=plan["save_steps"])  # fmt: skip
-        trainer = Trainer(draft_of(target, dataset.corpus, plan["settings"]), dataset, runs, config)
+        trainer = Trainer(draft_of(target, dataset, plan["settings"]), dataset, runs, config)
     except OutOfTime:
         return False
     def show(step: int, metrics: dict) -> None:
@@ -202,7 +202,7 @@ def _plan(work: Work, target, dataset: LiveDataset, path: Path, minutes: float |
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     settings = work.settings()
-    draft = draft_of(target, dataset.corpus, settings)
+    draft = draft_of(target, dataset, settings)
     log = try_run(work, draft, dataset, {**settings, "block_share": 0.5}, 2 * work.sizes.timed_steps)["log"]
     one, two = (statistics.median([line["seconds"] for line in log if line["stage"] == stage]) for stage in (1, 2))
     mean = settings["block_share"] * one + (1 - settings["block_share"]) * two

@@ -10,13 +10,14 @@ from beagle_sd.training import TrainingStopped
 from bench.gpu_work import BASE, OutOfTime, Work, draft_of, seed_all, try_run, write_json
 
 CHOICES: list[tuple[float, list[dict]]] = [
+    (1.003, [{"passing_start": False}]),
     (1.003, [{"lr": 1e-3}, {"lr": 4e-3}, {"lr": 8e-3}, {"lr": 3e-5}]),
     (1.003, [{"regression": 0.1}, {"regression": 10.0}]),
     (1.003, [{"block_share": 0.2}, {"block_share": 0.7}, {"block_share": 0.0}, {"block_share": 1.0}]),
     (1.003, [{"window": 8, "steps": 6}, {"window": 3, "steps": 3}, {"window": 5, "steps": 6}]),
     (1.02, [{"mlp": 2}, {"heads": 2}]),
     (1.01, [{"draft_vocab": 16384}, {"draft_vocab": 0}]),
-    (0.99, [{"draft_vocab": 4096}]),
+    (0.99, [{"draft_vocab": 4096}, {"all_key_heads": False}]),
     (1.003, [{"norm_query": False}, {"norm_state": False}, {"norm_output": False}]),
     (1.003, [{"noise": 0.1}, {"noise": 0.2}]),
     (1.003, [{"append_states": False}]),
@@ -80,7 +81,7 @@ def measured(work: Work, target, dataset: LiveDataset, change: dict, settings: d
     began = time.monotonic()
     work.budget.need()
     try:
-        draft = draft_of(target, dataset.corpus, settings)
+        draft = draft_of(target, dataset, settings)
         found = try_run(work, draft, dataset, settings, work.sizes.search_steps)
         found["loss"] = round(found.pop("log")[-1]["loss"], 4)
     except TrainingStopped as error:

@@ -15,6 +15,7 @@ import torch
 from beagle_sd.bundled import load_target
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.live import Corpus, LiveDataset
+from beagle_sd.start import STATES, passing_start
 from beagle_sd.training import Trainer, TrainingConfig
 from bench.gpu_check import environment
 
@@ -49,10 +50,12 @@ TOY = Sizes(batch=8, max_new_tokens=16, ids_a_file=600, ids_a_save=200, tokens_p
 
 BASE = {
     "lr": 2e-3, "regression": 1.0, "block_share": 0.45, "window": 5, "steps": 4, "noise": 0.0, "draft_vocab": 8192,
-    "mlp": 1, "heads": 1, "norm_query": True, "norm_state": True, "norm_output": True, "append_states": True,
+    "mlp": 1, "heads": 1, "all_key_heads": True, "passing_start": True, "norm_query": True, "norm_state": True,
+    "norm_output": True, "append_states": True,
 }  # fmt: skip
-"""The bundled draft's recipe. draft_vocab 0: all tokens; mlp, heads: that many times the target's; block_share: stage
-1's part of the steps."""
+"""The bundled draft's recipe. draft_vocab 0: all tokens; mlp, heads: that many times the target's; all_key_heads: a
+key head for every query head; passing_start: training starts by `passing_start`; block_share: stage 1's part of the
+steps. EAGLE-2's head has the target's key heads and its own start."""
 
 
 SETUP = "setup --kit FOLDER"
@@ -161,17 +164,22 @@ def config_of(settings: dict, steps: int, per_epoch: int, sizes: Sizes, device: 
     )  # fmt: skip
 
 
-def draft_of(target, corpus: Corpus, settings: dict, kind: type[BeagleDraft] = BeagleDraft) -> BeagleDraft:
+def draft_of(target, dataset: LiveDataset, settings: dict, kind: type[BeagleDraft] = BeagleDraft) -> BeagleDraft:
     """A fresh draft of these settings; the same for the same."""
     torch.manual_seed(0)
     config = target.config.get_text_config()
-    wide = {"intermediate_size": settings["mlp"] * config.intermediate_size,
-            "num_attention_heads": settings["heads"] * config.num_attention_heads,
-            "num_key_value_heads": settings["heads"] * config.num_key_value_heads}  # fmt: skip
+    ours, heads = kind is BeagleDraft, settings["heads"] * config.num_attention_heads
+    shared = settings["heads"] * config.num_key_value_heads
+    wide = {"intermediate_size": settings["mlp"] * config.intermediate_size, "num_attention_heads": heads,
+            "num_key_value_heads": heads if ours and settings["all_key_heads"] else shared}  # fmt: skip
     vocab = min(settings["draft_vocab"], config.vocab_size)
-    ids = corpus.frequent_tokens(vocab, config.vocab_size).to(target.device) if vocab else None
+    ids = dataset.corpus.frequent_tokens(vocab, config.vocab_size).to(target.device) if vocab else None
     names = ("norm_query", "norm_state", "norm_output", "append_states")
-    return kind.from_target(target, ids, **wide, **{name: settings[name] for name in names})
+    draft = kind.from_target(target, ids, **wide, **{name: settings[name] for name in names})
+    if not (ours and settings["passing_start"]):
+        return draft
+    sample = dataset.sample(STATES, 0)
+    return passing_start(draft, sample.tokens, sample.states)
 
 
 def run(trainer: Trainer, budget: Budget, watch: Callable[[int, dict], None]) -> None:

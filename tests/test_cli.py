@@ -48,7 +48,9 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
     assert "0 of 30 conversations" in run("prepare", prompts, states, "--target", target, "--regenerate", "--batch", 8,
                                           "--max-new-tokens", 20)
     trained = run("train", states, out, "--target", target, "--draft-vocab", 40, "--block-epochs", 2,
-                  "--simulation-epochs", 2, "--tokens-per-step", 512, "--lr", 1e-3, "--warmup-steps", 2)
+                  "--simulation-epochs", 2, "--tokens-per-step", 512, "--lr", 1e-3, "--warmup-steps", 2,
+                  "--key-value-heads", 4)
+    assert json.loads((out / "final" / "config.json").read_text())["num_key_value_heads"] == 4
     assert "acceptance by depth" in trained and (out / "final" / "model.safetensors").is_file()
     shown = run("generate", "ab", "--target", target, "--draft", out / "final", "--max-new-tokens", 12)
     assert "Same tokens as plain decoding." in shown and "speculative, adaptive" in shown

@@ -27,6 +27,10 @@ FIGURES = {
     "figure10_stages": Figure("Objective, at equal tokens seen (figure 10, middle)",
                               {"next token": "next-next", "block": "block-block", "block + simulation": "block-steps4",
                                "EAGLE-2": "eagle2-eagle2"}),
+    "start": Figure("Where training starts, at equal tokens seen",
+                    {"random, block + simulation": "block-steps4", "EAGLE-2": "eagle2-eagle2",
+                     "passing, next token": "passing-next-next", "passing, block": "passing-block-block",
+                     "passing, block + simulation": "passing-block-steps4"}),
     "append": Figure("Draft states as keys", {"append": "block-steps4", "no append": "block-no-append"}),
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from beagle_sd.objective import draft_states
 from beagle_sd.plot import read_log
 from beagle_sd.session import frequent_tokens
 from beagle_sd.shards import check_manifest
+from beagle_sd.start import STATES, passing_start
 from beagle_sd.training import Trainer, TrainingConfig
 from bench.paper.replay import replay
 from bench.peers.eagle2 import EagleDraft, eagle_states
@@ -28,13 +29,14 @@ from bench.peers.eagle2 import EagleDraft, eagle_states
 @dataclass(frozen=True)
 class Run:
     """window: positions a window has, in stage 1 or, if simulated, in stage 2; after: the run of phase 1 whose draft
-    it starts from."""
+    it starts from; passing: a fresh draft starts by `passing_start`, with a key head for every query head."""
 
     window: int
     after: str | None = None
     simulated: bool = False
     append_states: bool = True
     head: str = "beagle"
+    passing: bool = False
 
 
 RUNS = {
@@ -52,6 +54,11 @@ RUNS = {
     "block-steps4": Run(4, after="block", simulated=True),
     "block-no-append": Run(4, after="block", simulated=True, append_states=False),
     "eagle2-eagle2": Run(1, after="eagle2", head="eagle2"),
+    "passing-next": Run(1, passing=True),
+    "passing-block": Run(5, passing=True),
+    "passing-next-next": Run(1, after="passing-next"),
+    "passing-block-block": Run(5, after="passing-block"),
+    "passing-block-steps4": Run(4, after="passing-block", simulated=True),
 }
 HEADS: dict[str, tuple[type[BeagleDraft], Callable]] = {
     "beagle": (BeagleDraft, draft_states), "eagle2": (EagleDraft, eagle_states),
@@ -138,7 +145,12 @@ class Runner:
         kind = HEADS[run.head][0]
         if run.after is None:
             torch.manual_seed(seed)
-            return kind.from_target(self.target, self.vocab)
+            if not run.passing:
+                return kind.from_target(self.target, self.vocab)
+            heads = self.target.config.num_attention_heads
+            draft = kind.from_target(self.target, self.vocab, num_key_value_heads=heads)
+            sample = self.dataset.sample(STATES, seed)
+            return passing_start(draft, sample.tokens, sample.states)
         draft = kind.from_pretrained(self.folder(run.after, seed) / "final").bind(self.target)
         draft.config.append_states = run.append_states
         return draft

@@ -138,6 +138,7 @@ def train(
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints; an unfinished run is gone on with.")],
     target: Target = "smollm2-135m",
     draft_vocab: Annotated[int, typer.Option(help="Most frequent tokens the draft may propose; 0: all.")] = 8192,
+    key_value_heads: Annotated[int, typer.Option(help="The draft's; more carry more of a state. 0: the target's.")] = 0,
     window: Annotated[int, typer.Option(help="Window of stage 1, block attention.")] = 5,
     steps: Annotated[int, typer.Option(help="Simulated steps of stage 2.")] = 4,
     block_epochs: Annotated[float, typer.Option(help="Epochs of stage 1.")] = 10.0,
@@ -169,8 +170,8 @@ def train(
             regression=regression, noise=noise, autocast=autocast, eval_steps=eval_steps, save_steps=save_steps,
             seed=seed, micro_batches=micro_batches,
         )  # fmt: skip
-        session.train(console, data, out, target, config, draft_vocab=draft_vocab, append_states=append_states,
-                      device=device, tensorboard=tensorboard)
+        session.train(console, data, out, target, config, draft_vocab=draft_vocab, key_value_heads=key_value_heads,
+                      append_states=append_states, device=device, tensorboard=tensorboard)
 
 
 @app.command()

@@ -53,6 +53,10 @@ class PackedDataset:
         order = torch.randperm(len(self.train), generator=generator).tolist()
         return _packs(order, [*map(self._rows, self.train)], tokens_per_batch)
 
+    def sample(self, tokens: int, seed: int) -> Batch:
+        """About so many tokens of the training sequences, chosen by the seed."""
+        return self.load([self.train[number] for number in self.epoch(0, tokens, seed)[0]])
+
     def evaluation_packs(self, tokens_per_batch: int, tokens: int | None = None) -> list[list[Entry]]:
         """The held-out sequences in batches, as `load` takes them; no further batch from `tokens` tokens on."""
         lengths = [*map(self._rows, self.evaluation)]

@@ -62,6 +62,9 @@ class BeagleConfig(PretrainedConfig):
         self.append_states = append_states
         self.target_type = target_type
         self.initializer_range = initializer_range
+        if num_key_value_heads < 1 or num_attention_heads % num_key_value_heads:
+            raise ValueError(f"num_key_value_heads is {num_key_value_heads}; allowed: divisors of the "
+                             f"{num_attention_heads} query heads")
         super().__init__(**kwargs)
 
     @classmethod

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
 
 
@@ -30,6 +30,13 @@ def own(parts: list) -> list:
 def summed(values: Tensor) -> Tensor:
     """The sum of every process's values, the same on all of them."""
     return reduce(values, "sum") if PartialState().num_processes > 1 else values
+
+
+def same_everywhere(parameters: Iterable[nn.Parameter]) -> None:
+    """Give every process the main one's values, in place."""
+    if PartialState().num_processes > 1:
+        for parameter in parameters:
+            parameter.data.copy_(broadcast(parameter.data))
 
 
 def mean_gradients(parameters: Iterable[nn.Parameter], weight: float) -> None:

@@ -26,6 +26,8 @@ from beagle_sd.generate import Generated, TreeShape
 from beagle_sd.generate import generate as decode
 from beagle_sd.interrupt import deferred_interrupt
 from beagle_sd.live import Corpus, LiveDataset
+from beagle_sd.parallel import same_everywhere
+from beagle_sd.start import STATES, passing_start
 from beagle_sd.training import Trainer, TrainingConfig
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -183,9 +185,10 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
 
 
 def train(console: Console, data: Path, out: Path, target_name: str, config: TrainingConfig, *, draft_vocab: int,
-          append_states: bool, device: str | None, tensorboard: bool) -> None:  # fmt: skip
+          key_value_heads: int, append_states: bool, device: str | None, tensorboard: bool) -> None:  # fmt: skip
     """Train a draft on a folder of shards, or on a file whose states the target computes live, with a progress bar,
-    evaluation and checkpoints; this process's share of it under `torchrun` or `accelerate launch`."""
+    evaluation and checkpoints; this process's share of it under `torchrun` or `accelerate launch`. key_value_heads: 0
+    for as many as the target's."""
     processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     if not processes.is_main_process:
         console = Console(quiet=True)
@@ -201,8 +204,12 @@ def train(console: Console, data: Path, out: Path, target_name: str, config: Tra
         dataset = StateDataset(data, context=config.context, held_out=config.held_out)
         ids = frequent_tokens(data, draft_vocab, target.config.vocab_size) if draft_vocab else None
     torch.manual_seed(config.seed)
-    draft = BeagleDraft.from_target(target, ids, append_states=append_states)
+    heads = {"num_key_value_heads": key_value_heads} if key_value_heads else {}
+    draft = BeagleDraft.from_target(target, ids, append_states=append_states, **heads)
     trainer = Trainer(draft, dataset, out, config, tensorboard=tensorboard)
+    if trainer.step == 0:
+        sample = dataset.sample(STATES, config.seed)
+        same_everywhere(passing_start(draft, sample.tokens, sample.states).parameters())
     console.print(f"{len(dataset.train)} sequences, {dataset.tokens_of(dataset.train)} tokens; {trainer.block_steps} "
                   f"steps of stage 1, {trainer.total_steps - trainer.block_steps} of stage 2; at step {trainer.step}")
     alone = processes.num_processes == 1  # others would not hear of a Ctrl-C at the same step

@@ -307,8 +307,8 @@ class Trainer:
     def _settings(self) -> dict:
         """All that a resumed run must share with the one before."""
         shape = self.draft.config.to_dict()
-        names = ("model_type", "target_type", "hidden_size", "vocab_size", "draft_vocab_size", "append_states",
-                 "norm_query", "norm_state", "norm_output")
+        names = ("model_type", "target_type", "hidden_size", "vocab_size", "draft_vocab_size", "num_key_value_heads",
+                 "append_states", "norm_query", "norm_state", "norm_output")
         data = {"sequences": len(self.dataset.train), "tokens": self.dataset.tokens_of(self.dataset.train)}
         return asdict(self.config) | {"betas": list(self.config.betas)} | data | {name: shape[name] for name in names}
 
