@@ -176,7 +176,7 @@ def train(work: Work, minutes: float | None = None) -> bool:
         plan = _plan(work, target, dataset, folder / "plan.json", minutes)
         per_epoch = len(dataset.epoch(0, work.sizes.tokens_per_step, 0))
         steps = plan["steps"]
-        config = config_of(plan["settings"], steps, per_epoch, work.sizes, work.device,
+        config = config_of(plan["settings"], steps, per_epoch, work.sizes,
                            eval_steps=max(1, steps // 10), save_steps=plan["save_steps"])  # fmt: skip
         trainer = Trainer(draft_of(target, dataset, plan["settings"]), dataset, runs, config)
     except OutOfTime:

@@ -152,14 +152,14 @@ def seed_all(device: str) -> None:
     torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")  # the paper trains in TF32
 
 
-def config_of(settings: dict, steps: int, per_epoch: int, sizes: Sizes, device: str, **more) -> TrainingConfig:
+def config_of(settings: dict, steps: int, per_epoch: int, sizes: Sizes, **more) -> TrainingConfig:
     """The trainer's config for so many steps of these settings."""
     block = round(steps * settings["block_share"])
     return TrainingConfig(
         window=settings["window"], steps=settings["steps"], block_epochs=block / per_epoch,
         simulation_epochs=(steps - block) / per_epoch, tokens_per_step=sizes.tokens_per_step, lr=settings["lr"],
         schedule="cosine", warmup_steps=min(sizes.warmup_steps, max(1, steps // 10)),
-        regression=settings["regression"], noise=settings["noise"], autocast=device == "cuda",
+        regression=settings["regression"], noise=settings["noise"], autocast=True,
         eval_tokens=sizes.eval_tokens, held_out=sizes.held_out, **more,
     )  # fmt: skip
 
@@ -204,7 +204,7 @@ def try_run(work: Work, draft: BeagleDraft, dataset: LiveDataset, settings: dict
     folder = work.scratch / "try"
     shutil.rmtree(folder, ignore_errors=True)
     per_epoch = len(dataset.epoch(0, work.sizes.tokens_per_step, 0))
-    config = config_of(settings, steps, per_epoch, work.sizes, work.device, eval_steps=eval_steps, save_steps=10**9)
+    config = config_of(settings, steps, per_epoch, work.sizes, eval_steps=eval_steps, save_steps=10**9)
     trainer = Trainer(draft, dataset, folder, config, **more)
     began, log = time.monotonic(), []
     try:

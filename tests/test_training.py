@@ -20,6 +20,7 @@ from beagle_sd import BeagleDraft, generate
 from beagle_sd.dataset import Entry, StateDataset
 from beagle_sd.shards import ShardWriter
 from beagle_sd.training import Trainer, TrainingConfig, TrainingStopped, checkpoints
+from bench.peers.eagle2 import EagleDraft, eagle_states
 
 CONFIG = TrainingConfig(
     window=4, steps=3, block_epochs=3.0, simulation_epochs=2.0, tokens_per_step=120, lr=1e-2, warmup_steps=3,
@@ -89,6 +90,22 @@ def test_the_learning_rate_follows_its_schedule(whole):
     assert rates[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
     assert rates[3] == pytest.approx(1e-2) and all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
     assert 1e-3 <= rates[-1] < 1.5e-3
+
+
+@pytest.mark.parametrize("head", ["beagle", "eagle2"])
+def test_autocast_loses_what_bf16_loses(head, data, tmp_path):
+    """Both stages with matrix products in bf16: the losses of a few steps are those of fp32 to 2%."""
+    losses = []
+    for autocast in (False, True):
+        config = replace(CONFIG, autocast=autocast, block_epochs=0.5, simulation_epochs=0.5, lr=1e-3)
+        torch.manual_seed(1)
+        draft = (BeagleDraft if head == "beagle" else EagleDraft).from_target(small_target())
+        states = {} if head == "beagle" else {"states": eagle_states}
+        trainer = Trainer(draft, StateDataset(data, held_out=6), tmp_path / f"{autocast}", config, **states)
+        trainer.run()
+        losses.append([line["loss"] for line in metrics_of(tmp_path / f"{autocast}")])
+    assert {line["stage"] for line in metrics_of(tmp_path / "True")} == {1, 2}
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[1] != losses[0]
 
 
 @pytest.mark.slow

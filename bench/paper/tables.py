@@ -19,6 +19,7 @@ ABLATIONS = {
     "figure10_steps": ("simulated steps", "tokens/s", {"1": "98.2", "2": "102.2", "3": "104.0", "4": "105.5"}),
     "figure10_stages": ("objective", "tokens a round",
                         {"next token": "3.70", "block": "4.02", "block + simulation": "4.31"}),
+    "start": ("start and objective", "tokens a round", {}),
     "append": ("draft states as keys", "tokens/s", {"append": "109.0", "no append": "107.4"}),
 }  # fmt: skip
 """Figure -> what differs, the paper's unit and its values on MT-Bench, of a 7B target's draft after 20 epochs."""

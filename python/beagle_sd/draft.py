@@ -278,7 +278,7 @@ class BeagleDraft(PreTrainedModel):
         cos, sin = self.angles(positions) if isinstance(positions, Tensor) else positions
         half = self.config.head_dim // 2
         turned = torch.cat((-x[..., half:], x[..., :half]), -1)
-        return x * cos + turned * sin
+        return (x * cos + turned * sin).to(x.dtype)  # in autocast x is in 16 bits, and the values are too
 
 
 def _check_draft_vocab(ids: Tensor, vocab_size: int) -> None:
