@@ -26,11 +26,13 @@ FIGURES = {
     "figure10_steps": Figure("Simulated steps (figure 10)", {str(n): f"block-steps{n}" for n in (1, 2, 3, 4)}),
     "figure10_stages": Figure("Objective, at equal tokens seen (figure 10, middle)",
                               {"next token": "next-next", "block": "block-block", "block + simulation": "block-steps4",
-                               "EAGLE-2": "eagle2-eagle2"}),
-    "start": Figure("Where training starts, at equal tokens seen",
-                    {"random, block + simulation": "block-steps4", "EAGLE-2": "eagle2-eagle2",
-                     "passing, next token": "passing-next-next", "passing, block": "passing-block-block",
-                     "passing, block + simulation": "passing-block-steps4"}),
+                               "next token + simulation": "next-steps4", "EAGLE-2": "eagle2-eagle2"}),
+    "start": Figure("Start and key heads, at equal tokens seen",
+                    {"passing, a key head for every query head": "block-steps4",
+                     "passing, key heads shared": "shared-steps4",
+                     "random, shared: next token": "random-next-next",
+                     "random, shared: block": "random-block-block",
+                     "random, shared: block + simulation": "random-block-steps4"}),
     "append": Figure("Draft states as keys", {"append": "block-steps4", "no append": "block-no-append"}),
 }  # fmt: skip
 

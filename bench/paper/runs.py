@@ -29,14 +29,16 @@ from bench.peers.eagle2 import EagleDraft, eagle_states
 @dataclass(frozen=True)
 class Run:
     """window: positions a window has, in stage 1 or, if simulated, in stage 2; after: the run of phase 1 whose draft
-    it starts from; passing: a fresh draft starts by `passing_start`, with a key head for every query head."""
+    it starts from. A fresh Beagle draft has a key head for every query head unless it shares them as the target's do,
+    and starts by `passing_start` unless at random."""
 
     window: int
     after: str | None = None
     simulated: bool = False
     append_states: bool = True
     head: str = "beagle"
-    passing: bool = False
+    shared_keys: bool = False
+    random: bool = False
 
 
 RUNS = {
@@ -48,17 +50,20 @@ RUNS = {
     "eagle2": Run(1, head="eagle2"),
     "next-next": Run(1, after="next"),
     "block-block": Run(5, after="block"),
+    "next-steps4": Run(4, after="next", simulated=True),
     "block-steps1": Run(1, after="block", simulated=True),
     "block-steps2": Run(2, after="block", simulated=True),
     "block-steps3": Run(3, after="block", simulated=True),
     "block-steps4": Run(4, after="block", simulated=True),
     "block-no-append": Run(4, after="block", simulated=True, append_states=False),
     "eagle2-eagle2": Run(1, after="eagle2", head="eagle2"),
-    "passing-next": Run(1, passing=True),
-    "passing-block": Run(5, passing=True),
-    "passing-next-next": Run(1, after="passing-next"),
-    "passing-block-block": Run(5, after="passing-block"),
-    "passing-block-steps4": Run(4, after="passing-block", simulated=True),
+    "shared": Run(5, shared_keys=True),
+    "shared-steps4": Run(4, after="shared", simulated=True),
+    "random-next": Run(1, shared_keys=True, random=True),
+    "random-block": Run(5, shared_keys=True, random=True),
+    "random-next-next": Run(1, after="random-next"),
+    "random-block-block": Run(5, after="random-block"),
+    "random-block-steps4": Run(4, after="random-block", simulated=True),
 }
 HEADS: dict[str, tuple[type[BeagleDraft], Callable]] = {
     "beagle": (BeagleDraft, draft_states), "eagle2": (EagleDraft, eagle_states),
@@ -145,12 +150,12 @@ class Runner:
         kind = HEADS[run.head][0]
         if run.after is None:
             torch.manual_seed(seed)
-            if not run.passing:
+            if run.head != "beagle":
                 return kind.from_target(self.target, self.vocab)
-            heads = self.target.config.num_attention_heads
-            draft = kind.from_target(self.target, self.vocab, num_key_value_heads=heads)
+            every = {} if run.shared_keys else {"num_key_value_heads": self.target.config.num_attention_heads}
+            draft = kind.from_target(self.target, self.vocab, **every)
             sample = self.dataset.sample(STATES, seed)
-            return passing_start(draft, sample.tokens, sample.states)
+            return draft if run.random else passing_start(draft, sample.tokens, sample.states)
         draft = kind.from_pretrained(self.folder(run.after, seed) / "final").bind(self.target)
         draft.config.append_states = run.append_states
         return draft
