@@ -14,7 +14,7 @@ CHOICES: list[tuple[float, list[dict]]] = [
     (1.003, [{"lr": 1e-3}, {"lr": 4e-3}, {"lr": 8e-3}, {"lr": 3e-5}]),
     (1.003, [{"regression": 0.1}, {"regression": 10.0}]),
     (1.003, [{"block_share": 0.2}, {"block_share": 0.7}, {"block_share": 0.0}, {"block_share": 1.0}]),
-    (1.003, [{"window": 8, "steps": 6}, {"window": 3, "steps": 3}, {"window": 5, "steps": 6}]),
+    (1.003, [{"window": 5}, {"window": 3}, {"steps": 6}, {"window": 5, "steps": 6}]),
     (1.02, [{"mlp": 2}, {"heads": 2}]),
     (1.01, [{"draft_vocab": 16384}, {"draft_vocab": 0}]),
     (0.99, [{"draft_vocab": 4096}, {"all_key_heads": False}]),

@@ -49,7 +49,7 @@ TOY = Sizes(batch=8, max_new_tokens=16, ids_a_file=600, ids_a_save=200, tokens_p
 """To try every part on a CPU."""
 
 BASE = {
-    "lr": 2e-3, "regression": 1.0, "block_share": 0.45, "window": 5, "steps": 4, "noise": 0.0, "draft_vocab": 8192,
+    "lr": 2e-3, "regression": 1.0, "block_share": 0.45, "window": 1, "steps": 4, "noise": 0.0, "draft_vocab": 8192,
     "mlp": 1, "heads": 1, "all_key_heads": True, "passing_start": True, "norm_query": True, "norm_state": True,
     "norm_output": True, "append_states": True,
 }  # fmt: skip

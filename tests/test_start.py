@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import forks
 import pytest
 import torch
+from accelerate import PartialState
 from models import small_target
 
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.objective import Batch, block_states
+from beagle_sd.parallel import same_everywhere
 from beagle_sd.start import passing_start
 
 
@@ -83,6 +86,17 @@ def test_training_from_here_loses_less():
             optimizer.step()
         losses[passing] = loss.item()
     assert losses[True] < 0.8 * losses[False]
+
+
+def test_every_process_starts_as_the_main_one():
+    def work():
+        processes = PartialState(cpu=True)
+        layer = torch.nn.Linear(3, 2)
+        torch.nn.init.constant_(layer.weight, float(processes.process_index + 1))
+        same_everywhere(layer.parameters())
+        assert processes.num_processes == 2 and (layer.weight == 1.0).all()
+
+    assert forks.run_ranks(2, work) == [0, 0]
 
 
 def test_what_is_wrong_is_named():
