@@ -21,8 +21,9 @@ class Figure:
 FIGURES = {
     "figure3": Figure("Acceptance by depth over training (figure 3)",
                       {"Beagle": "block-block", "EAGLE-2": "eagle2-eagle2"}, course=True),
-    "figure4": Figure("Window of block attention (figure 4)",
-                      {"1": "next", "2": "window2", "3": "window3", "4": "window4", "5": "block"}),
+    "figure4": Figure("Window of block attention, from random weights (figure 4)",
+                      {"1": "random-next", "2": "random-window2", "3": "random-window3", "4": "random-window4",
+                       "5": "random-block"}),
     "figure10_steps": Figure("Simulated steps (figure 10)", {str(n): f"block-steps{n}" for n in (1, 2, 3, 4)}),
     "figure10_stages": Figure("Objective, at equal tokens seen (figure 10, middle)",
                               {"next token": "next-next", "block": "block-block", "block + simulation": "block-steps4",

@@ -43,9 +43,6 @@ class Run:
 
 RUNS = {
     "next": Run(1),
-    "window2": Run(2),
-    "window3": Run(3),
-    "window4": Run(4),
     "block": Run(5),
     "eagle2": Run(1, head="eagle2"),
     "next-next": Run(1, after="next"),
@@ -60,6 +57,9 @@ RUNS = {
     "shared": Run(5, shared_keys=True),
     "shared-steps4": Run(4, after="shared", simulated=True),
     "random-next": Run(1, shared_keys=True, random=True),
+    "random-window2": Run(2, shared_keys=True, random=True),
+    "random-window3": Run(3, shared_keys=True, random=True),
+    "random-window4": Run(4, shared_keys=True, random=True),
     "random-block": Run(5, shared_keys=True, random=True),
     "random-next-next": Run(1, after="random-next"),
     "random-block-block": Run(5, after="random-block"),
