@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 
+import forks
+import numpy as np
 import pytest
+import torch
 from models import small_target
 from tokenizers_for_tests import small_tokenizer
 from typer.testing import CliRunner
 
 from beagle_sd import calibration
 from beagle_sd.cli import app
+from beagle_sd.shards import read_sequences
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +68,30 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
     again = "prepare", states / "answers.npz", tmp_path / "again", "--target", target
     assert "10 of 10 conversations" in run(*again, "--limit", 10)
     assert "20 of 30 conversations" in run(*again)
+
+
+@pytest.mark.parametrize("regenerate", [True, False])
+def test_processes_share_what_is_prepared(regenerate, target, tmp_path):
+    """Two processes go on where one stopped: together they store what one does, each sequence once."""
+    source = write_prompts(tmp_path / "prompts.jsonl", 12)
+    line = ["--target", target, "--batch", 4, "--max-new-tokens", 8]
+    if regenerate:
+        line.append("--regenerate")
+    else:
+        run("prepare", source, tmp_path / "first", "--regenerate", *line)
+        source = tmp_path / "first" / "answers.npz"
+    run("prepare", source, tmp_path / "one", *line)
+    run("prepare", source, tmp_path / "two", *line, "--limit", 5)
+    assert forks.run_ranks(2, lambda: run("prepare", source, tmp_path / "two", *line)) == [0, 0]
+    one, two = ({sequence.index: sequence for sequence in read_sequences(tmp_path / name)} for name in ("one", "two"))
+    assert one.keys() == two.keys() and len(list(read_sequences(tmp_path / "two"))) == len(two) == len(one)
+    for index, sequence in one.items():
+        assert sequence.tokens.equal(two[index].tokens) and sequence.final_token == two[index].final_token
+        torch.testing.assert_close(sequence.states, two[index].states, rtol=2**-6, atol=2**-6)
+    assert len(list((tmp_path / "two").glob("states-*.safetensors"))) == 3
+    if regenerate:
+        files = [np.load(tmp_path / name / "answers.npz") for name in ("one", "two")]
+        assert all(np.array_equal(files[0][part], files[1][part]) for part in ("ids", "index", "lengths"))
 
 
 def test_what_is_waited_for_is_said_where_somebody_looks(target, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,7 @@ from beagle_sd.generate import Generated, TreeShape
 from beagle_sd.generate import generate as decode
 from beagle_sd.interrupt import deferred_interrupt
 from beagle_sd.live import Corpus, LiveDataset
-from beagle_sd.parallel import same_everywhere
+from beagle_sd.parallel import own, same_everywhere, summed
 from beagle_sd.start import STATES, passing_start
 from beagle_sd.training import Trainer, TrainingConfig
 
@@ -135,7 +136,8 @@ def _first_difference(found: Generated, plain: Generated, prompt: int) -> str:
 def prepare(console: Console, source: Path, out: Path, target_name: str, *, regenerate: bool, batch: int,
             max_new_tokens: int, context: int, seed: int, dtype: str, device: str | None,
             limit: int = 0) -> None:  # fmt: skip
-    """Store states for training: of conversations as they are, or of answers that the target writes."""
+    """Store states for training: of conversations as they are, or of answers that the target writes; this process's
+    share of them under `torchrun` or `accelerate launch`."""
     if limit < 0:
         raise ValueError(f"limit is {limit}; allowed: 0 (all conversations) or more")
     for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("context", context)):
@@ -146,22 +148,45 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
     if regenerate and source.suffix != ".jsonl":
         raise ValueError(f"{source} ends in {source.suffix!r}; allowed with --regenerate: .jsonl, whose last user turn "
                          "the target answers")
-    with loading(console, target_name):
-        target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
-    writer = shards.ShardWriter(out, _manifest(target, target_name, source, regenerate, max_new_tokens, context))
+    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    if not processes.is_main_process:
+        console = Console(quiet=True)
+    with processes.main_process_first(), loading(console, target_name):
+        target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device or processes.device)
+    manifest = _manifest(target, target_name, source, regenerate, max_new_tokens, context)
+    with processes.main_process_first():
+        writer = shards.ShardWriter(out, manifest, process=processes.process_index, processes=processes.num_processes)
     done = {sequence.index for sequence in shards.read_sequences(out, with_states=False)}
+    sequences: Iterator[shards.Sequence]
     if regenerate:
         messages = list(islice(conversations.read_prompts(source), limit or None))
         asked = [(index, turns) for index, turns in messages if index not in done]
-        encoded = ((index, encode_chat(tokenizer, turns)) for index, turns in asked)
+        total, mine = len(asked), own(asked)
+        encoded = ((index, encode_chat(tokenizer, turns)) for index, turns in mine)
         sequences = write_answers(target, requests_of(encoded), end=tokenizer.eos_token_id, batch=batch,
                                   max_new_tokens=max_new_tokens, seed=seed)  # fmt: skip
-        total = len(asked)
     else:
         said = [item for item in islice(conversations.read_conversations(source, tokenizer, context), limit or None)
                 if item.index not in done]
-        sequences = conversations.states_of(target, said)
-        total = len(said)
+        total, mine = len(said), own(said)
+        sequences = conversations.states_of(target, mine)
+    processes.wait_for_everyone()  # none writes before all know what is done
+    counts = torch.tensor(_written(console, sequences, writer, len(mine)), device=target.device)
+    written, tokens = summed(counts).tolist()
+    notes = [f"{len(done)} were there before"] if done else []
+    notes += [f"{total - written} are too short or too long"] if written < total else []
+    console.print("; ".join([f"{written} of {total + len(done)} conversations, {tokens} tokens, now in {out}", *notes]))
+    if not written and not done:
+        raise ValueError(f"{source} holds nothing to learn from: "
+                         + (f"all {total} conversations are too short or too long" if total else "it is empty"))
+    if regenerate and processes.is_main_process:
+        conversations.export_answers(out, out / "answers.npz", conversations.read_sources(source))
+        console.print(f"the answers' token ids alone: {out / 'answers.npz'}")
+
+
+def _written(console: Console, sequences: Iterator[shards.Sequence], writer: shards.ShardWriter,
+             total: int) -> tuple[int, int]:  # fmt: skip
+    """Write the sequences as they come, with a progress bar: how many, and their tokens. Ctrl-C keeps what is done."""
     written, tokens, began = 0, 0, time.perf_counter()
     try:
         with progress_of(console) as progress, deferred_interrupt() as check_interrupt:
@@ -173,15 +198,7 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
                 check_interrupt()
     finally:
         writer.flush()
-    notes = [f"{len(done)} were there before"] if done else []
-    notes += [f"{total - written} are too short or too long"] if written < total else []
-    console.print("; ".join([f"{written} of {total + len(done)} conversations, {tokens} tokens, now in {out}", *notes]))
-    if not written and not done:
-        raise ValueError(f"{source} holds nothing to learn from: "
-                         + (f"all {total} conversations are too short or too long" if total else "it is empty"))
-    if regenerate:
-        conversations.export_answers(out, out / "answers.npz", conversations.read_sources(source))
-        console.print(f"the answers' token ids alone: {out / 'answers.npz'}")
+    return written, tokens
 
 
 def train(console: Console, data: Path, out: Path, target_name: str, config: TrainingConfig, *, draft_vocab: int,

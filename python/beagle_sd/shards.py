@@ -38,14 +38,18 @@ class ShardError(ValueError):
 
 
 class ShardWriter:
-    """Collects sequences and writes a shard at every `tokens_per_shard`; a shard appears whole or not at all."""
+    """Collects sequences and writes a shard at every `tokens_per_shard`; a shard appears whole or not at all.
 
-    def __init__(self, folder: str | Path, manifest: dict, tokens_per_shard: int = 100_000):
+    Several processes may each write their own sequences into one folder: number `process` of `processes`.
+    """
+
+    def __init__(self, folder: str | Path, manifest: dict, tokens_per_shard: int = 100_000, *, process: int = 0,
+                 processes: int = 1):  # fmt: skip
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         for partial in self.folder.glob("*.partial"):
             partial.unlink()
-        self.tokens_per_shard = tokens_per_shard
+        self.tokens_per_shard, self.process, self.processes = tokens_per_shard, process, processes
         self._open: list[Sequence] = []
         self._tokens = 0
         _merge_manifest(self.folder / "manifest.json", manifest)
@@ -70,8 +74,9 @@ class ShardWriter:
             "index": torch.tensor([s.index for s in self._open], dtype=torch.int32),
             "temperature": torch.tensor([s.temperature for s in self._open], dtype=torch.float32),
         }
-        taken = [int(path.stem.split("-")[1]) for path in shard_paths(self.folder)]
-        path = self.folder / f"states-{max(taken, default=-1) + 1:05d}.safetensors"
+        number = 1 + max((int(path.stem.split("-")[1]) for path in shard_paths(self.folder)), default=-1)
+        number += (self.process - number) % self.processes  # no other process takes it
+        path = self.folder / f"states-{number:05d}.safetensors"
         partial = path.with_suffix(".partial")
         try:
             save_file(tensors, partial, metadata={"format": str(FORMAT)})
