@@ -40,8 +40,8 @@ class Writer(shards.ShardWriter):
 
     begins = staticmethod(lambda: None)
 
-    def __init__(self, folder, manifest):
-        super().__init__(folder, manifest, tokens_per_shard=60)
+    def __init__(self, folder, manifest, **processes):
+        super().__init__(folder, manifest, tokens_per_shard=60, **processes)
         self.begins()
 
     def add(self, sequence):
