@@ -15,7 +15,7 @@ import torch
 from beagle_sd.bundled import load_target
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.live import Corpus, LiveDataset
-from beagle_sd.start import STATES, passing_start
+from beagle_sd.start import passing_start_on
 from beagle_sd.training import Trainer, TrainingConfig
 from bench.gpu_check import environment
 
@@ -176,10 +176,7 @@ def draft_of(target, dataset: LiveDataset, settings: dict, kind: type[BeagleDraf
     ids = dataset.corpus.frequent_tokens(vocab, config.vocab_size).to(target.device) if vocab else None
     names = ("norm_query", "norm_state", "norm_output", "append_states")
     draft = kind.from_target(target, ids, **wide, **{name: settings[name] for name in names})
-    if not (ours and settings["passing_start"]):
-        return draft
-    sample = dataset.sample(STATES, 0)
-    return passing_start(draft, sample.tokens, sample.states)
+    return passing_start_on(draft, dataset, 0) if ours and settings["passing_start"] else draft
 
 
 def run(trainer: Trainer, budget: Budget, watch: Callable[[int, dict], None]) -> None:

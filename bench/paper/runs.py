@@ -20,7 +20,7 @@ from beagle_sd.objective import draft_states
 from beagle_sd.plot import read_log
 from beagle_sd.session import frequent_tokens
 from beagle_sd.shards import check_manifest
-from beagle_sd.start import STATES, passing_start
+from beagle_sd.start import passing_start_on
 from beagle_sd.training import Trainer, TrainingConfig
 from bench.paper.replay import replay
 from bench.peers.eagle2 import EagleDraft, eagle_states
@@ -154,8 +154,7 @@ class Runner:
                 return kind.from_target(self.target, self.vocab)
             every = {} if run.shared_keys else {"num_key_value_heads": self.target.config.num_attention_heads}
             draft = kind.from_target(self.target, self.vocab, **every)
-            sample = self.dataset.sample(STATES, seed)
-            return draft if run.random else passing_start(draft, sample.tokens, sample.states)
+            return draft if run.random else passing_start_on(draft, self.dataset, seed)
         draft = kind.from_pretrained(self.folder(run.after, seed) / "final").bind(self.target)
         draft.config.append_states = run.append_states
         return draft

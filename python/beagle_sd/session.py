@@ -28,7 +28,7 @@ from beagle_sd.generate import generate as decode
 from beagle_sd.interrupt import deferred_interrupt
 from beagle_sd.live import Corpus, LiveDataset
 from beagle_sd.parallel import own, same_everywhere, summed
-from beagle_sd.start import STATES, passing_start
+from beagle_sd.start import passing_start_on
 from beagle_sd.training import Trainer, TrainingConfig
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -148,9 +148,7 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
     if regenerate and source.suffix != ".jsonl":
         raise ValueError(f"{source} ends in {source.suffix!r}; allowed with --regenerate: .jsonl, whose last user turn "
                          "the target answers")
-    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    if not processes.is_main_process:
-        console = Console(quiet=True)
+    processes, console = _joined(console, device)
     with processes.main_process_first(), loading(console, target_name):
         target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device or processes.device)
     manifest = _manifest(target, target_name, source, regenerate, max_new_tokens, context)
@@ -184,6 +182,12 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
         console.print(f"the answers' token ids alone: {out / 'answers.npz'}")
 
 
+def _joined(console: Console, device: str | None) -> tuple[PartialState, Console]:
+    """The processes of `torchrun` or `accelerate launch`, this one alone without; a quiet console for all but one."""
+    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    return processes, console if processes.is_main_process else Console(quiet=True)
+
+
 def _written(console: Console, sequences: Iterator[shards.Sequence], writer: shards.ShardWriter,
              total: int) -> tuple[int, int]:  # fmt: skip
     """Write the sequences as they come, with a progress bar: how many, and their tokens. Ctrl-C keeps what is done."""
@@ -206,9 +210,7 @@ def train(console: Console, data: Path, out: Path, target_name: str, config: Tra
     """Train a draft on a folder of shards, or on a file whose states the target computes live, with a progress bar,
     evaluation and checkpoints; this process's share of it under `torchrun` or `accelerate launch`. key_value_heads: 0
     for as many as the target's."""
-    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    if not processes.is_main_process:
-        console = Console(quiet=True)
+    processes, console = _joined(console, device)
     with processes.main_process_first(), loading(console, target_name):
         target, tokenizer = load_target(target_name, device=device or processes.device)
     dataset: PackedDataset
@@ -225,8 +227,7 @@ def train(console: Console, data: Path, out: Path, target_name: str, config: Tra
     draft = BeagleDraft.from_target(target, ids, append_states=append_states, **heads)
     trainer = Trainer(draft, dataset, out, config, tensorboard=tensorboard)
     if trainer.step == 0:
-        sample = dataset.sample(STATES, config.seed)
-        same_everywhere(passing_start(draft, sample.tokens, sample.states).parameters())
+        same_everywhere(passing_start_on(draft, dataset, config.seed).parameters())
     console.print(f"{len(dataset.train)} sequences, {dataset.tokens_of(dataset.train)} tokens; {trainer.block_steps} "
                   f"steps of stage 1, {trainer.total_steps - trainer.block_steps} of stage 2; at step {trainer.step}")
     alone = processes.num_processes == 1  # others would not hear of a Ctrl-C at the same step

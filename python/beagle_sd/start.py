@@ -9,13 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from beagle_sd.dataset import PackedDataset
 from beagle_sd.draft import BeagleDraft
 
-STATES = 8192
-"""Rows that are enough for the means and main directions."""
+_ROWS = 8192
+"""Enough for the means and main directions."""
 _PASSED = 2.0
 _RECENT = 4.0
 _KEPT = 0.1
+
+
+def passing_start_on(draft: BeagleDraft, dataset: PackedDataset, seed: int) -> BeagleDraft:
+    """`passing_start` by some of the sequences to train on, chosen by the seed."""
+    sample = dataset.sample(_ROWS, seed)
+    return passing_start(draft, sample.tokens, sample.states)
 
 
 @torch.no_grad()
