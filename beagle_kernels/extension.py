@@ -18,8 +18,10 @@ from .backends import BackendError, device_index, implementation
 
 try:
     from . import _C
-except ImportError as error:
-    _C, _WHY = None, str(error)  # type: ignore[assignment]
+
+    _CODES = _C.dtypes
+except (ImportError, AttributeError) as error:  # the latter from one that was built of older sources
+    _C, _CODES, _WHY = None, {}, str(error)  # type: ignore[assignment]
 
 BUILD = "build it with 'pip install .' or 'python setup.py build_ext --inplace'"
 
@@ -29,7 +31,7 @@ class _Codes(dict):
         raise TypeError(f"the compiled executors were given {dtype}; allowed: {', '.join(map(str, self))}")
 
 
-DTYPES = _Codes({getattr(torch, name): code for name, code in _C.dtypes.items()} if _C is not None else {})
+DTYPES = _Codes({getattr(torch, name): code for name, code in _CODES.items()})
 """The extension's number for each dtype that it takes."""
 LONG_ROW = 16384
 """Tokens from which rows are split over CPU threads, if there are fewer rows than threads."""
@@ -96,7 +98,7 @@ def chunks_of(rows: int, vocab: int, device: torch.device) -> int:
 
 def allow(op: str, name: str, value: int, most: int, device: torch.device) -> None:
     """Raise BackendError for what the CUDA kernels have no room for; the other executors take any number."""
-    if device.type == "cuda" and value > most:
+    if value > most and device.type == "cuda":
         raise BackendError(f"{op}: {name} is {value}; allowed by backend 'cuda': up to {most}")
 
 

@@ -41,6 +41,12 @@ def test_without_the_extension_the_reference_serves_and_the_report_says_how_to_b
     assert "pip install ." in report.stdout and "choose_tokens" in report.stdout, report.stderr
 
 
+def test_an_extension_of_older_sources_is_as_none():
+    stale = "import sys, types; sys.modules['beagle_kernels._C'] = types.ModuleType('beagle_kernels._C');"
+    report = run(sys.executable, "-c", stale + "from beagle_kernels.__main__ import main; main()", cwd=ROOT)
+    assert "the extension is not built (module 'beagle_kernels._C' has no attribute 'dtypes')" in report.stdout
+
+
 def test_report_names_every_op():
     report = run(sys.executable, "-m", "beagle_kernels", cwd=ROOT).stdout
     for op in backends.table():
