@@ -40,7 +40,7 @@ def setup(work: Work, kit: Path) -> bool:
     if not (work.kit / "about.json").is_file():
         open_kit(kit, work.kit)
         importlib.invalidate_caches()
-    if work.device == "cuda" and (reason := missing_cuda("cuda")):
+    if work.device == "cuda" and (reason := missing_cuda(torch.device("cuda"))):
         built = work.scratch / "built"
         if built.exists():
             raise ValueError(f"the extension was built but cannot be used: {reason}")

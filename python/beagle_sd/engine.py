@@ -96,12 +96,20 @@ class Engine:
         """Start a round, whose news is sent; the graph of a new shape is captured first."""
         if self.graph:
             if shape not in self._graphs:
-                with clock.phase("capture"), self.buffers.at_rest():
-                    self._graphs[shape] = RoundGraph(lambda: self._round(shape), self.target.device, self._pool)
+                with clock.phase("capture"):
+                    self._capture(shape)
             self._graphs[shape].replay()
         else:
             self._round(shape, clock)
         self._send()
+
+    def _capture(self, shape: TreeShape) -> None:
+        try:
+            with self.buffers.at_rest():
+                self._graphs[shape] = RoundGraph(lambda: self._round(shape), self.target.device, self._pool)
+        except BaseException:
+            self._pool = torch.cuda.graph_pool_handle()  # the next try has one of its own
+            raise
 
     def _round(self, shape: TreeShape, clock: Clock | None = None) -> None:
         play_round(self.target, self.draft, self.buffers, shape, *([clock.phase] if clock else []))
