@@ -38,7 +38,7 @@ DTYPES = {
 
 @dataclass
 class Case:
-    """One comparison: functions by name, "beagle", ours, first; one that is a text is left out, for the reason it gives.
+    """One comparison: functions by name, "beagle", ours, first; one that is a text is left out for the reason it gives.
 
     Each is called with one of `inputs`, going round. `check` raises where ours is wrong: the whole case is refused.
     `check_peer` raises where the peer it is given is: that one is refused. `bounds` are no peers: they do less, and
