@@ -143,19 +143,24 @@ def captured(calls: Sequence[Call]) -> list[Call]:
                 with torch.cuda.graph(graph, pool=pool, stream=stream):
                     call()
         except BaseException:
-            _after_failed_capture(stream, pool)
+            _after_failed_capture(graph, stream, pool)
             raise
         found.append(graph.replay)
     return found
 
 
-def _after_failed_capture(stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
+_broken: list[torch.cuda.CUDAGraph] = []
+"""Captures that could not be ended: the allocator of pinned memory goes on asking them."""
+
+
+def _after_failed_capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
     """Undo what torch.cuda.graph leaves where ending the capture fails too: the stream, the allocator's pool, and a
     generator that refuses numbers outside a capture."""
+    _broken.append(graph)
     torch.cuda.set_stream(stream)
     with suppress(RuntimeError):
-        torch._C._cuda_endAllocateToPool(stream.device.index, pool)
-    generator = torch.cuda.default_generators[stream.device.index]
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+    generator = torch.cuda.default_generators[stream.device_index]
     generator.graphsafe_set_state(generator.clone_state())
 
 

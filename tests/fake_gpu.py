@@ -87,5 +87,5 @@ class FakeGpu:
         self.slept += 1
         self.work(cycles / CYCLES, LAUNCH)
 
-    def undo(self, stream, pool) -> None:
+    def undo(self, graph, stream, pool) -> None:
         self.undone += 1
