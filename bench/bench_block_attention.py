@@ -132,8 +132,8 @@ def flex_peers(rows: int, end: torch.Tensor, device: str, backward: bool) -> dic
     plain = flex.attention()
 
     def tuned(q, k, v):
-        first = heads_first(q, k, v)
-        return flex.tuned(*first, blocks, backward)(*first, blocks)[0].transpose(0, 1)
+        q, k, v = heads_first(q, k, v)
+        return flex.tuned(q, k, v, blocks, backward)(q, k, v, blocks)[0].transpose(0, 1)
 
     return {
         "flex": lambda q, k, v: plain(*heads_first(q, k, v), blocks)[0].transpose(0, 1),
@@ -158,11 +158,11 @@ def tolerance(dtype: torch.dtype) -> float:
 def check_forward(name: str, attend: Callable, inputs: tuple, end: torch.Tensor) -> None:
     """All rows that see a key; of ours the others too, which are 0."""
     with torch.no_grad():
-        inputs = tuple(x.detach() for x in inputs)
-        found = attend(*inputs)
+        q, k, v = (x.detach() for x in inputs)
+        found = attend(q, k, v)
         for first in range(0 if name == "block_attention" else OFFSET + WINDOW, len(found), 128):
             last = min(first + 128, len(found))
-            truth = dense_rows(*inputs, end, first, last)
+            truth = dense_rows(q, k, v, end, first, last)
             assert_near(name, found[first:last], truth, tolerance(found.dtype))
 
 
@@ -173,11 +173,11 @@ def check_gradients(name: str, attend: Callable, inputs: tuple, end: torch.Tenso
     up = torch.randn(inputs[0].shape, device=end.device, dtype=dtype)
     up[:first] = 0
     found = torch.autograd.grad(attend(*inputs), inputs, up)
-    leaves = [x.detach().float().requires_grad_() for x in inputs]
+    leaves = q, k, v = tuple(x.detach().float().requires_grad_() for x in inputs)
     truth = [torch.zeros_like(x) for x in leaves]
     for start in range(first, rows, 128):
         stop = min(start + 128, rows)
-        part = torch.autograd.grad(dense_rows(*leaves, end, start, stop), leaves, up[start:stop].float())
+        part = torch.autograd.grad(dense_rows(q, k, v, end, start, stop), leaves, up[start:stop].float())
         for whole, more in zip(truth, part):
             whole += more
     for letter, have, want in zip("qkv", found, truth):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,8 @@ def without_weights():
     return lambda student, teacher, weight, row_weight: loss(student, teacher, weight)
 
 
-def losses(device: str) -> dict:
+def losses(device: str) -> dict[str, Any]:
+    """Callables by name, or the reason why one is left out."""
     return {
         "beagle": distill_loss, "eager": naive,
         "Liger, cross-entropy alone": or_reason(liger.why_not(device), without_weights),
@@ -101,7 +103,7 @@ def of_inputs(inputs: list[tuple]) -> Case:
     def run(loss) -> Callable:
         return lambda *args: with_gradient(loss, *args)
 
-    peers = {name: loss if isinstance(loss, str) else run(loss) for name, loss in found.items()}
+    peers: dict[str, Any] = {name: loss if isinstance(loss, str) else run(loss) for name, loss in found.items()}
     return Case(
         f"distill_loss {rows} x {width}, {vocab} tokens, {student.dtype}", peers,
         lambda: check("beagle", found["beagle"], *few), check_peer=lambda name: check(name, found[name], *few),

@@ -83,15 +83,15 @@ class Setting:
         embedded = draft.embed(batch.tokens)
         queries = draft.queries(embedded, batch.positions)
         keys, values = draft.keys_values(batch.states, batch.positions)
-        rows, passes = len(batch.tokens), []
+        rows = len(batch.tokens)
+        passes: list[Tensor] = []
         for number in range(self.window):
             seen, all_keys, all_values = self.visible[:, :rows], keys, values
             if number:
                 more = draft.keys_values(passes[-1], batch.positions)
                 seen, all_keys, all_values = self.visible, torch.cat((keys, more[0])), torch.cat((values, more[1]))
-            attended = F.scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in (queries, all_keys, all_values)), attn_mask=seen, enable_gqa=True
-            )[0].transpose(0, 1)
+            q, k, v = (x.transpose(0, 1)[None] for x in (queries, all_keys, all_values))
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1)
             passes.append(draft.block(embedded, attended))
         return passes
 

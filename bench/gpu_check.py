@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -194,7 +195,8 @@ def with_shares(row: dict, limits: dict) -> dict:
 
 def steps(parts: list[str]) -> list[str]:
     """The parts' steps by name, in the order to run them; without parts, of all."""
-    headlines, rest = ([f"bench:{name}" for name in OPS if (name in HEADLINES) == first] for first in (True, False))
+    headlines = [f"bench:{name}" for name in HEADLINES]
+    rest = [f"bench:{name}" for name in OPS if name not in HEADLINES]
     if not parts:
         return ["build", "smoke", "tests", "round", *headlines, "tune", *rest, "speed"]
     return [step for part in parts for step in ([*headlines, *rest] if part == "bench" else [part])]
@@ -213,6 +215,7 @@ def main(arguments: list[str]) -> int:
     logs.mkdir(parents=True, exist_ok=True)
     written(out, record)
     wanted, make = steps(options.parts), Steps(options.dry_run, record, logs)
+    done: dict[str, Any]
     for step in wanted:
         kind = step.partition(":")[0]
         if kind != "build" and record["steps"].get(step, {}).get("status") == "passed":
@@ -262,7 +265,7 @@ def set_aside(out: Path, logs: Path) -> dict:
     return {}
 
 
-def one(make: Steps, step: str, seconds: float) -> dict:
+def one(make: Steps, step: str, seconds: float) -> dict[str, Any]:
     """A step's result, whatever happens in it."""
     kind, _, name = step.partition(":")
     begin: Callable[[str, float], dict] = getattr(make, kind)

@@ -6,7 +6,7 @@ was compared with the truth, and what is wrong gets no number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -49,7 +49,7 @@ class Case:
     """
 
     name: str
-    peers: dict[str, Callable | str]
+    peers: Mapping[str, Callable | str]
     check: Callable[[], None]
     bounds: tuple[str, ...] = ()
     rounds: int = 15

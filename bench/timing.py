@@ -32,7 +32,8 @@ def device_times(run: Callable, inputs: Sequence[tuple], seconds: float = 0.5) -
     cannot be captured is enqueued "behind sleep", so that it is all there when its time begins. A call that itself
     waits for the GPU, as a walk on the host does, can be neither: its events hold the host's work, and so does its use.
     """
-    calls, flush = [partial(run, *one) for one in inputs], flusher()
+    calls: Sequence[Call] = [partial(run, *one) for one in inputs]
+    flush = flusher()
     stream, before = _side_stream(), torch.cuda.current_stream()
     stream.wait_stream(before)
     # one stream for all: the gradients of an output are computed, and so captured, on the stream that it was made on
@@ -129,7 +130,7 @@ def _sleep_for(calls: Sequence[Call], flush: Call) -> int | None:
     return None
 
 
-def captured(calls: Sequence[Call]) -> list[Call]:
+def captured(calls: Sequence[Call]) -> Sequence[Call]:
     """A replay of each call, captured on the current stream.
 
     Raises what the call or the capture raises; stream, allocator and generator are then as they were.

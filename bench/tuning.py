@@ -127,10 +127,10 @@ def tree_call(shape: Shape, device: str) -> Callable[[], object]:
 
     assert shape.tree is not None
     batch, nodes, prefix = shape.tree
-    args = bench_tree_attention.drawn(batch, nodes, prefix, *shape.heads, shape.head_size, device, shape.dtype)
+    q, k, v = bench_tree_attention.drawn(batch, nodes, prefix, *shape.heads, shape.head_size, device, shape.dtype)
     mask = bench_tree_attention.random_trees(batch, nodes).to(device)
     lengths = torch.full((batch,), prefix, dtype=torch.int32, device=device)
-    return lambda: tree_attention(*args, lengths, mask, backend="triton")
+    return lambda: tree_attention(q, k, v, lengths, mask, backend="triton")
 
 
 def call_of(shape: Shape, kernel: str, device: str) -> Callable[[], object]:

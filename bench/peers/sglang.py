@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def verify(tree: DraftTree, sampled: bool) -> Callable[[Tensor], Tensor]:
     with_draft = "draft_probs" in inspect.signature(rejection).parameters
 
     def outputs() -> tuple[Tensor, Tensor, Tensor]:
-        new = dict(dtype=torch.int32, device=device)
+        new: dict[str, Any] = dict(dtype=torch.int32, device=device)
         return (torch.full((batch * nodes,), -1, **new), torch.full((batch, tree.max_depth + 1), -1, **new),
                 torch.zeros(batch, **new))  # fmt: skip
 
