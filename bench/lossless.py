@@ -74,11 +74,11 @@ def new_tokens(sequences: Tensor, prompt: int, ends: int) -> list[list[int]]:
 
 def truths(model, prompts, pad: int, batch: int, max_new_tokens: int, sampling: dict) -> list[Tensor]:
     """The right sequences, a tensor a batch: of target.generate when greedy, else of plain sampling."""
-    options = {"max_new_tokens": max_new_tokens}
     if not sampling:
-        return [model.generate(ids, attention_mask=mask, do_sample=False, **options)
+        return [model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
                 for ids, mask in batches(prompts, batch, pad)]  # fmt: skip
-    return [generate(model, None, ids, mask, seed=seeds_of(number, len(ids)), **options, **sampling).sequences
+    return [generate(model, None, ids, mask, seed=seeds_of(number, len(ids)), max_new_tokens=max_new_tokens,
+                     **sampling).sequences
             for number, (ids, mask) in enumerate(batches(prompts, batch, pad))]  # fmt: skip
 
 

@@ -135,6 +135,28 @@ def gpu() -> str:
     return "\n".join([*head, *(lines or ["| every op | not measured |  |  |  |  |  |"])])
 
 
+def compiled() -> str:
+    """Every Triton kernel as two versions of the compiler make it: registers and spilt bytes a thread, and seconds of
+    compiling for the newer architecture."""
+    rows = [row for path in sorted(RESULTS.glob("compiled-*.json")) for row in json.loads(path.read_text("utf-8"))]
+    versions = sorted({row["triton"] for row in rows})
+    columns = [(arch, version) for arch in sorted({row["arch"] for row in rows}) for version in versions]
+    found: dict[tuple, dict] = {}
+    for row in rows:
+        key = row["launch"], row["kernel"], row["dtype"], row["head_size"]
+        found.setdefault(key, {})[row["arch"], row["triton"]] = row
+    head = ["launch", "kernel", "dtype", "D", *(f"sm_{arch}, {version}" for arch, version in columns), "s"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for key, cells in found.items():
+        used = [_registers(cells[column]) for column in columns if column in cells]
+        lines.append(f"| {' | '.join(map(str, [*key, *used]))} | {cells[columns[-1]]['seconds']:.1f} |")
+    return "\n".join(lines)
+
+
+def _registers(row: dict) -> str:
+    return f"{row['registers']} + {row['spills']} B" if row["spills"] else str(row["registers"])
+
+
 PAPER = {
     # target -> method -> tokens a second, speedup, tokens a round, peak GB (arXiv 2505.24544, table 1, MT-Bench)
     "Vicuna-7B": {"plain": (35.2, 1.0, 1.0, 13.7), "Medusa": (71.2, 2.0, 2.1, 15.0), "EAGLE-2": (103.4, 2.9, 4.0, 14.5),
@@ -217,8 +239,8 @@ def configs(entries: list[dict]) -> str:
     return "\n".join(lines)
 
 
-MEASURED = {"acceptance": acceptance, "speed": speed, "lossless": lossless, "ops": ops, "gpu": gpu, "paper": paper,
-          **REPRODUCTION, "speedup": speedup, "simulation": simulation,
+MEASURED = {"acceptance": acceptance, "speed": speed, "lossless": lossless, "ops": ops, "gpu": gpu,
+          "compiled": compiled, "paper": paper, **REPRODUCTION, "speedup": speedup, "simulation": simulation,
           "literal_simulation": literal_simulation}  # fmt: skip
 
 

@@ -78,9 +78,15 @@ CANDIDATES: dict[str, dict[int, list[Config]]] = {
 _tuned: dict[tuple, Config] = {}
 
 
+ON_HOST = 90
+"""The architecture whose tiles CPU tensors take: under the interpreter, or where kernels are only compiled."""
+
+
 def architecture(device: torch.device) -> int:
-    """80 or 90, whichever table fits the device (90 under the interpreter)."""
-    return 80 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9 else 90
+    """80 or 90, whichever table fits the device."""
+    if device.type != "cuda":
+        return ON_HOST
+    return 80 if torch.cuda.get_device_capability(device)[0] < 9 else 90
 
 
 def choose(kernel: str, arch: int, head_size: int, dtype: torch.dtype, tma: bool = False) -> Config:

@@ -66,7 +66,8 @@ def _decoded(draft, answers, depth: int, branch: int, num_nodes: int) -> list[tu
     slots = torch.arange(longest).expand(batch, -1)
     cache.append(draft, pairs[:, :longest], slots, slots)
     rows, sampling = torch.arange(batch), Sampling.of(batch)
-    emitted, accepted = [0] * batch, [[] for _ in range(batch)]
+    emitted = [0] * batch
+    accepted: list[list[int]] = [[] for _ in range(batch)]
     while (live := place < ends).any():
         root, lengths = text[rows, place].clamp(min=0), place.to(torch.int32)
         tree = build_tree(root, *_propose(draft, cache, lengths, root, states, sampling, depth, branch),

@@ -34,7 +34,7 @@ class EagleDraft(BeagleDraft):
     """Queries, keys and values all come from the pooled pairs x; `block` adds the attention to x. Made and saved as a
     BeagleDraft is."""
 
-    config_class = EagleConfig
+    config_class: type[BeagleConfig] = EagleConfig
 
     def __init__(self, config: EagleConfig):
         super().__init__(config)
@@ -74,9 +74,9 @@ def eagle_states(
         own.append(draft.keys_values(mine, batch.positions[rows]))
         queries = draft.queries(mine, batch.positions[rows])
         placed = queries.new_zeros(len(x), *queries.shape[1:]).index_copy(0, rows, queries)
-        earlier = [part[rows] for part in block_attention(placed, keys, values, window, offset, batch.cu_seqlens)]
-        local = [torch.stack([part[: len(rows)] for part in parts], 1) for parts in zip(*own)]
-        state = draft.block(mine, extend_attention(*earlier, queries, *local)[0])
+        out, lse = block_attention(placed, keys, values, window, offset, batch.cu_seqlens)
+        local = (torch.stack([part[: len(rows)] for part in parts], 1) for parts in zip(*own))
+        state = draft.block(mine, extend_attention(out[rows], lse[rows], queries, *local)[0])
         states = states.index_copy(0, rows, state)
     return states
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,11 +28,10 @@ def attention(backend: str | None = None) -> Callable[..., Tensor]:
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        options = {"attn_mask": mask, "is_causal": causal, "enable_gqa": q.shape[1] != k.shape[1]}
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v, **options)
-        with sdpa_kernel(BACKENDS[backend]):
-            return F.scaled_dot_product_attention(q, k, v, **options)
+        with sdpa_kernel(BACKENDS[backend]) if backend else nullcontext():
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+            )
 
     return attend
 

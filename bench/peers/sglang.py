@@ -50,9 +50,9 @@ def verify(tree: DraftTree, sampled: bool) -> Callable[[Tensor], Tensor]:
     with_draft = "draft_probs" in inspect.signature(rejection).parameters
 
     def outputs() -> tuple[Tensor, Tensor, Tensor]:
-        new = dict(dtype=torch.int32, device=device)
-        return (torch.full((batch * nodes,), -1, **new), torch.full((batch, tree.max_depth + 1), -1, **new),
-                torch.zeros(batch, **new))  # fmt: skip
+        sizes = (batch * nodes,), (batch, tree.max_depth + 1)
+        predicted, index = (torch.full(size, -1, dtype=torch.int32, device=device) for size in sizes)
+        return predicted, index, torch.zeros(batch, dtype=torch.int32, device=device)
 
     def greedy(logits: Tensor) -> Tensor:
         out = outputs()
