@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,7 +124,7 @@ def warm_up(runs: Runs, prompt: Sequence[int], device: torch.device) -> dict[str
     return peaks
 
 
-def _prefill_all(run: Callable, prompts: Iterable[list[int]], device: torch.device) -> None:
+def _prefill_all(run: Any, prompts: Iterable[list[int]], device: torch.device) -> None:
     """Run a prompt of every length: a GPU's kernels are compiled by length when one first comes."""
     for prompt in {len(prompt): prompt for prompt in prompts}.values():
         run.prefill(torch.tensor([prompt], device=device))

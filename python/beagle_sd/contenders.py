@@ -37,7 +37,7 @@ class EngineRun:
     capacity: int
     max_new_tokens: int
     temperature: float
-    shape: dict[str, int] = field(default_factory=dict)
+    shape: dict[str, Any] = field(default_factory=dict)
     adaptive: Callable[[], AdaptiveTree] | None = None
     engine: Engine | None = None
 
