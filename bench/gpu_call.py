@@ -39,6 +39,8 @@ SAVING = 20.0
 PLACES = {"kit.*": "in", "answers-*.npz": "out/answers", "model.safetensors": "out/train/draft",
           "checkpoint.part*": "out/train/checkpoint"}  # fmt: skip
 """Where in the work folder what is carried lies; beside it there is RESULTS_FILE, with all the rest."""
+TOGETHER = ("checkpoint.part*",)
+"""Of no use one without the other."""
 LEFT = ("in", "out/kit", "out/scratch")
 """Folders of the work folder that are not brought back."""
 RESULTS_FILE = "results.tgz"
@@ -72,9 +74,9 @@ def calls(work: Path, dry: bool) -> dict[str, Call]:
                                 "--seconds", str(int(seconds - SAVING)), *flags]  # fmt: skip
 
     def train(part: str, minutes: float = math.inf, *more: str) -> Callable[[float], list[str]]:
-        flags = ["--toy", "--device", "cpu"] if dry else []
+        flags, most = (["--toy", "--device", "cpu"], 2.5) if dry else ([], minutes)
         return lambda seconds: [sys.executable, "-m", "bench.gpu_train", str(work / "out"), part, *more, *flags,
-                                "--minutes", f"{min(minutes, (seconds - SAVING) / 60):.2f}"]  # fmt: skip
+                                "--minutes", f"{min(minutes, most, (seconds - SAVING) / 60):.2f}"]  # fmt: skip
 
     def speed(seconds: float) -> list[str]:
         little = ["--count", "1", "--max-new-tokens", "4"] if dry else ["--count", "12", "--dtype", "bfloat16"]
@@ -131,12 +133,17 @@ def main(arguments: list[str]) -> int:
         log = work / "log" / f"{step.name}.txt"
         done = run(step.command(seconds), seconds, log, BEAGLE_CACHE=str(work / "out" / "scratch"))
         print(f"== {step.name}: {done['status']}, {done['seconds']:.0f} s")
-        print(*log.read_text(errors="replace").splitlines()[-step.lines :], sep="\n", flush=True)
+        for said in (work / "gpu.logs" / log.name, log):  # gpu_check's own log of a step, if it has one
+            print(*_lines(said)[-step.lines :], sep="\n", flush=True)
         bring_back(work, results, call.brought)
         passed &= done["status"] == "passed"
         if "signal" in done:
             return 128 + done["signal"]
     return int(not passed)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 def take_in(carried: Path, work: Path) -> Iterator[str]:
@@ -154,7 +161,7 @@ def take_in(carried: Path, work: Path) -> Iterator[str]:
 
 
 def bring_back(work: Path, results: Path, patterns: tuple[str, ...]) -> None:
-    """Fill RESULTS: all small files as one, then those of `patterns`, of each all or, where they are too many, none."""
+    """Fill RESULTS: all small files as one, then those of `patterns`, as many as may be."""
     partial = results / f".{RESULTS_FILE}.partial"
     with tarfile.open(partial, "w:gz") as tar:
         for path in sorted(path for path in work.rglob("*") if path.is_file()):
@@ -166,11 +173,11 @@ def bring_back(work: Path, results: Path, patterns: tuple[str, ...]) -> None:
     room = FILES - 1
     for pattern in patterns:
         found = sorted((work / PLACES[pattern]).glob(pattern))
-        if len(found) > room:
-            print(f"{len(found)} files {pattern} stay in {work / PLACES[pattern]}: {room} more can be brought back")
-            continue
-        room -= len(found)
-        for path in found:
+        fit = found[:room] if pattern not in TOGETHER or len(found) <= room else []
+        if len(fit) < len(found):
+            print(f"{len(found) - len(fit)} of {len(found)} files {pattern} stay in {work / PLACES[pattern]}")
+        room -= len(fit)
+        for path in fit:
             _copied(path, results / path.name)
 
 
