@@ -11,6 +11,7 @@ import statistics
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,7 +80,8 @@ def tried(work: Work) -> dict:
     found = list(write_answers(target, asked, end=tokenizer.eos_token_id, batch=4, max_new_tokens=16, states=False))
     write_answer_file(work.scratch / "tried.npz", found, {})
     draft, mine = _two_steps(work, target)
-    ids, options = torch.tensor([prompts[0][0]]), {"max_new_tokens": 16, "depth": 4, "branch": 4, "num_nodes": 16}
+    ids = torch.tensor([prompts[0][0]])
+    options: dict[str, Any] = {"max_new_tokens": 16, "depth": 4, "branch": 4, "num_nodes": 16}
     drafted, plain = (generate(target, one, ids, **options).sequences for one in (draft.to(target.dtype), None))
     cpus = mine
     if work.device == "cuda":

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,12 +47,12 @@ def end_on_signals() -> None:
 @contextmanager
 def started(command: list[str], log: Path | None = None, **variables: str) -> Iterator[subprocess.Popen]:
     """The command running in a process group of its own, which is killed on leaving, and when this process is."""
-    with log.open("wb") if log else open(os.devnull, "wb") as file:
-        # to a file: a worker that outlives the command would keep a pipe open
-        output = {"stdout": file, "stderr": subprocess.STDOUT} if log else {}
+    # to a file: a worker that outlives the command would keep a pipe open
+    with log.open("wb") if log else nullcontext() as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | variables, stdin=subprocess.DEVNULL, start_new_session=True, **output
-        )
+            command, cwd=ROOT, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=file,
+            stderr=subprocess.STDOUT if log else None, start_new_session=True,
+        )  # fmt: skip
     # a line ends the watcher; the end of its input, which even SIGKILL of this process brings about, the group
     watch = ["sh", "-c", 'read line || kill -s KILL -- "-$0"', str(process.pid)]
     watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
@@ -79,7 +79,8 @@ def run(command: list[str], seconds: float, log: Path, **variables: str) -> dict
     One that takes longer than `seconds` gets SIGINT, and SIGKILL where it does not end then. "signal" is there where
     one told this process to end meanwhile.
     """
-    start, ended = time.monotonic(), {}
+    start = time.monotonic()
+    ended: dict[str, int] = {}
     with started(command, log, **variables) as process:
         try:
             code = process.wait(seconds)
