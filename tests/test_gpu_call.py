@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -91,3 +92,8 @@ def test_the_steps_are_commands_of_this_repository(dry, tmp_path):
             elif command[2] == "bench.gpu_check":
                 parts = command[4 : command.index("--seconds")]
                 assert {part.partition(":")[0] for part in parts} <= {*gpu_check.SECONDS, "smoke"}
+
+
+def test_the_page_has_every_call():
+    page = (gpu_call.ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"bench/gpu_call.sh (\w+) RESULTS", page)) == set(calls(Path(), False))
