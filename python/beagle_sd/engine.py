@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from beagle_kernels import Sampling
+from beagle_sd.attention import tree_attention_of
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.drafting import TreeShape
 from beagle_sd.graph import RoundGraph, check_capturable
+from beagle_sd.linears import skinny_linears_of
 from beagle_sd.report import Clock
 from beagle_sd.rounds import Buffers, play_round, prefill
 from beagle_sd.target import Target
@@ -102,6 +104,16 @@ class Engine:
         else:
             self._round(shape, clock)
         self._send()
+
+    def capture(self) -> None:
+        """Capture now every graph that rounds may replay and that is not there yet, once the engine has had a text:
+        no later call does. Nothing where rounds run eagerly."""
+        if not self.graph:
+            return
+        with torch.inference_mode(), tree_attention_of(self.model), skinny_linears_of(self.model, self.draft):
+            for shape in [self.shape] if self.adaptive is None else self.adaptive.shapes:
+                if shape not in self._graphs:
+                    self._capture(shape)
 
     def _capture(self, shape: TreeShape) -> None:
         try:
