@@ -59,7 +59,8 @@ def of_inputs(inputs: tuple, chosen: torch.Tensor) -> Case:
         return *tree[:5], *accept_tree(tree, chosen, backend=backend)
 
     def on_host():
-        trees = [eagle2_tree.build(root, *row, nodes) for root, *row in zip(*inputs[:4])]
+        root, tokens, scores, parents, *_ = inputs
+        trees = [eagle2_tree.build(*row) for row in zip(root, tokens, scores, parents, [nodes] * batch)]
         return trees, [eagle2_tree.greedy(*row) for row in zip(trees, chosen)]
 
     def check() -> None:

@@ -110,7 +110,8 @@ def random_model(name: str, device: str) -> tuple[PreTrainedModel, BeagleDraft]:
     finally:
         torch.set_default_dtype(before)
     vocabulary = torch.arange(DRAFT_VOCAB[name], device=device) * (config.vocab_size // DRAFT_VOCAB[name])
-    draft = BeagleDraft.from_target(model, vocabulary).to(dtype).eval()
+    draft: Any = BeagleDraft.from_target(model, vocabulary)
+    draft = draft.to(dtype).eval()
     with torch.no_grad():
         # as sure of itself as a trained one, whose trees are deep: logits with a deviation of 10
         draft.norm_output.weight.fill_(10.0 / (float(draft.head.float().std()) * math.sqrt(config.hidden_size)))
@@ -162,7 +163,7 @@ def weight_bytes(model: torch.nn.Module | None) -> int:
 class Rounds:
     """The contenders of one shape: each gives the seconds of the tokens after the first, which the prefill gives."""
 
-    def __init__(self, model: PreTrainedModel, draft: BeagleDraft, prompt: Tensor, new: int, tree: TreeShape):
+    def __init__(self, model: Any, draft: BeagleDraft, prompt: Tensor, new: int, tree: TreeShape):
         self.model, self.draft, self.prompt, self.new, self.tree = model, draft, prompt, new, tree
         self.device = model.device.type
         self.found: dict[str, dict] = {}

@@ -37,7 +37,8 @@ def block_mask(end: Tensor, rows: int) -> BlockMask:
 
 
 def attention(options: Any = None) -> Callable[..., Tensor]:
-    """attend(q, k, v, mask), compiled on a GPU with FlexAttention's kernel options: q [B, Hq, N, D], k and v [B, Hkv, S, D], mask from block_mask."""
+    """attend(q, k, v, mask), compiled on a GPU, with these options of its kernels: q [B, Hq, N, D], k and v
+    [B, Hkv, S, D], mask from block_mask."""
     # every shape and every set of options is a compilation of the same function; past the limit it would run unfused
     torch._dynamo.config.recompile_limit = 128
     torch._dynamo.config.fail_on_recompile_limit_hit = True
