@@ -10,13 +10,15 @@ import triton
 
 
 class Config(NamedTuple):
-    """Rows and columns of a score tile, warps, pipeline stages of the loop, and whether it reads by TMA (sm_90 on)."""
+    """Rows and columns of a score tile, warps, pipeline stages of the loop, whether it reads by TMA (sm_90 on), and
+    whether the forward multiplies the next tile's scores before the softmax of this one's."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
     tma: bool = False
+    ahead: bool = False
 
 
 # kernel -> architecture -> padded head size -> 16-bit configuration. sm_90 also serves what is newer.
