@@ -184,10 +184,11 @@ class Trainer:
             if part:
                 batch = self.dataset.load([entries[place] for place in part])
                 noise = self._noise(part, lengths, batch.states.shape[1])
-                sums += self._backward(self._move(batch), offsets[part].to(self.device), noise, stage, window)
-        loss, weight, tokens = summed(sums).tolist()
-        mean_gradients(self.draft.parameters(), max(weight, 1e-9))
-        norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), config.clip).item()
+                sums += self._backward(self._move(batch), offsets[part].to(self.device, non_blocking=True), noise, stage, window)
+        sums = summed(sums)
+        mean_gradients(self.draft.parameters(), sums[1].clamp(min=1e-9))
+        norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), config.clip)
+        loss, weight, tokens, norm = torch.cat([sums, norm.double()[None]]).tolist()
         loss /= max(weight, 1e-9)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingStopped(f"step {self.step}: loss is {loss}, gradient norm {norm}; "
@@ -204,15 +205,15 @@ class Trainer:
         """Add a micro-batch's gradients; returns (sum of losses, their weight, tokens) float64."""
         config, keys_of = self.config, batch.states.float()
         if noise is not None:
-            keys_of = keys_of + noise.to(self.device)
+            keys_of = keys_of + noise.to(self.device, non_blocking=True)
         weights = row_weights(batch, window, offset, simulated=stage == 2)
         with self._autocast():
             states = self.states(self.draft, batch, keys_of, window, offset, simulated=stage == 2,
                                  detach_states=config.detach_states)
         loss = distill_loss(states.float(), batch.states.float(), self.head, weights, regression=config.regression)
         loss.backward()
-        tokens = torch.tensor(len(batch.tokens), device=self.device)
-        return torch.stack([loss.detach().double(), weights.sum().double(), tokens.double()])
+        tokens = torch.full((), len(batch.tokens), dtype=torch.float64, device=self.device)
+        return torch.stack([loss.detach().double(), weights.sum().double(), tokens])
 
     def _generator(self, sequence: int | None = None) -> torch.Generator:
         """The randomness of this step, or of one of its sequences: the same however the step is shared."""
