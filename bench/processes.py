@@ -46,18 +46,25 @@ def end_on_signals() -> None:
 
 @contextmanager
 def started(command: list[str], log: Path | None = None, **variables: str) -> Iterator[subprocess.Popen]:
-    """The command running in a process group of its own, which is killed on leaving, and when this process is."""
+    """The command running in a process group of its own, `watched`."""
     # to a file: a worker that outlives the command would keep a pipe open
     with log.open("wb") if log else nullcontext() as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=file,
             stderr=subprocess.STDOUT if log else None, start_new_session=True,
         )  # fmt: skip
+    with watched(process):
+        yield process
+
+
+@contextmanager
+def watched(process: subprocess.Popen) -> Iterator[None]:
+    """A process that leads a group of its own: the group is killed on leaving, and when this process is."""
     # a line ends the watcher; the end of its input, which even SIGKILL of this process brings about, the group
     watch = ["sh", "-c", 'read line || kill -s KILL -- "-$0"', str(process.pid)]
     watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
     try:
-        yield process
+        yield
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

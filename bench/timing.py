@@ -7,13 +7,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 
 import beagle_kernels
+from beagle_sd.graph import recover
 
 WARM_UP = 3
 SHORT = 300e-6
@@ -144,25 +144,11 @@ def captured(calls: Sequence[Call]) -> Sequence[Call]:
                 with torch.cuda.graph(graph, pool=pool, stream=stream):
                     call()
         except BaseException:
-            _after_failed_capture(graph, stream, pool)
+            torch.cuda.set_stream(stream)
+            recover(graph, pool, stream)
             raise
         found.append(graph.replay)
     return found
-
-
-_broken: list[torch.cuda.CUDAGraph] = []
-"""Captures that could not be ended: the allocator of pinned memory goes on asking them."""
-
-
-def _after_failed_capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
-    """Undo what torch.cuda.graph leaves where ending the capture fails too: the stream, the allocator's pool, and a
-    generator that refuses numbers outside a capture."""
-    _broken.append(graph)
-    torch.cuda.set_stream(stream)
-    with suppress(RuntimeError):
-        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
-    generator = torch.cuda.default_generators[stream.device_index]
-    generator.graphsafe_set_state(generator.clone_state())
 
 
 def host_times(

@@ -64,7 +64,8 @@ class FakeGpu:
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         monkeypatch.setattr(timing, "flusher", lambda: lambda: self.work(70e-6, LAUNCH))
-        monkeypatch.setattr(timing, "_after_failed_capture", self.undo)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+        monkeypatch.setattr(timing, "recover", self.undo)
         monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
         timing._side_stream.cache_clear()
         monkeypatch.setattr(timing, "_side_stream", lambda: stream)
@@ -87,5 +88,5 @@ class FakeGpu:
         self.slept += 1
         self.work(cycles / CYCLES, LAUNCH)
 
-    def undo(self, graph, stream, pool) -> None:
+    def undo(self, graph, pool, stream) -> None:
         self.undone += 1

@@ -16,8 +16,19 @@ from ..backends import implementation
 from ..extension import contiguous
 from .configs import Config, architecture, choose, tune
 from .tiles import (
-    LN2, LOG2E, PRECISION, block_and_head, block_d, heads_together, load_block, load_rows, positive_scale,
-    readable_by_tma, rows_contiguous, softmax_step, store_rows,
+    LN2,
+    LOG2E,
+    PRECISION,
+    block_and_head,
+    block_d,
+    heads_together,
+    load_block,
+    load_rows,
+    positive_scale,
+    readable_by_tma,
+    rows_contiguous,
+    softmax_step,
+    store_rows,
 )  # fmt: skip
 from .windows import MOST_WINDOW, bisection_steps, key_range, row_range, tile_loop_bounds
 

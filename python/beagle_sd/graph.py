@@ -57,7 +57,7 @@ class RoundGraph:
             try:
                 _capture(self.graph, play, pool, aside)
             except BaseException as error:
-                _recover(self.graph, pool, aside)
+                recover(self.graph, pool, aside)
                 first = _first(error, handled)
                 if isinstance(first, torch.OutOfMemoryError) or not isinstance(first, Exception):
                     raise first from None
@@ -88,7 +88,7 @@ _broken: list[torch.cuda.CUDAGraph] = []
 """Captures that could not be ended. The allocator of pinned memory goes on asking them, so they must not go."""
 
 
-def _recover(graph: torch.cuda.CUDAGraph, pool, aside: torch.cuda.Stream) -> None:
+def recover(graph: torch.cuda.CUDAGraph, pool, aside: torch.cuda.Stream) -> None:
     """Undo what torch 2.11 leaves behind where CUDA cannot end a capture: the allocator still serves it from the pool,
     and the generator of random numbers refuses all work until another capture has ended."""
     with contextlib.suppress(RuntimeError):  # raised first of all where the capture did end, or never began
