@@ -191,7 +191,7 @@ def tree_attention(device: str, width: int, heads: tuple[int, int], dtype: torch
     q, (k, v) = torch.randn(3, NODES, heads[0], width).to(dtype), torch.randn(2, 3, heads[1], 640, width).to(dtype)
     seen = visible_slots(640, lengths, mask)
     eager, exact = (
-        dense(q.to(place, kind), k.transpose(1, 2).to(place, kind), v.transpose(1, 2).to(place, kind), seen.to(place))[0]
+        dense(q.to(place, kind), *(x.transpose(1, 2).to(place, kind) for x in (k, v)), seen=seen.to(place))[0]
         for place, kind in ((device, dtype), ("cpu", torch.float64))
     )
     for x in (k, v):
