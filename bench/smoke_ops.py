@@ -190,8 +190,9 @@ def tree_attention(device: str, width: int, heads: tuple[int, int], dtype: torch
     mask, lengths = bk.build_tree(*drawn_candidates()).mask, torch.tensor([0, 63, 570]).int()
     q, (k, v) = torch.randn(3, NODES, heads[0], width).to(dtype), torch.randn(2, 3, heads[1], 640, width).to(dtype)
     seen = visible_slots(640, lengths, mask)
+    slots = k.transpose(1, 2), v.transpose(1, 2)
     eager, exact = (
-        dense(q.to(place, kind), *(x.transpose(1, 2).to(place, kind) for x in (k, v)), seen=seen.to(place))[0]
+        dense(q.to(place, kind), slots[0].to(place, kind), slots[1].to(place, kind), seen.to(place))[0]
         for place, kind in ((device, dtype), ("cpu", torch.float64))
     )
     for x in (k, v):
