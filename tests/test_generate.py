@@ -43,17 +43,21 @@ def greedy(target, ids, **settings) -> torch.Tensor:
 
 
 @torch.no_grad()
-def assert_same_text(target, got, want, width, sampling=None) -> None:
-    """Equal, but for rows that part where the target's best two perturbed logits lie within 1e-3."""
+def assert_same_text(target, got, want, width, sampling=None, mask=None) -> None:
+    """Equal, but for rows that part where the target's best two perturbed logits lie within 1e-3.
+
+    mask: of prompts padded on the left.
+    """
     assert got.shape == want.shape
     sampling = sampling or Sampling.of(len(got))
+    starts = [0] * len(got) if mask is None else (mask == 0).sum(1).tolist()
     apart = (got != want).any(1).nonzero().flatten().tolist()
     for row in apart:
         place = int((got[row] != want[row]).nonzero()[0])
         assert place >= width, "the prompt itself changed"
-        logits = target(got[row : row + 1, :place]).logits[:, -1].float()
+        logits = target(got[row : row + 1, starts[row] : place]).logits[:, -1].float()
         own = [setting[row : row + 1] for setting in sampling]
-        scores = perturb(logits, torch.tensor([place]), *own, penalty=torch.inf)[0]
+        scores = perturb(logits, torch.tensor([place - starts[row]]), *own, penalty=torch.inf)[0]
         pair = scores[torch.stack((got[row, place], want[row, place]))]
         assert (scores.max() - pair).max() < 1e-3, f"row {row} parts at {place}: {scores.topk(3)}, {pair}"
     assert len(apart) * 2000 <= 2 * max(got.numel(), 1000), f"{len(apart)} near ties in {got.numel()} tokens"
