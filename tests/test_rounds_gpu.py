@@ -159,21 +159,22 @@ def test_out_of_memory_leaves_the_process_usable(pair):
 
 def test_draft_buffers_and_graph_add_less_than_5_percent_to_an_8b_target():
     """Measured: what the process has reserved beside the target's weights and cache, graph included."""
-    if torch.cuda.get_device_properties(0).total_memory < 30 * 2**30:
-        pytest.skip("needs 30 GiB of GPU memory")
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        try:
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs 30 GiB of free GPU memory")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
             target = small_target(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                                   num_attention_heads=32, num_key_value_heads=8, head_dim=128,
                                   tie_word_embeddings=False, max_position_embeddings=8192)  # fmt: skip
+            gc.collect()
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()  # more than the weights: the allocator rounds each up
             draft = small_draft(target, draft_vocab=torch.arange(0, 128256, 8))
-        finally:
-            torch.set_default_dtype(torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
     engine = Engine(target, draft, batch=1, capacity=4096, **shape_of(6, 10, 60))
     generate(target, draft, torch.randint(128256, (1, 500), device="cuda"), max_new_tokens=16, engine=engine)
     torch.cuda.empty_cache()
-    own = sum(p.numel() * p.element_size() for p in target.parameters()) + engine.buffers.cache.states.nbytes
-    assert torch.cuda.memory_reserved() - before < 1.05 * own
+    weights, cache = sum(p.nbytes for p in target.parameters()), engine.buffers.cache.states.nbytes
+    assert torch.cuda.memory_reserved() - before - cache < 0.05 * (weights + cache)
