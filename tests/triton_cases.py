@@ -333,7 +333,7 @@ def small_tiles() -> None:
     """Tiles so small that small sizes reach every loop."""
     from beagle_kernels.triton import configs
 
-    for by_arch in configs.TABLE.values():
+    for by_arch in (*configs.TABLE.values(), *configs.FLOAT32.values()):
         for by_size in by_arch.values():
             by_size.update({size: configs.Config(32, 32, 4, 1) for size in by_size})
 
