@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton_cases
 
 from beagle_kernels import block_attention, extend_attention, tree_attention
 
@@ -40,19 +41,14 @@ def gpu() -> str:
     return "cuda"
 
 
-GROUPS = {
-    "block_attention": [
-        "one sequence", "packed", "wide heads", "large, one sequence", "large, packed", "large, wide heads",
-        "some inputs, any strides", "bounds of no sequence", "variants",
-    ],
-    "extend_attention": ["all"],
-    "tree_attention": [
-        "few nodes", "any heads", "wide heads, many words", "large, few nodes", "large, any heads", "large, many words",
-    ],
-    "distill_loss": ["all"],
-}  # fmt: skip
-"""Of triton_cases.CHECKS, which cannot be imported before a process knows whether it interprets."""
-IN_HALF = {"packed", "few nodes", "all"}
+IN_HALF = ("packed", "few nodes", "all")
+"""Groups of cases that fp16 takes too: to a kernel it differs from bf16 by the type alone."""
+ON_A_GPU = [
+    pytest.param(op, group, dtype, id=f"{op}, {group}, {str(dtype).removeprefix('torch.')}")
+    for op, groups in triton_cases.CHECKS.items()
+    for group in groups
+    for dtype in (torch.float32, torch.bfloat16, *([torch.float16] if group in IN_HALF else []))
+]
 
 
 @pytest.fixture
@@ -66,14 +62,9 @@ def poisoned():
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:.*determinis")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("op, group", [(op, group) for op, groups in GROUPS.items() for group in groups])
+@pytest.mark.parametrize("op, group, dtype", ON_A_GPU)
 def test_on_a_gpu(gpu, poisoned, op, group, dtype):
-    """Few kernels each, so that processes side by side share the compiling; fp16 differs from bf16 by a type alone."""
-    import triton_cases
-
-    if dtype == torch.float16 and group not in IN_HALF:
-        pytest.skip("covered by bf16")
+    """Few kernels each, so that processes side by side share the compiling."""
     with triton_cases.little_memory():
         assert triton_cases.CHECKS[op][group](gpu, dtype) > 0
 
@@ -83,7 +74,7 @@ def test_one_graph_serves_every_length(gpu):
     """tree_attention captured once gives, after the lengths change in place, what a fresh call gives."""
     from test_tree_attention import case
 
-    (q, k, v, lengths, mask), _ = case(nodes=4, hq=4, hkv=1, prefix=(3, 500, 900), d=64, dtype=torch.bfloat16, slack=200)
+    (q, k, v, lengths, mask), _ = case(3, 4, 4, 1, 64, (3, 500, 900), slack=200, dtype=torch.bfloat16)
     q, k, v, lengths, mask = (x.nan_to_num(0.0).to(gpu) for x in (q, k, v, lengths, mask))
     tree_attention(q, k, v, lengths, mask, backend="triton")
     graph = torch.cuda.CUDAGraph()
