@@ -1,13 +1,14 @@
 """Builds beagle_kernels._C with ninja: g++ always, nvcc where it is found.
 
 BEAGLE_CUDA=auto|0|1 (1: fail without nvcc), BEAGLE_CUDA_ARCHS="80;90a" (PTX of the newest is added), MAX_JOBS,
-CXX, NVCC.
+CXX (nvcc's host compiler too), NVCC.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,8 @@ INSTRUCTION_SETS = {
 IN_SETS = ("rows", "products")
 FUSED = ("tree_attention", "products")
 """With fused multiply-adds: the ops that have no exact twin on another backend."""
+LAUNCHERS = ("ccache", "distcc", "sccache")
+"""What may stand before the compiler in CXX."""
 
 
 def find_nvcc() -> tuple[str | None, str]:
@@ -44,12 +47,23 @@ def find_nvcc() -> tuple[str | None, str]:
     return nvcc, "" if nvcc else "built where nvcc was not found (set CUDA_HOME or NVCC and build again)"
 
 
+def cuda_archs() -> list[str]:
+    return os.environ.get("BEAGLE_CUDA_ARCHS", DEFAULT_ARCHS).replace(",", ";").split(";")
+
+
+def host_compiler() -> list[str]:
+    """nvcc's flag for CXX, where it is set, without a launcher before it."""
+    words = [word for word in shlex.split(os.environ.get("CXX", "")) if Path(word).name not in LAUNCHERS]
+    return [f"-ccbin={words[0]}"] if words else []
+
+
 def cuda_flags() -> list[str]:
     """One binary per architecture, PTX of the newest; spills and local memory are warned of."""
-    archs = os.environ.get("BEAGLE_CUDA_ARCHS", DEFAULT_ARCHS).replace(",", ";").split(";")
+    archs = cuda_archs()
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     newest = max(int(arch.rstrip("af")) for arch in archs)
     return [
+        *host_compiler(),
         *flags,
         f"-gencode=arch=compute_{newest},code=compute_{newest}",
         "-cudart=static",
@@ -73,14 +87,16 @@ def ninja_file(target: Path, nvcc: str | None, why_not: str) -> str:
     """The build in ninja's language: one edge a source, one link."""
     import pybind11
 
-    cxx = os.environ.get("CXX", "g++")
+    cxx = os.environ.get("CXX") or "g++"
     common = ["-std=c++17", "-O3", "-DNDEBUG"]
     includes = [f"-isystem {sysconfig.get_path('include')}", f"-isystem {pybind11.get_include()}"]
     host = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
     # gcc 12 warns of its own intrinsics header
     host += ["-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
     defines = ["-DBEAGLE_CUDA"] if nvcc else []
-    reason = '-DBEAGLE_NO_CUDA=\'"' + why_not + '"\''
+    texts = {"BEAGLE_NO_CUDA": why_not, "BEAGLE_ARCHS": ";".join(cuda_archs())}
+    told = " ".join(f"-D{name}='\"{text}\"'" for name, text in texts.items())
+    linker = " ".join([nvcc, "-cudart=static", *host_compiler()]) if nvcc else cxx
     lines = [
         "rule cxx",
         f"  command = {cxx} -MMD -MF $out.d {' '.join(common + host + defines)} $extra -c $in -o $out",
@@ -91,7 +107,7 @@ def ninja_file(target: Path, nvcc: str | None, why_not: str) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {nvcc + ' -cudart=static' if nvcc else cxx} -shared $in -o $out {'-lpthread'}",
+        f"  command = {linker} -shared $in -o $out -lpthread",
     ]
     sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     sources += sorted((CSRC / "cuda").glob("*.cu")) if nvcc else []
@@ -109,7 +125,7 @@ def ninja_file(target: Path, nvcc: str | None, why_not: str) -> str:
         if source.name == "dispatch.cpp" and x86:
             lines.append("  extra = -DBEAGLE_X86")
         if source.name == "bindings.cpp":
-            lines.append(f"  extra = {' '.join(includes)} {reason}")
+            lines.append(f"  extra = {' '.join(includes)} {told}")
         if source.stem in FUSED:
             lines.append("  extra = -ffp-contract=fast")
     lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]

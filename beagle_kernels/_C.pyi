@@ -5,4 +5,9 @@ from typing import Any
 cpu: Any
 cuda: Any
 no_cuda: str
+dtypes: dict[str, int]
 law_size: int
+max_nodes: int
+chunk: int
+max_k: int
+max_rows: int

@@ -9,6 +9,7 @@ import signal
 import torch
 
 from . import __version__, backends
+from .extension import missing_cuda
 
 
 def version(distribution: str) -> str:
@@ -21,7 +22,7 @@ def version(distribution: str) -> str:
 
 def devices() -> list[torch.device]:
     """The CPU and the first CUDA device, if there is one."""
-    return [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    return [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
 
 
 def end_with_reader() -> None:
@@ -36,6 +37,7 @@ def main() -> None:
     print(", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "transformers")))
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"CUDA devices: {', '.join(cards) or 'none'}; CPU threads: {torch.get_num_threads()}")
+    print(f"CUDA executor: {missing_cuda(torch.device('cuda', 0)) or 'ready for cuda:0'}")
     for device in devices():
         print(f"\nOps on {device.type}, backends in the order that 'auto' tries them:")
         reasons: dict[str, list[str]] = {}

@@ -13,8 +13,8 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 _library = torch.library.Library("beagle", "FRAGMENT")
 _implementations: dict[str, dict[str, Callable]] = {}
-_probes: dict[str, Callable[[str], str | None]] = {}
-_needs: dict[tuple[str, str], Callable[[str], str | None]] = {}
+_probes: dict[str, Callable[[torch.device], str | None]] = {}
+_needs: dict[tuple[str, str], Callable[[torch.device], str | None]] = {}
 _resolved: dict[tuple, str] = {}
 
 
@@ -23,11 +23,11 @@ class BackendError(ValueError):
 
 
 def implementation(
-    op: str, backend: str, needs: Callable[[str], str | None] | None = None
+    op: str, backend: str, needs: Callable[[torch.device], str | None] | None = None
 ) -> Callable[[Callable], Callable]:
     """Register the decorated function as `backend`'s implementation of `op`: same flat arguments as the reference.
 
-    needs(device_type) is a probe of this implementation alone, asked after the backend's own.
+    needs(device) is a probe of this implementation alone, asked after the backend's own.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {BACKENDS}")
@@ -43,9 +43,12 @@ def implementation(
 
 
 def probe(backend: str) -> Callable[[Callable], Callable]:
-    """Register the decorated `why_not(device_type) -> str | None`: None where the backend can run there."""
+    """Register the decorated `why_not(device) -> str | None`: None where the backend can run there.
 
-    def register(function: Callable[[str], str | None]) -> Callable:
+    It is asked once a device and op, when a call first needs it; only for a CUDA device may it ask the driver.
+    """
+
+    def register(function: Callable[[torch.device], str | None]) -> Callable:
         _probes[backend] = function
         _resolved.clear()
         return function
@@ -69,6 +72,13 @@ def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callabl
     return register
 
 
+def device_index(device: torch.device) -> int:
+    """The number of a CUDA device, the current one's for a bare "cuda"; no device is there where torch sees none."""
+    if device.index is not None:
+        return device.index
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
 def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why `backend` cannot serve `op` on `device`, on tensors of `dtype` if given; None if it can."""
     if backend not in BACKENDS:
@@ -78,7 +88,7 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | No
     if backend == "triton" and dtype == torch.float64:
         return "it has no float64"
     for probe_of in (_probes.get(backend), _needs.get((op, backend))):
-        if probe_of is not None and (reason := probe_of(device.type)) is not None:
+        if probe_of is not None and (reason := probe_of(device)) is not None:
             return reason
     return None
 
@@ -88,13 +98,13 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype | No
 
     Raises BackendError with the reason where a backend asked for by name cannot.
     """
-    key = (op, backend, device.type, dtype)
+    key = (op, backend, device, dtype)
     if (found := _resolved.get(key)) is not None:
         return found
     if backend == "auto":
         return _resolved.setdefault(key, next(b for b in BACKENDS if why_not(op, b, device, dtype) is None))
     if (reason := why_not(op, backend, device, dtype)) is not None:
-        raise BackendError(f"beagle::{op}: backend {backend!r} cannot serve tensors on {device.type!r}: {reason}")
+        raise BackendError(f"beagle::{op}: backend {backend!r} cannot serve tensors on {str(device)!r}: {reason}")
     return _resolved.setdefault(key, backend)
 
 

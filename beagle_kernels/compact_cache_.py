@@ -28,7 +28,8 @@ def compact_cache_(
     cache [layers, 2, B, Hkv, S, D], or pages [layers, 2, P, Hkv, page, D] with block_table int32 [B, max_pages]; any
     dtype, moved by bytes; any strides as long as D is contiguous. path int32 [B, L], num_accepted and lengths
     int32 [B] as in a Verdict. Moves that would go up (path[i] < i) or leave the cache or the block table are left
-    out. lengths stays as it is. Raises ValueError or TypeError on wrong shapes and dtypes.
+    out. lengths stays as it is. Raises ValueError or TypeError on wrong shapes and dtypes; the "cuda" backend takes B
+    up to 65535 (BackendError).
     """
     op = "compact_cache_"
     checks.tensor(op, "path", path, [None, None], [torch.int32])

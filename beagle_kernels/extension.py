@@ -14,35 +14,52 @@ import torch
 from torch import Tensor
 
 from .accept_tree import empty_verdict
-from .backends import implementation
+from .backends import BackendError, device_index, implementation
 
 try:
     from . import _C
-except ImportError as error:
-    _C, _WHY = None, str(error)  # type: ignore[assignment]
+
+    _CODES = _C.dtypes
+except (ImportError, AttributeError) as error:  # the latter from one that was built of older sources
+    _C, _CODES, _WHY = None, {}, str(error)  # type: ignore[assignment]
 
 BUILD = "build it with 'pip install .' or 'python setup.py build_ext --inplace'"
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-CHUNK = 8192
-"""Tokens of a row that one CUDA block reads."""
+
+
+class _Codes(dict):
+    def __missing__(self, dtype: torch.dtype) -> int:
+        raise TypeError(f"the compiled executors were given {dtype}; allowed: {', '.join(map(str, self))}")
+
+
+DTYPES = _Codes({getattr(torch, name): code for name, code in _CODES.items()})
+"""The extension's number for each dtype that it takes."""
 LONG_ROW = 16384
 """Tokens from which rows are split over CPU threads, if there are fewer rows than threads."""
 
 
-def missing_cpu(device_type: str) -> str | None:
-    """Why the host executor cannot serve tensors on device_type."""
+def missing_cpu(device: torch.device) -> str | None:
+    """Why the host executor cannot serve tensors on the device."""
     if _C is None:
         return f"the extension is not built ({_WHY}); {BUILD}"
-    return None if device_type == "cpu" else "it takes CPU tensors"
+    return None if device.type == "cpu" else "it takes CPU tensors"
 
 
-def missing_cuda(device_type: str) -> str | None:
-    """Why the CUDA executor cannot serve tensors on device_type."""
+def missing_cuda(device: torch.device) -> str | None:
+    """Why the CUDA executor cannot serve tensors on the device."""
     if _C is None:
         return f"the extension is not built ({_WHY}); {BUILD}"
     if not hasattr(_C, "cuda"):
         return f"the extension has no CUDA half: {_C.no_cuda}"
-    return None if device_type == "cuda" else "it takes CUDA tensors"
+    return _unserved(device_index(device)) if device.type == "cuda" else "it takes CUDA tensors"
+
+
+@functools.cache
+def _unserved(index: int) -> str | None:
+    """Why the kernels cannot run on the CUDA device of this number: its driver is asked, once."""
+    # torch's own way there and back makes no context on the device that was current
+    with torch.cuda.device(index) if index < torch.cuda.device_count() else contextlib.nullcontext():
+        why = _C.cuda.why_not(index)
+    return why and f"the extension's kernels cannot run on cuda:{index}: {why}"
 
 
 def compiled(op: str):
@@ -74,9 +91,15 @@ def executor(device: torch.device):
 def chunks_of(rows: int, vocab: int, device: torch.device) -> int:
     """Parts a row is split into: by length on CUDA, to feed idle threads on the CPU."""
     if device.type == "cuda":
-        return max(1, -(-vocab // CHUNK))
+        return max(1, -(-vocab // _C.chunk))
     threads = torch.get_num_threads()
     return 1 if rows >= threads or vocab < LONG_ROW else min(-(-threads // max(rows, 1)), vocab // (LONG_ROW // 2))
+
+
+def allow(op: str, name: str, value: int, most: int, device: torch.device) -> None:
+    """Raise BackendError for what the CUDA kernels have no room for; the other executors take any number."""
+    if value > most and device.type == "cuda":
+        raise BackendError(f"{op}: {name} is {value}; allowed by backend 'cuda': up to {most}")
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -150,6 +173,8 @@ def top_candidates(
     tokens, scores = positions.new_empty(rows, k), positions.new_empty(rows, k, dtype=torch.float32)
     if rows == 0:
         return tokens, scores
+    allow("top_candidates", "k", k, _C.max_k, logits.device)
+    allow("top_candidates", "the number of rows", rows, _C.max_rows, logits.device)
     chunks = chunks_of(rows, vocab, logits.device) if logits.is_cuda else 2
     keys, sums = positions.new_empty(rows * chunks * k), scores.new_empty(rows * chunks * 2)
     kept, knobs = flat(seed, temperature, top_k, top_p, min_p)
@@ -208,6 +233,7 @@ def verify_tree(
     min_p: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (batch, nodes), vocab = tokens.shape, logits.shape[2]
+    allow("verify_tree", "the number of rows", batch, _C.max_rows, logits.device)
     logits, verdict = dense(logits), empty_verdict(tokens, size, max_depth)
     chunks = chunks_of(batch * nodes, vocab, logits.device)
     # one workspace: the keys, then the flags
@@ -238,6 +264,7 @@ def verify_chain(
     token_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (batch, steps), vocab = draft_tokens.shape, target_logits.shape[2]
+    allow("verify_chain", "the number of rows", batch, _C.max_rows, target_logits.device)
     if target_logits.dtype != draft_logits.dtype:
         target_logits, draft_logits = target_logits.float(), draft_logits.float()
     target, draft, token_ids = dense(target_logits), dense(draft_logits), contiguous(token_ids)
@@ -259,6 +286,7 @@ def compact_cache_(
     cache: Tensor, path: Tensor, num_accepted: Tensor, lengths: Tensor, block_table: Tensor | None = None
 ) -> None:
     layers, _, rows, heads, slots, size = cache.shape
+    allow("compact_cache_", "the number of rows", len(path), _C.max_rows, cache.device)
     item = cache.element_size()
     kept, (path_at, *counts) = flat(path, num_accepted, lengths)
     block_table = contiguous(block_table)

@@ -30,7 +30,8 @@ def top_candidates(
 
     Returns tokens int64 [R, k] and scores f32 [R, k], the log-softmax over the row of z + T g (at temperature 0: of
     z), less 2 T where a filter would drop. Tokens at -inf or NaN are never kept: a row with fewer than k others ends
-    in token 0 with score -inf. Raises ValueError or TypeError on wrong shapes, dtypes, or k outside 1..V.
+    in token 0 with score -inf. Raises ValueError or TypeError on wrong shapes, dtypes, or k outside 1..V; the "cuda"
+    backend takes k up to 1024 and R up to 65535 (BackendError).
     """
     checks.tensor("top_candidates", "logits", logits, [None, None], checks.LOGITS)
     rows, vocab = logits.shape

@@ -44,7 +44,7 @@ def verify_chain(
 
     Returns a Verdict, the chain as nodes 1..K. Status joins the flags of all the row's logits; a draft token outside
     the draft's vocabulary gives STATUS_BAD_TREE and nothing accepted. Raises ValueError or TypeError on wrong shapes,
-    dtypes, or rule.
+    dtypes, or rule; the "cuda" backend takes B up to 65535 (BackendError).
     """
     op = "verify_chain"
     checks.tensor(op, "draft_tokens", draft_tokens, [None, None], [torch.int64])

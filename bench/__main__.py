@@ -1,18 +1,16 @@
 """`python -m bench [NAME ...]`: every op on the CPU or on a GPU beside its peers, ratios in one run.
 
-Names select benchmark files (choose_tokens, tree_attention, ...). A file without `cases` runs under pytest-benchmark,
-which `pytest bench/bench_tree_attention.py` does for any of them.
+Names select benchmark files (choose_tokens, tree_attention, ...); `pytest bench/bench_tree_attention.py` runs one under
+pytest-benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
 import json
-import subprocess
+import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +19,8 @@ import torch
 import beagle_kernels
 from beagle_kernels.__main__ import end_with_reader
 from bench.peers import table as peers
-from bench.registry import SIZES, lines, measured
+from bench.registry import SIZES, Case, measured
 
-ROOT = Path(__file__).resolve().parent.parent
 FILES = tuple(sorted(file.stem.removeprefix("bench_") for file in Path(__file__).parent.glob("bench_*.py")))
 
 
@@ -36,7 +33,8 @@ def main(arguments: list[str]) -> int:
     sizes = "; ".join(f"{size}: {what}" for size, what in SIZES.items())
     parser.add_argument("--size", choices=SIZES, help=f"{sizes}; default: small, full on a GPU")
     parser.add_argument("--tuned", type=Path, help="tile sizes that python -m bench.tuning found, for Triton's kernels")
-    parser.add_argument("--json", type=Path, help="also write the results there")
+    parser.add_argument("--json", type=Path, help="also write the results there, each as it is there")
+    parser.add_argument("--go-on", action="store_true", help="keep what is there, and measure what is not")
     options = parser.parse_args(arguments)
     for name in options.names:
         if name not in FILES:
@@ -50,43 +48,44 @@ def main(arguments: list[str]) -> int:
     versions = f"beagle_kernels {beagle_kernels.__version__}, torch {torch.__version__}"
     print(f"{versions}, {torch.cuda.get_device_name() if on_gpu else f'CPU {torch.get_num_threads()} threads'}")
     print("20, 50 and 80 percentiles; x: how many times ours is faster")
-    results = []
+    kept = options.go_on and options.json and options.json.exists()
+    results = json.loads(options.json.read_text()) if kept else []
     for name in options.names or FILES:
-        for rows in results_of(name, options.device, size):
-            results += rows
+        for row in rows_of(name, options.device, size, results):
+            results.append(row | ({"tuned": True} if options.tuned else {}))
             if options.json:
-                options.json.write_text(json.dumps(results, indent=1) + "\n")
+                written(options.json, results)
     print("\nnot compared:")
     print(*(f"  {name}: {why}" for name, why in peers(options.device).items() if why), sep="\n")
     return int(any("error" in row for row in results))
 
 
-def results_of(name: str, device: str, size: str) -> Iterator[list[dict]]:
-    """Each case's rows of one file."""
+def rows_of(name: str, device: str, size: str, results: list[dict]) -> Iterator[dict]:
+    """The rows of one file as they are there, but for cases that `results` has whole; the rows of one that it has in
+    part are taken from it."""
     torch.manual_seed(0)
-    module = importlib.import_module(f"bench.bench_{name}")
-    if not hasattr(module, "cases"):
-        yield pytest_rows(name, size)
-        return
-    for case in module.cases(device, size):
-        yield measured(case)
+    try:
+        for case in importlib.import_module(f"bench.bench_{name}").cases(device, size):
+            if whole(case, results):
+                continue
+            results[:] = [row for row in results if row["group"] not in (case.name, name)]
+            yield from measured(case)
+    except Exception as error:  # a case that cannot be made leaves the other files their numbers
+        print(f"\n{name}\n  refused: {type(error).__name__}: {error}", flush=True)
+        yield {"group": name, "peer": "beagle", "error": f"{type(error).__name__}: {error}"}
 
 
-def pytest_rows(name: str, size: str) -> list[dict]:
-    """The rows of a pytest-benchmark file, printed too; one with the error where pytest failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "pytest", "-q", f"bench/bench_{name}.py", "-k", size]
-        done = subprocess.run([*command, f"--benchmark-json={file}", "--benchmark-max-time=0.5"], cwd=ROOT,
-                              capture_output=True, text=True)
-        found = json.loads(file.read_text()) if file.exists() and file.stat().st_size else {"benchmarks": []}
-    rows = [{"group": one["group"], **one["extra_info"]} for one in found["benchmarks"]]
-    for group, members in itertools.groupby(sorted(rows, key=lambda row: row["group"]), lambda row: row["group"]):
-        print(f"\n{group}", *lines(sorted(members, key=lambda row: row["peer"] != "beagle")), sep="\n", flush=True)
-    if done.returncode in (0, 5):  # 5: no shape of this size
-        return rows
-    print(f"  refused: {done.stdout[-2000:]}")
-    return [*rows, {"group": name, "error": f"pytest ended with {done.returncode}: {done.stdout[-2000:]}"}]
+def whole(case: Case, results: list[dict]) -> bool:
+    """Whether each of the case's peers has a row there, and none an error."""
+    rows = [row for row in results if row["group"] == case.name]
+    return {row["peer"] for row in rows} >= set(case.peers) and not any("error" in row for row in rows)
+
+
+def written(file: Path, value: object) -> None:
+    """The value as JSON in the file, whole at any moment."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(partial, file)
 
 
 if __name__ == "__main__":

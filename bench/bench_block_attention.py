@@ -28,10 +28,16 @@ SAMPLE = 512
 
 
 def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
+    """FlexAttention's last: what its compilation takes, and whether it ends, costs the others nothing."""
     for rows, hq, hkv, d, dtype in SHAPES[size]:
         inputs = [drawn(rows, hq, hkv, d, device, dtype) for _ in range(2)]
         for backward in (False, True):
-            yield of_inputs(inputs, backward, size)
+            yield of_inputs(inputs, backward)
+    for rows, hq, hkv, d, dtype in SHAPES[size]:
+        if rows in FLEX_ROWS:
+            inputs = [drawn(rows, hq, hkv, d, device, dtype) for _ in range(2)]
+            for backward in (False, True):
+                yield of_inputs(inputs, backward, beside_flex=True)
 
 
 def drawn(rows: int, hq: int, hkv: int, d: int, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -50,14 +56,14 @@ def drawn(rows: int, hq: int, hkv: int, d: int, device: str, dtype: torch.dtype)
     return tuple(found)
 
 
-def of_inputs(inputs: list[tuple], backward: bool, size: str) -> Case:
+def of_inputs(inputs: list[tuple], backward: bool, beside_flex: bool = False) -> Case:
     """`backward` times the gradients alone, of outputs computed before."""
     q = inputs[0][0]
     (rows, hq, d), hkv, dtype, device = q.shape, inputs[0][1].shape[1], q.dtype, q.device.type
     offset = torch.tensor([OFFSET], dtype=torch.int32, device=device)
     end = visible_keys(rows, WINDOW, offset, None)[1]
-    forward = forward_peers(rows, end, hq // hkv, device, backward, size)
-    forward["beagle"] = lambda q, k, v: block_attention(q, k, v, WINDOW, offset)[0]
+    peers = flex_peers(rows, end, device, backward) if beside_flex else sdpa_peers(rows, end, hq // hkv, device)
+    forward = {"beagle": lambda q, k, v: block_attention(q, k, v, WINDOW, offset)[0], **peers}
     run = {name: peer if isinstance(peer, str) else without_grad(peer) for name, peer in forward.items()}
     up = torch.randn(rows, hq, d, device=device, dtype=dtype)
     bounds = tuple(name for name in forward if "causal" in name or "mask made" in name)
@@ -81,12 +87,12 @@ def of_inputs(inputs: list[tuple], backward: bool, size: str) -> Case:
 
     pairs = end.sum().item()
     direction = "backward" if backward else "forward"
+    name = f"block_attention {direction} {rows} x {hq}/{hkv} x {d} {str(dtype)[6:]}"
     return Case(
-        f"block_attention {direction} {rows} x {hq}/{hkv} x {d} {str(dtype)[6:]}", {"beagle": run.pop("beagle"), **run},
-        lambda: check_peer("beagle"), bounds=bounds, device=device, check_peer=check_peer,
-        rounds=15 if rows <= 2048 else 5, inputs=[(0,), (1,)] if backward else inputs,
+        name + ", beside FlexAttention" * beside_flex, run, lambda: check_peer("beagle"), bounds=bounds, device=device,
+        check_peer=check_peer, rounds=15 if rows <= 2048 else 5, inputs=[(0,), (1,)] if backward else inputs,
         work={"flop": 4.0 * d * hq * pairs * (2.5 if backward else 1)}, data="normal random, near keys raised",
-        series=f"block_attention {direction}", at={"rows": rows, "heads": f"{hq}/{hkv} x {d}"},
+        series="" if beside_flex else f"block_attention {direction}", at={"rows": rows, "heads": f"{hq}/{hkv} x {d}"},
     )  # fmt: skip
 
 
@@ -98,12 +104,13 @@ def without_grad(peer: Callable) -> Callable:
     return run
 
 
-def forward_peers(rows: int, end: torch.Tensor, group: int, device: str, backward: bool, size: str) -> dict:
+def heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [x.transpose(0, 1)[None] for x in tensors]
+
+
+def sdpa_peers(rows: int, end: torch.Tensor, group: int, device: str) -> dict:
     """Each takes q, k, v [T, heads, D] and gives [T, Hq, D]; masks are made here, outside the time."""
     mask = torch.arange(rows, device=device) < end[:, None]
-
-    def heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        return [x.transpose(0, 1)[None] for x in tensors]
 
     def dense(q, k, v):
         q, k, v = heads_first(q, k, v)
@@ -115,26 +122,24 @@ def forward_peers(rows: int, end: torch.Tensor, group: int, device: str, backwar
         attend = sdpa.attention(backend)
         return lambda q, k, v: attend(*heads_first(q, k, v), causal=True)[0].transpose(0, 1)
 
-    if device != "cuda" and size != "tiny":
-        why = flex.why_not(device)
-        return {"sdpa mask": dense, "sdpa causal": causal(None), "flex": why, "flex tuned": why}
-    found = {"sdpa mask": dense, "sdpa causal": causal(None)}
-    if device == "cuda":
-        found |= {f"sdpa causal {backend}": causal(backend) for backend in ("flash", "cudnn")}
-    if rows not in FLEX_ROWS:
-        why = f"compared at {FLEX_ROWS[1:]} rows, since each shape costs seconds of compilation"
-        return found | {"flex": why, "flex tuned": why}
+    backends = {f"sdpa causal {backend}": causal(backend) for backend in ("flash", "cudnn")} if device == "cuda" else {}
+    return {"sdpa mask": dense, "sdpa causal": causal(None), **backends}
+
+
+def flex_peers(rows: int, end: torch.Tensor, device: str, backward: bool) -> dict:
+    """As sdpa_peers; each set of options is compiled when it is first called."""
     blocks = flex.block_mask(end, rows)
     plain = flex.attention()
 
     def tuned(q, k, v):
-        first = heads_first(q, k, v)
-        return flex.tuned(*first, blocks, backward)(*first, blocks)[0].transpose(0, 1)
+        q, k, v = heads_first(q, k, v)
+        return flex.tuned(q, k, v, blocks, backward)(q, k, v, blocks)[0].transpose(0, 1)
 
-    found["flex"] = lambda q, k, v: plain(*heads_first(q, k, v), blocks)[0].transpose(0, 1)
-    found["flex tuned"] = tuned if device == "cuda" else flex.why_not(device)
-    found["flex, its mask made"] = lambda q, k, v: flex.block_mask(end, rows)
-    return found
+    return {
+        "flex": lambda q, k, v: plain(*heads_first(q, k, v), blocks)[0].transpose(0, 1),
+        "flex, its mask made": lambda q, k, v: flex.block_mask(end, rows),
+        "flex tuned": tuned if device == "cuda" else flex.why_not(device),
+    }
 
 
 def dense_rows(q, k, v, end, first: int, last: int) -> torch.Tensor:
@@ -153,11 +158,11 @@ def tolerance(dtype: torch.dtype) -> float:
 def check_forward(name: str, attend: Callable, inputs: tuple, end: torch.Tensor) -> None:
     """All rows that see a key; of ours the others too, which are 0."""
     with torch.no_grad():
-        inputs = tuple(x.detach() for x in inputs)
-        found = attend(*inputs)
+        q, k, v = (x.detach() for x in inputs)
+        found = attend(q, k, v)
         for first in range(0 if name == "block_attention" else OFFSET + WINDOW, len(found), 128):
             last = min(first + 128, len(found))
-            truth = dense_rows(*inputs, end, first, last)
+            truth = dense_rows(q, k, v, end, first, last)
             assert_near(name, found[first:last], truth, tolerance(found.dtype))
 
 
@@ -168,11 +173,11 @@ def check_gradients(name: str, attend: Callable, inputs: tuple, end: torch.Tenso
     up = torch.randn(inputs[0].shape, device=end.device, dtype=dtype)
     up[:first] = 0
     found = torch.autograd.grad(attend(*inputs), inputs, up)
-    leaves = [x.detach().float().requires_grad_() for x in inputs]
+    leaves = q, k, v = tuple(x.detach().float().requires_grad_() for x in inputs)
     truth = [torch.zeros_like(x) for x in leaves]
     for start in range(first, rows, 128):
         stop = min(start + 128, rows)
-        part = torch.autograd.grad(dense_rows(*leaves, end, start, stop), leaves, up[start:stop].float())
+        part = torch.autograd.grad(dense_rows(q, k, v, end, start, stop), leaves, up[start:stop].float())
         for whole, more in zip(truth, part):
             whole += more
     for letter, have, want in zip("qkv", found, truth):

@@ -15,7 +15,10 @@ from bench.registry import Case, drive, label, moved, parameters
 
 def candidates(batch: int, depth: int, branch: int) -> tuple[torch.Tensor, ...]:
     """A draft's own candidates: branch below the root, then branch x branch a level."""
-    tokens, scores, parents, first = [], [], [], -1
+    tokens: list[torch.Tensor] = []
+    scores: list[torch.Tensor] = []
+    parents: list[torch.Tensor] = []
+    first = -1
     level_scores = torch.zeros(batch, 1)
     for level in range(depth):
         parent = torch.zeros(branch, dtype=torch.int64) - 1 if level == 0 else (
@@ -23,7 +26,7 @@ def candidates(batch: int, depth: int, branch: int) -> tuple[torch.Tensor, ...]:
         )  # fmt: skip
         above = level_scores[:, :1].expand(-1, branch) if level == 0 else level_scores.repeat_interleave(branch, 1)
         score = above - torch.rand(batch, len(parent)) * 3
-        first = sum(map(len, parents))
+        first = sum(len(level) for level in parents)
         parents.append(parent)
         scores.append(score)
         tokens.append(torch.randint(49152, score.shape))
@@ -56,7 +59,8 @@ def of_inputs(inputs: tuple, chosen: torch.Tensor) -> Case:
         return *tree[:5], *accept_tree(tree, chosen, backend=backend)
 
     def on_host():
-        trees = [eagle2_tree.build(*row, nodes) for row in zip(*inputs[:4])]
+        root, tokens, scores, parents, *_ = inputs
+        trees = [eagle2_tree.build(*row) for row in zip(root, tokens, scores, parents, [nodes] * batch)]
         return trees, [eagle2_tree.greedy(*row) for row in zip(trees, chosen)]
 
     def check() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
 def of_logits(z: torch.Tensor, positions: torch.Tensor) -> Iterator[Case]:
     (rows, vocab), device = z.shape, z.device.type
     shape = f"{rows} x {vocab} {str(z.dtype)[6:]}"
-    common = {"device": device, "work": {"byte": float(z.numel() * z.element_size())}}
+    common: dict[str, Any] = {"device": device, "work": {"byte": float(z.numel() * z.element_size())}}
     greedy, warm, nucleus = (
         Sampling.of(rows, 0, temperature, 0, p, device=device)
         for temperature, p in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.9))

@@ -1,12 +1,14 @@
 """distill_loss with its gradient against plain PyTorch, torch.compile and Liger's loss: time and peak memory.
 
-`pytest bench/bench_distill_loss.py --benchmark-group-by=group`. `python -m bench.bench_distill_loss` compares the peak
-memory on this CPU with that of plain PyTorch, which for the large shape does not fit and is reckoned from few rows.
+`python -m bench distill_loss`. `python -m bench.bench_distill_loss` compares the peak memory on this CPU with that of
+plain PyTorch, which for the large shape does not fit and is reckoned from few rows.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from beagle_kernels import distill_loss
-from bench.peers import liger
-from bench.timing import device_for, timed
+from bench.peers import liger, or_reason
+from bench.registry import Case, drive, label, parameters
 
 SHAPES = {
     # size -> (rows, width, vocabulary, dtype)
@@ -62,16 +64,13 @@ def without_weights():
     return lambda student, teacher, weight, row_weight: loss(student, teacher, weight)
 
 
-LOSSES = {
-    "beagle": lambda: distill_loss, "eager": lambda: naive, "torch.compile": lambda: torch.compile(naive),
-    "Liger, cross-entropy alone": without_weights,
-}  # fmt: skip
-
-
-def why_not(name: str, device: torch.device) -> str | None:
-    if name == "torch.compile" and device.type != "cuda":
-        return "compiled on a GPU only"
-    return liger.why_not(device.type) if name.startswith("Liger") else None
+def losses(device: str) -> dict[str, Any]:
+    """Callables by name, or the reason why one is left out."""
+    return {
+        "beagle": distill_loss, "eager": naive,
+        "Liger, cross-entropy alone": or_reason(liger.why_not(device), without_weights),
+        "torch.compile": torch.compile(naive) if device == "cuda" else "compiled on a GPU only",
+    }  # fmt: skip
 
 
 def check(name: str, loss, student, teacher, weight, row_weight) -> None:
@@ -87,25 +86,35 @@ def check(name: str, loss, student, teacher, weight, row_weight) -> None:
     assert (gradient.double() - want_gradient).norm() < tolerance * want_gradient.norm(), "the gradient is wrong"
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("size, shape", [(size, shape) for size in SHAPES for shape in SHAPES[size]], ids=str)
-def test_distill_loss(benchmark, size, shape, name):
-    device, (rows, width, vocab, dtype) = device_for(size), shape
-    if reason := why_not(name, device):
-        pytest.skip(reason)
-    weight = torch.randn(vocab, width, device=device, dtype=dtype) * width**-0.5
-    row_weight = torch.rand(rows, device=device)
-    inputs = [tuple(torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2)) for _ in range(2)]
-    loss = LOSSES[name]()
-    check(name, loss, *(x[:64] for x in inputs[0]), weight, row_weight[:64])
+def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
+    for rows, width, vocab, dtype in SHAPES[size]:
+        weight = torch.randn(vocab, width, device=device, dtype=dtype) * width**-0.5
+        drawn = [[torch.randn(rows, width, device=device, dtype=dtype) for _ in range(2)] for _ in range(2)]
+        row_weight = torch.rand(rows, device=device)
+        yield of_inputs([(*states, weight, row_weight) for states in drawn])
 
-    def run(student, teacher):
-        return with_gradient(loss, student, teacher, weight, row_weight)
 
-    benchmark.group = f"distill_loss {rows} x {width}, {vocab} tokens, {dtype}"
-    memory = peak_memory(lambda: run(*inputs[0]), device)
-    work = {"flop": 6.0 * rows * width * vocab}
-    timed(benchmark, run, inputs, work=work, peer=name, peak_bytes=memory)
+def of_inputs(inputs: list[tuple]) -> Case:
+    student, _, weight, row_weight = inputs[0]
+    (rows, width), vocab, device = student.shape, len(weight), student.device
+    few = *(x[:64] for x in inputs[0][:2]), weight, row_weight[:64]
+    found = losses(device.type)
+
+    def run(loss) -> Callable:
+        return lambda *args: with_gradient(loss, *args)
+
+    peers: dict[str, Any] = {name: loss if isinstance(loss, str) else run(loss) for name, loss in found.items()}
+    return Case(
+        f"distill_loss {rows} x {width}, {vocab} tokens, {student.dtype}", peers,
+        lambda: check("beagle", found["beagle"], *few), check_peer=lambda name: check(name, found[name], *few),
+        rounds=5, device=device.type, inputs=inputs, work={"flop": 6.0 * rows * width * vocab},
+        notes=lambda name: {"peak_bytes": peak_memory(lambda: peers[name](*inputs[0]), device)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case, peer", parameters(list(cases(size="tiny"))), ids=label)
+def test_distill_loss(benchmark, case, peer):
+    drive(benchmark, case, peer)
 
 
 def compared_memory(rows: int, width: int, vocab: int, few: int | None = None) -> dict:

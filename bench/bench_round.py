@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from beagle_sd import BeagleDraft
 from beagle_sd.generate import TreeShape, generate
 from bench.registry import Case, drive, label, parameters
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "tiny": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                  intermediate_size=64, vocab_size=200),
     "135M": dict(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
@@ -109,7 +110,8 @@ def random_model(name: str, device: str) -> tuple[PreTrainedModel, BeagleDraft]:
     finally:
         torch.set_default_dtype(before)
     vocabulary = torch.arange(DRAFT_VOCAB[name], device=device) * (config.vocab_size // DRAFT_VOCAB[name])
-    draft = BeagleDraft.from_target(model, vocabulary).to(dtype).eval()
+    draft: Any = BeagleDraft.from_target(model, vocabulary)
+    draft = draft.to(dtype).eval()
     with torch.no_grad():
         # as sure of itself as a trained one, whose trees are deep: logits with a deviation of 10
         draft.norm_output.weight.fill_(10.0 / (float(draft.head.float().std()) * math.sqrt(config.hidden_size)))
@@ -121,7 +123,8 @@ class ForwardTimer:
     records anew when it is replayed."""
 
     def __init__(self, module: torch.nn.Module, tokens: int, device: str):
-        self.tokens, self.device, self.began, self.calls = tokens, device, 0.0, []
+        self.tokens, self.device, self.began = tokens, device, 0.0
+        self.calls: list[float] = []
         if device == "cuda":
             self.events = [torch.cuda.Event(enable_timing=True, external=True) for _ in range(2)]
         self.handles = [module.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -160,7 +163,7 @@ def weight_bytes(model: torch.nn.Module | None) -> int:
 class Rounds:
     """The contenders of one shape: each gives the seconds of the tokens after the first, which the prefill gives."""
 
-    def __init__(self, model: PreTrainedModel, draft: BeagleDraft, prompt: Tensor, new: int, tree: TreeShape):
+    def __init__(self, model: Any, draft: BeagleDraft, prompt: Tensor, new: int, tree: TreeShape):
         self.model, self.draft, self.prompt, self.new, self.tree = model, draft, prompt, new, tree
         self.device = model.device.type
         self.found: dict[str, dict] = {}
@@ -261,8 +264,9 @@ def real_trees() -> Iterator[Case]:
     from beagle_sd import load_bundled
 
     model, tokenizer, draft = load_bundled(dtype=torch.float32, device="cpu")
+    encode: Callable[..., Any] = tokenizer.apply_chat_template
     chat = [{"role": "user", "content": "Explain in a few sentences why the sky is blue."}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    prompt = encode(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     ids, new = prompt["input_ids"], 48
     plain = generate(model, None, ids, max_new_tokens=new, eos_token_id=[]).sequences
     for nodes in SIZES:

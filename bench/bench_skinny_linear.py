@@ -12,7 +12,7 @@ from torch import Tensor
 from beagle_kernels import skinny_linear
 from bench.registry import Case, drive, label, parameters
 
-SHAPES = {
+SHAPES: dict[str, list[tuple[int, int, torch.dtype, tuple[int, ...]]]] = {
     # size -> (outputs, inputs, dtype, rows): SmolLM2's projections and head, an 8B's projection
     "tiny": [(64, 48, torch.float32, (3,))],
     "small": [

@@ -9,7 +9,6 @@ EAGLE-2's. Before any time is taken, loss and gradients of the literal passes mu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,24 +31,6 @@ SHAPES = {
     "full": (2048, 4096, 14336, 32, 8, 128256, 32768),
 }
 """Small and full are SmolLM2-135M's and Llama 3 8B's."""
-
-
-@dataclass
-class StepCase(Case):
-    """Also says what each peer allocates at the worst moment, beyond what was there before."""
-
-    def run(self) -> None:
-        super().run()
-        self.peaks = {name: peak_memory(peer, torch.device(self.device)) for name, peer in self.peers.items()}
-        ours = self.peaks["beagle"]
-        said = ", ".join(f"{name} {peak / 2**20:.1f} ({ours / peak:.2f}x)" for name, peak in self.peaks.items())
-        print(f"  peak memory in MiB, and ours over it: {said}")
-
-    def rows(self) -> list[dict]:
-        found = super().rows()
-        for row in found:
-            row["peak_bytes"] = self.peaks[row["peer"]]
-        return found
 
 
 class Setting:
@@ -102,15 +83,15 @@ class Setting:
         embedded = draft.embed(batch.tokens)
         queries = draft.queries(embedded, batch.positions)
         keys, values = draft.keys_values(batch.states, batch.positions)
-        rows, passes = len(batch.tokens), []
+        rows = len(batch.tokens)
+        passes: list[Tensor] = []
         for number in range(self.window):
             seen, all_keys, all_values = self.visible[:, :rows], keys, values
             if number:
                 more = draft.keys_values(passes[-1], batch.positions)
                 seen, all_keys, all_values = self.visible, torch.cat((keys, more[0])), torch.cat((values, more[1]))
-            attended = F.scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in (queries, all_keys, all_values)), attn_mask=seen, enable_gqa=True
-            )[0].transpose(0, 1)
+            q, k, v = (x.transpose(0, 1)[None] for x in (queries, all_keys, all_values))
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1)
             passes.append(draft.block(embedded, attended))
         return passes
 
@@ -148,7 +129,7 @@ def cases(device: str = "cpu", size: str | None = None) -> Iterator[Case]:
     yield one_step(setting)
 
 
-def stages(setting: Setting, loss: bool) -> StepCase:
+def stages(setting: Setting, loss: bool) -> Case:
     simulated, counted = [setting.weights(simulated=True)], [setting.weights(simulated=False)]
     peers = {
         "beagle": setting.step(setting.one_pass, simulated, loss),
@@ -164,7 +145,7 @@ def stages(setting: Setting, loss: bool) -> StepCase:
     return _case(setting, f"training {what}, k = {setting.window}", peers, check, bounds=("stage 1",))
 
 
-def by_steps(setting: Setting) -> StepCase:
+def by_steps(setting: Setting) -> Case:
     """Stage 2 by the number of simulated steps, which is to cost time and memory of about one pass whatever it is."""
     peers = {
         name: setting.step(partial(setting.one_pass, steps), [setting.weights(simulated=True, window=steps)], True)
@@ -174,7 +155,7 @@ def by_steps(setting: Setting) -> StepCase:
                  bounds=tuple(peers)[1:])  # fmt: skip
 
 
-def one_step(setting: Setting) -> StepCase:
+def one_step(setting: Setting) -> Case:
     """Beagle's stage 1 beside EAGLE-2's only stage."""
     mine, theirs = [setting.weights(simulated=False)], [setting.weights(simulated=False, window=1)]
     peers = {
@@ -184,9 +165,13 @@ def one_step(setting: Setting) -> StepCase:
     return _case(setting, "training step without simulation", peers, lambda: _finite(peers))
 
 
-def _case(setting: Setting, name: str, peers: dict, check: Callable[[], None], **options) -> StepCase:
+def _case(setting: Setting, name: str, peers: dict, check: Callable[[], None], **options) -> Case:
     rows, device = len(setting.batch.tokens), setting.batch.tokens.device.type
-    return StepCase(f"{name}, {rows} rows", peers, check, rounds=7, device=device, **options)
+
+    def peak(name: str) -> dict:
+        return {"peak_bytes": peak_memory(peers[name], torch.device(device))}
+
+    return Case(f"{name}, {rows} rows", peers, check, rounds=7, device=device, notes=peak, **options)
 
 
 def _finite(peers: dict) -> None:

@@ -1,39 +1,46 @@
-"""Build for the GPU at hand, run the tests that need one, tune the tiles, measure everything, and write one JSON.
+"""Build for the GPU at hand, try every kernel, run the tests that need one, measure everything, and write one JSON.
 
-Run it as `bench/gpu_check.sh [OUT [PART ...]]`; parts: build, tests, tune, bench, round, speed, or a single one as
-bench:verify_tree. A step that fails or takes too long is recorded and the next one runs; none begins when the time is
-up. OUT is written after every step; a run into the same OUT at the same commit (BEAGLE_COMMIT, or git's) repeats no
-step that is there and passed, so calling it again goes on. --dry-run walks every step on the CPU at a tiny size.
+Run it as `bench/gpu_check.sh [OUT [PART ...]]`; parts: build, smoke, tests, round, bench, tune, speed, or a single
+benchmark as bench:verify_tree; without one all of them, the figures that matter most before tuning. A step that fails
+or takes too long is recorded with what it has until then, and the next one runs; none begins when the time is up. OUT
+is written after every step; what the steps said, whole, and their own files are in the folder OUT.logs beside it. A run
+into the same OUT with the same sources on the same GPU repeats no step that is there and passed, and no benchmark's
+rows that are there, so calling it again goes on. --dry-run walks every step on the CPU at a tiny size.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
 import torch
 
-from bench.__main__ import FILES
+from bench import gpu_pytest
+from bench.__main__ import FILES, written
+from bench.processes import GRACE, ROOT, end_on_signals, run
 
-ROOT = Path(__file__).resolve().parent.parent
-SECONDS = {"build": 240, "tests": 150, "tune": 240, "bench": 150, "round": 180, "speed": 120}
+SECONDS = {"build": 240, "smoke": 150, "tests": 240, "round": 180, "bench": 150, "tune": 240, "speed": 120}
 """A step's time limit."""
 OPS = tuple(name for name in FILES if name != "round")
+HEADLINES = ("verify_tree", "tree_attention", "block_attention", "training_step", "top_candidates")
+"""Benchmarks that come before tuning."""
 ALL = 530
 """Seconds after which no step goes on, unless told otherwise: a run ends within nine minutes."""
 LEAST = 15
 """A step that has fewer seconds left does not begin."""
-TAIL = 3000
+SOURCES = ("setup.py", "pyproject.toml", "csrc/**/*", "beagle_kernels/**/*.py", "python/**/*.py", "bench/**/*.py",
+           "tests/**/*.py")  # fmt: skip
 
 
 def command_output(*command: str) -> str | None:
@@ -50,9 +57,19 @@ def commit() -> str | None:
     return os.environ.get("BEAGLE_COMMIT") or command_output("git", "describe", "--always", "--abbrev=40", "--dirty")
 
 
+def sources(root: Path = ROOT) -> str:
+    """A hash of all that a step runs: it says what was measured where there is no git, and where files were edited."""
+    found = hashlib.sha256()
+    for file in sorted({file for pattern in SOURCES for file in root.glob(pattern) if file.is_file()}):
+        content = file.read_bytes()
+        found.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return found.hexdigest()[:16]
+
+
 def environment() -> dict:
     """What the numbers were taken on."""
-    found = {"commit": commit(), "python": sys.version.split()[0], "torch": torch.__version__, "gpu": None}
+    found: dict = {"commit": commit(), "sources": sources(), "gpu": None}
+    found |= {"python": sys.version.split()[0], "torch": torch.__version__}
     for package in ("triton", "transformers"):
         try:
             found[package] = importlib.import_module(package).__version__
@@ -72,73 +89,62 @@ def native_arch() -> str:
     return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
 
 
-def run(command: list[str], seconds: float, **variables: str) -> dict:
-    """One step in a process of its own: its status, and the end of its output where it did not pass."""
-    start = time.monotonic()
-    # to a file: a worker that outlives the command would keep a pipe open
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | variables, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            code = process.wait(seconds)
-            status = "passed" if code == 0 else f"failed with {code}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-            status = f"stopped after {seconds:.0f} s"
-        log.seek(0)
-        said = {} if status == "passed" else {"output": log.read()[-TAIL:]}
-    return {"status": status, "seconds": round(time.monotonic() - start, 1), **said}
-
-
 class Steps:
-    """Each part's step, on a GPU or, dry, at a tiny size on the CPU."""
+    """Each part's step, on a GPU or, dry, at a tiny size on the CPU; their files are in the folder `logs`."""
 
-    def __init__(self, dry: bool, record: dict):
-        self.dry, self.record = dry, record
+    def __init__(self, dry: bool, record: dict, logs: Path):
+        self.dry, self.record, self.logs = dry, record, logs
         self.device = ["--device", "cpu" if dry else "cuda"]
-        self.limits: dict[str, float] = {}
 
     def build(self, name: str, seconds: float) -> dict:
         """The extension, in place, for this GPU alone."""
-        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        if self.dry:
-            return run(command, seconds, BEAGLE_CUDA="0")
-        return run(command, seconds, BEAGLE_CUDA="1", BEAGLE_CUDA_ARCHS=native_arch())
+        chosen = {"BEAGLE_CUDA": "0"} if self.dry else {"BEAGLE_CUDA": "1", "BEAGLE_CUDA_ARCHS": native_arch()}
+        return run([sys.executable, "setup.py", "build_ext", "--inplace"], seconds, self.logs / "build.txt", **chosen)
 
-    def tests(self, file: str, seconds: float) -> dict:
-        """The tests of one file that need a GPU, counted; dry, they are only collected."""
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", file]
-            done = run([*command, "--collect-only"] if self.dry else command, seconds)
-            if report.exists() and not self.dry:
-                counts = next(ElementTree.parse(report).getroot().iter("testsuite")).attrib
-                done |= {name: int(counts[name]) for name in ("tests", "failures", "errors", "skipped")}
-        if self.dry and done["status"] == "failed with 5":  # a file that skips itself without a GPU
-            done = {"status": "passed", "seconds": done["seconds"]}
-        if not self.dry and done["status"] == "passed" and done.get("tests", 0) == done.get("skipped", 0):
-            done["status"] = "failed: nothing ran"
+    def smoke(self, name: str, seconds: float) -> dict:
+        """Every kernel once, each check in a process of its own."""
+        log = self.logs / "smoke.txt"
+        done = run([sys.executable, "-m", "bench.smoke", *self.device], seconds, log)
+        counted = re.findall(r"(\d+) of (\d+) passed", log.read_text(errors="replace"))
+        return done | ({"counts": dict(zip(("passed", "checks"), map(int, counted[-1])))} if counted else {})
+
+    def tests(self, name: str, seconds: float) -> dict:
+        """The tests that need a GPU, counted by file, also where they were stopped; dry, they are only collected."""
+        report = self.logs / "tests.xml"
+        report.unlink(missing_ok=True)
+        options, missing = gpu_pytest.options()
+        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-rfE", "--durations=20", "-m", "gpu", *options]
+        command += ["--collect-only"] if self.dry else [f"--junitxml={report}"]
+        done = run([*command, *gpu_pytest.files()], seconds, self.logs / "tests.txt")
+        if missing:
+            done["left out"] = missing
+        if report.exists():
+            done["files"] = gpu_pytest.counted(report)
+            done["counts"] = {kind: sum(file[kind] for file in done["files"].values()) for kind in gpu_pytest.KINDS}
+            if done["status"] == "passed" and not done["counts"]["passed"]:
+                done["status"] = "failed: nothing ran"
         return done
 
     def tune(self, name: str, seconds: float) -> dict:
-        """The fastest tiles and what they gain over the shipped ones; `bench` measures with them."""
-        done, configs = self._with_json([sys.executable, "-m", "bench.tuning", *self.device], seconds)
-        return done | {"configs": configs}
+        """The fastest tiles and what they gain over the shipped ones; benchmarks that follow measure with them."""
+        found = self.logs / "tune.json"
+        command = [sys.executable, "-m", "bench.tuning", *self.device, str(found), "--go-on"]
+        done = run(command, seconds, self.logs / "tune.txt")
+        return done | {"configs": read(found, [])}
 
     def bench(self, name: str, seconds: float) -> dict:
-        """One op's rows, each with its share of the machine's limits."""
-        if not self.limits and not self.dry:
-            self.limits = measured_limits()
-        configs = self.record["steps"].get("tune", {}).get("configs") or []
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as tuned:
-            json.dump(configs, tuned)
-            tuned.flush()
-            command = [sys.executable, "-m", "bench", name, *self.device, *(["--tuned", tuned.name] if configs else [])]
-            done, rows = self._with_json([*command, *(["--size", "tiny"] if self.dry else [])], seconds, "--json")
-        return done | {"limits": self.limits, "tuned": bool(configs),
-                       "rows": [with_shares(row, self.limits) for row in rows]}  # fmt: skip
+        """One op's rows, each with its share of the machine's limits; goes on from the rows of a stopped step."""
+        if not self.record.get("limits") and not self.dry:
+            self.record["limits"] = self._limits()
+        file, tiles = self.logs / f"bench-{name}.json", self.logs / "tiles.json"
+        command = [sys.executable, "-m", "bench", name, *self.device, "--json", str(file), "--go-on"]
+        if configs := self.record["steps"].get("tune", {}).get("configs"):
+            written(tiles, configs)
+            command += ["--tuned", str(tiles)]
+        done = run([*command, *(["--size", "tiny"] if self.dry else [])], seconds, self.logs / f"bench-{name}.txt")
+        rows = read(file, [])
+        return done | {"counts": {"numbers": sum("p50" in row for row in rows)},
+                       "rows": [with_shares(row, self.record.get("limits", {})) for row in rows]}  # fmt: skip
 
     def round(self, name: str, seconds: float) -> dict:
         """Whole rounds of an 8B-shaped target, acceptance replayed."""
@@ -148,16 +154,24 @@ class Steps:
         """Whole answers of the bundled draft, where its target and the prompts are."""
         if why := why_no_answers():
             return {"status": "skipped", "why": why}
+        found = self.logs / "speed.json"
+        found.unlink(missing_ok=True)
         little = ["--count", "1", "--max-new-tokens", "4"] if self.dry else ["--count", "4", "--dtype", "bfloat16"]
-        done, found = self._with_json([sys.executable, "-m", "bench.speed", *little], seconds, "--out")
-        return done | {"found": found}
+        command = [sys.executable, "-m", "bench.speed", *little, "--out", str(found)]
+        done = run(command, seconds, self.logs / "speed.txt")
+        return done | {"found": read(found, [])}
 
-    def _with_json(self, command: list[str], seconds: float, option: str = "") -> tuple[dict, list]:
-        """A step whose command writes a JSON, to the file that `option` names or as an argument."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "found.json"
-            done = run([*command, *([option] if option else []), str(file)], seconds)
-            return done, json.loads(file.read_text()) if file.exists() and file.stat().st_size else []
+    def _limits(self) -> dict[str, float]:
+        """The machine's, measured in a process that gives the GPU back."""
+        found = self.logs / "limits.json"
+        done = run([sys.executable, "-m", "bench.timing", str(found)], 60, self.logs / "limits.txt")
+        print(f"limits: {done['status']}", flush=True)
+        return read(found, {})
+
+
+def read(file: Path, otherwise):
+    """What a step wrote, `otherwise` where it wrote nothing."""
+    return json.loads(file.read_text()) if file.exists() and file.stat().st_size else otherwise
 
 
 def why_no_answers() -> str | None:
@@ -179,26 +193,57 @@ def with_shares(row: dict, limits: dict) -> dict:
     return row | {names[unit]: row[unit] / limit for unit, limit in limits.items() if unit in row}
 
 
-def gpu_tests() -> list[str]:
-    """Test files that hold a test for a GPU."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [str(file.relative_to(ROOT)) for file in files if re.search(r"pytest\.mark\.gpu\b", file.read_text())]
-
-
 def steps(parts: list[str]) -> list[str]:
-    """The parts' steps by name, in the order to run them."""
-    found = []
-    for part in parts:
-        kind, _, name = part.partition(":")
-        several = {"tests": gpu_tests(), "bench": OPS}.get(kind, [""])
-        found += [f"{kind}:{one}".rstrip(":") for one in ([name] if name else several)]
-    return found
+    """The parts' steps by name, in the order to run them; without parts, of all."""
+    headlines = [f"bench:{name}" for name in HEADLINES]
+    rest = [f"bench:{name}" for name in OPS if name not in HEADLINES]
+    if not parts:
+        return ["build", "smoke", "tests", "round", *headlines, "tune", *rest, "speed"]
+    return [step for part in parts for step in ([*headlines, *rest] if part == "bench" else [part])]
 
 
 def main(arguments: list[str]) -> int:
     """Run the parts; the exit status is 0 unless a step failed or found no time, and without a GPU."""
-    allowed = [*SECONDS, *(f"tests:{file}" for file in gpu_tests()), *(f"bench:{name}" for name in OPS)]
-    parser = argparse.ArgumentParser(prog="bench/gpu_check.sh", description=__doc__)
+    options = parsed(arguments)
+    now, ends = environment() | {"dry_run": options.dry_run}, time.monotonic() + options.seconds
+    out = options.out.resolve()
+    logs = out.with_suffix(".logs")
+    before = read(out, {})
+    if any(before.get("environment", {}).get(name) != now[name] for name in ("sources", "gpu", "dry_run")):
+        before = set_aside(out, logs)
+    record = {**before, "environment": now, "steps": before.get("steps", {})}
+    logs.mkdir(parents=True, exist_ok=True)
+    written(out, record)
+    wanted, make = steps(options.parts), Steps(options.dry_run, record, logs)
+    done: dict[str, Any]
+    for step in wanted:
+        kind = step.partition(":")[0]
+        if kind != "build" and record["steps"].get(step, {}).get("status") == "passed":
+            continue
+        if now["gpu"] is None and not options.dry_run:
+            done = {"status": "skipped", "why": "torch finds no CUDA device"}
+        elif (left := ends - time.monotonic()) < LEAST:
+            over = f"not begun: the {options.seconds:.0f} s were over; run it again to go on"
+            done = record["steps"].get(step, {}) | {"status": over}
+        else:
+            done = one(make, step, min(SECONDS[kind], left - GRACE))
+        record["steps"][step] = done
+        counts = ", ".join(f"{count} {kind}" for kind, count in done.get("counts", {}).items() if count)
+        print(f"{step}: {done['status']}, {done.get('seconds', 0):.0f} s {done.get('why', counts)}", flush=True)
+        written(out, record)
+        if "signal" in done:
+            return 128 + done["signal"]
+    if now["gpu"] is None and not options.dry_run:
+        print(f"no GPU: {out} holds no numbers")
+        return 0
+    return int(any(record["steps"][step]["status"] not in ("passed", "skipped") for step in wanted))
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """The options; what cannot be is told as argparse tells it."""
+    allowed = [*SECONDS, *(f"bench:{name}" for name in OPS)]
+    parser = argparse.ArgumentParser(prog="bench/gpu_check.sh", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("out", nargs="?", type=Path, default=Path("bench/results/gpu.json"))
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(allowed))
     parser.add_argument("--seconds", type=float, default=ALL, help=f"for the whole run (default {ALL})")
@@ -207,41 +252,29 @@ def main(arguments: list[str]) -> int:
     for part in options.parts:
         if part not in allowed:
             parser.error(f"part {part!r}; allowed: {', '.join(allowed)}")
-    out, now, ends = options.out, environment() | {"dry_run": options.dry_run}, time.monotonic() + options.seconds
-    before = json.loads(out.read_text()) if out.exists() else {}
-    at, then = now["commit"], before.get("environment", {})
-    known = at and not at.endswith("-dirty") and then.get("commit") == at and then.get("dry_run") == options.dry_run
-    record = {"environment": now, "steps": before.get("steps", {}) if known else {}}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    wanted, make = steps(options.parts or list(SECONDS)), Steps(options.dry_run, record)
-    for step in wanted:
-        kind, _, name = step.partition(":")
-        if kind != "build" and record["steps"].get(step, {}).get("status") == "passed":
-            continue
-        if now["gpu"] is None and not options.dry_run:
-            done = {"status": "skipped", "why": "torch finds no CUDA device"}
-        elif (left := ends - time.monotonic()) < LEAST:
-            done = {"status": f"not begun: the {options.seconds:.0f} s were over; run it again to go on"}
-        else:
-            begin: Callable[[str, float], dict] = getattr(make, kind)
-            done = begin(name, min(SECONDS[kind], left))
-        record["steps"][step] = done
-        print(f"{step}: {done['status']}, {done.get('seconds', 0):.0f} s {done.get('why', '')}", flush=True)
-        partial = out.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.replace(out)
-    if now["gpu"] is None and not options.dry_run:
-        print(f"no GPU: {out} holds no numbers")
-        return 0
-    return int(any(record["steps"][step]["status"] not in ("passed", "skipped") for step in wanted))
+    return options
 
 
-def measured_limits() -> dict[str, float]:
-    """The limits, measured in a process that gives the GPU back."""
-    code = "import json; from bench.timing import limits; print(json.dumps(limits()))"
-    said = command_output(sys.executable, "-c", code)
-    return json.loads(said.splitlines()[-1]) if said else {}
+def set_aside(out: Path, logs: Path) -> dict:
+    """Keep another run's record and logs beside the new ones, one run back."""
+    for path in (out, logs):
+        if path.exists():
+            kept = path.with_name(f"{path.stem}.before{path.suffix}")
+            shutil.rmtree(kept, ignore_errors=True)
+            path.replace(kept)
+    return {}
+
+
+def one(make: Steps, step: str, seconds: float) -> dict[str, Any]:
+    """A step's result, whatever happens in it."""
+    kind, _, name = step.partition(":")
+    begin: Callable[[str, float], dict] = getattr(make, kind)
+    try:
+        return begin(name, seconds)
+    except Exception as error:  # a step's failure leaves the others their turn
+        return {"status": f"failed: {type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main(sys.argv[1:]))

@@ -8,10 +8,10 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,61 +20,82 @@ from beagle_sd.answers import requests_of, write_answers
 from beagle_sd.bundled import load_draft
 from beagle_sd.conversations import stored_answers, write_answer_file
 from beagle_sd.draft import BeagleDraft
-from beagle_sd.evaluation_sets import EVALUATION_SETS
+from beagle_sd.evaluation_sets import EVALUATION_SETS, cache_folder
 from beagle_sd.generate import TreeShape, generate
 from beagle_sd.live import Corpus, LiveDataset
 from beagle_sd.shards import Sequence
 from beagle_sd.training import Trainer, checkpoints
+from bench import processes
 from bench.acceptance import SHAPES, described, measure
 from bench.bundles import pack, unpack
 from bench.gpu_kit import load_prompts, open_kit
 from bench.gpu_work import BASE, SETUP, OutOfTime, Work, config_of, draft_of, run, seed_all, try_run, write_json
 from bench.real_prompts import encoded_prompts
 
+BUILD_SECONDS = 280.0
+DEVIATION = 0.05
+"""How far losses and gradient norms on a GPU, in bf16 and TF32, may be from those on the CPU without a warning."""
 WANTED_SHAPES = ["4,6,16", "6,10,60", "4,1,5"]
 """What every evaluation set is measured with first; then MT-Bench with the other shapes of a draft's card."""
 
 
 def setup(work: Work, kit: Path) -> bool:
-    """Join the kit, build the extension where a GPU needs it, convert the target, and try every step once."""
+    """Join the kit, build the extension where a GPU needs it, convert the target, and try every step once. Nothing,
+    and at once, where all this was done before."""
+    if (ready := work.scratch / "ready").exists():
+        return True
     if not (work.kit / "about.json").is_file():
         open_kit(kit, work.kit)
         importlib.invalidate_caches()
-    if work.device == "cuda" and (reason := missing_cuda("cuda")):
+    shutil.copytree(work.kit / "evaluation", cache_folder(), dirs_exist_ok=True)
+    if work.device == "cuda" and (reason := missing_cuda(torch.device("cuda"))):
         built = work.scratch / "built"
         if built.exists():
             raise ValueError(f"the extension was built but cannot be used: {reason}")
-        print(f"setup: building the extension, since {reason}")
+        print(f"setup: building the extension, since {reason}", flush=True)
         log = work.folder("setup") / "build.json"
-        if subprocess.run([sys.executable, "-m", "bench.gpu_check", str(log), "build"], check=False).returncode:
-            raise ValueError(f"the build failed: {log.read_text(encoding='utf-8') if log.is_file() else 'no log'}")
-        work.scratch.mkdir(parents=True, exist_ok=True)
+        done = processes.run([sys.executable, "-m", "bench.gpu_check", str(log), "build"], BUILD_SECONDS,
+                             log.with_suffix(".txt"))  # fmt: skip
+        if done["status"] != "passed":
+            raise ValueError(f"the build {done['status']}: {done['output']}")
         built.touch()
         os.execv(sys.executable, [sys.executable, "-m", "bench.gpu_train", *sys.argv[1:]])
     found = tried(work)
+    if found["deviations"]:
+        told = "; ".join(f"{name}: {mine:.5g} on the GPU, {cpus:.5g} on the CPU"
+                         for name, (mine, cpus) in found["deviations"].items())  # fmt: skip
+        print(f"setup: WARNING: {told}; within {DEVIATION:.0%} was expected. Nothing is held up", file=sys.stderr)
     work.record("setup", finished=True, **found)
+    ready.touch()
     return True
 
 
 def tried(work: Work) -> dict:
-    """Every step at a tiny size: answers, both stages, decoding. On a GPU the losses must be those of the CPU."""
+    """Every step at a tiny size: answers, both stages, decoding. On a GPU the losses are those of the CPU, or stand in
+    "deviations"."""
     seed_all(work.device)
     prompts = load_prompts(work.want(work.kit / "prompts.npz", SETUP))[:8]
     target, tokenizer = work.target()
     asked = requests_of(((number, ids) for number, (ids, _) in enumerate(prompts)), work.sizes.temperatures)
     found = list(write_answers(target, asked, end=tokenizer.eos_token_id, batch=4, max_new_tokens=16, states=False))
-    work.scratch.mkdir(parents=True, exist_ok=True)
     write_answer_file(work.scratch / "tried.npz", found, {})
     draft, mine = _two_steps(work, target)
-    ids, options = torch.tensor([prompts[0][0]]), {"max_new_tokens": 16, "depth": 4, "branch": 4, "num_nodes": 16}
+    ids = torch.tensor([prompts[0][0]])
+    options: dict[str, Any] = {"max_new_tokens": 16, "depth": 4, "branch": 4, "num_nodes": 16}
     drafted, plain = (generate(target, one, ids, **options).sequences for one in (draft.to(target.dtype), None))
+    cpus = mine
     if work.device == "cuda":
         cpu = Work(work.out, work.sizes, work.budget, "cpu")
         _, cpus = _two_steps(cpu, cpu.target()[0])
-        if not all(abs(one - other) <= 0.05 * abs(other) for one, other in zip(mine, cpus)):
-            raise ValueError(f"loss and gradient norm of stage 1, then of stage 2, are {mine} on the GPU and {cpus} on "
-                             "the CPU; allowed: within 5%")  # fmt: skip
-    return {"answers": len(found), "losses": mine, "drafted_equals_plain": torch.equal(drafted, plain)}
+    return {"answers": len(found), "losses": mine, "deviations": deviations(mine, cpus),
+            "drafted_equals_plain": torch.equal(drafted, plain)}  # fmt: skip
+
+
+def deviations(mine: list[float], others: list[float]) -> dict[str, tuple[float, float]]:
+    """What differs by more than DEVIATION, of the numbers of `_two_steps`."""
+    names = (f"{what} of stage {stage}" for stage in (1, 2) for what in ("loss", "gradient norm"))
+    return {name: (one, other) for name, one, other in zip(names, mine, others, strict=True)
+            if not abs(one - other) <= DEVIATION * abs(other)}  # fmt: skip
 
 
 def _two_steps(work: Work, target) -> tuple[BeagleDraft, list[float]]:
@@ -98,19 +119,21 @@ def answers(work: Work, graph: bool = True) -> bool:
              if (request.index, round(request.temperature, 3)) not in files.done)  # fmt: skip
     written = write_answers(target, asked, end=tokenizer.eos_token_id, batch=sizes.batch, states=False, graph=graph,
                             max_new_tokens=sizes.max_new_tokens, max_prompt_tokens=sizes.max_prompt_tokens)  # fmt: skip
-    finished = True
+    finished = False
     try:
         for sequence in written:
             files.add(sequence)
             work.budget.need()
+        finished = True
     except OutOfTime:
-        finished = False
-    files.save()
-    spent = work.budget.spent - began
-    work.record("answers", finished=finished, answers=len(files.done), answer_tokens=files.tokens,
-                tokens_a_second=round((files.tokens - already) / spent, 1), graph=graph, batch=sizes.batch)  # fmt: skip
-    print(f"answers: {len(files.done)}, {files.tokens} tokens written by the target, "
-          f"{(files.tokens - already) / spent:.0f} a second now")
+        pass
+    finally:  # whatever ended it, what is written is kept
+        files.save()
+        spent = max(work.budget.spent - began, 1e-9)
+        rate = round((files.tokens - already) / spent, 1)
+        work.record("answers", finished=finished, answers=len(files.done), answer_tokens=files.tokens,
+                    tokens_a_second=rate, graph=graph, batch=sizes.batch)  # fmt: skip
+        print(f"answers: {len(files.done)}, {files.tokens} tokens written by the target, {rate:.0f} a second now")
     return finished
 
 
@@ -186,14 +209,16 @@ def train(work: Work, minutes: float | None = None) -> bool:
             print(f"  step {step} of {steps}, {work.budget.spent:.0f} s: stage {metrics['stage']} loss "
                   f"{metrics['loss']:.3f}, acceptance by depth {metrics['acceptance_by_depth']}")  # fmt: skip
 
-    finished = True
+    finished = False
     try:
         run(trainer, work.budget, show)
+        finished = True
     except OutOfTime:
-        finished = False
-    _bring_home(work, trainer, runs, folder, name)
-    work.record("train", finished=finished, plan=plan, step=trainer.step, tokens_seen=trainer.tokens_seen,
-                epochs=round(trainer.step / per_epoch, 2), data_tokens=len(dataset.corpus.ids))  # fmt: skip
+        pass
+    finally:  # whatever ended it, the last checkpoint is kept
+        _bring_home(work, runs, folder, name)
+        work.record("train", finished=finished, plan=plan, step=trainer.step, tokens_seen=trainer.tokens_seen,
+                    epochs=round(trainer.step / per_epoch, 2), data_tokens=len(dataset.corpus.ids))  # fmt: skip
     return finished
 
 
@@ -214,18 +239,18 @@ def _plan(work: Work, target, dataset: LiveDataset, path: Path, minutes: float |
     return plan
 
 
-def _bring_home(work: Work, trainer: Trainer, runs: Path, folder: Path, name: str) -> None:
-    """The log, the last checkpoint in small files and, once trained, the draft in bf16."""
+def _bring_home(work: Work, runs: Path, folder: Path, name: str) -> None:
+    """The log, the last checkpoint in small files, and its draft in bf16: the trained one, or as far as it has come."""
+    if not (found := checkpoints(runs)):
+        return
     shutil.copyfile(runs / "metrics.jsonl", folder / "metrics.jsonl")
-    if found := checkpoints(runs):
-        staging = work.scratch / "pack"
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.copytree(found[-1], staging / found[-1].name)
-        shutil.copyfile(runs / "metrics.jsonl", staging / "metrics.jsonl")
-        pack(staging, folder / name, name, work.sizes.part_bytes)
-        shutil.rmtree(staging)
-    if trainer.step == trainer.total_steps:
-        BeagleDraft.from_pretrained(runs / "final").to(torch.bfloat16).save_pretrained(folder / "draft")
+    staging = work.scratch / "pack"
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(found[-1], staging / found[-1].name)
+    shutil.copyfile(runs / "metrics.jsonl", staging / "metrics.jsonl")
+    pack(staging, folder / name, name, work.sizes.part_bytes)
+    shutil.rmtree(staging)
+    BeagleDraft.from_pretrained(found[-1]).to(torch.bfloat16).save_pretrained(folder / "draft")
 
 
 def evaluate(work: Work) -> bool:

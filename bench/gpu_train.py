@@ -1,6 +1,6 @@
 """Train, choose and measure a draft on a machine with one GPU and no internet, in parts of a few minutes.
 
-    bench/gpu_train.sh kit FOLDER                  where there is internet: what to carry, in parts of 49 MiB
+    bench/gpu_train.sh kit FOLDER                  where there is internet: what to carry, in parts of 46 MiB
     bench/gpu_train.sh OUT setup --kit FOLDER      join it, build the extension, convert the target, try all ops
     bench/gpu_train.sh OUT answers                 the target writes answers to the prompts
     bench/gpu_train.sh OUT search                  short runs that settle the recipe
@@ -10,43 +10,88 @@
 
 A part ends before its --minutes, and goes on where it stopped when it is run again, also after a kill. What it made is
 in OUT/PART, in files of less than 16 MiB: put those into the OUT of another machine to go on there. Several parts may
-be named: they run one after the other, each with its own minutes. docs/gpu.md has the whole sequence.
+be named: they run one after the other, each in a process of its own and with its own minutes, whatever became of the
+one before. docs/gpu.md has the whole sequence.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from transformers.utils.logging import disable_progress_bar
-
-from beagle_sd.training import TrainingStopped
-from bench import gpu_kit, gpu_parts
-from bench.gpu_eagle2 import eagle2
-from bench.gpu_search import search
-from bench.gpu_work import TOY, Budget, Sizes, Work
+from bench.processes import ROOT, Ended, end_on_signals, interrupted, started
 
 PARTS = ("setup", "answers", "search", "train", "evaluate", "eagle2")
+DONE, FAILED, WRONG, MORE = 0, 1, 2, 3
+"""The exit status: also of several parts, where FAILED or WRONG comes before MORE."""
+LATE, GRACE = 60.0, 15.0
+"""Seconds after its minutes at which a part that has not ended is ended, and those that it then has to save."""
 
 
 def main(arguments: list[str]) -> int:
-    """0 when the parts are done, 3 when one ran out of time and wants to be run again, 2 for what a user can mend."""
+    """0 when the parts are done, 3 when one ran out of time and wants to be run again, 2 for what a user can mend, 1
+    for a part that crashed."""
+    began = time.monotonic()
     if arguments[:1] == ["kit"]:
         return kit(arguments[1:])
     options = parsed(arguments)
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    return one(options, began) if len(options.parts) == 1 else several(options)
+
+
+def several(options: argparse.Namespace) -> int:
+    """Each part in a process of its own: one that crashes takes nothing with it but its own work."""
+    given = {name: value for name, value in vars(options).items() if name not in ("out", "parts")}
+    flags = [word for name, value in given.items() if value not in (None, False)
+             for word in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))]  # fmt: skip
+    ends = []
+    for part in options.parts:
+        code = in_a_process([str(options.out), part, *flags], 60 * options.minutes + LATE)
+        if code not in (DONE, FAILED, WRONG, MORE):
+            how = "its time ran out and it had to be ended" if code is None else f"it ended with {code}"
+            print(f"{part}: {how}", file=sys.stderr)
+        ends.append(code if code in (DONE, WRONG, MORE) else FAILED)
+    return next((end for end in (FAILED, WRONG, MORE) if end in ends), DONE)
+
+
+def in_a_process(arguments: list[str], seconds: float) -> int | None:
+    """This script with `arguments`: its exit status, None where it had to be ended."""
+    paths = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-m", "bench.gpu_train", *arguments]
+    with started(command, PYTHONPATH=os.pathsep.join(paths)) as process:
+        try:
+            return process.wait(seconds)
+        except (subprocess.TimeoutExpired, Ended) as stop:
+            interrupted(process, GRACE)
+            if isinstance(stop, Ended):
+                raise
+    return None
+
+
+def one(options: argparse.Namespace, began: float) -> int:
+    """The only part named, in this process. began: when the process did."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from beagle_sd.training import TrainingStopped
+    from bench import gpu_parts
+    from bench.gpu_eagle2 import eagle2
+    from bench.gpu_search import search
+    from bench.gpu_work import TOY, Budget, Sizes, Work
+
     sizes = TOY if options.toy else Sizes()
     if options.batch is not None:
         sizes = replace(sizes, batch=options.batch)
-    out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    os.environ["BEAGLE_CACHE"] = str(out / "scratch")  # the converted target stays out of the user's cache
-    sys.path.insert(0, str(out / "kit" / "site"))
+    os.environ["BEAGLE_CACHE"] = str(options.out / "scratch")  # target and prompts stay out of the user's cache
+    sys.path.insert(0, str(options.out / "kit" / "site"))
     run: dict[str, Callable[[Work], bool]] = {
-        "setup": lambda work: gpu_parts.setup(work, options.kit),
+        "setup": lambda work: gpu_parts.setup(work, options.kit.resolve()),
         "answers": lambda work: gpu_parts.answers(work, graph=not options.no_graph),
         "search": search,
         "train": lambda work: gpu_parts.train(work, options.train_minutes),
@@ -54,18 +99,16 @@ def main(arguments: list[str]) -> int:
         "eagle2": eagle2,
     }
     disable_progress_bar()
-    for part in options.parts:
-        work = Work(out, sizes, Budget(options.minutes), options.device)
-        try:
-            done = run[part](work)
-        except (FileNotFoundError, ValueError, TrainingStopped) as error:
-            print(f"{part}: {error}", file=sys.stderr)
-            return 2
-        end = "done" if done else "out of time: run it again to go on"
-        print(f"{part}: {end} ({work.budget.spent:.0f} s)")
-        if not done:
-            return 3
-    return 0
+    part = options.parts[0]
+    work = Work(options.out, sizes, Budget(options.minutes, time.monotonic() - began), options.device)
+    try:
+        done = run[part](work)
+    except (FileNotFoundError, ValueError, TrainingStopped) as error:
+        print(f"{part}: {error}", file=sys.stderr)
+        return WRONG
+    end = "done" if done else "out of time: run it again to go on"
+    print(f"{part}: {end} ({work.budget.spent:.0f} s)")
+    return DONE if done else MORE
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -95,8 +138,11 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 def kit(arguments: list[str]) -> int:
     """0 when the kit is made, 2 for what a user can mend."""
+    options = parsed_kit(arguments)
+    from bench import gpu_kit
+
     try:
-        gpu_kit.make(**vars(parsed_kit(arguments)))
+        gpu_kit.make(**vars(options))
     except (FileNotFoundError, ValueError) as error:
         print(f"kit: {error}", file=sys.stderr)
         return 2
@@ -104,15 +150,17 @@ def kit(arguments: list[str]) -> int:
 
 
 def parsed_kit(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/gpu_train.sh kit", description=gpu_kit.__doc__)
+    parser = argparse.ArgumentParser(prog="bench/gpu_train.sh kit", 
+                                     description="Gather what a machine without internet needs, in parts.")  # fmt: skip
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--target", default="smollm2-135m", help="smollm2-135m, or a model's folder")
     parser.add_argument("--count", type=int, default=60000, help="training prompts (default 60000)")
     parser.add_argument("--seed", type=int, default=11, help="of the prompts (default 11)")
-    parser.add_argument("--part-mib", type=int, default=49, help="largest file, in MiB (default 49)")
+    parser.add_argument("--part-mib", type=int, default=46, help="largest file, in MiB (default 46)")
     parser.add_argument("--sources", nargs="+", help="default: all that can be had")
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main(sys.argv[1:]))

@@ -66,12 +66,12 @@ class OutOfTime(Exception):
 
 
 class Budget:
-    """A part's minutes, from its start; the last 3% are for saving."""
+    """A part's minutes, of which `late` seconds were over when it began; the last 3% are for saving."""
 
     clock = staticmethod(time.monotonic)
 
-    def __init__(self, minutes: float):
-        self.began, self.seconds = self.clock(), 0.97 * 60.0 * minutes
+    def __init__(self, minutes: float, late: float = 0.0):
+        self.began, self.seconds = self.clock(), 0.97 * 60.0 * minutes - late
 
     @property
     def spent(self) -> float:

@@ -6,13 +6,14 @@ was compared with the truth, and what is wrong gets no number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from bench.timing import event_times, host_times, row_of
+from bench.timing import device_times, host_times, row_of
 
 SIZES = {
     "tiny": "seconds for all; what the tests and a dry run use",
@@ -37,7 +38,7 @@ DTYPES = {
 
 @dataclass
 class Case:
-    """One comparison: functions by name, ours under "beagle"; one that is a text is left out, for the reason it gives.
+    """One comparison: functions by name, "beagle", ours, first; one that is a text is left out for the reason it gives.
 
     Each is called with one of `inputs`, going round. `check` raises where ours is wrong: the whole case is refused.
     `check_peer` raises where the peer it is given is: that one is refused. `bounds` are no peers: they do less, and
@@ -48,7 +49,7 @@ class Case:
     """
 
     name: str
-    peers: dict[str, Callable | str]
+    peers: Mapping[str, Callable | str]
     check: Callable[[], None]
     bounds: tuple[str, ...] = ()
     rounds: int = 15
@@ -61,65 +62,92 @@ class Case:
     at: dict[str, object] = field(default_factory=dict)
     clock: str = "device"
     notes: Callable[[str], dict] = lambda name: {}
-    times: dict[str, torch.Tensor] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """Check, then time all peers: by the GPU's clock there, in turns by the host's on the CPU."""
-        self.times, self.refused = {}, {}
+    def rows(self) -> Iterator[dict]:
+        """Check, then a row a peer, ours first; one with the reason where it has no number.
+
+        On a GPU each is timed by itself, and its row is there before the next one begins; on the CPU all in turns.
+        """
         self.check()
+        names = list(self.peers)
+        ours = None
+        for together in [[name] for name in names] if self.device == "cuda" else [names]:
+            for row in self._timed(together):
+                ours = ours or row.get("clock")
+                # a ratio of two clocks says so
+                yield row | ({"clock of ours": ours} if row.get("clock", ours) != ours else {})
+
+    def _timed(self, names: list[str]) -> Iterator[dict]:
+        """The rows of these peers. One that fails leaves the others their numbers; ours takes them with it."""
         ready: dict[str, Callable] = {}
-        for name, peer in self.peers.items():
+        reasons: dict[str, dict] = {}
+        for name in names:
+            peer = self.peers[name]
             if isinstance(peer, str):
+                reasons[name] = {"skipped": peer}
                 continue
-            try:
-                self.check_peer(name)
+            with self._refusing(name, reasons):
+                if name != "beagle":
+                    self.check_peer(name)
                 ready[name] = peer
-            except Exception as error:  # a peer that fails leaves the others their numbers
-                self.refused[name] = f"{type(error).__name__}: {error}"
+        found: dict[str, tuple[torch.Tensor, str]] = {}
         if self.device == "cuda" and self.clock == "device":
-            self.times = {name: event_times(peer, self.inputs) for name, peer in ready.items()}
-        else:
-            self.times = host_times(ready, self.rounds, self.inputs, self.device, own=self.clock == "own")
+            for name, peer in ready.items():
+                with self._refusing(name, reasons):
+                    found[name] = device_times(peer, self.inputs)
+        elif ready:
+            with self._refusing(names[0], reasons):
+                times = host_times(ready, self.rounds, self.inputs, self.device, own=self.clock == "own")
+                found = {name: (of_it, "host") for name, of_it in times.items()}
+        for name in names:
+            row = {}
+            if name in found:
+                with self._refusing(name, reasons):
+                    row = self._row(name, *found[name])
+            yield row or {"group": self.name, "peer": name, **reasons[name]}
 
-    def rows(self) -> list[dict]:
-        """One result a peer, ours first; one with the reason where it has none."""
-        labels = {"group": self.name, "series": self.series, "at": self.at, "data": self.data}
-        rows = [
-            row_of(times, self.device, self.work, peer=peer, bound=peer in self.bounds, **labels) | self.notes(peer)
-            for peer, times in self.times.items()
-        ]
-        if rows:
-            skipped = {peer: why for peer, why in self.peers.items() if isinstance(why, str)}
-            for kind, reasons in (("skipped", skipped), ("refused", self.refused)):
-                rows += [{"peer": peer, **labels, kind: why} for peer, why in reasons.items()]
-        return rows
+    def _row(self, name: str, times: torch.Tensor, clock: str) -> dict:
+        labels = {"peer": name, "bound": name in self.bounds, "clock": clock, "group": self.name, "series": self.series,
+                  "at": self.at, "data": self.data}  # fmt: skip
+        return row_of(times, self.device, self.work, **labels) | self.notes(name)
+
+    @contextmanager
+    def _refusing(self, name: str, reasons: dict[str, dict]) -> Iterator[None]:
+        """An error inside is a peer's reason; ours is raised."""
+        try:
+            yield
+        except Exception as error:
+            if name == "beagle":
+                raise
+            reasons[name] = {"refused": f"{type(error).__name__}: {error}"}
 
 
-def lines(rows: list[dict]) -> Iterator[str]:
-    """One line a row, ours first: 20, 50 and 80 percentiles in microseconds, and how many times ours is faster."""
-    for row in rows:
-        if "p50" not in row:
-            why = next(f"{kind}: {row[kind]}" for kind in ("skipped", "refused") if kind in row)
-            yield f"  {row['peer']:34}{' '.join(why.split())[:200]}"
-            continue
-        peer, *times = row["peer"], *(row[p] * 1e6 for p in ("p20", "p50", "p80"))
-        kind = "" if peer == "beagle" else f"{row['p50'] / rows[0]['p50']:8.2f}x"
-        label = f"{peer} (bound)" if row.get("bound") else peer
-        yield f"  {label:34}{times[0]:12.1f}{times[1]:12.1f}{times[2]:12.1f} us{kind}"
+def line(row: dict, ours: dict) -> str:
+    """20, 50 and 80 percentiles in microseconds, how many times ours is faster, memory, and how it was timed where
+    that is not as ours was."""
+    if "p50" not in row:
+        why = next(f"{kind}: {row[kind]}" for kind in ("skipped", "refused") if kind in row)
+        return f"  {row['peer']:34}{' '.join(why.split())[:200]}"
+    label = f"{row['peer']} (bound)" if row.get("bound") else row["peer"]
+    times = "".join(f"{row[p] * 1e6:12.1f}" for p in ("p20", "p50", "p80"))
+    ratio = "" if row is ours else f"{row['p50'] / ours['p50']:8.2f}x"
+    memory = f", {row['peak_bytes'] / 2**20:.1f} MiB" if "peak_bytes" in row else ""
+    clock = f", by {row['clock']}" if row is ours or "clock of ours" in row else ""
+    return f"  {label:34}{times} us{ratio}{memory}{clock}"
 
 
-def measured(case: Case) -> list[dict]:
-    """A case's rows, or the error that it has instead; printed too."""
-    print(f"\n{case.name}, {case.data}")
+def measured(case: Case) -> Iterator[dict]:
+    """A case's rows as they are there, or the error that it has instead; printed too."""
+    print(f"\n{case.name}, {case.data}", flush=True)
+    ours: dict = {}
     try:
-        case.run()
+        for row in case.rows():
+            ours = ours or row
+            print(line(row, ours), flush=True)
+            yield row
     except Exception as error:  # one case's failure leaves the others their numbers
         print(f"  refused: {type(error).__name__}: {error}", flush=True)
-        return [{"group": case.name, "peer": "beagle", "error": f"{type(error).__name__}: {error}"}]
-    rows = case.rows()
-    print(*lines(rows), sep="\n", flush=True)
-    return rows
+        yield {"group": case.name, "peer": "beagle", "error": f"{type(error).__name__}: {error}"}
 
 
 def moved(value, device: str):

@@ -126,11 +126,16 @@ def gpu() -> str:
         if any("error" in row for row in rows):
             lines.append(f"| {group} | refused |  |  |  |  |  |")
             continue
-        ours, peer, time = against_fastest(rows)
         own = next(row for row in rows if row["peer"] == "beagle")
         shares = [f"{own[name]:.0%}" if name in own else "" for name in ("share of copy", "share of matmul")]
         bound = ", ".join(f"{row['peer']} {row['p50'] * 1e6:,.0f}" for row in rows if row.get("bound"))
-        cells = (group, f"{ours * 1e6:,.1f}", *shares, peer, f"{time / ours:.2f}x", bound)
+        beside = "none was measured", ""  # a run that was stopped after ours
+        if len(rows) > 1:
+            ours, peer, time = against_fastest(rows)
+            clock = next(row for row in rows if row["peer"] == peer).get("clock")
+            clocks = f" (by {clock}, ours by {own['clock']})" if clock != own.get("clock") else ""
+            beside = peer + clocks, f"{time / ours:.2f}x"
+        cells = (group, f"{own['p50'] * 1e6:,.1f}", *shares, *beside, bound)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*head, *(lines or ["| every op | not measured |  |  |  |  |  |"])])
 
@@ -191,11 +196,12 @@ def _rounds() -> list[str]:
         if any("error" in row for row in rows):
             lines.append(f"| {record['environment']['gpu']} | {group} | refused |  |  |  |  |")
             continue
-        base = next(row["p50"] for row in rows if row["peer"] == "target.generate")
+        base = next((row["p50"] for row in rows if row["peer"] == "target.generate"), None)
         for row in rows:
             name = f"{row['peer']}{', replayed acceptance' if row['acceptance'] == 'replayed' else ''}"
             cells = (record["environment"]["gpu"], f"{row['at']['model']}, batch {row['at']['batch']}", name,
-                     f"{row['token/s']:.1f}", f"{base / row['p50']:.2f}", f"{row['tokens_per_round']:.1f}", _peak(row))
+                     f"{row['token/s']:.1f}", f"{base / row['p50']:.2f}" if base else "not measured",
+                     f"{row['tokens_per_round']:.1f}", _peak(row))
             lines.append("| " + " | ".join(cells) + " |")
     return lines or ["| a GPU | 8B-shaped random bfloat16 | Beagle, replayed acceptance | not measured |  |  |  |"]
 
@@ -228,15 +234,24 @@ def _step_over_stage_1(peer: str) -> float:
 
 
 def configs(entries: list[dict]) -> str:
-    """The tiles found, as TABLE's lines, each with what it gained."""
-    lines, kernels = [], sorted({(entry["kernel"], entry["arch"]) for entry in entries})
-    for kernel, arch in kernels:
-        own = [entry for entry in entries if (entry["kernel"], entry["arch"]) == (kernel, arch)]
-        gains = ", ".join(f"{entry['head_size']}: {entry['shipped_ms'] / entry['tuned_ms']:.2f}x" for entry in own)
-        sizes = ", ".join(f"{entry['head_size']}: Config({', '.join(map(str, entry['config']))})"
-                          for entry in sorted(own, key=lambda entry: entry["head_size"]))  # fmt: skip
-        lines.append(f'"{kernel}": {arch}: {{{sizes}}},  # {own[0]["timed"]} faster by {gains}')
+    """The tiles found, as TABLE's lines, each with what it gained; those of float32 by themselves."""
+    lines = []
+    for kernel, arch, wide in sorted({_place(entry) for entry in entries}):
+        own = sorted((entry for entry in entries if _place(entry) == (kernel, arch, wide)), key=_head_size)
+        gains = ", ".join(f"{_head_size(entry)}: {entry['shipped_ms'] / entry['tuned_ms']:.2f}x" for entry in own)
+        sizes = ", ".join(f"{_head_size(entry)}: Config({', '.join(map(str, entry['config']))})" for entry in own)
+        dtype = ", float32" if wide else ""
+        lines.append(f'"{kernel}": {arch}: {{{sizes}}},  # {own[0]["timed"]}{dtype} faster by {gains}')
     return "\n".join(lines)
+
+
+def _place(entry: dict) -> tuple[str, int, bool]:
+    """The kernel, the architecture, and whether it is float32, whose tiles are not the table's."""
+    return entry["kernel"], entry["arch"], entry["dtype"] == "float32"
+
+
+def _head_size(entry: dict) -> int:
+    return entry["head_size"]
 
 
 MEASURED = {"acceptance": acceptance, "speed": speed, "lossless": lossless, "ops": ops, "gpu": gpu,

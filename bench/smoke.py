@@ -15,17 +15,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
-from pathlib import Path
 from typing import IO, NamedTuple
 
 import torch
 
 from bench import smoke_loops as loops
 from bench import smoke_ops as ops
+from bench.processes import ROOT, watched
 from bench.smoke_ops import BF16, FP32
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "bench.smoke"]
 """Runs one check, given its name and --here."""
 SECONDS = 100.0
@@ -66,33 +66,31 @@ class Check(NamedTuple):
 
     name: str
     process: subprocess.Popen
+    guard: ExitStack
     said: IO[str]
     wrong: IO[str]
     began: float
 
     @classmethod
     def start(cls, name: str, device: str) -> Check:
-        files = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]
-        process = subprocess.Popen([*COMMAND, "--here", "--device", device, name], cwd=ROOT, stdout=files[0],
-                                   stderr=files[1], stdin=subprocess.DEVNULL, start_new_session=True,
+        said, wrong = (tempfile.TemporaryFile("w+", errors="replace") for _ in range(2))
+        process = subprocess.Popen([*COMMAND, "--here", "--device", device, name], cwd=ROOT, stdout=said,
+                                   stderr=wrong, stdin=subprocess.DEVNULL, start_new_session=True,
                                    env=os.environ | {"PYTHONFAULTHANDLER": "1"})  # fmt: skip
-        return cls(name, process, *files, time.monotonic())
+        guard = ExitStack()
+        guard.enter_context(watched(process))
+        return cls(name, process, guard, said, wrong, time.monotonic())
 
     def end(self) -> None:
         """Kill it with all that it started; Python first writes where it stands."""
         self.process.send_signal(signal.SIGABRT)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(2)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
+        self.guard.close()
 
     def report(self, note: str = "") -> bool:
         """Print its line, and the end of what it wrote where it did not pass; whether it passed."""
+        self.guard.close()
         passed = self.process.returncode == 0 and not note
         if not passed and not note and self.process.returncode < 0:
             note = f"ended by {signal.Signals(-self.process.returncode).name}"
@@ -112,7 +110,8 @@ def read(file: IO[str]) -> str:
 
 def run(names: list[str], device: str, seconds: float, at_once: int) -> int:
     """All of them, so many at once; how many did not pass."""
-    waiting, running, passed = list(names), [], 0
+    waiting, passed = list(names), 0
+    running: list[Check] = []
     try:
         while waiting or running:
             while waiting and len(running) < at_once:

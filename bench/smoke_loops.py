@@ -8,6 +8,7 @@ import copy
 import tempfile
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,7 +48,7 @@ def rounds(device: str, page_size: int | None) -> str:
     """Captured and eager rounds give one text, drafted or not: the host's plain one."""
     host, target, draft = models(device)
     ids, said = torch.randint(VOCAB, (3, 40)), []
-    options = {"max_new_tokens": NEW, "eos_token_id": []}
+    options: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": []}
     for shape, temperature in (((6, 10, 60), 0.0), ((6, 10, 60), 1.0), ((4, 1, 5), 0.7), ((), 0.0)):
         want = generate(host, None, ids, temperature=temperature, **options).sequences[:, 40:].tolist()
         more = options | dict(zip(("depth", "branch", "num_nodes"), shape)) | {"temperature": temperature}
@@ -66,10 +67,11 @@ def answers(device: str) -> None:
     """Written in continuous batches, captured and eager, they are generate's, and nothing warns."""
     warnings.simplefilter("error")
     host, target, _ = models(device)
+    model: Any = target  # transformers' wrapper hides the signature of `to`
     asked = [Request(n, torch.randint(VOCAB, (5 + n,)).tolist(), (0.0, 0.7, 1.0)[n % 3]) for n in range(12)]
     for dtype in (torch.float32, torch.bfloat16):
         captured, eager = (
-            sorted(write_answers(target.to(dtype), asked, end=-1, batch=8, max_new_tokens=NEW, graph=graph),
+            sorted(write_answers(model.to(dtype), asked, end=-1, batch=8, max_new_tokens=NEW, graph=graph),
                    key=lambda one: one.index) for graph in (True, False)
         )  # fmt: skip
         for request, one, other in zip(asked, captured, eager, strict=True):
@@ -96,7 +98,7 @@ def training(device: str) -> str:
         found: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(one, LiveDataset(model, corpus, held_out=4), folder, replace(config, autocast=autocast))
-            trainer.run(lambda step, row, found=found: found.extend((row["loss"], row["gradient_norm"])))
+            trainer.run(lambda step, row: found.extend((row["loss"], row["gradient_norm"])))  # noqa: B023
             assert trainer.step == 2
         said.append(found)
     what = f"loss and gradient norm of either stage {said[0]}, on the host {said[1]}"

@@ -73,9 +73,9 @@ def as_good_as_eager(device: str, op: Callable, eager: Callable, given: list[Ten
             out = function(*leaves)
             up = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
             results.append([out.detach(), *torch.autograd.grad(out, leaves, up)])
-    for place, (have, near, exact) in enumerate(zip(*results, strict=True)):
-        what = f"gradient of input {place - 1}" if place else "result"
-        close(what, have, near, exact, given[0].dtype, 3 if place else 2)
+    for number, (have, near, exact) in enumerate(zip(*results, strict=True)):
+        what = f"gradient of input {number - 1}" if number else "result"
+        close(what, have, near, exact, given[0].dtype, 3 if number else 2)
 
 
 def which_kernels(device: str) -> str:
@@ -190,8 +190,9 @@ def tree_attention(device: str, width: int, heads: tuple[int, int], dtype: torch
     mask, lengths = bk.build_tree(*drawn_candidates()).mask, torch.tensor([0, 63, 570]).int()
     q, (k, v) = torch.randn(3, NODES, heads[0], width).to(dtype), torch.randn(2, 3, heads[1], 640, width).to(dtype)
     seen = visible_slots(640, lengths, mask)
+    slots = k.transpose(1, 2), v.transpose(1, 2)
     eager, exact = (
-        dense(*(x.to(place, kind) for x in (q, k.transpose(1, 2), v.transpose(1, 2))), seen.to(place))[0]
+        dense(q.to(place, kind), slots[0].to(place, kind), slots[1].to(place, kind), seen.to(place))[0]
         for place, kind in ((device, dtype), ("cpu", torch.float64))
     )
     for x in (k, v):

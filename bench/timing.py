@@ -1,52 +1,154 @@
-"""What the op benchmarks share: the clock, rotated inputs, what a row says of itself, and the machine's own limits."""
+"""The clocks of the benchmarks, what a row says of itself, and the machine's own limits."""
 
 from __future__ import annotations
 
-import itertools
+import json
+import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 
 import beagle_kernels
+from beagle_sd.graph import recover
 
-ON_GPU = "full"
-"""The set of shapes sized for a GPU; "small" runs anywhere."""
 WARM_UP = 3
+SHORT = 300e-6
+"""Seconds on a GPU under which an op's launches and checks on the host may be what its events measure."""
+SLEEPS = (2**20, 2**22, 2**24, 2**26)
+"""Cycles of the GPU's clock, from half a millisecond, that a call is enqueued behind."""
+
+Call = Callable[[], object]
 
 
-def device_for(size: str) -> torch.device:
-    """Full shapes run on a GPU and are skipped without one."""
-    import pytest
+def device_times(run: Callable, inputs: Sequence[tuple], seconds: float = 0.5) -> tuple[torch.Tensor, str]:
+    """Seconds on the GPU's clock of each run(*inputs[i]), i going round, 10 to 100 of them, and by which clock.
 
-    if size == ON_GPU and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return torch.device("cuda" if size == ON_GPU else "cpu")
+    "events" stand around the call. Where it is short, or the host takes half as long to enqueue it, that would measure
+    the host; then the call on each input is captured and it is "graph replay" that the events stand around. What
+    cannot be captured is enqueued "behind sleep", so that it is all there when its time begins. A call that itself
+    waits for the GPU, as a walk on the host does, can be neither: its events hold the host's work, and so does its use.
+    """
+    calls: Sequence[Call] = [partial(run, *one) for one in inputs]
+    flush = flusher()
+    stream, before = _side_stream(), torch.cuda.current_stream()
+    stream.wait_stream(before)
+    # one stream for all: the gradients of an output are computed, and so captured, on the stream that it was made on
+    with torch.cuda.stream(stream):
+        _recorded(calls, flush, WARM_UP * len(calls))
+        once = _recorded(calls, flush, WARM_UP).median().item()
+        calls, flush, clock = _without_host(calls, flush, once)
+        times = _recorded(calls, flush, _count(once, seconds))
+    before.wait_stream(stream)
+    return times, clock
 
 
 def event_times(run: Callable, inputs: Sequence[tuple], seconds: float = 0.5) -> torch.Tensor:
-    """Seconds on the GPU's clock of each run(*inputs[i]), i going round, for about `seconds`, 10 to 100 of them.
+    """As device_times, by events whatever the host does."""
+    calls, flush = [partial(run, *one) for one in inputs], flusher()
+    _recorded(calls, flush, WARM_UP * len(calls))
+    once = _recorded(calls, flush, WARM_UP).median().item()
+    return _recorded(calls, flush, _count(once, seconds))
 
-    Before each one a buffer of four times the L2 cache is read: no call finds its inputs there, and the read lasts
-    long enough for the host to enqueue what follows. Work of a peer on the host, as a walk in Python, is in its time.
-    """
+
+def flusher() -> Call:
+    """Reads a buffer of four times the L2 cache: no call finds its inputs there, and the host gets time to enqueue."""
     device = torch.device("cuda")
-    cold = torch.zeros(max(torch.cuda.get_device_properties(device).L2_cache_size, 2**24), device=device)
-    turn = itertools.cycle(inputs)
+    return torch.zeros(max(torch.cuda.get_device_properties(device).L2_cache_size, 2**24), device=device).sum
 
-    def timed_calls(count: int) -> torch.Tensor:
-        events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]
-        for start, end in events:
-            cold.sum()
-            start.record()
-            run(*next(turn))
-            end.record()
+
+def _count(once: float, seconds: float) -> int:
+    return int(min(100, max(10, seconds / max(once, 1e-6))))
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """The one that all calls of a process are timed on: a graph cannot be captured on the default one."""
+    return torch.cuda.Stream()
+
+
+def _recorded(calls: Sequence[Call], flush: Call, count: int) -> torch.Tensor:
+    """Seconds between events around `count` of the calls, each after a flush."""
+    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]
+    for number, (start, end) in enumerate(events):
+        flush()
+        start.record()
+        calls[number % len(calls)]()
+        end.record()
+    torch.cuda.synchronize()
+    return torch.tensor([start.elapsed_time(end) / 1e3 for start, end in events], dtype=torch.float64)
+
+
+def _without_host(calls: Sequence[Call], flush: Call, once: float) -> tuple[Sequence[Call], Call, str]:
+    """(calls, flush, clock) that time a call of `once` seconds, by events, without the host's part in it."""
+    if once >= SHORT and once >= 2 * _host_seconds(calls[0], flush):
+        return calls, flush, "events"
+    cycles = _sleep_for(calls, flush)
+    if cycles is None:
+        return calls, flush, "events"
+    try:
+        return captured(calls), flush, "graph replay"
+    except Exception as error:
+        print(f"  not captured: {type(error).__name__}: {' '.join(str(error).split())[:150]}", flush=True)
+
+    def behind() -> None:
+        flush()
+        torch.cuda._sleep(cycles)
+
+    return calls, behind, "behind sleep"
+
+
+def _host_seconds(call: Call, flush: Call) -> float:
+    """What the host takes to enqueue a call."""
+    taken = []
+    for _ in range(WARM_UP):
+        flush()
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
         torch.cuda.synchronize()
-        return torch.tensor([start.elapsed_time(end) / 1e3 for start, end in events], dtype=torch.float64)
+    return sorted(taken)[WARM_UP // 2]
 
-    timed_calls(WARM_UP * len(inputs))
-    once = timed_calls(WARM_UP).median().item()
-    return timed_calls(int(min(100, max(10, seconds / max(once, 1e-6)))))
+
+def _sleep_for(calls: Sequence[Call], flush: Call) -> int | None:
+    """Cycles behind which the host has enqueued any of the calls with time to spare, None where it waits for them."""
+    for cycles in SLEEPS:
+        late = False
+        for call in calls:
+            start = torch.cuda.Event(enable_timing=True)
+            flush()
+            torch.cuda._sleep(cycles)
+            start.record()
+            call()
+            late |= start.query()
+            torch.cuda.synchronize()
+        if not late:
+            return 2 * cycles
+    return None
+
+
+def captured(calls: Sequence[Call]) -> Sequence[Call]:
+    """A replay of each call, captured on the current stream.
+
+    Raises what the call or the capture raises; stream, allocator and generator are then as they were.
+    """
+    found = []
+    for call in calls:
+        graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "The CUDA Graph is empty")
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    call()
+        except BaseException:
+            torch.cuda.set_stream(stream)
+            recover(graph, pool, stream)
+            raise
+        found.append(graph.replay)
+    return found
 
 
 def host_times(
@@ -76,29 +178,7 @@ def row_of(times: torch.Tensor, device: str, work: dict[str, float], **labels) -
     name = torch.cuda.get_device_name(device) if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     versions = {"torch": torch.__version__, "beagle_kernels": beagle_kernels.__version__}
     rates = {f"{unit}/s": amount / p50 for unit, amount in work.items()}
-    labels = {"data": "normal random", **labels}
     return {"p20": p20, "p50": p50, "p80": p80, **work, **rates, "device": name, **labels, **versions}
-
-
-def timed(benchmark, run: Callable, inputs: Sequence[tuple], *, work: dict[str, float], **labels) -> None:
-    """Time `run(*inputs[i])`, i going round, and add percentiles, rates and the environment to the row.
-
-    `work` maps a unit's name to how many of it one call does: {"flop": 1e12} gives "flop/s". On a GPU the row is by
-    the GPU's clock; pytest-benchmark's own columns hold one call by the host's and mean nothing.
-    """
-    device = inputs[0][0].device.type
-    if device == "cuda":
-        times = event_times(run, inputs)
-        benchmark.pedantic(run, args=inputs[0], rounds=1)
-    else:
-        turn = itertools.cycle(inputs)
-        for _ in inputs:
-            run(*next(turn))
-        benchmark(lambda: run(*next(turn)))
-        if benchmark.stats is None:
-            return
-        times = torch.tensor(benchmark.stats.stats.data, dtype=torch.float64)
-    benchmark.extra_info.update(row_of(times, device, work, **labels))
 
 
 def limits() -> dict[str, float]:
@@ -109,3 +189,7 @@ def limits() -> dict[str, float]:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = event_times(torch.matmul, [(a, b)]).median().item()
     return {"byte/s": 2.0 * source.numel() * 4 / copy, "flop/s": 2.0 * 8192**3 / product}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(limits()) + "\n")

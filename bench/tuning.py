@@ -1,7 +1,9 @@
 """The fastest tiles of the Triton kernels on this GPU beside the shipped ones: python -m bench.tuning OUT
 
-Runs the package's own tuners on the benchmark's shapes, a head size at a time. `python -m bench --tuned OUT` measures
-with what was found, `python -m bench.report --configs OUT` prints the lines of beagle_kernels/triton/configs.py.
+A stage's candidates are first compiled by processes side by side, into Triton's cache on disk; what they could compile
+and run is then timed by the package's own tuner, on the benchmark's shapes, and each winner is written as it is there.
+`python -m bench --tuned OUT` measures with what was found, `python -m bench.report --configs OUT` prints the lines of
+beagle_kernels/triton/configs.py.
 """
 
 from __future__ import annotations
@@ -9,79 +11,213 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from bench import bench_block_attention, bench_tree_attention
+from bench.__main__ import written
+from bench.processes import started
 
-SHAPES = {
-    # size -> (head size, rows, query heads, key heads) of block_attention, (batch, nodes, prefix) of tree_attention
-    "full": [((128, 8192, 32, 8), (8, 64, 2**15)), ((64, 8192, 32, 8), (8, 64, 2**15))],
-    "tiny": [((16, 24, 2, 1), (1, 4, 20))],
-}
-WORKERS = 12
-"""Processes that compile the candidates beforehand, into Triton's cache on disk: one after the other takes minutes."""
+if TYPE_CHECKING:
+    from beagle_kernels.triton.configs import Config
 
 
-def calls(size: str, number: int, device: str) -> dict[str, Callable]:
-    """One shape's calls by the op that they tune: "time" runs it, "tune" tunes its kernels; see `found`."""
-    from beagle_kernels import block_attention, tree_attention
-    from beagle_kernels.triton.block_attention import tune_block_attention
-    from beagle_kernels.triton.tree_attention import tune_tree_attention
+class Shape(NamedTuple):
+    """What block_attention is tuned on, and tree_attention's (batch, nodes, prefix) where that is tuned too."""
 
-    (width, rows, hq, hkv), (batch, nodes, prefix) = SHAPES[size][number]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    q, k, v = bench_block_attention.drawn(rows, hq, hkv, width, device, dtype)
-    offset = torch.tensor([bench_block_attention.OFFSET], dtype=torch.int32, device=device)
-    window, up = bench_block_attention.WINDOW, torch.randn_like(q)
-    tree = bench_tree_attention.drawn(batch, nodes, prefix, hq, hkv, width, device, dtype)
-    mask = bench_tree_attention.random_trees(batch, nodes).to(device)
-    lengths = torch.full((batch,), prefix, dtype=torch.int32, device=device)
-
-    def forward() -> torch.Tensor:
-        return block_attention(q, k, v, window, offset, backend="triton")[0]
-
-    out = forward()
-    return {
-        "forward": forward,
-        "backward": lambda: torch.autograd.grad(out, (q, k, v), up, retain_graph=True),
-        "tree": lambda: tree_attention(*tree, lengths, mask, backend="triton"),
-        "tune": lambda: tune_block_attention(q.detach(), k.detach(), v.detach(), window, offset)
-        | {"tree": tune_tree_attention(*tree, lengths, mask)},
-    }
+    dtype: torch.dtype
+    head_size: int
+    rows: int
+    heads: tuple[int, int]
+    tree: tuple[int, int, int] | None = None
 
 
-TIMED_BY = {"block_forward": "forward", "block_dq": "backward", "block_dkv": "backward", "tree": "tree"}
+BLOCK = {"block_forward": "forward", "block_dq": "backward", "block_dkv": "backward"}
+TIMED_BY = {**BLOCK, "tree": "tree"}
 """The call whose time a kernel's tiles are judged by; both kernels of the backward share one."""
+LARGE = (32, 8), (8, 64, 2**15)
+STAGES = {
+    # size -> stages; float32, whose kernels take longest to compile, keeps nothing else waiting
+    "full": [[Shape(torch.bfloat16, width, 8192, *LARGE) for width in (128, 64)],
+             [Shape(torch.float32, width, 2048, (32, 8)) for width in (128, 64)]],
+    "tiny": [[Shape(torch.float16, 16, 24, (2, 1), (1, 4, 20))], [Shape(torch.float32, 16, 24, (2, 1))]],
+}  # fmt: skip
+WORKERS = 12
+COMPILE_SECONDS = {"cuda": 90, "cpu": 240}
+"""A stage's; what is not compiled by then is not tried."""
 
 
-def found(size: str, number: int, device: str) -> list[dict]:
-    """The winners for one shape, each with its call's time under the shipped tiles and under all the winners."""
+class Trial(NamedTuple):
+    """One candidate of one kernel at one shape."""
+
+    shape: Shape
+    kernel: str
+    config: Config
+
+
+def kernels(shape: Shape) -> list[str]:
+    return [*TIMED_BY] if shape.tree else [*BLOCK]
+
+
+def key_of(shape: Shape, kernel: str, device: str) -> tuple[str, int, int, torch.dtype]:
+    """The kernel's place in the tables."""
     from beagle_kernels.triton import configs
     from beagle_kernels.triton.block_attention import block_d
 
-    run = calls(size, number, device)
-    width, dtype = block_d(SHAPES[size][number][0][0]), torch.bfloat16 if device == "cuda" else torch.float32
-    arch = configs.architecture(torch.device(device))
-    shipped = {kernel: configs.choose(kernel, arch, width, dtype) for kernel in TIMED_BY}
-    before = {name: seconds(run[name]) for name in set(TIMED_BY.values())}
-    best = run["tune"]()
-    after = {name: seconds(run[name]) for name in set(TIMED_BY.values())}
-    return [
-        {"kernel": kernel, "arch": arch, "head_size": width, "dtype": str(dtype)[6:], "config": list(best[kernel]),
-         "shipped": list(shipped[kernel]), "timed": TIMED_BY[kernel], "shipped_ms": before[TIMED_BY[kernel]],
-         "tuned_ms": after[TIMED_BY[kernel]], "shape": SHAPES[size][number]}
-        for kernel in TIMED_BY
-    ]  # fmt: skip
+    return kernel, configs.architecture(torch.device(device)), block_d(shape.head_size), shape.dtype
 
 
-def seconds(run: Callable) -> float:
-    """Milliseconds of one call, the median."""
+def shipped(key: tuple[str, int, int, torch.dtype]) -> Config:
+    from beagle_kernels.triton import configs
+
+    return configs.choose(*key, tma=key[1] >= 90)
+
+
+def candidates(key: tuple[str, int, int, torch.dtype]) -> list[Config]:
+    """The shipped tiles and what else is tried: CANDIDATES', or in float32 up to twice as many rows, columns, warps."""
+    from beagle_kernels.triton import configs
+
+    kernel, arch, width, dtype = key
+    first = shipped(key)
+    if dtype == torch.float32:
+        more = [first._replace(block_m=first.block_m * m, block_n=first.block_n * n, warps=warps)
+                for m in (1, 2) for n in (1, 2) for warps in (4, 8)]  # fmt: skip
+    else:
+        more = configs.CANDIDATES[kernel][max(64, min(width, 256))]
+    return list(dict.fromkeys(config for config in (first, *more) if arch >= 90 or not config.tma))
+
+
+def trials(shapes: list[Shape], device: str) -> list[Trial]:
+    """All of a stage, in an order that every process agrees on."""
+    return [Trial(shape, kernel, config) for shape in shapes for kernel in kernels(shape)
+            for config in candidates(key_of(shape, kernel, device))]  # fmt: skip
+
+
+def dealt(found: list[Trial], worker: int, workers: int) -> list[Trial]:
+    """A worker's share."""
+    return found[worker::workers]
+
+
+@cache
+def block_calls(shape: Shape, device: str) -> dict[str, Callable[[], object]]:
+    from beagle_kernels import block_attention
+
+    q, k, v = bench_block_attention.drawn(shape.rows, *shape.heads, shape.head_size, device, shape.dtype)
+    offset = torch.tensor([bench_block_attention.OFFSET], dtype=torch.int32, device=device)
+    up = torch.randn_like(q)
+
+    def forward() -> torch.Tensor:
+        return block_attention(q, k, v, bench_block_attention.WINDOW, offset, backend="triton")[0]
+
+    out = forward()
+    return {"forward": forward, "backward": lambda: torch.autograd.grad(out, (q, k, v), up, retain_graph=True)}
+
+
+@cache
+def tree_call(shape: Shape, device: str) -> Callable[[], object]:
+    from beagle_kernels import tree_attention
+
+    assert shape.tree is not None
+    batch, nodes, prefix = shape.tree
+    q, k, v = bench_tree_attention.drawn(batch, nodes, prefix, *shape.heads, shape.head_size, device, shape.dtype)
+    mask = bench_tree_attention.random_trees(batch, nodes).to(device)
+    lengths = torch.full((batch,), prefix, dtype=torch.int32, device=device)
+    return lambda: tree_attention(q, k, v, lengths, mask, backend="triton")
+
+
+def call_of(shape: Shape, kernel: str, device: str) -> Callable[[], object]:
+    """The call that launches the kernel at this shape."""
+    return tree_call(shape, device) if kernel == "tree" else block_calls(shape, device)[TIMED_BY[kernel]]
+
+
+def compile_share(found: list[Trial], device: str, notes: Path) -> None:
+    """Run each candidate once, so that its kernel is in Triton's cache, and note for each, a line of JSON, how that
+    ended: whatever is wrong with one, the next is tried, by a new process where this one's GPU context is lost."""
+    from beagle_kernels.triton import configs
+
+    known = len(notes.read_text().splitlines()) if notes.exists() else 0
+    for trial in found[known:]:
+        key, why = key_of(trial.shape, trial.kernel, device), None
+        try:
+            configs._tuned[key] = trial.config
+            call_of(trial.shape, trial.kernel, device)()
+            if device == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        finally:
+            configs._tuned.pop(key, None)
+        with notes.open("a") as file:
+            file.write(json.dumps([trial.kernel, trial.shape.head_size, list(trial.config), why]) + "\n")
+        if why and device == "cuda" and context_is_lost():
+            os.execv(sys.executable, [sys.executable, "-m", "bench.tuning", *sys.argv[1:]])
+
+
+def context_is_lost() -> bool:
+    """Whether a kernel's fault has ended this process's use of the GPU."""
+    try:
+        torch.ones(1, device="cuda").sum().item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def compiled(size: str, stage: int, device: str) -> dict[tuple[str, int], dict[Config, str | None]]:
+    """What became of a stage's candidates, by kernel and head size: None or the reason; those are left out that were
+    not compiled in time, or whose process died."""
+    workers = max(1, min(WORKERS, (os.cpu_count() or 1) - 2))
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        command = [sys.executable, "-m", "bench.tuning", "--device", device, "--worker", size, str(stage)]
+        started_ones = [stack.enter_context(started([*command, str(worker), str(workers), f"{folder}/{worker}"]))
+                        for worker in range(workers)]  # fmt: skip
+        ends = time.monotonic() + COMPILE_SECONDS[device]
+        while time.monotonic() < ends and any(worker.poll() is None for worker in started_ones):
+            time.sleep(0.1)
+        codes = [worker.poll() for worker in started_ones]
+        lines = [line for file in sorted(Path(folder).iterdir()) for line in file.read_text().splitlines()]
+    if any(codes):
+        print(f"compilers ended with {codes}; what they did not compile is not tried")
+    return noted(lines)
+
+
+def noted(lines: list[str]) -> dict[tuple[str, int], dict[Config, str | None]]:
+    """The notes of all workers, by kernel and head size."""
+    from beagle_kernels.triton import configs
+
+    found: dict[tuple[str, int], dict[Config, str | None]] = {}
+    for line in lines:
+        kernel, width, config, why = json.loads(line)
+        found.setdefault((kernel, width), {})[configs.Config(*config)] = why
+        if why:
+            print(f"  {kernel}, head {width}, {config}: {why}")
+    return found
+
+
+def winner(shape: Shape, kernel: str, tried: dict[Config, str | None], device: str) -> dict:
+    """The fastest candidate, used from here on, and its call's time under it and under the shipped one."""
+    from beagle_kernels.triton import configs
+
+    key, run = key_of(shape, kernel, device), call_of(shape, kernel, device)
+    first, before = shipped(key), milliseconds(run)
+    # where no process told anything, the candidates are compiled here
+    able = [config for config in candidates(key) if tried.get(config, "not compiled") is None] if tried else None
+    best = configs.tune(*key, run, able)
+    return {"kernel": kernel, "arch": key[1], "head_size": key[2], "dtype": str(shape.dtype)[6:], "config": list(best),
+            "shipped": list(first), "timed": TIMED_BY[kernel], "shipped_ms": before, "tuned_ms": milliseconds(run),
+            "shape": [shape.rows, *shape.heads, *(shape.tree or ())],
+            "refused": {" x ".join(map(str, config)): why for config, why in tried.items() if why}}  # fmt: skip
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Of one call, the median."""
     import triton
 
     return triton.testing.do_bench(run, return_mode="median")
@@ -96,62 +232,67 @@ def use(entries: list[dict]) -> None:
         configs._tuned[key] = configs.Config(*entry["config"])
 
 
-def compile_candidates(size: str, worker: int) -> None:
-    """Run every WORKERS-th candidate once, so that its kernels are in Triton's cache, but for those that do not fit."""
+def interpret() -> None:
+    """Triton's interpreter, and a clock for it: it has no GPU's."""
+
+    def on_the_host(run: Callable, **options) -> float:
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+
+    os.environ["TRITON_INTERPRET"] = "1"
     import triton
 
-    from beagle_kernels.triton import configs
-
-    for number, ((width, *_), _) in enumerate(SHAPES[size]):
-        run = calls(size, number, "cuda")
-        keys = [(kernel, configs.architecture(torch.device("cuda")), width, torch.bfloat16) for kernel in TIMED_BY]
-        for config in configs.CANDIDATES[worker::WORKERS]:
-            for key in keys:
-                configs._tuned[key] = config
-            for name in ("forward", "backward", "tree"):
-                try:
-                    run[name]()
-                except triton.runtime.errors.OutOfResources:
-                    continue
+    triton.testing.do_bench = on_the_host
+    torch.cuda.is_current_stream_capturing = lambda: False  # a torch without CUDA cannot say
 
 
-def on_the_host(run: Callable, **options) -> float:
-    """do_bench for the interpreter, which has no GPU's clock."""
-    start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start)
+def tune_all(size: str, device: str, out: Path | None, entries: list[dict]) -> list[str]:
+    """Add what `entries` has not yet, written after each; the kernels that could not be tuned, with the reason."""
+    failed: list[str] = []
+    use(entries)
+    for stage, shapes in enumerate(STAGES[size]):
+        places = {(entry["kernel"], entry["head_size"], entry["dtype"]) for entry in entries}
+        left = [(shape, kernel) for shape in shapes for kernel in kernels(shape)
+                if (kernel, key_of(shape, kernel, device)[2], str(shape.dtype)[6:]) not in places]  # fmt: skip
+        tried = compiled(size, stage, device) if left else {}
+        for shape, kernel in left:
+            try:
+                entry = winner(shape, kernel, tried.get((kernel, shape.head_size), {}), device)
+            except Exception as error:  # a kernel's failure leaves the others their turn
+                failed.append(f"{kernel}, head {shape.head_size}, {shape.dtype}: {type(error).__name__}: {error}")
+                continue
+            entries.append(entry)
+            print(f"{kernel:14} head {entry['head_size']} {entry['dtype']}: {entry['config']} instead of "
+                  f"{entry['shipped']}, {entry['timed']} {entry['tuned_ms']:.3f} ms instead of "
+                  f"{entry['shipped_ms']:.3f}", flush=True)  # fmt: skip
+            if out:
+                written(out, entries)
+        block_calls.cache_clear()
+        tree_call.cache_clear()
+    return failed
 
 
 def main(arguments: list[str]) -> int:
+    """1 where a kernel could not be tuned."""
     parser = argparse.ArgumentParser(prog="python -m bench.tuning", description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", nargs="?", help="the JSON to write")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: Triton's interpreter, tiny")
-    parser.add_argument("--compile", type=int, metavar="WORKER", help=argparse.SUPPRESS)
+    parser.add_argument("--go-on", action="store_true", help="keep the winners that OUT has")
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    size = "full" if options.device == "cuda" else "tiny"
-    if options.compile is not None:
-        compile_candidates(size, options.compile)
-        return 0
     if options.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-        import triton
-
-        triton.testing.do_bench = on_the_host
-        torch.cuda.is_current_stream_capturing = lambda: False  # a torch without CUDA cannot say
-    else:
-        command = [sys.executable, "-m", "bench.tuning", "--compile"]
-        workers = [subprocess.Popen([*command, str(worker)]) for worker in range(WORKERS)]
-        if failed := [number for number, worker in enumerate(workers) if worker.wait()]:
-            print(f"compilers {failed} of {WORKERS} failed; what they did not compile is compiled while tuning")
-    entries = []
-    for number in range(len(SHAPES[size])):
-        entries += found(size, number, options.device)
-        if options.out:
-            options.out.write_text(json.dumps(entries, indent=1) + "\n")
-    for entry in entries:
-        print(f"{entry['kernel']:14} head {entry['head_size']}: {entry['config']} instead of {entry['shipped']}, "
-              f"{entry['timed']} {entry['tuned_ms']:.3f} ms instead of {entry['shipped_ms']:.3f}")
-    return 0
+        interpret()
+    if options.worker:
+        size, stage, worker, workers, notes = options.worker
+        shapes = STAGES[size][int(stage)]
+        compile_share(dealt(trials(shapes, options.device), int(worker), int(workers)), options.device, Path(notes))
+        return 0
+    kept = options.go_on and options.out and options.out.exists()
+    entries = json.loads(options.out.read_text()) if kept else []
+    failed = tune_all("full" if options.device == "cuda" else "tiny", options.device, options.out, entries)
+    print(*(f"not tuned: {why}" for why in failed), sep="\n")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -37,11 +37,31 @@ Verdict verdict(const py::tuple& p) {
           as<int32_t>(p[3].cast<Pointer>())};
 }
 
+// Executors index tables by an op's dtype, where it has one, and hold a tree's nodes in arrays of a fixed size.
+template <class Op>
+auto check_dtype(const Op& op, int) -> decltype(void(op.dtype)) {
+  if (op.dtype < 0 || op.dtype >= kDtypes) {
+    throw std::invalid_argument("dtype is " + std::to_string(op.dtype) + "; allowed: the values of _C.dtypes");
+  }
+}
+template <class Op>
+void check_dtype(const Op&, ...) {}
+template <class Op>
+auto check_tree(const Op& op, int) -> decltype(void(op.tree)) {
+  if (op.tree.nodes > kMaxNodes || op.tree.words > kMaxNodes / 64) {
+    throw std::invalid_argument(std::to_string(op.tree.nodes) + " nodes in " + std::to_string(op.tree.words) +
+                                " words; allowed: up to " + std::to_string(kMaxNodes) + ", in words of 64");
+  }
+}
+template <class Op>
+void check_tree(const Op&, ...) {}
+
 // Runs an op without the interpreter lock, and names it in what it throws.
 template <class Op, class Executor>
 void launch(const char* name, Executor run, const Op& op, int64_t where) {
   const py::gil_scoped_release release;
   try {
+    check_dtype(op, 0), check_tree(op, 0);
     run(op, where);
   } catch (const std::exception& error) {
     throw std::runtime_error(std::string(name) + ": " + error.what());
@@ -158,6 +178,17 @@ struct Cuda {
   CUDA(verify_chain, VerifyChain)
   CUDA(compact_cache, CompactCache)
 };
+
+void bind_why_not(py::module_ m) {
+  m.def("why_not", [](int device) -> py::object {
+    std::string reason;
+    {
+      const py::gil_scoped_release release;
+      reason = cuda::why_not(device, BEAGLE_ARCHS);
+    }
+    return reason.empty() ? py::none() : py::object(py::str(reason));
+  });
+}
 #endif
 
 }  // namespace
@@ -165,6 +196,13 @@ struct Cuda {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Executors of the verification ops";
   m.attr("law_size") = sizeof(Law);
+  m.attr("max_nodes") = kMaxNodes;
+  m.attr("chunk") = kChunk;
+  m.attr("max_k") = kMaxK;
+  m.attr("max_rows") = kMaxRows;
+  py::dict dtypes;
+  dtypes["float32"] = int(kFloat32), dtypes["float16"] = int(kFloat16), dtypes["bfloat16"] = int(kBFloat16);
+  m.attr("dtypes") = dtypes;
   m.attr("no_cuda") = BEAGLE_NO_CUDA;
   m.def("row_offset", &row_offset);
   bind<Cpu>(m.def_submodule("cpu"));
@@ -172,5 +210,6 @@ PYBIND11_MODULE(_C, m) {
   bind_skinny_linear(m.attr("cpu"));
 #ifdef BEAGLE_CUDA
   bind<Cuda>(m.def_submodule("cuda"));
+  bind_why_not(m.attr("cuda"));
 #endif
 }

@@ -74,7 +74,7 @@ void choose(int threads, bool blocks) {
     const auto z = logits(rows * vocab, dtype);
     const Knobbed knobs(rows);
     const int32_t k = 1 + below(int(vocab < 40 ? vocab : 40));
-    const int64_t spans = (vocab + 8191) / 8192;
+    const int64_t spans = (vocab + kChunk - 1) / kChunk;
     std::vector<int64_t> tokens[2], best[2];
     std::vector<int32_t> status[2];
     std::vector<float> scores[2];

@@ -34,25 +34,15 @@ def a_case(wrong_by: int) -> Case:
 def test_a_wrong_result_gets_no_number():
     case = a_case(wrong_by=1)
     with pytest.raises(AssertionError, match="op is wrong"):
-        case.run()
-    assert case.times == {} and case.rows() == []
-    rows = measured(case)
+        next(case.rows())
+    rows = list(measured(case))
     assert len(rows) == 1 and "op is wrong" in rows[0]["error"] and not {"p50", "byte/s"} & rows[0].keys()
-
-
-def test_an_error_after_good_numbers_takes_them_back():
-    case = a_case(wrong_by=0)
-    case.run()
-    assert case.rows()
-    case.check = a_case(wrong_by=1).check
-    with pytest.raises(AssertionError):
-        case.run()
-    assert case.rows() == []
 
 
 def test_rows_and_shares():
     (row,) = measured(a_case(wrong_by=0))
     assert 0 < row["p20"] <= row["p50"] <= row["p80"] and row["byte/s"] == 1 / row["p50"]
+    assert row["clock"] == "host" and "clock of ours" not in row
     assert row["group"] == "planted" and row["data"] == "normal random" and row["torch"] == torch.__version__
     shares = gpu_check.with_shares(row, {"byte/s": 2 * row["byte/s"], "flop/s": 1.0})
     assert shares["share of copy"] == 0.5 and "share of matmul" not in shares
@@ -64,10 +54,8 @@ def test_a_batch_of_trees(sampling):
     temperature, top_p = sampling
     case = of_logits(torch.randn(3, 9, 200), trees(3, 9), Sampling.of(3, 0, temperature, 0, top_p))
     case.rounds = 1
-    case.run()
-    assert len(case.rows()) == len(case.peers) >= 2 and case.rows()[0]["byte"] == 4 * 3 * 9 * 200
-
-
+    rows = list(case.rows())
+    assert len(rows) == len(case.peers) >= 2 and rows[0]["byte"] == 4 * 3 * 9 * 200
 
 
 class NoBenchmark:
@@ -132,8 +120,18 @@ def test_a_loss_with_one_error_gets_no_number(monkeypatch):
         return beagle_kernels.distill_loss(student, teacher, weight[1:], row_weight)
 
     monkeypatch.setattr(bench_distill_loss, "distill_loss", without_a_token)
+    (case,) = bench_distill_loss.cases(size="tiny")
+    (row,) = measured(case)
+    assert "is wrong" in row["error"] and "p50" not in row
     with pytest.raises(AssertionError):
-        bench_distill_loss.test_distill_loss(NoBenchmark(), "small", (64, 32, 300, torch.float32), "beagle")
+        drive(NoBenchmark(), case, "beagle")
+
+
+def test_the_loss_says_what_memory_it_takes():
+    (case,) = bench_distill_loss.cases(size="tiny")
+    rows = {row["peer"]: row for row in measured(case)}
+    assert 0 < rows["beagle"]["peak_bytes"] and 0 < rows["eager"]["peak_bytes"]
+    assert rows["torch.compile"]["skipped"] == "compiled on a GPU only" and set(rows) == set(case.peers)
 
 
 def off_by_one(op):
@@ -186,8 +184,8 @@ def test_an_absent_peer_says_why():
 def test_inputs_go_round():
     seen = []
     case = Case("turns", {"beagle": seen.append}, lambda: None, rounds=4, inputs=[(1,), (2,)])
-    case.run()
-    assert seen[:4] == [1, 2, 1, 2] and len(case.times["beagle"]) == 4
+    assert [row["peer"] for row in case.rows()] == ["beagle"]
+    assert seen == [1, 2, 1, 2, 1, 2]
 
 
 def test_eagle2_rejection_keeps_the_law():

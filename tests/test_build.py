@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -40,6 +41,12 @@ def test_without_the_extension_the_reference_serves_and_the_report_says_how_to_b
     assert "pip install ." in report.stdout and "choose_tokens" in report.stdout, report.stderr
 
 
+def test_an_extension_of_older_sources_is_as_none():
+    stale = "import sys, types; sys.modules['beagle_kernels._C'] = types.ModuleType('beagle_kernels._C');"
+    report = run(sys.executable, "-c", stale + "from beagle_kernels.__main__ import main; main()", cwd=ROOT)
+    assert "the extension is not built (module 'beagle_kernels._C' has no attribute 'dtypes')" in report.stdout
+
+
 def test_report_names_every_op():
     report = run(sys.executable, "-m", "beagle_kernels", cwd=ROOT).stdout
     for op in backends.table():
@@ -54,6 +61,24 @@ def test_setup_refuses_what_it_cannot_do(tmp_path):
     assert missing.returncode != 0 and "nvcc was not found" in missing.stderr
     wrong = run(*command, cwd=ROOT, env={"PATH": "/nonexistent", "BEAGLE_CUDA": "maybe"})
     assert wrong.returncode != 0 and "allowed: auto, 0, 1" in wrong.stderr
+
+
+@pytest.mark.parametrize("cxx, host", [("", None), ("/usr/bin/g++-12 -m64", "/usr/bin/g++-12"), ("ccache g++", "g++")])
+def test_nvcc_takes_cxx_as_its_host_compiler(cxx, host, tmp_path):
+    """To compile and to link, by ninja's file; a ninja that does nothing reads it here."""
+    (tmp_path / "ninja.py").touch()
+    (tmp_path / "pybind11.py").write_text("def get_include():\n    return 'include'\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "CXX": cxx, "NVCC": "/opt/nvcc", "BEAGLE_CUDA": "1",
+                   "BEAGLE_CUDA_ARCHS": "80,90a"}  # fmt: skip
+    folders = ("--build-lib", str(tmp_path), "--build-temp", str(tmp_path))
+    done = run(sys.executable, "setup.py", "-q", "build_ext", *folders, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "build.ninja").read_text(encoding="utf-8")
+    commands = [line for line in text.splitlines() if "command = /opt/nvcc" in line]
+    assert len(commands) == 2
+    for command in commands:
+        assert re.findall(r"-ccbin=(\S+)", command) == ([host] if host else [])
+    assert """-DBEAGLE_ARCHS='"80;90a"'""" in text
 
 
 @pytest.mark.slow

@@ -24,7 +24,9 @@ from beagle_sd.comparison import (
     warm_up,
     write_csv,
 )
-from beagle_sd.generate import Report, TreeShape
+from beagle_sd.contenders import EngineRun, contenders
+from beagle_sd.engine import Engine
+from beagle_sd.generate import Report, TreeShape, generate
 from beagle_sd.plot import plot_comparison
 
 CHAIN, TREE = TreeShape(2, 1, 3), TreeShape(3, 2, 6)
@@ -76,6 +78,90 @@ def test_the_order_turns():
     runs = {name: lambda ids, name=name: (order.append((name, ids.tolist())), (1, None))[1] for name in "abc"}
     assert len(list(compare(runs, [[1], [2]], small_target().device))) == 2
     assert order == [("a", [[1]]), ("b", [[1]]), ("c", [[1]]), ("b", [[2]]), ("c", [[2]]), ("a", [[2]])]
+
+
+class FakeGraph:
+    """A graph that runs its round when it is replayed; how many there are."""
+
+    made = 0
+
+    def __init__(self, play, device, pool):
+        FakeGraph.made += 1
+        play()
+        self.replay = play
+
+
+@pytest.fixture
+def graphed(monkeypatch):
+    """Every engine takes a GPU's path, with graphs that are none; the engines in the order of their making."""
+    engines = []
+
+    def graphed_engine(*args, **options):
+        engines.append(Engine(*args, **options, graph=True, fixed=True))
+        return engines[-1]
+
+    FakeGraph.made = 0
+    monkeypatch.setattr("beagle_sd.contenders.Engine", graphed_engine)
+    monkeypatch.setattr("beagle_sd.engine.RoundGraph", FakeGraph)
+    monkeypatch.setattr("beagle_sd.engine.check_capturable", lambda device, dtype: None)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    return engines
+
+
+def runs_of(target, draft, **settings):
+    tree = AdaptiveTree(COSTS, {CHAIN: 1.5, TREE: 1.8})
+    return contenders(target, draft, [CHAIN, TREE], tree.again, capacity=40, max_new_tokens=12, **settings)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_kept_engine_writes_what_a_new_one_would(graphed, temperature, monkeypatch):
+    target = agreeable_target()
+    draft = small_draft(target)
+    texts: list[torch.Tensor] = []
+
+    def noted(*args, **options):
+        out = generate(*args, **options)
+        texts.append(out.sequences)
+        return out
+
+    monkeypatch.setattr("beagle_sd.contenders.generate", noted)
+    prompts = [torch.tensor([ids]) for ids in ([5, 6, 7], [9] * 20, [3], [5, 6, 7])]
+    for name, run in runs_of(target, draft, temperature=temperature).items():
+        if isinstance(run, EngineRun):
+            texts.clear()
+            for ids in prompts:
+                run(ids)
+            fresh = [generate(target, None, ids, max_new_tokens=12, temperature=temperature).sequences
+                     for ids in prompts]  # fmt: skip
+            assert all(map(torch.equal, texts, fresh)) and len(texts) == 4, name
+    assert len(graphed) == 4, "an engine a contender, however many answers"
+
+
+def test_nothing_is_captured_after_the_warm_up(graphed):
+    """The adaptive tree's engine has a graph for every shape that it may choose, a plain round among them."""
+    target = agreeable_target()
+    runs = runs_of(target, small_draft(target))
+    warm_up(runs, [5, 6, 7], target.device)
+    assert FakeGraph.made == 6 and [len(engine._graphs) for engine in graphed] == [1, 1, 1, 3]
+    for answers in compare(runs, [[1, 2], [3], [4, 5]], target.device):
+        reports = [answer.report for answer in answers.values() if answer.report is not None]
+        assert len(reports) == 4 and all(set(report.seconds) == {"prefill", "rounds"} for report in reports)
+    assert FakeGraph.made == 6 and len(graphed) == 4
+
+
+def test_the_others_engines_are_no_contenders_memory(graphed, monkeypatch):
+    """As if every answer held all engines and nothing else."""
+    target = agreeable_target()
+    runs = runs_of(target, small_draft(target))
+
+    def all_engines(work, device):
+        work()
+        return 1000 + sum(engine.nbytes for engine in graphed)
+
+    monkeypatch.setattr("beagle_sd.comparison.peak_bytes", all_engines)
+    peaks = warm_up(runs, [5, 6, 7], target.device)
+    own = {name: run.nbytes if isinstance(run, EngineRun) else 0 for name, run in runs.items()}
+    assert peaks == {name: 1000 + own[name] for name in runs} and len(set(own.values())) >= 4
 
 
 def test_the_warm_up_tells_each_contenders_memory():

@@ -77,6 +77,16 @@ def test_verify_chain(rule):
         same(bk.verify_chain, *args, mixed_sampling(2, seed), rule)
 
 
+def test_the_driver_is_asked_without_a_trace():
+    from beagle_kernels import _C
+
+    assert _C.cuda.why_not(0) is None
+    before = torch.cuda.current_device()
+    assert "invalid device ordinal" in _C.cuda.why_not(torch.cuda.device_count())
+    assert torch.cuda.current_device() == before
+    same(bk.choose_tokens, torch.randn(3, 100), torch.arange(3), mixed_sampling(3))
+
+
 def test_compact_cache_():
     for seed in range(6):
         path, count, lengths = compaction_case(3, 128, 12, seed=seed)

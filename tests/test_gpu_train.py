@@ -20,9 +20,11 @@ from test_evaluation_sets import ROWS, write_set
 from tokenizers_for_tests import small_tokenizer
 
 from beagle_sd import BeagleDraft
+from beagle_sd.answers import write_answers
 from beagle_sd.conversations import stored_answers
 from bench.bundles import pack, unpack
 from bench.gpu_eagle2 import RUNS, SHAPES
+from bench.gpu_parts import deviations
 from bench.gpu_search import CHOICES
 from bench.gpu_train import PARTS, main, parsed, parsed_kit
 from bench.gpu_work import BASE, Budget, OutOfTime, chain_tokens
@@ -39,18 +41,20 @@ def kit(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         for name, row in ROWS.items():
-            write_set(folder / "cache" / "beagle-sd" / "prompts", name, row)
+            write_set(folder / "cache" / "beagle_sd" / "prompts", name, row)
         arguments = ["--target", str(folder / "model"), "--count", "24", "--sources", "templates", "--part-mib", "1"]
         assert main(["kit", str(folder / "parts"), *arguments]) == 0
     return folder / "parts"
 
 
 def toy(out: Path, *arguments: str) -> int:
-    """The script in this process, leaving the interpreter as it was."""
+    """The script's parts one after the other, in this process, leaving the interpreter as it was."""
     path, cache = list(sys.path), os.environ.get("BEAGLE_CACHE")
     precision = torch.get_float32_matmul_precision()
+    parts = [word for word in arguments if word in PARTS]
+    options = [word for word in arguments if word not in PARTS]
     try:
-        return main([str(out), *arguments, "--toy", "--device", "cpu"])
+        return max(main([str(out), part, *options, "--toy", "--device", "cpu"]) for part in parts)
     finally:
         sys.path[:] = path
         torch.set_float32_matmul_precision(precision)
@@ -147,6 +151,107 @@ def test_from_answers_to_a_measured_draft(answered, monkeypatch):
         assert path.stat().st_size < 16 << 20
 
 
+@pytest.mark.parametrize("stop", [RuntimeError("CUDA error"), KeyboardInterrupt(), SystemExit(143)])
+def test_answers_are_kept_whatever_ends_them(answered, tmp_path, monkeypatch, stop):
+    """Those that were given out before: all are in the record and in the files."""
+    (tmp_path / "kit").symlink_to(answered / "kit")
+
+    def stopped(*args, **options):
+        for number, answer in enumerate(write_answers(*args, **options)):
+            if number == 11:
+                raise stop
+            yield answer
+
+    monkeypatch.setattr("bench.gpu_parts.write_answers", stopped)
+    with pytest.raises(type(stop)):
+        toy(tmp_path, "answers")
+    kept, whole = answers_of(tmp_path), answers_of(answered)
+    assert len(kept) == 11 == record(tmp_path, "answers")["answers"] and not record(tmp_path, "answers")["finished"]
+    assert all(whole[key] == ids for key, ids in kept.items())
+    monkeypatch.undo()
+    assert toy(tmp_path, "answers") == 0 and answers_of(tmp_path) == whole
+
+
+def test_what_differs_from_the_cpu_is_told_and_no_more():
+    cpus = [2.0, 0.5, 3.0, 1.0]
+    assert deviations([2.05, 0.48, 3.1, 1.0], cpus) == {}
+    assert deviations([2.0, 0.6, float("nan"), 1.0], cpus).keys() == {"gradient norm of stage 1", "loss of stage 2"}
+
+
+def test_setup_warns_of_a_gpu_that_differs(answered, tmp_path, monkeypatch, capsys):
+    (tmp_path / "kit").symlink_to(answered / "kit")
+    found = {"answers": 8, "losses": [1.0], "deviations": {"loss of stage 1": (1.0, 2.0)}}
+    monkeypatch.setattr("bench.gpu_parts.tried", lambda work: found)
+    assert toy(tmp_path, "setup", "--kit", "nowhere") == 0
+    assert "WARNING: loss of stage 1: 1 on the GPU, 2 on the CPU; within 5%" in capsys.readouterr().err
+    assert record(tmp_path, "setup")["deviations"] == {"loss of stage 1": [1.0, 2.0]}
+
+
+def command_of(out: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """The script as a command, and its environment."""
+    command = ["bench/gpu_train.sh", str(out), *arguments, "--toy", "--device", "cpu"]
+    return command, os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_a_part_that_crashes_does_not_stop_the_next(answered, tmp_path):
+    """`search` finds a runs.json that is none, `train` what it needs."""
+    planned(tmp_path, answered, 3)
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "runs.json").write_text("{")
+    command, environment = command_of(tmp_path, "evaluate", "search", "train", "--minutes", "4")
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 2 and "train: done" in done.stdout, done.stdout + done.stderr
+    assert record(tmp_path, "train")["finished"]
+
+
+def test_the_status_of_several_parts(monkeypatch, tmp_path, capsys):
+    """Whatever one ends with, also by a signal (-11) or at its limit (None), the next begins, with the same options."""
+    begun: list[tuple] = []
+    codes: dict[str, int | None] = {}
+
+    def end(arguments, seconds):
+        begun.append((arguments[1], arguments[2:], seconds))
+        return codes[arguments[1]]
+
+    monkeypatch.setattr("bench.gpu_train.in_a_process", end)
+    for ends, status in (({"answers": 0, "train": 0}, 0), ({"answers": 3, "train": 0}, 3),
+                         ({"answers": 2, "train": 3}, 2), ({"answers": -11, "train": 3}, 1),
+                         ({"answers": None, "train": 0}, 1)):  # fmt: skip
+        begun.clear()
+        codes.update(ends)
+        assert main([str(tmp_path), "answers", "train", "--minutes", "2", "--toy"]) == status
+        assert begun == [(part, ["--minutes", "2.0", "--toy"], 180.0) for part in ("answers", "train")]
+    said = capsys.readouterr().err
+    assert "answers: it ended with -11" in said and "answers: its time ran out" in said
+
+
+@pytest.mark.slow
+def test_parts_end_with_the_script(answered, tmp_path):
+    """Killed at once, the script leaves no part running; ended, the part saves what it has."""
+    for number, wait in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
+        out = tmp_path / str(number)
+        out.mkdir()
+        (out / "kit").symlink_to(answered / "kit")
+        command, environment = command_of(out, "answers", "answers")
+        process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        while process.poll() is None and not (out / "answers" / "answers-00.npz").exists():
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(60) == wait
+        deadline = time.monotonic() + 20
+        while working_in(out) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not working_in(out)
+        assert (out / "answers" / "record.json").exists() == (number == signal.SIGTERM)
+
+
+def working_in(out: Path) -> list[str]:
+    """Command lines that name the folder."""
+    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in lines if f"bench.gpu_train {out} " in line]
+
+
 def planned(out: Path, answered: Path, steps: int) -> None:
     """An OUT with answers and a plan to train by."""
     for name in ("kit", "answers"):
@@ -184,8 +289,7 @@ def test_a_killed_part_goes_on(part, answered, tmp_path):
         planned(tmp_path, answered, 40)
     else:
         (tmp_path / "kit").symlink_to(answered / "kit")
-    command = ["bench/gpu_train.sh", str(tmp_path), part, "--toy", "--device", "cpu"]
-    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command, environment = command_of(tmp_path, part)
     waits = {"answers": "answers/answers-00.npz", "train": "scratch/train/checkpoint-0000003"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None and not (tmp_path / waits[part]).exists():
@@ -238,12 +342,12 @@ def test_wrong_arguments(tmp_path, arguments, message, capsys):
         main([str(tmp_path / "out"), *arguments])
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main(["kit", str(tmp_path), "--sources", "novels"]) == 2
-    assert "sources ['novels'] and part_mib 49 were given; allowed: some of ['chatterbot" in capsys.readouterr().err
+    assert "sources ['novels'] and part_mib 46 were given; allowed: some of ['chatterbot" in capsys.readouterr().err
 
 
 def test_the_commands_of_the_page_are_the_scripts_own():
     lines = re.findall(r"^(?:\| `)?bench/gpu_train.sh ([^`\n]*)", (ROOT / "docs" / "gpu.md").read_text(), re.M)
-    assert len(lines) > 9
+    assert {part for words in map(str.split, lines) for part in words} >= {"kit", *PARTS}
     for words in map(str.split, lines):
         assert parsed_kit(words[1:]) if words[0] == "kit" else set(parsed(words).parts) <= set(PARTS)
 

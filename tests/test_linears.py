@@ -16,7 +16,7 @@ from beagle_kernels.extension import missing_cpu
 from beagle_sd import generate
 from beagle_sd.linears import MOST_ROWS, linear, skinny_linears_of
 
-pytestmark = pytest.mark.skipif(missing_cpu("cpu") is not None, reason="the extension is not built")
+pytestmark = pytest.mark.skipif(missing_cpu(torch.device("cpu")) is not None, reason="the extension is not built")
 
 
 class Mine(nn.Linear):

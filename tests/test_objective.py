@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from models import small_draft, small_target
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from beagle_sd.objective import Batch, block_states, row_weights, simulated_states
+from beagle_sd.objective import Batch, block_states, row_weights, rows_by_step, simulated_states
 
 DTYPE = torch.float64
 
@@ -132,3 +133,66 @@ def test_no_window_at_all():
     assert states.shape == (3, 64) and states.eq(0).all()
     states.sum().backward()
     assert all(parameter.grad is None or parameter.grad.eq(0).all() for parameter in draft.parameters())
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device, and the lookups whose backward sorts."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {"read": 0, "index": 0}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        sizeless = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        self.counts["read"] += name in ("_local_scalar_dense", "nonzero", "masked_select") or sizeless
+        self.counts["index"] += name in ("index", "index_put", "index_put_", "_index_put_impl_")
+        return function(*args, **(kwargs or {}))
+
+
+def literal_rows(batch, window, offset) -> list[list[int]]:
+    """Step by step, in Python."""
+    windows = []
+    for first, end, own in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens[1:].tolist(), offset.tolist()):
+        windows += [(start, min(window, end - start)) for start in range(first + own, end, window)]
+    windows.sort(key=lambda one: -one[1])
+    return [[start + step for start, reach in windows if reach > step] for step in range(window)]
+
+
+@pytest.mark.parametrize("window", [1, 4, 7])
+def test_rows_by_step_reads_the_device_once(window, monkeypatch):
+    read, lists = torch.Tensor.tolist, []
+    for lengths, offsets in (([23, 3, 17, 4], [2, 3, 0, 0]), ([2, 1], [3, 1]), ([8], [1])):
+        batch, offset = make_batch(lengths), torch.tensor(offsets, dtype=torch.int32)
+        with Reads() as reads, monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "tolist", lambda self: lists.append(self.shape) or read(self))
+            rows = rows_by_step(batch, window, offset)
+        assert [row.tolist() for row in rows] == [row for row in literal_rows(batch, window, offset) if row]
+        assert reads.counts == {"read": 0, "index": 0} and lists.pop() == (window,) and not lists
+
+
+def test_a_pass_looks_rows_up_without_sorting():
+    """Forward and backward; of reads there are those of rows_by_step alone."""
+    draft, batch = small_draft(small_target()).to(DTYPE), make_batch([23, 3, 17])
+    offset = torch.tensor([2, 3, 0], dtype=torch.int32)
+    with Reads() as reads:
+        row_weights(batch, 4, offset, simulated=True)
+    assert reads.counts == {"read": 0, "index": 0}
+    with Reads() as reads:
+        simulated_states(draft, batch, batch.states, 4, offset).sum().backward()
+    assert reads.counts["index"] == 0
+
+
+def test_index_select_changes_no_bit(monkeypatch):
+    """States and gradients are those of plain indexing."""
+    draft, batch = small_draft(small_target(), initializer_range=0.2), make_batch([23, 3, 17])
+    offset, results = torch.tensor([2, 3, 0], dtype=torch.int32), []
+    batch = batch._replace(states=batch.states.float())
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(torch.Tensor, "index_select", lambda self, dim, rows: self[rows])
+        draft.zero_grad()
+        states = simulated_states(draft, batch, batch.states, 4, offset)
+        states.pow(3).sum().backward()
+        results.append([states.detach(), *(p.grad.clone() for p in draft.parameters() if p.grad is not None)])
+    assert len(results[0]) > 5 and all(map(torch.equal, *results))

@@ -65,6 +65,30 @@ def test_the_gpu_s_tables_come_from_its_file(tmp_path, monkeypatch):
     assert "| a GPU | 8B, batch 1 | beagle, replayed acceptance | 40.0 | 3.00 | 4.1 | 17.00 |" in report.paper()
 
 
+def test_a_ratio_of_two_clocks_says_so_and_a_stopped_run_what_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    ops = [row("beagle", 1e-3, clock="graph replay"), row("sdpa", 2e-3, clock="events")]
+    ops += [row("beagle", 1e-3, group="h", clock="events"), row("sdpa", 2e-3, group="h", clock="events")]
+    ops.append(row("beagle", 1e-3, group="stopped", clock="events"))
+    at = {"at": {"model": "8B", "batch": 1}, "token/s": 40.0, "tokens_per_round": 4.1, "acceptance": "replayed"}
+    steps = {"bench:x": {"rows": ops}, "round": {"rows": [row("beagle", 1.0, **at)]}}
+    (tmp_path / "gpu.json").write_text(json.dumps({"environment": {"gpu": "a GPU"}, "steps": steps}))
+    assert "| g | 1,000.0 |  |  | sdpa (by events, ours by graph replay) | 2.00x |  |" in report.gpu()
+    assert "| h | 1,000.0 |  |  | sdpa | 2.00x |  |" in report.gpu()
+    assert "| stopped | 1,000.0 |  |  | none was measured |  |  |" in report.gpu()
+    assert "beagle, replayed acceptance | 40.0 | not measured | 4.1 |" in report.paper()
+
+
+def test_tiles_of_float32_are_a_line_of_their_own():
+    entry = {"kernel": "block_dq", "arch": 90, "head_size": 64, "dtype": "bfloat16", "config": [128, 64, 8, 2, True],
+             "timed": "backward", "shipped_ms": 3.0, "tuned_ms": 2.0}
+    wide = entry | {"dtype": "float32", "config": [32, 32, 4, 1, False], "tuned_ms": 3.0}
+    assert report.configs([wide, entry]).splitlines() == [
+        '"block_dq": 90: {64: Config(128, 64, 8, 2, True)},  # backward faster by 64: 1.50x',
+        '"block_dq": 90: {64: Config(32, 32, 4, 1, False)},  # backward, float32 faster by 64: 1.00x',
+    ]
+
+
 def test_a_panel_is_the_sizes_that_differ_in_one(tmp_path):
     rows = [row(peer, seconds * keys, series="tree_attention", at={"batch": batch, "keys": keys})
             for peer, seconds in (("beagle", 1e-6), ("sdpa mask", 2e-6)) for keys in (100, 200, 400) for batch in (1, 2)

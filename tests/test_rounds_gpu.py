@@ -126,6 +126,24 @@ def test_what_cannot_be_captured_says_why_and_decodes_eagerly_if_asked(pair):
     assert torch.equal(on_gpu(target, draft, ids, **SHAPE).sequences, want)
 
 
+def test_an_engine_whose_capture_failed_tries_again(pair):
+    """On the stream that was current, with random numbers and memory to be had in between."""
+    target, draft, _ = pair
+    ids = prompts(1)
+    want = on_gpu(target, draft, ids, graph=False, **SHAPE).sequences
+    engine = Engine(target, draft, batch=1, capacity=ids.shape[1] + NEW, **SHAPE)
+    reads = lambda module, args: (args[0] + 0 * args[0].sum().item(),)  # noqa: E731
+    hook = target.model.layers[1].mlp.register_forward_pre_hook(reads)
+    try:
+        with pytest.raises(GraphError, match="allowed: graph=False"):
+            on_gpu(target, draft, ids, engine=engine)
+    finally:
+        hook.remove()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.randn(1000, device="cuda").std() > 0.5
+    assert torch.equal(on_gpu(target, draft, ids, engine=engine).sequences, want)
+
+
 def test_out_of_memory_leaves_the_process_usable(pair):
     target, draft, _ = pair
     ids = prompts(1)
@@ -139,9 +157,10 @@ def test_out_of_memory_leaves_the_process_usable(pair):
 
 def test_draft_buffers_and_graph_add_less_than_5_percent_to_an_8b_target():
     """Measured: what the process has reserved beside the target's weights and cache, graph included."""
-    if torch.cuda.get_device_properties(0).total_memory < 30 * 2**30:
-        pytest.skip("needs 30 GiB of GPU memory")
     torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]  # other processes of the same run have their part of the device
+    if free < 30 * 2**30:
+        pytest.skip(f"needs 30 GiB of GPU memory, {free / 2**30:.0f} are free")
     before = torch.cuda.memory_reserved()
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)

@@ -11,7 +11,7 @@ from beagle_kernels import BackendError, skinny_linear
 from beagle_kernels.extension import missing_cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_extension = pytest.mark.skipif(missing_cpu("cpu") is not None, reason="the extension is not built")
+needs_extension = pytest.mark.skipif(missing_cpu(torch.device("cpu")) is not None, reason="the extension is not built")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from beagle_kernels.extension import missing_cpu
 
@@ -33,7 +34,7 @@ print(started(1), started(3), started(2))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
-@pytest.mark.skipif(missing_cpu("cpu") is not None, reason="needs the extension")
+@pytest.mark.skipif(missing_cpu(torch.device("cpu")) is not None, reason="needs the extension")
 def test_the_kernels_start_no_more_threads_than_torch_is_set_to():
     done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=True)
     assert list(map(int, done.stdout.split())) == [0, 2, 0], "the caller is one of them, and helpers stay"

@@ -169,3 +169,42 @@ def test_bad_inputs():
     ]:
         with pytest.raises(error, match=message):
             tree_attention(*args, **more)
+
+
+@pytest.mark.parametrize(
+    "processors, shared_kib, rows, head_size, wanted",
+    [(132, 228, 240, 128, 8), (132, 228, 32, 128, 33), (108, 164, 240, 128, 3), (84, 100, 240, 256, 1)],
+)
+def test_splits_make_one_wave(processors, shared_kib, rows, head_size, wanted, monkeypatch):
+    """As many blocks as such a device runs at a time, or somewhat fewer; a batch that fills it is not split."""
+    pytest.importorskip("triton")
+    from types import SimpleNamespace
+
+    from beagle_kernels.triton import configs
+    from beagle_kernels.triton import tree_attention as kernels
+
+    device = SimpleNamespace(multi_processor_count=processors, shared_memory_per_multiprocessor=shared_kib << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0), element_size=lambda: 2)
+    arch = {228: 90, 164: 80, 100: 86}[shared_kib]
+    config = kernels.tiles(configs.choose("tree", arch, head_size, torch.bfloat16), rows, head_size, False)
+    at_once = kernels.running_at_once(config, head_size, False, on_gpu)
+    assert at_once % processors == 0 and at_once >= processors
+    blocks = 8 * -(-rows // config.block_m)
+    splits = kernels.splits_of(blocks, 1 << 20, at_once)
+    assert splits == wanted and blocks * splits <= at_once < blocks * (splits + 1)
+    assert kernels.splits_of(blocks, 256, at_once) == 1 and kernels.splits_of(1000 * blocks, 1 << 20, at_once) == 1
+    assert kernels.splits_of(1, 1 << 20, 10**6) == 128
+
+
+def test_tiles_follow_the_rows():
+    """No taller than the rows; 4 warps for up to 64 of them; a stage more for pages, where there are stages."""
+    pytest.importorskip("triton")
+    from beagle_kernels.triton.configs import Config
+    from beagle_kernels.triton.tree_attention import tiles
+
+    tall, flat = Config(128, 64, 8, 3), Config(32, 32, 8, 1)
+    assert tiles(tall, 240, 128, False) == tall and tiles(tall, 240, 128, True) == Config(128, 64, 8, 4)
+    assert tiles(tall, 33, 128, False) == Config(64, 64, 4, 3) and tiles(tall, 1, 64, False) == Config(16, 64, 4, 3)
+    assert tiles(tall, 33, 256, False) == Config(64, 64, 8, 3) and tiles(tall, 16, 256, False) == Config(16, 64, 4, 3)
+    assert tiles(flat, 240, 64, True) == flat

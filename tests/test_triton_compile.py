@@ -73,15 +73,45 @@ def test_extend_attention(head_size, arch):
         check(kernel, arch, matrix=False)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("head_size", SIZES)
+TREE_ARCHS = [80, 90, *(pytest.param(arch, marks=SLOW) for arch in (86, 100, 120))]
+MANY_AND_FEW = [60, pytest.param(8, marks=SLOW), pytest.param(4, marks=SLOW)]
+"""Nodes, of 4 rows each: the tallest tile, and the two smallest."""
+
+
+@pytest.mark.parametrize("arch", TREE_ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [*SIZES, 256])
 @pytest.mark.parametrize("paged", [False, True])
-def test_tree_attention(paged, head_size, arch):
+@pytest.mark.parametrize("nodes", MANY_AND_FEW)
+def test_tree_attention(nodes, paged, head_size, dtype, arch):
     with compiling_for(arch) as found:
-        compiled.tree_attention(head_size, torch.bfloat16, paged=paged)
-    splits, combined = found
-    check(splits, arch, matrix=True)
-    check(combined, arch, matrix=False)
+        compiled.tree_attention(head_size, dtype, nodes, paged)
+    assert [kernel.name for kernel in found] == ["tree_attention_splits", "tree_attention_combine"]
+    check(found[0], arch, matrix=nodes == 60)
+    check(found[1], arch, matrix=False)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("head_size, most", [(64, 63), pytest.param(128, 128, marks=SLOW)])
+@pytest.mark.parametrize("paged", [False, True])
+def test_tree_attention_in_float32(paged, head_size, most, arch):
+    with compiling_for(arch) as found:
+        compiled.tree_attention(head_size, torch.float32, paged=paged)
+    for kernel in found:
+        check(kernel, arch, matrix=False, spills=most)
+
+
+def test_tree_attention_compiles_once_for_all_lengths(monkeypatch):
+    """However many splits the shapes and the device ask for."""
+    from beagle_kernels.triton import tree_attention as kernels
+
+    wanted = []
+    monkeypatch.setattr(kernels, "splits_of", lambda *args: wanted[-1])
+    with compiling_for(90) as found:
+        for splits in (1, 2, 7, 16, 128):
+            wanted.append(splits)
+            compiled.tree_attention(64, torch.bfloat16)
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("arch", [80, 90])

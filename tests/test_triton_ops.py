@@ -74,7 +74,8 @@ def test_one_graph_serves_every_length(gpu):
     """tree_attention captured once gives, after the lengths change in place, what a fresh call gives."""
     from test_tree_attention import case
 
-    (q, k, v, lengths, mask), _ = case(3, 4, 4, 1, 64, (3, 500, 900), slack=200, dtype=torch.bfloat16)
+    shape = {"nodes": 4, "hq": 4, "hkv": 1, "d": 64}
+    (q, k, v, lengths, mask), _ = case(**shape, prefix=(3, 500, 900), dtype=torch.bfloat16, slack=200)
     q, k, v, lengths, mask = (x.nan_to_num(0.0).to(gpu) for x in (q, k, v, lengths, mask))
     tree_attention(q, k, v, lengths, mask, backend="triton")
     graph = torch.cuda.CUDAGraph()

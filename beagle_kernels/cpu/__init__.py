@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..backends import probe
 
 
 @probe("cpu")
-def why_not(device_type: str) -> str | None:
-    return None if device_type == "cpu" else "it takes CPU tensors"
+def why_not(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else "it takes CPU tensors"

@@ -25,7 +25,7 @@ def tree_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Tensor, block_table: Tensor | None, scale: float
 ) -> Tensor:
     small = q.dtype == torch.float32 or q.shape[1] * q.shape[2] < LARGE * k.shape[1]
-    if small and q.dtype in DTYPES and missing_cpu("cpu") is None:
+    if small and q.dtype in DTYPES and missing_cpu(q.device) is None:
         return _compiled(q, k, v, lengths, mask, block_table, scale)
     out = torch.zeros(q.shape, dtype=q.dtype)
     key_heads, group = k.shape[1], q.shape[2] // k.shape[1]

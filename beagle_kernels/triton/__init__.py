@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
 
-from ..backends import implementation, probe
+import torch
+
+from ..backends import device_index, implementation, probe
 
 MODULES = {
     "block_attention": "block_attention",
@@ -18,13 +21,27 @@ MODULES = {
 }
 
 
+LEAST_CAPABILITY = (8, 0)
+"""The kernels are made for bf16 products and asynchronous copies, which earlier cards have not."""
+
+
 @probe("triton")
-def why_not(device_type: str) -> str | None:
+def why_not(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device_type == "cuda" or (device_type == "cpu" and interpreting()):
+    if device.type == "cuda":
+        return _too_old(device_index(device)) if torch.cuda.is_available() else None
+    if device.type == "cpu" and interpreting():
         return None
     return "it takes CUDA tensors (CPU tensors only under Triton's interpreter)"
+
+
+@functools.cache
+def _too_old(index: int) -> str | None:
+    have = torch.cuda.get_device_capability(index)
+    if torch.version.hip or have >= LEAST_CAPABILITY:
+        return None
+    return f"cuda:{index} has compute capability {have[0]}.{have[1]}; allowed: 8.0 or later"
 
 
 def interpreting() -> bool:

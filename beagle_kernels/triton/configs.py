@@ -10,16 +10,18 @@ import triton
 
 
 class Config(NamedTuple):
-    """Rows and columns of a score tile, warps, pipeline stages of the loop, and whether it reads by TMA (sm_90 on)."""
+    """Rows and columns of a score tile, warps, pipeline stages of the loop, whether it reads by TMA (sm_90 on), and
+    whether the forward multiplies the next tile's scores before the softmax of this one's."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
     tma: bool = False
+    ahead: bool = False
 
 
-# kernel -> architecture -> padded head size -> 16-bit configuration. sm_90 also serves what is newer.
+# kernel -> architecture -> padded head size -> 16-bit configuration. A GPU takes the last row that is not newer.
 TABLE: dict[str, dict[int, dict[int, Config]]] = {
     "block_forward": {
         80: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 64, 8, 2)},
@@ -35,10 +37,18 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {
         90: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(64, 16, 8, 2)},
     },
     # block_m is the most rows a tile takes: fewer queries take a smaller one.
+    # Those of sm_80 and sm_120 need at most 99 KB of shared memory, which is all that sm_86, sm_89 and sm_120 have.
     "tree": {
         80: {64: Config(64, 64, 4, 3), 128: Config(64, 32, 8, 3), 256: Config(32, 32, 8, 2)},
-        90: {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
+        90: {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 3)},
+        100: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 4), 256: Config(64, 32, 8, 3)},
+        120: {64: Config(64, 64, 4, 3), 128: Config(32, 32, 4, 3), 256: Config(32, 32, 8, 2)},
     },
+}
+
+# kernel -> padded head size -> float32 configuration, on every architecture.
+FLOAT32: dict[str, dict[int, Config]] = {
+    "tree": {64: Config(32, 32, 8, 1), 128: Config(16, 64, 8, 1), 256: Config(16, 64, 8, 1)},
 }
 
 def _candidates(plain: str, tma: str = "") -> list[Config]:
@@ -70,7 +80,7 @@ CANDIDATES: dict[str, dict[int, list[Config]]] = {
     "tree": {
         64: _candidates("64x64x4x3 64x64x4x4 64x128x4x3 128x64x4x3 128x64x8x3 128x128x8x3"),
         128: _candidates("64x64x4x3 64x64x8x3 64x128x8x2 128x64x8x2 128x64x8x3 128x128x8x2"),
-        256: _candidates("64x64x8x2"),
+        256: _candidates("64x64x8x2 64x32x8x3"),
     },
 }
 """What `tune` tries unless told otherwise."""
@@ -83,21 +93,26 @@ ON_HOST = 90
 
 
 def architecture(device: torch.device) -> int:
-    """80 or 90, whichever table fits the device."""
+    """90 is sm_90."""
     if device.type != "cuda":
         return ON_HOST
-    return 80 if torch.cuda.get_device_capability(device)[0] < 9 else 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def choose(kernel: str, arch: int, head_size: int, dtype: torch.dtype, tma: bool = False) -> Config:
-    """The tuned configuration if there is one, else the table's; float32 tiles are at most 32 x 32.
+    """The tuned configuration if there is one, else the table's; float32 tiles not listed are at most 32 x 32.
 
     One that reads by TMA serves where the tensors let it (`tma`).
     """
     config = _tuned.get((kernel, arch, head_size, dtype))
     if config is not None and (tma or not config.tma):
         return config
-    config = TABLE[kernel][arch][max(64, min(head_size, 256))]
+    size = max(64, min(head_size, 256))
+    if dtype == torch.float32 and kernel in FLOAT32:
+        return FLOAT32[kernel][size]
+    rows = TABLE[kernel]
+    config = rows[max((row for row in rows if row <= arch), default=min(rows))][size]
     if dtype == torch.float32:
         config = Config(min(config.block_m, 32), min(config.block_n, 32), 4, 1)
     return config

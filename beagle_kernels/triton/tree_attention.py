@@ -18,9 +18,10 @@ from .configs import Config, architecture, choose, tune
 
 MIN_KEYS = tl.constexpr(256)
 """Prefix keys below which a further split is not worth its combining."""
-MOST_SPLITS = tl.constexpr(64)
-AT_ONCE = tl.constexpr(8)
-"""Splits whose results are combined in one step."""
+MOST_SPLITS = tl.constexpr(128)
+"""The combining step reads the results of so many at once."""
+COMBINED = 64
+"""Columns of the head size that a program of the combining step takes."""
 
 
 @triton.jit
@@ -51,9 +52,9 @@ def load_slots(
 
 @triton.jit
 def attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, MASKED: tl.constexpr):
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3")  # [BM, BN]
     b_p, b_decay, b_max = softmax_step(b_s, b_max, m_s, scale, MASKED)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="tf32x3")
     return b_acc, b_max, b_sum * b_decay + tl.sum(b_p, 1)
 
 
@@ -64,7 +65,7 @@ def either(a, b):
 
 # What may change from one call of a loop to the next is not specialised, so nothing is compiled in its midst.
 @triton.jit(do_not_specialize="N slots num_pages page splits s_mb s_mn s_mw s_tb".split())
-def split_kernel(
+def tree_attention_splits(
     p_q, p_k, p_v, p_lengths, p_mask, p_table, p_part, p_part_lse, N, slots, num_pages, page, splits, scale,
     s_qb, s_qn, s_qh, s_kb, s_kh, s_ks, s_vb, s_vh, s_vs, s_mb, s_mn, s_mw, s_tb,
     HQ: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -96,9 +97,12 @@ def split_kernel(
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
 
-    share = tl.cdiv(tl.cdiv(length, BLOCK_N), in_use) * BLOCK_N
-    lo, hi = i_split * share, tl.minimum((i_split + 1) * share, length)
-    full_hi = lo + tl.maximum(hi - lo, 0) // BLOCK_N * BLOCK_N
+    # The first splits have a block more: the last one has the tree besides.
+    blocks = tl.cdiv(length, BLOCK_N)
+    share, more = blocks // in_use, blocks % in_use
+    lo = (i_split * share + tl.minimum(i_split, more)) * BLOCK_N
+    hi = tl.minimum(lo + (share + (i_split < more)) * BLOCK_N, length)
+    full_hi = lo + (hi - lo) // BLOCK_N * BLOCK_N
     o_n = tl.arange(0, BLOCK_N)
     for start in range(lo, full_hi, BLOCK_N):
         o_slot = start + o_n
@@ -112,11 +116,12 @@ def split_kernel(
         b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_d, D, BLOCK_D, PAGED, True)
         b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_slot[None, :], scale, True)
     if i_split == in_use - 1:
-        o_bit = tl.arange(0, 64)
-        for w in range(WORDS):
-            p_word = p_mask + i_b * s_mb + o_node.to(tl.int64) * s_mn + w * s_mw
-            b_word = tl.load(p_word, mask=m_row, other=0)  # [BM]
-            o_slot = length + w * 64 + o_bit
+        BITS: tl.constexpr = min(BLOCK_N, 64)
+        o_bit = tl.arange(0, BITS)
+        for start in range(0, WORDS * 64, BITS):
+            p_word = p_mask + i_b * s_mb + o_node.to(tl.int64) * s_mn + start // 64 * s_mw
+            b_word = tl.load(p_word, mask=m_row, other=0) >> start % 64  # [BM]
+            o_slot = length + start + o_bit
             # A slot that no row sees may hold anything, NaN included: it is not read.
             m_slot = ((tl.reduce(b_word, 0, either) >> o_bit) & 1 != 0) & (o_slot < slots)
             m_s = ((b_word[:, None] >> o_bit[None, :]) & 1 != 0) & m_slot[None, :]
@@ -132,38 +137,48 @@ def split_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "slots", "splits"])
-def combine_kernel(
+def tree_attention_combine(
     p_part, p_part_lse, p_lengths, p_out, N, slots, splits, HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """One program a node and head: its splits' results weighted by their log-sum-exp."""
+    """One program a node, head and BLOCK_D columns: the splits' results weighted by their log-sum-exp."""
     i_row = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.maximum(tl.load(p_lengths + i_row // (N * HQ)), 0), slots)
-    in_use = splits_in_use(length, splits)
-    p_part += i_row * splits * D
-    p_part_lse += i_row * splits
-    o_all, o_some, o_d = tl.arange(0, MOST_SPLITS), tl.arange(0, AT_ONCE), tl.arange(0, BLOCK_D)
-    b_max = tl.max(tl.load(p_part_lse + o_all, mask=o_all < in_use, other=float("-inf")), 0)
-    b_pivot = tl.where(b_max == float("-inf"), 0.0, b_max)
-    b_out = tl.zeros([BLOCK_D], tl.float32)
-    b_total = tl.full([], 0.0, tl.float32)
-    for start in range(0, in_use, AT_ONCE):
-        o_split = start + o_some
-        m_split = o_split < in_use
-        b_weight = tl.load(p_part_lse + o_split, mask=m_split, other=float("-inf"))  # [AT_ONCE]
-        b_weight = tl.exp2((b_weight - b_pivot) * LOG2E)
-        p_tile = p_part + o_split[:, None] * D + o_d[None, :]
-        b_part = tl.load(p_tile, mask=m_split[:, None] & (o_d[None, :] < D), other=0.0)  # [AT_ONCE, BD]
-        b_out += tl.sum(b_part * b_weight[:, None], 0)
-        b_total += tl.sum(b_weight, 0)
-    b_out /= tl.where(b_total > 0, b_total, 1.0)
+    o_split, o_d = tl.arange(0, MOST_SPLITS), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_split = o_split < splits_in_use(length, splits)
+    b_lse = tl.load(p_part_lse + i_row * splits + o_split, mask=m_split, other=float("-inf"))  # [MOST_SPLITS]
+    p_tile = p_part + i_row * splits * D + o_split[:, None] * D + o_d[None, :]
+    b_part = tl.load(p_tile, mask=m_split[:, None] & (o_d[None, :] < D), other=0.0)  # [MOST_SPLITS, BD]
+    b_max = tl.max(b_lse, 0)
+    b_weight = tl.exp2((b_lse - tl.where(b_max == float("-inf"), 0.0, b_max)) * LOG2E)
+    b_total = tl.sum(b_weight, 0)
+    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(b_total > 0, b_total, 1.0)
     tl.store(p_out + i_row * D + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
 
 
-def most_splits(blocks: int, slots: int, device: torch.device) -> int:
-    """Splits that fill the device twice, a power of two; more than the cache can use are not asked for."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = min(triton.cdiv(2 * processors, blocks), triton.cdiv(slots, MIN_KEYS.value), MOST_SPLITS.value)
-    return triton.next_power_of_2(max(wanted, 1))
+def tiles(config: Config, rows: int, block_d: int, paged: bool) -> Config:
+    """For so many rows: no larger than they fill it, 4 warps where these hold it, a stage more to look up the pages."""
+    block_m = max(16, min(config.block_m, triton.next_power_of_2(rows)))
+    held_by_4 = block_m < config.block_m and block_m <= (64 if block_d <= 128 else 16)
+    more = paged and config.stages > 1
+    return Config(block_m, config.block_n, 4 if held_by_4 else config.warps, config.stages + more)
+
+
+def running_at_once(config: Config, block_d: int, paged: bool, q: Tensor) -> int:
+    """Blocks of these tiles that the device runs at a time, by shared memory and by registers: 128 a thread in the
+    smallest tiles, up to 255 in others. On the host, where only the grid matters, a few."""
+    if q.device.type != "cuda":
+        return 8
+    device = torch.cuda.get_device_properties(q.device)
+    row = block_d * q.element_size()
+    needed = row * (config.block_m + 2 * max(1, config.stages - 1 - paged) * config.block_n) + 1024
+    by_registers = 65536 // (32 * config.warps * (128 if row * config.block_m <= 2048 else 256))
+    return device.multi_processor_count * max(1, min(by_registers, device.shared_memory_per_multiprocessor // needed))
+
+
+def splits_of(blocks: int, slots: int, at_once: int) -> int:
+    """Splits with which the blocks come nearest to, and not above, the `at_once` that the device runs at a time; no
+    more than the cache can use. What they write is so bounded too: `at_once` tiles of rows, if not one split of all."""
+    return max(1, min(at_once // blocks, triton.cdiv(slots, MIN_KEYS.value), MOST_SPLITS.value))
 
 
 @implementation("tree_attention", "triton")
@@ -179,9 +194,10 @@ def tree_attention(
         return out.zero_()
     group, wide = heads // k.shape[1], block_d(width)
     config = choose("tree", architecture(q.device), wide, q.dtype)
-    block_m = max(16, min(config.block_m, triton.next_power_of_2(nodes * group)))
-    blocks = triton.cdiv(nodes * group, block_m) * k.shape[1]
-    splits = most_splits(blocks * batch, slots, q.device)
+    paged = block_table is not None
+    config = tiles(config, nodes * group, wide, paged)
+    blocks = triton.cdiv(nodes * group, config.block_m) * k.shape[1] * batch
+    splits = splits_of(blocks, slots, running_at_once(config, wide, paged, q))
     part = q.new_empty(*q.shape[:3], splits, width, dtype=torch.float32)
     part_lse = q.new_empty(*q.shape[:3], splits, dtype=torch.float32)
     if block_table is not None and block_table.stride(1) != 1:
@@ -189,15 +205,18 @@ def tree_attention(
     lengths = lengths.contiguous()
     sizes = nodes, slots, k.shape[0], k.shape[2], splits, scale
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride()
-    constants = dict(HQ=heads, D=width, BLOCK_D=wide, enable_fp_fusion=True)
+    constants = dict(HQ=heads, D=width, enable_fp_fusion=True)
+    columns = min(wide, COMBINED)
     with torch.cuda.device_of(q):
-        split_kernel[(blocks * batch, splits)](
+        tree_attention_splits[(blocks, splits)](
             q, k, v, lengths, mask, block_table, part, part_lse, *sizes, *strides,
-            0 if block_table is None else block_table.stride(0), **constants,
-            GROUP=group, WORDS=mask.shape[2], BLOCK_M=block_m, BLOCK_N=config.block_n, PAGED=block_table is not None,
-            num_warps=config.warps if block_m >= 64 else 4, num_stages=config.stages,
+            0 if block_table is None else block_table.stride(0), **constants, BLOCK_D=wide,
+            GROUP=group, WORDS=mask.shape[2], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            PAGED=paged, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-        combine_kernel[(batch * nodes * heads,)](part, part_lse, lengths, out, nodes, slots, splits, **constants)
+        tree_attention_combine[(batch * nodes * heads, triton.cdiv(wide, columns))](
+            part, part_lse, lengths, out, nodes, slots, splits, **constants, BLOCK_D=columns
+        )
     return out
 
 

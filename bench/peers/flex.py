@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +36,9 @@ def block_mask(end: Tensor, rows: int) -> BlockMask:
     return create_block_mask(lambda b, h, i, j: j < end[i], None, None, rows, rows, device=end.device)
 
 
-def attention(options: dict | None = None) -> Callable[..., Tensor]:
-    """attend(q, k, v, mask), compiled on a GPU: q [B, Hq, N, D], k and v [B, Hkv, S, D], mask from block_mask."""
+def attention(options: Any = None) -> Callable[..., Tensor]:
+    """attend(q, k, v, mask), compiled on a GPU, with these options of its kernels: q [B, Hq, N, D], k and v
+    [B, Hkv, S, D], mask from block_mask."""
     # every shape and every set of options is a compilation of the same function; past the limit it would run unfused
     torch._dynamo.config.recompile_limit = 128
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -57,10 +60,9 @@ def tuned(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, backward: bool) -> C
             try:
                 if backward:
                     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-                    out = attend(*leaves, mask)
-                    run = lambda out=out, leaves=leaves: torch.autograd.grad(out, leaves, up, retain_graph=True)  # noqa: E731
+                    run: Callable = partial(torch.autograd.grad, attend(*leaves, mask), leaves, up, retain_graph=True)
                 else:
-                    run = lambda attend=attend: attend(q, k, v, mask)  # noqa: E731
+                    run = partial(attend, q, k, v, mask)
                 seconds[number] = event_times(run, [()], 0.1).median().item()
             except Exception as error:  # tiles that do not fit this GPU
                 print(f"  FlexAttention cannot use {options}: {type(error).__name__}")

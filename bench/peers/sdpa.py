@@ -29,9 +29,8 @@ def attention(backend: str | None = None) -> Callable[..., Tensor]:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         with sdpa_kernel(BACKENDS[backend]) if backend else nullcontext():
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-            )
+            gqa = q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
 
     return attend
 

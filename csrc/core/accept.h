@@ -5,7 +5,7 @@
 
 namespace beagle {
 
-constexpr int kMaxWords = 16;
+constexpr int kMaxWords = kMaxNodes / 64;
 
 BEAGLE_FN bool node_is_sound(const Tree& tree, int64_t row, int32_t node) {
   const int64_t at = row + node;

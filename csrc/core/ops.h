@@ -1,10 +1,17 @@
 // The arguments of every op, as the executors and the bindings see them. Pointers are device pointers for CUDA.
-// Logits: rows with the last dimension contiguous; strides in elements. dtype: 0 f32, 1 f16, 2 bf16.
+// Logits: rows with the last dimension contiguous; strides in elements.
 #pragma once
 
 #include "common.h"
 
 namespace beagle {
+
+// What Python must know too and takes from here, by the bindings.
+enum Dtype : int32_t { kFloat32, kFloat16, kBFloat16, kDtypes };
+constexpr int32_t kMaxNodes = 1024;  // of a tree
+constexpr int64_t kChunk = 8192;     // tokens of a row that one CUDA block takes
+constexpr int32_t kMaxK = 1024;      // candidates of a row, on CUDA
+constexpr int64_t kMaxRows = 65535;  // of a batch, where CUDA counts them in blockIdx.y or z
 
 // One row's sampling settings; temperature 0 is greedy and takes no filter.
 struct Knobs {

@@ -9,7 +9,7 @@ namespace {
 void accept_row(const VerifyTree& op, int64_t b) {
   const Tree& tree = op.tree;
   const int32_t size = least(most(tree.size[b], 1), tree.nodes);
-  int64_t chosen[1024];
+  int64_t chosen[kMaxNodes];
   int32_t status = 0;
   for (int32_t n = 0; n < size; ++n) {
     const int64_t at = (b * tree.nodes + n) * op.chunks;

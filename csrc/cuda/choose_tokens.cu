@@ -34,11 +34,10 @@ __global__ void __launch_bounds__(kThreads) finish_rows(const ChooseTokens op) {
 }  // namespace
 
 void choose_tokens(const ChooseTokens& op, void* stream) {
-  // blockIdx.y ends at 65535
-  for (int64_t first = 0; first < op.rows; first += 65535) {
+  for (int64_t first = 0; first < op.rows; first += kMaxRows) {
     ChooseTokens part = op;
-    part.rows = least<int64_t>(op.rows - first, 65535);
-    part.logits = static_cast<const char*>(op.logits) + first * op.stride * (op.dtype == 0 ? 4 : 2);
+    part.rows = least(op.rows - first, kMaxRows);
+    part.logits = static_cast<const char*>(op.logits) + first * op.stride * (op.dtype == kFloat32 ? 4 : 2);
     part.positions += first, part.keys += first * op.chunks, part.flags += first * op.chunks;
     part.rounds = op.rounds ? op.rounds + first : nullptr;
     part.settings = {op.settings.seed + first, op.settings.temperature + first, op.settings.top_k + first,

@@ -31,7 +31,6 @@ void move(const CompactCache& op, void* stream) {
 }  // namespace
 
 void compact_cache(const CompactCache& op, void* stream) {
-  if (op.batch > 65535) throw std::invalid_argument("batch above 65535 rows");
   const int64_t alignment = reinterpret_cast<int64_t>(op.cache) | op.width | op.stride_layer | op.stride_kv |
                             op.stride_batch | op.stride_head | op.stride_slot;
   if (alignment % 16 == 0) move<Sixteen>(op, stream);

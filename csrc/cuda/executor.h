@@ -1,6 +1,8 @@
 // The CUDA executor: each op launches on the stream given and returns.
 #pragma once
 
+#include <string>
+
 #include "../core/ops.h"
 
 namespace beagle::cuda {
@@ -12,5 +14,8 @@ void accept_tree(const AcceptTree& op, void* stream);
 void verify_tree(const VerifyTree& op, void* stream);
 void verify_chain(const VerifyChain& op, void* stream);
 void compact_cache(const CompactCache& op, void* stream);
+
+// Why the device cannot run this binary, which was built for `archs`; empty if it can.
+std::string why_not(int device, const std::string& archs);
 
 }  // namespace beagle::cuda

@@ -87,9 +87,9 @@ void launch(void (*kernel)(Op), dim3 grid, void* stream, const Op& op) {
 // Calls body with a null pointer of the logits' type.
 template <class Body>
 void by_dtype(int32_t dtype, const Body& body) {
-  if (dtype == 0) body(static_cast<const float*>(nullptr));
-  if (dtype == 1) body(static_cast<const Half*>(nullptr));
-  if (dtype == 2) body(static_cast<const BFloat*>(nullptr));
+  if (dtype == kFloat32) body(static_cast<const float*>(nullptr));
+  if (dtype == kFloat16) body(static_cast<const Half*>(nullptr));
+  if (dtype == kBFloat16) body(static_cast<const BFloat*>(nullptr));
 }
 
 }  // namespace beagle::cuda

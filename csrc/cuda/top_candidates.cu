@@ -7,7 +7,6 @@
 namespace beagle::cuda {
 namespace {
 
-constexpr int kMaxK = 1024, kPerThread = 4;
 // Keys set aside before they are merged: as many as a step can add, and half a step's to wait for more.
 constexpr int kStep = kThreads * 4, kWaiting = kStep / 2, kAside = kStep + kWaiting;
 
@@ -34,7 +33,7 @@ __device__ void merge_best(Block& team, uint64_t* best, int32_t k, int64_t n, co
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) rank_chunks(const TopCandidates op) {
-  constexpr int kTile = Block::kTile, kSpan = kThreads * kTile * kPerThread;
+  constexpr int kTile = Block::kTile;
   __shared__ uint64_t slots[2][kWarps];
   __shared__ Scratch scratch;
   __shared__ uint64_t best[kMaxK], found[kAside];
@@ -61,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 2) rank_chunks(const TopCandidates o
   };
   LogSum total;
   for (int64_t s = 0; s < spans; ++s) {
-    const int64_t begin = (chunk + s) * kSpan, end = least<int64_t>(begin + kSpan, op.vocab);
+    const int64_t begin = (chunk + s) * kChunk, end = least(begin + kChunk, op.vocab);
     for (int64_t i = begin + team.rank() * kTile; i - team.rank() * kTile < end; i += kThreads * kTile) {
       float value[kTile];
       load_tile(logits, i, end, value);
@@ -111,8 +110,6 @@ __global__ void __launch_bounds__(kThreads) join_chunks(const TopCandidates op) 
 }  // namespace
 
 void top_candidates(const TopCandidates& op, void* stream) {
-  if (op.k > kMaxK) throw std::invalid_argument("k above 1024");
-  if (op.rows > 65535) throw std::invalid_argument("more than 65535 rows");
   by_dtype(op.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     launch(rank_chunks<T>, dim3(op.chunks, op.rows), stream, op);

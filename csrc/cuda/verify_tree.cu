@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, 2) choose_nodes(const VerifyTree op)
 
 __global__ void __launch_bounds__(kThreads) accept_chosen(const VerifyTree op) {
   __shared__ uint64_t slots[2][kWarps], match[kMaxWords];
-  __shared__ int64_t chosen[1024];
+  __shared__ int64_t chosen[kMaxNodes];
   Block team{slots};
   const int64_t b = blockIdx.x;
   const int32_t size = least(most(op.tree.size[b], 1), op.tree.nodes);
@@ -44,7 +44,6 @@ __global__ void __launch_bounds__(kThreads) accept_chosen(const VerifyTree op) {
 }  // namespace
 
 void verify_tree(const VerifyTree& op, void* stream) {
-  if (op.batch > 65535) throw std::invalid_argument("batch above 65535 rows");
   by_dtype(op.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     launch(choose_nodes<T>, dim3(op.chunks, op.tree.nodes, op.batch), stream, op);

@@ -53,6 +53,11 @@ class AdaptiveTree:
         return AdaptiveTree(self.costs, self.measured, memory=self.memory, probe=self.probe, clock=self.clock)
 
     @property
+    def shapes(self) -> list[TreeShape]:
+        """All that a round may have."""
+        return [PLAIN, *(shape for shape in self.measured if shape != PLAIN)]
+
+    @property
     def largest(self) -> TreeShape:
         """What buffers must hold."""
         return TreeShape(*(max(getattr(shape, name) for shape in self.measured)

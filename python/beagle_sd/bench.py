@@ -35,7 +35,7 @@ def bench(console: Console, target_name: str, draft_folder: Path | None, sources
         console.print(comparison_table(source, [row for row in rows if row.prompts == source]))
     console.print("x: seconds a token of target.generate over the contender's, prefill included, prompt by prompt. "
                   "At least: the median's 95% lower bound by the sign test. Predicted: tokens a round by calibrated "
-                  "costs; decode: the same measured, prefill left out. Peak: memory held while it answered the first "
+                  "costs; decode: the same measured, prefill left out. Peak: memory held while it answered the longest "
                   "prompt, weights included (on a CPU the whole process's).", style="dim", highlight=False)  # fmt: skip
     if csv is not None:
         write_csv(rows, csv)

@@ -6,28 +6,26 @@ import csv
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from beagle_sd.adaptive import AdaptiveTree
 from beagle_sd.answers import encode_chat
 from beagle_sd.calibration import Costs
+from beagle_sd.contenders import BASELINE, PLAIN_LOOP, EngineRun, Runs, contenders, shape_name
 from beagle_sd.conversations import read_messages
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.evaluation_sets import EVALUATION_SETS, evaluation_prompts
-from beagle_sd.generate import Report, TreeShape, generate
+from beagle_sd.generate import Report, TreeShape
 from beagle_sd.memory import peak_bytes
 
-BASELINE = "target.generate"
-_LOOKUP_TOKENS = 4
-"""What prompt lookup drafts a round: more costs more than it brings on a CPU."""
 CONFIDENCE = 0.95
 
 
@@ -46,7 +44,7 @@ class Row:
     ms_per_token: the median; tokens_per_round: over all rounds, None where transformers does not say; low, median,
     high: the ratios' 20, 50 and 80 percentiles; bound: `lower_bound` of them; decode: its speed after the prefill over
     plain decoding in the same loop, the median; predicted: the same by tokens_per_round and calibrated costs;
-    peak_bytes: the most memory while it answered the first prompt (`beagle_sd.memory`), both models' weights included.
+    peak_bytes: the most memory while it answered the longest prompt (`warm_up`), both models' weights included.
     """
 
     prompts: str
@@ -70,9 +68,6 @@ class Comparison(NamedTuple):
     costs: Costs
 
 
-Runs = Mapping[str, Callable[[Tensor], tuple[int, Report | None]]]
-
-
 def compare_on(
     sources: Sequence[str],
     target: PreTrainedModel,
@@ -94,11 +89,13 @@ def compare_on(
         max(part, key=lambda shape: tree.costs.speedup(shape, tree.measured[shape]))
         for part in ([s for s in tree.measured if s.branch == 1], [s for s in tree.measured if s.branch > 1]) if part
     ]  # fmt: skip
-    runs = contenders(target, draft, shapes, tree.again, max_new_tokens=max_new_tokens, temperature=temperature,
-                      assistant=assistant)  # fmt: skip
+    longest = max(chain(*sets.values()), key=len)
+    runs = contenders(target, draft, shapes, tree.again, capacity=len(longest) + max_new_tokens,
+                      max_new_tokens=max_new_tokens, temperature=temperature, assistant=assistant)  # fmt: skip
+    peaks = warm_up(runs, longest, target.device)
+    _prefill_all(runs[PLAIN_LOOP], chain(*sets.values()), target.device)
     rows = []
     for source, prompts in sets.items():
-        peaks = warm_up(runs, prompts[0], target.device)
         answers: list[dict[str, Answer]] = []
         for answer in compare(runs, prompts, target.device):
             answers.append(answer)
@@ -106,63 +103,6 @@ def compare_on(
                 told(source, len(answers), len(prompts))
         rows += rows_of(source, answers, shapes, tree.costs, peaks)
     return Comparison(rows, tree.costs)
-
-
-def contenders(
-    target: PreTrainedModel,
-    draft: BeagleDraft,
-    shapes: Sequence[TreeShape],
-    adaptive: Callable[[], AdaptiveTree],
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    assistant: PreTrainedModel | None = None,
-) -> Runs:
-    """name -> run(input_ids [1, T]) -> (new tokens, report): BASELINE, prompt lookup, assisted generation if there is
-    an assistant, Beagle's loop without a draft, with each of the shapes, and with a new adaptive tree each answer."""
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-
-    own_generate: Any = target.generate
-
-    def theirs(**more):
-        def run(ids: Tensor):
-            torch.manual_seed(0)
-            out = own_generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-                               **sampling, **more)  # fmt: skip
-            return out.shape[1] - ids.shape[1], None
-
-        return run
-
-    def ours(shape: TreeShape | None = None, tree: Callable[[], AdaptiveTree] | None = None):
-        shaped = asdict(shape) if shape else {}
-
-        def run(ids: Tensor):
-            report = generate(target, draft if shape or tree else None, ids, max_new_tokens=max_new_tokens,
-                              temperature=temperature, adaptive=tree() if tree else None, **shaped).report  # fmt: skip
-            return report.new_tokens, report
-
-        return run
-
-    runs: dict[str, Callable[[Tensor], tuple[int, Report | None]]] = {
-        BASELINE: theirs(),
-        "transformers, prompt lookup": theirs(prompt_lookup_num_tokens=_LOOKUP_TOKENS),
-    }
-    if assistant is not None:
-        runs["transformers, assisted"] = theirs(assistant_model=assistant)
-    runs["beagle, plain"] = ours()
-    for shape in dict.fromkeys(shapes):
-        runs[shape_name(shape)] = ours(shape)
-    runs["beagle, adaptive tree"] = ours(tree=adaptive)
-    return runs
-
-
-def shape_name(shape: TreeShape) -> str:
-    """As a contender is called."""
-    if shape.branch == 1:
-        return f"beagle, chain of {shape.depth}"
-    return f"beagle, tree of {shape.num_nodes} (depth {shape.depth}, branch {shape.branch})"
 
 
 def read_shape(text: str) -> TreeShape:
@@ -174,9 +114,20 @@ def read_shape(text: str) -> TreeShape:
 
 
 def warm_up(runs: Runs, prompt: Sequence[int], device: torch.device) -> dict[str, int | None]:
-    """Each contender's peak memory in bytes while it answers `prompt`; the answers are not timed."""
-    ids = torch.tensor([list(prompt)], device=device)
-    return {name: peak_bytes(partial(run, ids), device) for name, run in runs.items()}
+    """Each contender's peak memory in bytes (`beagle_sd.memory`) while it answers `prompt` for the first time, without
+    the engines of the others; the answers are not timed."""
+    ids, peaks = torch.tensor([list(prompt)], device=device), {}
+    for name, run in runs.items():
+        peak = peak_bytes(partial(run, ids), device)
+        others = sum(other.nbytes for other in runs.values() if isinstance(other, EngineRun) and other is not run)
+        peaks[name] = None if peak is None else peak - others
+    return peaks
+
+
+def _prefill_all(run: Any, prompts: Iterable[list[int]], device: torch.device) -> None:
+    """Run a prompt of every length: a GPU's kernels are compiled by length when one first comes."""
+    for prompt in {len(prompt): prompt for prompt in prompts}.values():
+        run.prefill(torch.tensor([prompt], device=device))
 
 
 def compare(runs: Runs, prompts: Sequence[Sequence[int]], device: torch.device) -> Iterator[dict[str, Answer]]:
@@ -198,7 +149,7 @@ def rows_of(
 ) -> list[Row]:
     """A row a contender, over one set of prompts called `name`; peaks are those of `warm_up`."""
     by_name = {shape_name(shape): shape for shape in shapes}
-    plain = [_decode_seconds(answer["beagle, plain"].report) for answer in answers]
+    plain = [_decode_seconds(answer[PLAIN_LOOP].report) for answer in answers]
     rows = []
     for contender in answers[0]:
         own = [answer[contender] for answer in answers]

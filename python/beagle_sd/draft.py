@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from beagle_sd.linears import linear
 from beagle_sd.target import Target
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class BeagleConfig(PretrainedConfig):
@@ -195,7 +198,7 @@ class BeagleDraft(PreTrainedModel):
         return (draft, info) if output_loading_info else draft
 
     @classmethod
-    def from_target(cls, model: PreTrainedModel, draft_vocab: Tensor | None = None, **overrides) -> BeagleDraft:
+    def from_target(cls, model: PreTrainedModel, draft_vocab: Tensor | None = None, **overrides) -> Self:
         """A fresh draft for `model`, bound to it; norm_output starts as a copy of the target's final norm.
 
         draft_vocab [V'] int64, ascending token ids of the target's vocabulary that the draft may propose.
@@ -212,7 +215,7 @@ class BeagleDraft(PreTrainedModel):
             draft.norm_output.load_state_dict({"weight": weight})
         return draft.bind(model)
 
-    def bind(self, model: PreTrainedModel) -> BeagleDraft:
+    def bind(self, model: PreTrainedModel) -> Self:
         """Use `model`'s embedding and LM head. ValueError if it is not the target this draft was made for."""
         target = Target(model)
         for name in ("hidden_size", "vocab_size"):

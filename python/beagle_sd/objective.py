@@ -30,14 +30,15 @@ class Batch(NamedTuple):
     def sequence(self) -> Tensor:
         """[T] int64: the sequence that each token belongs to."""
         lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()
-        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        each = torch.arange(len(lengths), device=lengths.device)
+        return torch.repeat_interleave(each, lengths, output_size=len(self.tokens))
 
 
 def row_weights(batch: Batch, window: int, offset: Tensor, *, simulated: bool) -> Tensor:
     """f32 [T]: what each row's loss counts. 0 for rows before the first window, in a window that starts at
     position 0 (it sees no true key), or outside the assistant's tokens; else 1, or window - m in simulation,
     since pass r of the paper's figure 2 computes rows 0..r of a window anew."""
-    own = offset.long()[batch.sequence]
+    own = offset.long().index_select(0, batch.sequence)
     step = (batch.positions - own) % window
     counted = batch.loss_mask & (batch.positions >= own) & (batch.positions - step > 0)
     return counted * ((window - step).float() if simulated else 1.0)
@@ -70,15 +71,15 @@ def simulated_states(
     own_keys: list[Tensor] = []
     own_values: list[Tensor] = []
     for rows in rows_by_step(batch, window, offset):
-        attended = prefix[rows]
+        attended = prefix.index_select(0, rows)
         if own_keys:
             attended = _again(_extended, prefix, lse, queries, rows, tuple(own_keys), tuple(own_values))
-        state = draft.block(embedded[rows], attended)
+        state = draft.block(embedded.index_select(0, rows), attended)
         states.append(state)
         rows_done.append(rows)
         if draft.config.append_states and len(states) < window:
             seen = state.detach() if detach_states else state
-            key, value = _again(draft.keys_values, seen, batch.positions[rows])
+            key, value = _again(draft.keys_values, seen, batch.positions.index_select(0, rows))
             own_keys.append(key)
             own_values.append(value)
     if not states:  # every sequence is shorter than its offset: zeros that backward can still pass
@@ -92,7 +93,7 @@ def _extended(
 ) -> Tensor:
     """Attention of `rows`, that over true keys merged with that over the first of the keys of the steps before."""
     local = [torch.stack([part[: len(rows)] for part in parts], 1) for parts in (keys, values)]
-    return extend_attention(prefix[rows], lse[rows], queries[rows], *local)[0]
+    return extend_attention(*(x.index_select(0, rows) for x in (prefix, lse, queries)), *local)[0]
 
 
 def _again(function: Callable, *args):
@@ -112,15 +113,17 @@ def draft_states(
 
 def rows_by_step(batch: Batch, window: int, offset: Tensor) -> list[Tensor]:
     """For step m, the rows s + m of all windows that reach it, windows that reach further first: so the rows of
-    a step stand in the order of the step before, and a prefix of its keys belongs to them."""
+    a step stand in the order of the step before, and a prefix of its keys belongs to them. Reads the device once."""
     start = offset.long() + batch.cu_seqlens[:-1].long()
     end = batch.cu_seqlens[1:].long()
-    count = ((end - start).clamp(min=0) + window - 1) // window
-    which = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
-    first = torch.cumsum(count, 0) - count
-    starts = start[which] + window * (torch.arange(len(which), device=which.device) - first[which])
-    reach = (end[which] - starts).clamp(max=window)
-    order = torch.sort(reach, descending=True, stable=True).indices
-    starts, reach = starts[order], reach[order]
-    reached = [int((reach > step).sum()) for step in range(window)]
+    length = (end - start).clamp(min=0)
+    steps = torch.arange(window, device=length.device)
+    reached = (((length[:, None] - steps).clamp(min=0) + window - 1) // window).sum(0).tolist()
+    count = (length + window - 1) // window
+    every = torch.arange(len(count), device=count.device)
+    which = torch.repeat_interleave(every, count, output_size=reached[0])
+    first = (torch.cumsum(count, 0) - count).index_select(0, which)
+    starts = start.index_select(0, which) + window * (torch.arange(reached[0], device=which.device) - first)
+    reach = (end.index_select(0, which) - starts).clamp(max=window)
+    starts = starts.index_select(0, torch.sort(reach, descending=True, stable=True).indices)
     return [starts[:rows] + step for step, rows in enumerate(reached) if rows]

@@ -39,7 +39,7 @@ def same_everywhere(parameters: Iterable[nn.Parameter]) -> None:
             parameter.data.copy_(broadcast(parameter.data))
 
 
-def mean_gradients(parameters: Iterable[nn.Parameter], weight: float) -> None:
+def mean_gradients(parameters: Iterable[nn.Parameter], weight: Tensor) -> None:
     """Sum the gradients over all processes and divide by the weight of the whole batch, in place."""
     gradients = []
     for parameter in parameters:
