@@ -180,7 +180,7 @@ def like_reference(op, q, k, v, what: str) -> None:
 def check_variants(device: str, dtype: torch.dtype) -> int:
     """What a configuration says beside its sizes changes no number, where the tensors let it serve."""
     from beagle_kernels.triton import configs
-    from beagle_kernels.triton.block_attention import _readable_by_tma
+    from beagle_kernels.triton.tiles import readable_by_tma
 
     gen, arch = torch.Generator().manual_seed(8), configs.architecture(torch.device(device))
     offset, cu = torch.tensor([1, 3], dtype=torch.int32, device=device), packed([40, 23]).to(device)
@@ -190,7 +190,7 @@ def check_variants(device: str, dtype: torch.dtype) -> int:
     wide = random((70, 6, 64), dtype, device, gen)
     apart = [random((70, heads, 64), dtype, device, gen) for heads in (4, 1, 1)]
     for q, k, v in (wide.tensor_split((4, 5), 1), apart):
-        assert all(map(_readable_by_tma, (q, k, v))) and not _readable_by_tma(v[..., 1:])
+        assert all(map(readable_by_tma, (q, k, v))) and not readable_by_tma(v[..., 1:])
         results, up = [], random(q.shape, dtype, device, gen)
         keys = [(name, arch, 64, dtype) for name in ("block_forward", "block_dq", "block_dkv")]
         shipped = [configs.choose(*key) for key in keys]
