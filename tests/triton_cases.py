@@ -180,7 +180,7 @@ def like_reference(op, q, k, v, what: str) -> None:
 def check_variants(device: str, dtype: torch.dtype) -> int:
     """What a configuration says beside its sizes changes no number, where the tensors let it serve."""
     from beagle_kernels.triton import configs
-    from beagle_kernels.triton.block_attention import _readable_by_tma
+    from beagle_kernels.triton.tiles import readable_by_tma
 
     gen, arch = torch.Generator().manual_seed(8), configs.architecture(torch.device(device))
     offset, cu = torch.tensor([1, 3], dtype=torch.int32, device=device), packed([40, 23]).to(device)
@@ -190,7 +190,7 @@ def check_variants(device: str, dtype: torch.dtype) -> int:
     wide = random((70, 6, 64), dtype, device, gen)
     apart = [random((70, heads, 64), dtype, device, gen) for heads in (4, 1, 1)]
     for q, k, v in (wide.tensor_split((4, 5), 1), apart):
-        assert all(map(_readable_by_tma, (q, k, v))) and not _readable_by_tma(v[..., 1:])
+        assert all(map(readable_by_tma, (q, k, v))) and not readable_by_tma(v[..., 1:])
         results, up = [], random(q.shape, dtype, device, gen)
         keys = [(name, arch, 64, dtype) for name in ("block_forward", "block_dq", "block_dkv")]
         shipped = [configs.choose(*key) for key in keys]
@@ -275,7 +275,8 @@ def check_tree_attention(device: str, dtype: torch.dtype, group: str) -> int:
         order = torch.randperm(3 * slots // page + 2, generator=torch.Generator().manual_seed(n))[: 3 * slots // page]
         pages = (paged(x[:, :, :slots], page, 2, order.to(device)) for x in (k, v))
         table = order.view(3, -1).int().to(device)
-        assert torch.equal(got, tree_attention(q, *pages, lengths, mask, block_table=table, backend="triton")), what
+        in_pages = tree_attention(q, *pages, lengths, mask, block_table=table, backend="triton")
+        assert torch.equal(got, in_pages), what
     nothing = tree_attention(q, k, v, lengths * 0, mask * 0, backend="triton")
     assert not nothing.any()
     return len(TREE_CASES[group])
@@ -292,7 +293,8 @@ def check_distill_loss(device: str, dtype: torch.dtype) -> int:
         row_weight = random((rows,), torch.float32, device, gen).relu()
         got = distill_loss(student, teacher, weight, row_weight, backend="triton")
         grad = torch.autograd.grad(got, student)[0]
-        assert torch.equal(got.detach(), distill_loss(student.detach(), teacher, weight, row_weight, backend="triton"))
+        alone = distill_loss(student.detach(), teacher, weight, row_weight, backend="triton")
+        assert torch.equal(got.detach(), alone), what
         if not row_weight.any():
             assert got == 0 and not grad.any(), what
             continue
