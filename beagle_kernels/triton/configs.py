@@ -34,11 +34,13 @@ TABLE: Table = {
     "block_dq": {
         80: {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
         90: {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)},
+        100: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
     },
     # block_m counts keys here, block_n query rows.
     "block_dkv": {
         80: {64: Config(128, 32, 8, 3), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
         90: {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 16, 8, 2)},
+        100: {64: Config(128, 64, 8, 1), 128: Config(128, 64, 8, 1), 256: Config(32, 32, 8, 1)},
     },
     # block_m is the most rows a tile takes: fewer queries take a smaller one.
     "tree": {
