@@ -95,15 +95,17 @@ class Check(NamedTuple):
         if not passed and not note and self.process.returncode < 0:
             note = f"ended by {signal.Signals(-self.process.returncode).name}"
         said, wrong = (read(file) for file in (self.said, self.wrong))
+        before, dump, stack = wrong.partition("Fatal Python error")  # a stack has its end first, and a list behind it
+        wrong = before[-TAIL:] + dump + stack.partition("\nExtension modules")[0][:TAIL]
         lines = [f"{'ok  ' if passed else 'FAIL'} {self.name}, {time.monotonic() - self.began:.0f} s", said[-TAIL:]]
-        print("\n".join(filter(None, lines if passed else [*lines, wrong[-TAIL:], note])), flush=True)
+        print("\n".join(filter(None, lines if passed else [*lines, wrong, note])), flush=True)
         return passed
 
 
 def read(file: IO[str]) -> str:
     with file:
         file.seek(0)
-        return file.read().strip()
+        return file.read().rstrip()
 
 
 def run(names: list[str], device: str, seconds: float, at_once: int) -> int:

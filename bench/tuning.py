@@ -81,24 +81,12 @@ def shipped(key: tuple[str, int, int, torch.dtype]) -> Config:
     return configs.choose(*key, tma=key[1] >= 90)
 
 
-def candidates(key: tuple[str, int, int, torch.dtype]) -> list[Config]:
-    """The shipped tiles and what else is tried: CANDIDATES', or in float32 up to twice as many rows, columns, warps."""
-    from beagle_kernels.triton import configs
-
-    kernel, arch, width, dtype = key
-    first = shipped(key)
-    if dtype == torch.float32:
-        more = [first._replace(block_m=first.block_m * m, block_n=first.block_n * n, warps=warps)
-                for m in (1, 2) for n in (1, 2) for warps in (4, 8)]  # fmt: skip
-    else:
-        more = configs.CANDIDATES[kernel][max(64, min(width, 256))]
-    return list(dict.fromkeys(config for config in (first, *more) if arch >= 90 or not config.tma))
-
-
 def trials(shapes: list[Shape], device: str) -> list[Trial]:
     """All of a stage, in an order that every process agrees on."""
+    from beagle_kernels.triton.configs import candidates
+
     return [Trial(shape, kernel, config) for shape in shapes for kernel in kernels(shape)
-            for config in candidates(key_of(shape, kernel, device))]  # fmt: skip
+            for config in candidates(*key_of(shape, kernel, device))]  # fmt: skip
 
 
 def dealt(found: list[Trial], worker: int, workers: int) -> list[Trial]:
@@ -208,8 +196,8 @@ def winner(shape: Shape, kernel: str, tried: dict[Config, str | None], device: s
     key, run = key_of(shape, kernel, device), call_of(shape, kernel, device)
     first, before = shipped(key), milliseconds(run)
     # where no process told anything, the candidates are compiled here
-    able = [config for config in candidates(key) if tried.get(config, "not compiled") is None] if tried else None
-    best = configs.tune(*key, run, able)
+    able = [config for config in configs.candidates(*key) if tried.get(config, "not compiled") is None]
+    best = configs.tune(*key, run, able if tried else None)
     return {"kernel": kernel, "arch": key[1], "head_size": key[2], "dtype": str(shape.dtype)[6:], "config": list(best),
             "shipped": list(first), "timed": TIMED_BY[kernel], "shipped_ms": before, "tuned_ms": milliseconds(run),
             "shape": [shape.rows, *shape.heads, *(shape.tree or ())],

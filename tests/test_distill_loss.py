@@ -129,7 +129,7 @@ def test_gradcheck():
 def test_opcheck(backend, gradient):
     student, *rest = inputs(6, 4, 11, torch.float32)
     student = student.requires_grad_(gradient)
-    opcheck(torch.ops.beagle.distill_loss.default, (student, *rest, 10.0, gradient, backend))
+    opcheck(torch.ops.beagle.distill_loss.default, (student, *rest, 10.0, gradient, False, backend))
 
 
 def test_compiles_in_one_graph():
@@ -151,3 +151,47 @@ def test_bad_inputs():
     ]:
         with pytest.raises(error, match=message):
             distill_loss(*args)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_set_and_put_back(tf32, monkeypatch):
+    """Around float32 products alone, whatever the setting was, and if they fail."""
+    pytest.importorskip("triton")
+    from beagle_kernels.triton import distill_loss as kernels
+
+    student, *rest = inputs(6, 4, 11, torch.float32)
+    settings, seen = torch.backends.cuda.matmul, []
+
+    def fail(*args):
+        seen.append(settings.fp32_precision)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(kernels, "_by_chunks", fail)
+    before = settings.fp32_precision
+    with pytest.raises(ZeroDivisionError):
+        kernels.distill_loss(student, *rest, 10.0, True, tf32)
+    with pytest.raises(ZeroDivisionError):
+        kernels.distill_loss(student.bfloat16(), *rest, 10.0, True, tf32)
+    assert seen == ["tf32" if tf32 else "ieee", before] and settings.fp32_precision == before
+
+
+def test_chunks_are_multiples_of_256_rows():
+    pytest.importorskip("triton")
+    from beagle_kernels.triton.distill_loss import rows_at_once
+
+    assert rows_at_once(128256, 2, 8192) == 1024 and rows_at_once(128256, 2, 700) == 700
+    assert rows_at_once(1 << 22, 4, 8192) == 16 and rows_at_once(1 << 30, 4, 9) == 1 == rows_at_once(16, 4, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts_what_goes_in_and_nothing_inside(backend):
+    student, teacher, weight, row_weight = inputs(20, 8, 33, torch.float32)
+    want = distill_loss(student.bfloat16(), teacher.bfloat16(), weight.bfloat16(), row_weight, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = distill_loss(student, teacher, weight, row_weight, backend=backend)
+    assert torch.equal(got, want) and got.dtype == torch.float32
+    assert torch.autograd.grad(got, student)[0].dtype == torch.float32
+
+
+def test_no_cuda_graph_may_hold_it():
+    assert torch.Tag.cudagraph_unsafe in torch.ops.beagle.distill_loss.default.tags

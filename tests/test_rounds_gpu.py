@@ -159,8 +159,10 @@ def test_out_of_memory_leaves_the_process_usable(pair):
 
 def test_draft_buffers_and_graph_add_less_than_5_percent_to_an_8b_target():
     """Measured: what the process has reserved beside the target's weights and cache, graph included."""
-    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
-        pytest.skip("needs 30 GiB of free GPU memory")
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]  # other processes of the same run have their part of the device
+    if free < 30 * 2**30:
+        pytest.skip(f"needs 30 GiB of GPU memory, {free / 2**30:.0f} are free")
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):

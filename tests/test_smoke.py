@@ -104,15 +104,18 @@ def test_what_is_not_allowed(script, arguments, said, capsys):
     assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
-def test_no_check_outlives_the_script():
-    program = f"from bench import smoke; import sys; smoke.COMMAND = [sys.executable, '-c', {WORK.format('64.25')!r}]\n"
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_no_check_outlives_the_script(number):
+    mark = f"64.{number:02d}"
+    program = f"from bench import smoke; import sys; smoke.COMMAND = [sys.executable, '-c', {WORK.format(mark)!r}]\n"
     command = [sys.executable, "-c", program + "sys.exit(smoke.main(['--device', 'cpu', 'trees']))"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not subprocess.run(["pgrep", "-fx", "sleep 64.25"], capture_output=True).stdout:
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not subprocess.run(["pgrep", "-fx", f"sleep {mark}"], capture_output=True).stdout:
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 128 + signal.SIGTERM and not left_of("64.25")
+    process.send_signal(number)
+    said = process.communicate(timeout=20)[0]
+    assert process.returncode == 128 + number and "Traceback" not in said and not left_of(mark)
 
 
 @pytest.mark.slow

@@ -180,7 +180,7 @@ def like_reference(op, q, k, v, what: str) -> None:
 def check_variants(device: str, dtype: torch.dtype) -> int:
     """What a configuration says beside its sizes changes no number, where the tensors let it serve."""
     from beagle_kernels.triton import configs
-    from beagle_kernels.triton.block_attention import readable_by_tma
+    from beagle_kernels.triton.tiles import readable_by_tma
 
     gen, arch = torch.Generator().manual_seed(8), configs.architecture(torch.device(device))
     offset, cu = torch.tensor([1, 3], dtype=torch.int32, device=device), packed([40, 23]).to(device)
@@ -275,7 +275,8 @@ def check_tree_attention(device: str, dtype: torch.dtype, group: str) -> int:
         order = torch.randperm(3 * slots // page + 2, generator=torch.Generator().manual_seed(n))[: 3 * slots // page]
         pages = (paged(x[:, :, :slots], page, 2, order.to(device)) for x in (k, v))
         table = order.view(3, -1).int().to(device)
-        assert torch.equal(got, tree_attention(q, *pages, lengths, mask, block_table=table, backend="triton")), what
+        in_pages = tree_attention(q, *pages, lengths, mask, block_table=table, backend="triton")
+        assert torch.equal(got, in_pages), what
     nothing = tree_attention(q, k, v, lengths * 0, mask * 0, backend="triton")
     assert not nothing.any()
     return len(TREE_CASES[group])
@@ -292,7 +293,8 @@ def check_distill_loss(device: str, dtype: torch.dtype) -> int:
         row_weight = random((rows,), torch.float32, device, gen).relu()
         got = distill_loss(student, teacher, weight, row_weight, backend="triton")
         grad = torch.autograd.grad(got, student)[0]
-        assert torch.equal(got.detach(), distill_loss(student.detach(), teacher, weight, row_weight, backend="triton"))
+        alone = distill_loss(student.detach(), teacher, weight, row_weight, backend="triton")
+        assert torch.equal(got.detach(), alone), what
         if not row_weight.any():
             assert got == 0 and not grad.any(), what
             continue
@@ -333,7 +335,7 @@ def small_tiles() -> None:
     """Tiles so small that small sizes reach every loop."""
     from beagle_kernels.triton import configs
 
-    for by_arch in configs.TABLE.values():
+    for by_arch in (*configs.TABLE.values(), *configs.FLOAT32.values()):
         for by_size in by_arch.values():
             by_size.update({size: configs.Config(32, 32, 4, 1) for size in by_size})
 

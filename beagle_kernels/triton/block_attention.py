@@ -39,7 +39,7 @@ def forward_tiles(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """AHEAD: a tile's scores are multiplied before the softmax of the tile before it, the last tile's once too often."""
+    """AHEAD: a tile's scores are multiplied before the softmax of the tile before it, the last one's once too often."""
     o_n = tl.arange(0, BLOCK_N)
     if AHEAD:
         b_k = load_block(p_k, lo, column, s_kt, o_d, T, D, BLOCK_D, BLOCK_N, True, TMA)  # [BN, BD]

@@ -21,23 +21,28 @@ class Config(NamedTuple):
     ahead: bool = False
 
 
-# kernel -> architecture -> padded head size -> 16-bit configuration. A GPU takes the last row that is not newer.
-TABLE: dict[str, dict[int, dict[int, Config]]] = {
+Table = dict[str, dict[int, dict[int, Config]]]
+
+# kernel -> architecture -> padded head size -> 16-bit configuration. A GPU takes the last row that is not newer, sm_120
+# that of sm_80 where it has none: it has sm_80's matrix instructions. Both fit into the 99 KB of shared memory that
+# sm_86, sm_89 and sm_120 have.
+TABLE: Table = {
     "block_forward": {
-        80: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 64, 8, 2)},
+        80: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
         90: {64: Config(128, 128, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
     },
     "block_dq": {
         80: {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
         90: {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)},
+        100: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
     },
     # block_m counts keys here, block_n query rows.
     "block_dkv": {
-        80: {64: Config(128, 32, 8, 3), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 4, 1)},
-        90: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(64, 16, 8, 2)},
+        80: {64: Config(128, 32, 8, 3), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
+        90: {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 16, 8, 2)},
+        100: {64: Config(128, 64, 8, 1), 128: Config(128, 64, 8, 1), 256: Config(32, 32, 8, 1)},
     },
     # block_m is the most rows a tile takes: fewer queries take a smaller one.
-    # Those of sm_80 and sm_120 need at most 99 KB of shared memory, which is all that sm_86, sm_89 and sm_120 have.
     "tree": {
         80: {64: Config(64, 64, 4, 3), 128: Config(64, 32, 8, 3), 256: Config(32, 32, 8, 2)},
         90: {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 3)},
@@ -46,44 +51,60 @@ TABLE: dict[str, dict[int, dict[int, Config]]] = {
     },
 }
 
-# kernel -> padded head size -> float32 configuration, on every architecture.
-FLOAT32: dict[str, dict[int, Config]] = {
-    "tree": {64: Config(32, 32, 8, 1), 128: Config(16, 64, 8, 1), 256: Config(16, 64, 8, 1)},
+# The same of float32, whose products take three times the registers.
+FLOAT32: Table = {
+    "block_forward": {
+        80: {64: Config(32, 32, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
+        90: {64: Config(128, 32, 8, 2), 128: Config(32, 32, 4, 1), 256: Config(16, 32, 8, 1)},
+    },
+    "block_dq": {
+        80: {64: Config(32, 32, 8, 1), 128: Config(16, 32, 4, 1), 256: Config(16, 16, 8, 1)},
+        90: {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    },
+    "block_dkv": {
+        80: {64: Config(32, 32, 4, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+        90: {64: Config(32, 32, 4, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    },
+    "tree": {80: {64: Config(32, 32, 8, 1), 128: Config(16, 64, 8, 1), 256: Config(16, 64, 8, 1)}},
 }
 
-def _candidates(plain: str, tma: str = "") -> list[Config]:
-    """From "block_m x block_n x warps x stages" each."""
-    found: list[Config] = []
-    for tiles in (*plain.split(), *tma.split()):
-        m, n, warps, stages = map(int, tiles.split("x"))
-        found.append(Config(m, n, warps, stages, len(found) >= len(plain.split())))
+
+def _listed(plain: str, more: str = "", **options: bool) -> list[Config]:
+    """From "block_m x block_n x warps x stages" each; those of `more` with the options."""
+    found = []
+    for names, given in ((plain, {}), (more, options)):
+        for tiles in names.split():
+            m, n, warps, stages = map(int, tiles.split("x"))
+            found.append(Config(m, n, warps, stages, **given))
     return found
 
 
 # Those of a wider search that Triton 3.9 compiled for sm_90 without spills (block_dkv of 256: the fewest).
 CANDIDATES: dict[str, dict[int, list[Config]]] = {
     "block_forward": {
-        64: _candidates("128x128x8x2 128x128x8x3 128x64x8x3 128x64x8x4 64x64x4x4", "128x128x8x2 128x128x8x3"),
-        128: _candidates("128x64x8x2 128x64x8x3 128x32x8x4", "128x64x8x3 128x64x8x4 128x128x8x2 128x128x8x3"),
-        256: _candidates("128x32x8x2", "128x32x8x3 128x64x8x2"),
+        64: _listed("128x128x8x2 128x128x8x3 128x64x8x3 128x64x8x4 64x64x4x4", "128x128x8x2 128x128x8x3", tma=True)
+        + _listed("", "128x64x8x3", ahead=True) + _listed("", "128x64x8x3", tma=True, ahead=True),
+        128: _listed("128x64x8x2 128x64x8x3 128x32x8x4", "128x64x8x3 128x64x8x4 128x128x8x2 128x128x8x3", tma=True)
+        + _listed("", "128x64x8x3 128x32x8x3", ahead=True) + _listed("", "128x64x8x3", tma=True, ahead=True),
+        256: _listed("128x32x8x2", "128x32x8x3 128x64x8x2", tma=True),
     },
     "block_dq": {
-        64: _candidates("128x64x8x2 128x64x8x3 128x128x8x2 64x64x4x3", "128x64x8x3 128x128x8x2"),
-        128: _candidates("128x64x8x2 128x64x8x3 128x32x8x3 64x64x8x2 64x32x4x3", "128x64x8x2 128x64x8x3"),
-        256: _candidates("128x32x8x1 128x32x8x2", "128x32x8x2"),
+        64: _listed("128x64x8x2 128x64x8x3 128x128x8x2 64x64x4x3", "128x64x8x3 128x128x8x2", tma=True),
+        128: _listed("128x64x8x2 128x64x8x3 128x32x8x3 64x64x8x2 64x32x4x3", "128x64x8x2 128x64x8x3", tma=True),
+        256: _listed("128x32x8x1 128x32x8x2", "128x32x8x2", tma=True),
     },
     "block_dkv": {
-        64: _candidates("128x64x8x2 128x64x8x3 128x32x8x3", "128x64x8x3"),
-        128: _candidates("128x32x8x2", "128x32x8x3 64x64x8x3"),
-        256: _candidates("64x16x8x2 32x32x8x1", "64x16x8x2 64x32x8x2"),
+        64: _listed("128x64x8x2 128x64x8x3 128x32x8x3", "128x64x8x2 128x64x8x3", tma=True),
+        128: _listed("128x32x8x2", "128x32x8x3 64x64x8x3 128x64x8x2", tma=True),
+        256: _listed("64x16x8x2 32x32x8x1", "64x16x8x2 64x32x8x2", tma=True),
     },
     "tree": {
-        64: _candidates("64x64x4x3 64x64x4x4 64x128x4x3 128x64x4x3 128x64x8x3 128x128x8x3"),
-        128: _candidates("64x64x4x3 64x64x8x3 64x128x8x2 128x64x8x2 128x64x8x3 128x128x8x2"),
-        256: _candidates("64x64x8x2 64x32x8x3"),
+        64: _listed("64x64x4x3 64x64x4x4 64x128x4x3 128x64x4x3 128x64x8x3 128x128x8x3"),
+        128: _listed("64x64x4x3 64x64x8x3 64x128x8x2 128x64x8x2 128x64x8x3 128x128x8x2"),
+        256: _listed("64x64x8x2 64x32x8x3"),
     },
 }
-"""What `tune` tries unless told otherwise."""
+"""What `tune` tries in 16 bits unless told otherwise, beside the shipped tiles."""
 
 _tuned: dict[tuple, Config] = {}
 
@@ -101,21 +122,28 @@ def architecture(device: torch.device) -> int:
 
 
 def choose(kernel: str, arch: int, head_size: int, dtype: torch.dtype, tma: bool = False) -> Config:
-    """The tuned configuration if there is one, else the table's; float32 tiles not listed are at most 32 x 32.
-
-    One that reads by TMA serves where the tensors let it (`tma`).
-    """
+    """The tuned configuration if there is one, else the table's. One that reads by TMA serves where the tensors let it
+    (`tma`)."""
     config = _tuned.get((kernel, arch, head_size, dtype))
     if config is not None and (tma or not config.tma):
         return config
-    size = max(64, min(head_size, 256))
-    if dtype == torch.float32 and kernel in FLOAT32:
-        return FLOAT32[kernel][size]
-    rows = TABLE[kernel]
-    config = rows[max((row for row in rows if row <= arch), default=min(rows))][size]
+    rows = (FLOAT32 if dtype == torch.float32 else TABLE)[kernel]
+    row = max((row for row in rows if row <= arch), default=80)
+    if arch >= 120 > row:
+        row = 80
+    return rows[row][max(64, min(head_size, 256))]
+
+
+def candidates(kernel: str, arch: int, head_size: int, dtype: torch.dtype) -> list[Config]:
+    """What `tune` tries: first the configuration in use, then CANDIDATES', or in float32 up to twice as many rows,
+    columns and warps. Those that read by TMA are left out below sm_90."""
+    first = choose(kernel, arch, head_size, dtype, tma=arch >= 90)
     if dtype == torch.float32:
-        config = Config(min(config.block_m, 32), min(config.block_n, 32), 4, 1)
-    return config
+        more = [first._replace(block_m=first.block_m * m, block_n=first.block_n * n, warps=warps)
+                for m in (1, 2) for n in (1, 2) for warps in (4, 8)]  # fmt: skip
+    else:
+        more = CANDIDATES[kernel][max(64, min(head_size, 256))]
+    return list(dict.fromkeys(config for config in (first, *more) if arch >= 90 or not config.tma))
 
 
 def tune(
@@ -124,30 +152,27 @@ def tune(
     head_size: int,
     dtype: torch.dtype,
     run: Callable[[], object],
-    candidates: Iterable[Config] | None = None,
+    tried: Iterable[Config] | None = None,
 ) -> Config:
-    """Time `run`, which must launch `kernel`, under each candidate; later calls use the fastest. Never on its own.
+    """Time `run`, which must launch `kernel`, under each configuration tried (default: `candidates`); later calls use
+    the fastest. Never on its own.
 
-    The candidates are CANDIDATES' and the table's unless given; those that read by TMA are left out below sm_90.
-
-    Raises RuntimeError during graph capture, or where no candidate runs.
+    Raises RuntimeError during graph capture, or where none runs, with the reasons.
     """
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"tuning {kernel} during graph capture; allowed: before it")
-    key, times = (kernel, arch, head_size, dtype), {}
+    key, times, reasons = (kernel, arch, head_size, dtype), {}, {}
     before = _tuned.pop(key, None)
-    if candidates is None:
-        listed = [*CANDIDATES[kernel][max(64, min(head_size, 256))], choose(*key)]
-        candidates = dict.fromkeys(config for config in listed if arch >= 90 or not config.tma)
     try:
-        for config in candidates:
+        for config in candidates(*key) if tried is None else tried:
             _tuned[key] = config
             try:
                 times[config] = triton.testing.do_bench(run, return_mode="median")
-            except triton.runtime.errors.OutOfResources:
-                continue
+            except Exception as error:  # tiles that do not fit or do not compile
+                reasons[config] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         if not times:
-            raise RuntimeError(f"tuning {kernel}: no candidate runs on this device")
+            told = "; ".join(f"{'x'.join(map(str, config[:4]))}: {why}" for config, why in reasons.items())
+            raise RuntimeError(f"tuning {kernel}: no candidate runs on this device ({told})")
         before = min(times, key=lambda config: times[config])
     finally:
         _tuned.pop(key, None)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import implementation
-from .block_attention import block_d, rows_contiguous
+from .tiles import block_d, rows_contiguous
 
 TILE = 2048
 """Elements of one [rows, group, head size] tile."""
@@ -30,7 +30,7 @@ def load_key(p_base, o_row, j, s_row, s_j, o_d, R, D: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["R", "m"])
-def forward_kernel(
+def extend_attention_merge(
     p_out, p_lse, p_q, p_k, p_v, p_merged, p_merged_lse, R, m, scale, s_kr, s_km, s_kh, s_vr, s_vm, s_vh,
     HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -65,7 +65,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["R", "m"])
-def backward_kernel(
+def extend_attention_gradients(
     p_out, p_lse, p_q, p_k, p_v, p_g, p_h, p_dout, p_dlse, p_dq, p_dk, p_dv, R, m, scale,
     s_kr, s_km, s_kh, s_vr, s_vm, s_vh,
     HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -142,7 +142,7 @@ def extend_attention(
     k, v = rows_contiguous(k, v)
     merged, merged_lse = torch.empty_like(out), torch.empty_like(lse)
     if q.numel():
-        _launch(forward_kernel, q, k, v, (out, lse, q, k, v, merged, merged_lse, q.shape[0], k.shape[1], scale))
+        _launch(extend_attention_merge, q, k, v, (out, lse, q, k, v, merged, merged_lse, q.shape[0], k.shape[1], scale))
     return merged, merged_lse
 
 
@@ -156,5 +156,5 @@ def extend_attention_backward(
     grads = [x.new_empty(x.shape) for x in (out, lse, q, k, v)]
     if q.numel():
         args = out, lse, q, k, v, grad_out, grad_lse, *grads, q.shape[0], k.shape[1], scale
-        _launch(backward_kernel, q, k, v, args, HAS_H=grad_lse is not None)
+        _launch(extend_attention_gradients, q, k, v, args, HAS_H=grad_lse is not None)
     return tuple(grads)

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import implementation
-from .block_attention import LN2, LOG2E, block_d, positive_scale, rows_contiguous, softmax_step
 from .configs import Config, architecture, choose, tune
+from .tiles import LN2, LOG2E, block_d, positive_scale, rows_contiguous, softmax_step
 
 MIN_KEYS = tl.constexpr(256)
 """Prefix keys below which a further split is not worth its combining."""

@@ -91,7 +91,8 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = draft.q_proj.weight.device
         self.processes = PartialState(cpu=self.device.type == "cpu")
-        self.head = draft.head.to(torch.float32)
+        # In autocast the loss's products are in bf16, as the draft's are.
+        self.head = draft.head.to(torch.bfloat16 if config.autocast else torch.float32)
         fused = {"fused": True} if self.device.type == "cuda" else {}
         self.optimizer = torch.optim.AdamW(draft.parameters(), lr=config.lr, betas=config.betas,
                                            weight_decay=config.weight_decay, **fused)
@@ -166,8 +167,9 @@ class Trainer:
     def _agreement(self, states: Tensor, choices: Tensor, counted: Tensor) -> Tensor:
         """[T] bool: the draft's first choice is the target's."""
         matches = torch.zeros(len(states), dtype=torch.bool, device=self.device)
+        head = self.draft.head.float()
         for rows in counted.nonzero().flatten().split(512):
-            mine = (states[rows].float() @ self.head.T).argmax(-1)
+            mine = (states[rows].float() @ head.T).argmax(-1)
             if self.draft.draft_vocab is not None:
                 mine = self.draft.draft_vocab[mine]
             matches[rows] = mine == choices[rows]
@@ -184,7 +186,8 @@ class Trainer:
             if part:
                 batch = self.dataset.load([entries[place] for place in part])
                 noise = self._noise(part, lengths, batch.states.shape[1])
-                sums += self._backward(self._move(batch), offsets[part].to(self.device, non_blocking=True), noise, stage, window)
+                offset = offsets[part].to(self.device, non_blocking=True)
+                sums += self._backward(self._move(batch), offset, noise, stage, window)
         sums = summed(sums)
         mean_gradients(self.draft.parameters(), sums[1].clamp(min=1e-9))
         norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), config.clip)
@@ -210,7 +213,8 @@ class Trainer:
         with self._autocast():
             states = self.states(self.draft, batch, keys_of, window, offset, simulated=stage == 2,
                                  detach_states=config.detach_states)
-        loss = distill_loss(states.float(), batch.states.float(), self.head, weights, regression=config.regression)
+        made, wanted = states.to(self.head.dtype), batch.states.to(self.head.dtype)
+        loss = distill_loss(made, wanted, self.head, weights, regression=config.regression, tf32=True)
         loss.backward()
         tokens = torch.full((), len(batch.tokens), dtype=torch.float64, device=self.device)
         return torch.stack([loss.detach().double(), weights.sum().double(), tokens])
