@@ -176,8 +176,7 @@ def main(arguments: list[str]) -> int:
     import triton
 
     results: list[dict] = []
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}):
         for name, arch, size, dtype in itertools.product(
             options.launches, options.archs, options.head_sizes, options.dtypes
         ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -140,6 +142,29 @@ def test_distill_loss(arch):
         compiled.distill_loss(64, torch.bfloat16)
     assert len(found) == 1
     check(found[0], arch, matrix=False)
+
+
+def test_the_table_of_what_was_compiled(tmp_path, capsys):
+    """Compiled anew, whatever Triton's cache holds."""
+    for name in ("one.json", "other.json"):
+        arguments = ["--launches", "distill_loss", "--archs", "80", "--head-sizes", "64", "--dtypes", "bfloat16"]
+        assert compiled.main([*arguments, "--json", str(tmp_path / name)]) == 0
+        (row,) = json.loads((tmp_path / name).read_text())
+        assert row["kernel"] == "distill_loss_softmax" and row["seconds"] > 0 and row["spills"] == 0
+        assert f"{row['registers']} registers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("capability, row", [((7, 5), 80), ((8, 0), 80), ((8, 6), 80), ((8, 9), 80), ((9, 0), 90),
+                                             ((10, 0), 100), ((10, 3), 100), ((12, 0), 80), ((12, 1), 80)])  # fmt: skip
+def test_a_card_takes_the_last_row_that_is_not_newer(capability, row, monkeypatch):
+    """sm_120 takes sm_80's, where it has none: it has neither WGMMA nor tensor memory."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    arch = configs.architecture(torch.device("cuda"))
+    assert configs.choose("block_dkv", arch, 40, torch.float16) == configs.TABLE["block_dkv"][row][64]
+    assert configs.choose("block_dq", arch, 128, torch.float32) == configs.FLOAT32["block_dq"][min(row, 90)][128]
+    tree = 120 if arch >= 120 else row
+    assert configs.choose("tree", arch, 256, torch.bfloat16) == configs.TABLE["tree"][tree][256]
+    assert all(arch >= 90 or not config.tma for config in configs.candidates("block_dkv", arch, 64, torch.bfloat16))
 
 
 def test_a_kernel_that_does_not_fit_is_refused(monkeypatch):
