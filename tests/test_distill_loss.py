@@ -195,3 +195,34 @@ def test_autocast_casts_what_goes_in_and_nothing_inside(backend):
 
 def test_no_cuda_graph_may_hold_it():
     assert torch.Tag.cudagraph_unsafe in torch.ops.beagle.distill_loss.default.tags
+
+
+@pytest.mark.parametrize("general", ["highest", "high", "medium"])
+@pytest.mark.parametrize("own", [None, "tf32", "ieee"])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_torchs_two_settings_agree_inside(tf32, own, general):
+    """Where they disagree torch refuses float32 products; a user may have set one, the other, or both."""
+    pytest.importorskip("triton")
+    from beagle_kernels.triton.distill_loss import products
+
+    matmul = torch.backends.cuda.matmul
+    at_first = matmul.fp32_precision
+
+    def settings() -> list[str]:
+        found = [matmul.fp32_precision]
+        try:
+            return [*found, torch.get_float32_matmul_precision()]
+        except RuntimeError:
+            return [*found, "refused"]
+
+    try:
+        torch.set_float32_matmul_precision(general)
+        if own:
+            matmul.fp32_precision = own
+        before = settings()
+        with products(tf32):
+            assert matmul.allow_tf32 is tf32 and settings() == (["tf32", "high"] if tf32 else ["ieee", "highest"])
+        assert settings() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = at_first

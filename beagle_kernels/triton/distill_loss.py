@@ -66,13 +66,19 @@ def distill_loss_softmax(p_z, p_t, p_weight, p_loss, V, stride, GRADIENT: tl.con
 def products(tf32: bool) -> Iterator[None]:
     """float32 products in TF32 or exact, whatever torch's setting is, and that put back after. The setting is the
     process's: what other threads multiply meanwhile has it too."""
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "tf32" if tf32 else "ieee"
+    matmul = torch.backends.cuda.matmul
+    own = matmul.fp32_precision
+    try:
+        general = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the user has set the backend's own alone, and torch refuses to say the general one
+        general = "highest" if own == "tf32" else "high"
+    # the general setting sets both: where they disagree torch refuses products
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        torch.set_float32_matmul_precision(general)
+        matmul.fp32_precision = own
 
 
 @implementation("distill_loss", "triton")
