@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 import beagle_kernels
-from beagle_sd.graph import recover
 
 WARM_UP = 3
 SHORT = 300e-6
@@ -144,6 +143,9 @@ def captured(calls: Sequence[Call]) -> Sequence[Call]:
                 with torch.cuda.graph(graph, pool=pool, stream=stream):
                     call()
         except BaseException:
+            # not above: transformers imports Triton, which tuning on a CPU first asks for its interpreter
+            from beagle_sd.graph import recover
+
             torch.cuda.set_stream(stream)
             recover(graph, pool, stream)
             raise

@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from beagle_sd import graph as rounds
 from bench import timing
 
 CYCLES = 2e9
@@ -65,7 +66,7 @@ class FakeGpu:
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         monkeypatch.setattr(timing, "flusher", lambda: lambda: self.work(70e-6, LAUNCH))
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
-        monkeypatch.setattr(timing, "recover", self.undo)
+        monkeypatch.setattr(rounds, "recover", self.undo)
         monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
         timing._side_stream.cache_clear()
         monkeypatch.setattr(timing, "_side_stream", lambda: stream)

@@ -19,6 +19,8 @@ def start(work: Callable[[], object]) -> int:
         return child
     try:
         signal.alarm(300)
+        # makes the pool that a fork has lost anew; where two threads of a loader ask for it at once, one gets none
+        torch.set_num_threads(1)
         work()
         os._exit(0)
     except BaseException:
