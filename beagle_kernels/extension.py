@@ -152,7 +152,7 @@ def choose_tokens(
         module.choose_tokens(
             where, logits.data_ptr(), DTYPES[logits.dtype], rows, vocab, logits.stride(0), positions.data_ptr(), knobs,
             stream, address(rounds), keys.data_ptr(), flags.data_ptr(), chunks, tokens.data_ptr(), status.data_ptr(),
-        )  # fmt: skip
+        )
     return tokens, status
 
 
@@ -182,7 +182,7 @@ def top_candidates(
         module.top_candidates(
             where, logits.data_ptr(), DTYPES[logits.dtype], rows, vocab, logits.stride(0), k, positions.data_ptr(),
             knobs, address(token_ids), keys.data_ptr(), sums.data_ptr(), chunks, tokens.data_ptr(), scores.data_ptr(),
-        )  # fmt: skip
+        )
     return tokens, scores
 
 
@@ -200,7 +200,7 @@ def build_tree(
         module.build_tree(
             where, *inputs, batch, candidates, num_nodes, words, max_depth, label.data_ptr(), out_tokens.data_ptr(),
             out_parents.data_ptr(), depth.data_ptr(), mask.data_ptr(), size.data_ptr(),
-        )  # fmt: skip
+        )
     return out_tokens, out_parents, depth, mask, size
 
 
@@ -245,7 +245,7 @@ def verify_tree(
         module.verify_tree(
             where, logits.data_ptr(), DTYPES[logits.dtype], batch, vocab, logits.stride(0), logits.stride(1), tree, at,
             knobs, keys.data_ptr(), keys.data_ptr() + 8 * rows, chunks, addresses(verdict),
-        )  # fmt: skip
+        )
     return verdict
 
 
@@ -277,7 +277,7 @@ def verify_chain(
             where, target.data_ptr(), draft.data_ptr(), DTYPES[target.dtype], batch, steps, vocab, draft.shape[2],
             strides, drafted, at, tuple(knobs), rule == "block", address(token_ids), laws.data_ptr(),
             addresses(verdict),
-        )  # fmt: skip
+        )
     return verdict
 
 
@@ -296,7 +296,7 @@ def compact_cache_(
             where, cache.data_ptr(), layers, len(path), heads, slots, size * item, strides, rows,
             0 if block_table is None else block_table.shape[1], path_at, path.shape[1], *counts,
             address(block_table),
-        )  # fmt: skip
+        )
 
 
 @implementation("skinny_linear", "cpu", missing_cpu)
@@ -308,5 +308,5 @@ def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
     _C.cpu.skinny_linear(
         torch.get_num_threads(), rows.data_ptr(), weight.data_ptr(), out.data_ptr(), DTYPES[x.dtype], len(rows),
         outputs, width, rows.stride(0), weight.stride(0),
-    )  # fmt: skip
+    )
     return out

@@ -93,5 +93,5 @@ def _verify_chain(
 def _(
     target_logits, draft_logits, draft_tokens, positions, seed, temperature, top_k, top_p, min_p, rule="token",
     token_ids=None, backend="auto",
-):  # fmt: skip
+):
     return empty_verdict(draft_tokens, top_k, draft_tokens.shape[1])

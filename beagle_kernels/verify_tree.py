@@ -59,5 +59,5 @@ def _verify_tree(
 def _(
     logits, tokens, parents, depth, mask, size, max_depth, positions, seed, temperature, top_k, top_p, min_p,
     backend="auto",
-):  # fmt: skip
+):
     return empty_verdict(tokens, size, max_depth)

@@ -1,7 +1,7 @@
 """`python -m bench [NAME ...]`: every op on the CPU or on a GPU beside its peers, ratios in one run.
 
-Names select benchmark files (choose_tokens, tree_attention, ...); `pytest bench/bench_tree_attention.py` runs one under
-pytest-benchmark.
+Names select benchmark files (choose_tokens, tree_attention, ...); `pytest bench/ops/bench_tree_attention.py` runs one
+under pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from beagle_kernels.__main__ import end_with_reader
 from bench.peers import table as peers
 from bench.registry import SIZES, Case, measured
 
-FILES = tuple(sorted(file.stem.removeprefix("bench_") for file in Path(__file__).parent.glob("bench_*.py")))
+MODULES = {
+    file.stem.removeprefix("bench_"): f"bench.{folder}.{file.stem}"
+    for folder in ("ops", "loops")
+    for file in sorted((Path(__file__).parent / folder).glob("bench_*.py"))
+}
 
 
 def main(arguments: list[str]) -> int:
     """Run the cases of the files named, all without a name; 1 where a case was refused its numbers."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(FILES))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MODULES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     sizes = "; ".join(f"{size}: {what}" for size, what in SIZES.items())
     parser.add_argument("--size", choices=SIZES, help=f"{sizes}; default: small, full on a GPU")
@@ -37,8 +41,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--go-on", action="store_true", help="keep what is there, and measure what is not")
     options = parser.parse_args(arguments)
     for name in options.names:
-        if name not in FILES:
-            parser.error(f"{name!r}; allowed: {', '.join(FILES)}")
+        if name not in MODULES:
+            parser.error(f"{name!r}; allowed: {', '.join(MODULES)}")
     on_gpu = options.device == "cuda"
     size = options.size or ("full" if on_gpu else "small")
     if options.tuned:
@@ -50,7 +54,7 @@ def main(arguments: list[str]) -> int:
     print("20, 50 and 80 percentiles; x: how many times ours is faster")
     kept = options.go_on and options.json and options.json.exists()
     results = json.loads(options.json.read_text()) if kept else []
-    for name in options.names or FILES:
+    for name in options.names or MODULES:
         for row in rows_of(name, options.device, size, results):
             results.append(row | ({"tuned": True} if options.tuned else {}))
             if options.json:
@@ -65,7 +69,7 @@ def rows_of(name: str, device: str, size: str, results: list[dict]) -> Iterator[
     part are taken from it."""
     torch.manual_seed(0)
     try:
-        for case in importlib.import_module(f"bench.bench_{name}").cases(device, size):
+        for case in importlib.import_module(MODULES[name]).cases(device, size):
             if whole(case, results):
                 continue
             results[:] = [row for row in results if row["group"] not in (case.name, name)]

@@ -52,7 +52,7 @@ def started(command: list[str], log: Path | None = None, **variables: str) -> It
         process = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=file,
             stderr=subprocess.STDOUT if log else None, start_new_session=True,
-        )  # fmt: skip
+        )
     with watched(process):
         yield process
 

@@ -144,7 +144,7 @@ def captured(calls: Sequence[Call]) -> Sequence[Call]:
                     call()
         except BaseException:
             # not above: transformers imports Triton, which tuning on a CPU first asks for its interpreter
-            from beagle_sd.graph import recover
+            from beagle_sd.decoding.graph import recover
 
             torch.cuda.set_stream(stream)
             recover(graph, pool, stream)

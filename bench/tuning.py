@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from bench import bench_block_attention, bench_tree_attention
 from bench.__main__ import written
+from bench.ops import bench_block_attention, bench_tree_attention
 from bench.processes import started
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ STAGES = {
     "full": [[Shape(torch.bfloat16, width, 8192, *LARGE) for width in (128, 64)],
              [Shape(torch.float32, width, 2048, (32, 8)) for width in (128, 64)]],
     "tiny": [[Shape(torch.float16, 16, 24, (2, 1), (1, 4, 20))], [Shape(torch.float32, 16, 24, (2, 1))]],
-}  # fmt: skip
+}
 WORKERS = 12
 COMPILE_SECONDS = {"cuda": 90, "cpu": 240}
 """A stage's; what is not compiled by then is not tried."""
@@ -86,7 +86,7 @@ def trials(shapes: list[Shape], device: str) -> list[Trial]:
     from beagle_kernels.triton.configs import candidates
 
     return [Trial(shape, kernel, config) for shape in shapes for kernel in kernels(shape)
-            for config in candidates(*key_of(shape, kernel, device))]  # fmt: skip
+            for config in candidates(*key_of(shape, kernel, device))]
 
 
 def dealt(found: list[Trial], worker: int, workers: int) -> list[Trial]:
@@ -165,7 +165,7 @@ def compiled(size: str, stage: int, device: str) -> dict[tuple[str, int], dict[C
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         command = [sys.executable, "-m", "bench.tuning", "--device", device, "--worker", size, str(stage)]
         started_ones = [stack.enter_context(started([*command, str(worker), str(workers), f"{folder}/{worker}"]))
-                        for worker in range(workers)]  # fmt: skip
+                        for worker in range(workers)]
         ends = time.monotonic() + COMPILE_SECONDS[device]
         while time.monotonic() < ends and any(worker.poll() is None for worker in started_ones):
             time.sleep(0.1)
@@ -201,7 +201,7 @@ def winner(shape: Shape, kernel: str, tried: dict[Config, str | None], device: s
     return {"kernel": kernel, "arch": key[1], "head_size": key[2], "dtype": str(shape.dtype)[6:], "config": list(best),
             "shipped": list(first), "timed": TIMED_BY[kernel], "shipped_ms": before, "tuned_ms": milliseconds(run),
             "shape": [shape.rows, *shape.heads, *(shape.tree or ())],
-            "refused": {" x ".join(map(str, config)): why for config, why in tried.items() if why}}  # fmt: skip
+            "refused": {" x ".join(map(str, config)): why for config, why in tried.items() if why}}
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -242,7 +242,7 @@ def tune_all(size: str, device: str, out: Path | None, entries: list[dict]) -> l
     for stage, shapes in enumerate(STAGES[size]):
         places = {(entry["kernel"], entry["head_size"], entry["dtype"]) for entry in entries}
         left = [(shape, kernel) for shape in shapes for kernel in kernels(shape)
-                if (kernel, key_of(shape, kernel, device)[2], str(shape.dtype)[6:]) not in places]  # fmt: skip
+                if (kernel, key_of(shape, kernel, device)[2], str(shape.dtype)[6:]) not in places]
         tried = compiled(size, stage, device) if left else {}
         for shape, kernel in left:
             try:
@@ -253,7 +253,7 @@ def tune_all(size: str, device: str, out: Path | None, entries: list[dict]) -> l
             entries.append(entry)
             print(f"{kernel:14} head {entry['head_size']} {entry['dtype']}: {entry['config']} instead of "
                   f"{entry['shipped']}, {entry['timed']} {entry['tuned_ms']:.3f} ms instead of "
-                  f"{entry['shipped_ms']:.3f}", flush=True)  # fmt: skip
+                  f"{entry['shipped_ms']:.3f}", flush=True)
             if out:
                 written(out, entries)
         block_calls.cache_clear()

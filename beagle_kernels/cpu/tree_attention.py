@@ -67,7 +67,7 @@ def _compiled(
             threads, tuple(x.data_ptr() for x in (q, k, v, out)), DTYPES[q.dtype], sizes,
             (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]), lengths.data_ptr(), mask.data_ptr(),
             address(block_table), table_width, k.shape[0], scale,
-        )  # fmt: skip
+        )
     return out
 
 

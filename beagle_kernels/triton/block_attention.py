@@ -29,7 +29,7 @@ from .tiles import (
     rows_contiguous,
     softmax_step,
     store_rows,
-)  # fmt: skip
+)
 from .windows import MOST_WINDOW, bisection_steps, key_range, row_range, tile_loop_bounds
 
 
@@ -245,7 +245,7 @@ def _launch(
         kernel[(blocks * heads,)](
             *held, *streamed, *args, together, **constants, **tiles, num_warps=config.warps, num_stages=config.stages,
             enable_fp_fusion=True,
-        )  # fmt: skip
+        )
 
 
 @implementation("block_attention", "triton")

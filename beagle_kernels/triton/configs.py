@@ -140,7 +140,7 @@ def candidates(kernel: str, arch: int, head_size: int, dtype: torch.dtype) -> li
     first = choose(kernel, arch, head_size, dtype, tma=arch >= 90)
     if dtype == torch.float32:
         more = [first._replace(block_m=first.block_m * m, block_n=first.block_n * n, warps=warps)
-                for m in (1, 2) for n in (1, 2) for warps in (4, 8)]  # fmt: skip
+                for m in (1, 2) for n in (1, 2) for warps in (4, 8)]
     else:
         more = CANDIDATES[kernel][max(64, min(head_size, 256))]
     return list(dict.fromkeys(config for config in (first, *more) if arch >= 90 or not config.tma))

@@ -213,7 +213,7 @@ def tree_attention(
             0 if block_table is None else block_table.stride(0), **constants, BLOCK_D=wide,
             GROUP=group, WORDS=mask.shape[2], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             PAGED=paged, num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+        )
         tree_attention_combine[(batch * nodes * heads, triton.cdiv(wide, columns))](
             part, part_lse, lengths, out, nodes, slots, splits, **constants, BLOCK_D=columns
         )

@@ -7,7 +7,7 @@ them:
     x_i = fc([e(t_i); H_{i-1}])        S_i = layer(x_0 .. x_i)        logits_i = lm_head(S_i)
 
 In drafting S_{i-1} takes the place of H_{i-1} where the target's state is not known yet. H_{-1} is a zero vector. It
-learns from `beagle_sd.training.Trainer`, one step at a time, with `states=eagle_states` and `window=1`.
+learns from `beagle_sd.training.trainer.Trainer`, one step at a time, with `states=eagle_states` and `window=1`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from beagle_kernels import Sampling, block_attention, extend_attention, top_candidates, tree_attention
-from beagle_sd.draft import BeagleConfig, BeagleDraft
-from beagle_sd.drafting import Candidates, DraftCache
-from beagle_sd.objective import Batch, rows_by_step
+from beagle_sd.decoding.drafting import Candidates, DraftCache
+from beagle_sd.models.draft import BeagleConfig, BeagleDraft
+from beagle_sd.training.objective import Batch, rows_by_step
 
 
 class EagleConfig(BeagleConfig):
@@ -54,8 +54,8 @@ def eagle_states(
     draft: EagleDraft, batch: Batch, keys_of: Tensor, window: int, offset: Tensor, *, simulated: bool,
     detach_states: bool = False,
 ) -> Tensor:
-    """Draft states [T, d], as `beagle_sd.objective.draft_states` has them of a Beagle draft. simulated: row s + m of
-    a window that starts at s pools the draft state of row s + m - 1, and row s the true state; costs `window` passes
+    """Draft states [T, d], as `beagle_sd.training.objective.draft_states` has them of a Beagle draft. simulated: row
+    s + m of a window that starts at s pools the draft state of row s + m - 1, and row s the true state; costs `window` passes
     of attention. Otherwise every row pools the true state, whatever the window."""
     embedded = draft.embed(batch.tokens)
     before = states_before(keys_of, batch.cu_seqlens[:-1].long())
@@ -85,8 +85,8 @@ def propose(
     draft: EagleDraft, cache: DraftCache, lengths: Tensor, root: Tensor, before: Tensor, sampling: Sampling,
     depth: int, branch: int,
 ) -> Candidates:
-    """`depth` levels of candidates below root [B], as `beagle_sd.drafting.propose`; before [B, d] is the target's
-    state at position lengths[b] - 1, and the cache holds the pairs below lengths[b]."""
+    """`depth` levels of candidates below root [B], as `beagle_sd.decoding.drafting.propose`; before [B, d] is the
+    target's state at position lengths[b] - 1, and the cache holds the pairs below lengths[b]."""
     batch, device = len(root), root.device
     branch = min(branch, len(draft.head))
     slots = 1 + branch * (depth - 1)
@@ -108,7 +108,7 @@ def propose(
         attended = tree_attention(queries, cache.keys[:, :, :limit], cache.values[:, :, :limit], lengths, visible)
         state = draft.block(x, attended)
         child, gain = top_candidates(draft.logits(state.flatten(0, 1)), branch, (position + 1).flatten(),
-                                     sampling.repeat(width), token_ids=draft.draft_vocab)  # fmt: skip
+                                     sampling.repeat(width), token_ids=draft.draft_vocab)
         total = score[:, :, None] + gain.view(batch, width, branch).clamp(max=0.0)
         first = sum(part.tokens.shape[1] for part in found)
         parents = number[:, :, None].expand(-1, -1, branch).to(torch.int32)

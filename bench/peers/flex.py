@@ -22,7 +22,7 @@ TRIED_BACKWARD: tuple[dict, ...] = tuple(
     {"bwd_BLOCK_M1": m, "bwd_BLOCK_N1": n, "bwd_BLOCK_M2": n, "bwd_BLOCK_N2": m, "bwd_num_warps": warps,
      "bwd_num_stages": 3}
     for m, n, warps in ((64, 128, 8), (64, 64, 4), (32, 128, 8))
-)  # fmt: skip
+)
 """Options that do well on data-centre GPUs, forward and backward; the default is tried too."""
 _best: dict[bool, dict | None] = {}
 

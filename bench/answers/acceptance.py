@@ -1,0 +1,84 @@
+"""Tokens a round and acceptance by depth on held-out prompts: python -m bench.answers.acceptance --help
+
+Writes what a draft's card shows and what the default tree is chosen from. It measures acceptance, not time: prompts
+run in batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+import beagle_kernels
+from beagle_sd.decoding.generate import TreeShape, generate
+from beagle_sd.models.loading import bundled_folder, load_draft, load_target
+from bench.answers.real_prompts import batches, encoded_prompts
+
+SHAPES = ["2,1,3", "4,1,5", "3,3,6", "4,4,8", "4,6,16"]
+"""depth,branch,num_nodes"""
+
+
+def measure(target, draft, prompts, pad, shape: TreeShape, temperature: float, args) -> dict:
+    """One row: tokens a round over all prompts, weighted by rounds."""
+    tokens, rounds, reached = 0.0, 0, []
+    for ids, mask in batches(prompts, args.batch, pad):
+        report = generate(
+            target, draft, ids, mask, max_new_tokens=args.max_new_tokens, temperature=temperature, seed=args.seed,
+            depth=shape.depth, branch=shape.branch, num_nodes=shape.num_nodes,
+        ).report
+        tokens += report.tokens_per_round * report.row_rounds
+        rounds += report.row_rounds
+        reached.append(report.reached)
+    depths = [sum(column) for column in zip(*reached, strict=True)]
+    return {
+        "depth": shape.depth, "branch": shape.branch, "num_nodes": shape.num_nodes, "temperature": temperature,
+        "tokens_per_round": round(tokens / rounds, 4),
+        "acceptance_by_depth": [round(b / a, 4) for a, b in zip(depths, depths[1:]) if a],
+        "row_rounds": rounds,
+    }
+
+
+def described(target_name: str, prompts_name: str, count: int, target, args) -> dict:
+    """What the rows were measured on and with."""
+    return {
+        "target": target_name, "prompts": prompts_name, "count": count, "max_new_tokens": args.max_new_tokens,
+        "dtype": str(target.dtype).removeprefix("torch."), "seed": args.seed, "device": str(target.device),
+        "versions": {"beagle_kernels": beagle_kernels.__version__, "torch": torch.__version__,
+                     "transformers": transformers.__version__},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.answers.acceptance", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="smollm2-135m")
+    parser.add_argument("--draft", type=Path, help="a folder; default: the bundled one")
+    parser.add_argument("--prompts", default="mt-bench", help="mt-bench, humaneval or gsm8k")
+    parser.add_argument("--count", type=int, default=80)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="depth,branch,num_nodes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    target, tokenizer = load_target(args.target, dtype=getattr(torch, args.dtype))
+    draft = load_draft(args.draft or bundled_folder(args.target), target)
+    prompts = encoded_prompts(args.prompts, tokenizer, args.count)
+    rows = []
+    for temperature in args.temperatures:
+        for text in args.shapes:
+            shape = TreeShape(*map(int, text.split(",")))
+            rows.append(measure(target, draft, prompts, tokenizer.pad_token_id, shape, temperature, args))
+            print(json.dumps(rows[-1]), flush=True)
+    result = described(args.target, args.prompts, len(prompts), target, args) | {"shapes": rows}
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

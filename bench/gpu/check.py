@@ -1,0 +1,280 @@
+"""Build for the GPU at hand, try every kernel, run the tests that need one, measure everything, and write one JSON.
+
+Run it as `bench/gpu/check.sh [OUT [PART ...]]`; parts: build, smoke, tests, round, bench, tune, speed, or a single
+benchmark as bench:verify_tree; without one all of them, the figures that matter most before tuning. A step that fails
+or takes too long is recorded with what it has until then, and the next one runs; none begins when the time is up. OUT
+is written after every step; what the steps said, whole, and their own files are in the folder OUT.logs beside it. A run
+into the same OUT with the same sources on the same GPU repeats no step that is there and passed, and no benchmark's
+rows that are there, so calling it again goes on. --dry-run walks every step on the CPU at a tiny size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.__main__ import MODULES, written
+from bench.gpu import pytest_plugin as gpu_pytest
+from bench.processes import GRACE, ROOT, end_on_signals, run
+
+SECONDS = {"build": 240, "smoke": 150, "tests": 240, "round": 180, "bench": 150, "tune": 240, "speed": 120}
+"""A step's time limit."""
+OPS = tuple(name for name in MODULES if name != "round")
+HEADLINES = ("verify_tree", "tree_attention", "block_attention", "training_step", "top_candidates")
+"""Benchmarks that come before tuning."""
+ALL = 530
+"""Seconds after which no step goes on, unless told otherwise: a run ends within nine minutes."""
+LEAST = 15
+"""A step that has fewer seconds left does not begin."""
+SOURCES = ("setup.py", "pyproject.toml", "csrc/**/*", "beagle_kernels/**/*.py", "python/**/*.py", "bench/**/*.py",
+           "tests/**/*.py")
+
+
+def command_output(*command: str) -> str | None:
+    """What a command prints, None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def commit() -> str | None:
+    """The checkout's commit, "-dirty" where files differ from it."""
+    return os.environ.get("BEAGLE_COMMIT") or command_output("git", "describe", "--always", "--abbrev=40", "--dirty")
+
+
+def sources(root: Path = ROOT) -> str:
+    """A hash of all that a step runs: it says what was measured where there is no git, and where files were edited."""
+    found = hashlib.sha256()
+    for file in sorted({file for pattern in SOURCES for file in root.glob(pattern) if file.is_file()}):
+        content = file.read_bytes()
+        found.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return found.hexdigest()[:16]
+
+
+def environment() -> dict:
+    """What the numbers were taken on."""
+    found: dict = {"commit": commit(), "sources": sources(), "gpu": None}
+    found |= {"python": sys.version.split()[0], "torch": torch.__version__}
+    for package in ("triton", "transformers"):
+        try:
+            found[package] = importlib.import_module(package).__version__
+        except ImportError:
+            found[package] = None
+    found["nvcc"] = command_output(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc", "-V")
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        found |= {"gpu": gpu.name, "arch": native_arch(), "memory": gpu.total_memory, "l2": gpu.L2_cache_size}
+        found["driver"] = command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found
+
+
+def native_arch() -> str:
+    """The GPU's architecture as nvcc writes it, with Hopper's own instructions."""
+    major, minor = torch.cuda.get_device_capability()
+    return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+
+
+class Steps:
+    """Each part's step, on a GPU or, dry, at a tiny size on the CPU; their files are in the folder `logs`."""
+
+    def __init__(self, dry: bool, record: dict, logs: Path):
+        self.dry, self.record, self.logs = dry, record, logs
+        self.device = ["--device", "cpu" if dry else "cuda"]
+
+    def build(self, name: str, seconds: float) -> dict:
+        """The extension, in place, for this GPU alone."""
+        chosen = {"BEAGLE_CUDA": "0"} if self.dry else {"BEAGLE_CUDA": "1", "BEAGLE_CUDA_ARCHS": native_arch()}
+        return run([sys.executable, "setup.py", "build_ext", "--inplace"], seconds, self.logs / "build.txt", **chosen)
+
+    def smoke(self, name: str, seconds: float) -> dict:
+        """Every kernel once, each check in a process of its own."""
+        log = self.logs / "smoke.txt"
+        done = run([sys.executable, "-m", "bench.smoke", *self.device], seconds, log)
+        counted = re.findall(r"(\d+) of (\d+) passed", log.read_text(errors="replace"))
+        return done | ({"counts": dict(zip(("passed", "checks"), map(int, counted[-1])))} if counted else {})
+
+    def tests(self, name: str, seconds: float) -> dict:
+        """The tests that need a GPU, counted by file, also where they were stopped; dry, they are only collected."""
+        report = self.logs / "tests.xml"
+        report.unlink(missing_ok=True)
+        options, missing = gpu_pytest.options()
+        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-rfE", "--durations=20", "-m", "gpu", *options]
+        command += ["--collect-only"] if self.dry else [f"--junitxml={report}"]
+        done = run([*command, *gpu_pytest.files()], seconds, self.logs / "tests.txt")
+        if missing:
+            done["left out"] = missing
+        if report.exists():
+            done["files"] = gpu_pytest.counted(report)
+            done["counts"] = {kind: sum(file[kind] for file in done["files"].values()) for kind in gpu_pytest.KINDS}
+            if done["status"] == "passed" and not done["counts"]["passed"]:
+                done["status"] = "failed: nothing ran"
+        return done
+
+    def tune(self, name: str, seconds: float) -> dict:
+        """The fastest tiles and what they gain over the shipped ones; benchmarks that follow measure with them."""
+        found = self.logs / "tune.json"
+        command = [sys.executable, "-m", "bench.tuning", *self.device, str(found), "--go-on"]
+        done = run(command, seconds, self.logs / "tune.txt")
+        return done | {"configs": read(found, [])}
+
+    def bench(self, name: str, seconds: float) -> dict:
+        """One op's rows, each with its share of the machine's limits; goes on from the rows of a stopped step."""
+        if not self.record.get("limits") and not self.dry:
+            self.record["limits"] = self._limits()
+        file, tiles = self.logs / f"bench-{name}.json", self.logs / "tiles.json"
+        command = [sys.executable, "-m", "bench", name, *self.device, "--json", str(file), "--go-on"]
+        if configs := self.record["steps"].get("tune", {}).get("configs"):
+            written(tiles, configs)
+            command += ["--tuned", str(tiles)]
+        done = run([*command, *(["--size", "tiny"] if self.dry else [])], seconds, self.logs / f"bench-{name}.txt")
+        rows = read(file, [])
+        return done | {"counts": {"numbers": sum("p50" in row for row in rows)},
+                       "rows": [with_shares(row, self.record.get("limits", {})) for row in rows]}
+
+    def round(self, name: str, seconds: float) -> dict:
+        """Whole rounds of an 8B-shaped target, acceptance replayed."""
+        return self.bench("round", seconds)
+
+    def speed(self, name: str, seconds: float) -> dict:
+        """Whole answers of the bundled draft, where its target and the prompts are."""
+        if why := why_no_answers():
+            return {"status": "skipped", "why": why}
+        found = self.logs / "speed.json"
+        found.unlink(missing_ok=True)
+        little = ["--count", "1", "--max-new-tokens", "4"] if self.dry else ["--count", "4", "--dtype", "bfloat16"]
+        command = [sys.executable, "-m", "bench.answers.speed", *little, "--out", str(found)]
+        done = run(command, seconds, self.logs / "speed.txt")
+        return done | {"found": read(found, [])}
+
+    def _limits(self) -> dict[str, float]:
+        """The machine's, measured in a process that gives the GPU back."""
+        found = self.logs / "limits.json"
+        done = run([sys.executable, "-m", "bench.timing", str(found)], 60, self.logs / "limits.txt")
+        print(f"limits: {done['status']}", flush=True)
+        return read(found, {})
+
+
+def read(file: Path, otherwise):
+    """What a step wrote, `otherwise` where it wrote nothing."""
+    return json.loads(file.read_text()) if file.exists() and file.stat().st_size else otherwise
+
+
+def why_no_answers() -> str | None:
+    """What bench.answers.speed lacks here, None where nothing: it needs SmolLM2 and prompts; no network is asked."""
+    from beagle_sd.data.evaluation_sets import evaluation_prompts
+    from beagle_sd.models.smollm2 import converted
+
+    try:
+        converted()
+        evaluation_prompts("mt-bench", download=False)
+    except (FileNotFoundError, ImportError) as error:
+        return str(error)
+    return None
+
+
+def with_shares(row: dict, limits: dict) -> dict:
+    """The row, and what part of the copy bandwidth and of the matmul rate its own rates are."""
+    names = {"byte/s": "share of copy", "flop/s": "share of matmul"}
+    return row | {names[unit]: row[unit] / limit for unit, limit in limits.items() if unit in row}
+
+
+def steps(parts: list[str]) -> list[str]:
+    """The parts' steps by name, in the order to run them; without parts, of all."""
+    headlines = [f"bench:{name}" for name in HEADLINES]
+    rest = [f"bench:{name}" for name in OPS if name not in HEADLINES]
+    if not parts:
+        return ["build", "smoke", "tests", "round", *headlines, "tune", *rest, "speed"]
+    return [step for part in parts for step in ([*headlines, *rest] if part == "bench" else [part])]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the parts; the exit status is 0 unless a step failed or found no time, and without a GPU."""
+    options = parsed(arguments)
+    now, ends = environment() | {"dry_run": options.dry_run}, time.monotonic() + options.seconds
+    out = options.out.resolve()
+    logs = out.with_suffix(".logs")
+    before = read(out, {})
+    if any(before.get("environment", {}).get(name) != now[name] for name in ("sources", "gpu", "dry_run")):
+        before = set_aside(out, logs)
+    record = {**before, "environment": now, "steps": before.get("steps", {})}
+    logs.mkdir(parents=True, exist_ok=True)
+    written(out, record)
+    wanted, make = steps(options.parts), Steps(options.dry_run, record, logs)
+    done: dict[str, Any]
+    for step in wanted:
+        kind = step.partition(":")[0]
+        if kind != "build" and record["steps"].get(step, {}).get("status") == "passed":
+            continue
+        if now["gpu"] is None and not options.dry_run:
+            done = {"status": "skipped", "why": "torch finds no CUDA device"}
+        elif (left := ends - time.monotonic()) < LEAST:
+            over = f"not begun: the {options.seconds:.0f} s were over; run it again to go on"
+            done = record["steps"].get(step, {}) | {"status": over}
+        else:
+            done = one(make, step, min(SECONDS[kind], left - GRACE))
+        record["steps"][step] = done
+        counts = ", ".join(f"{count} {kind}" for kind, count in done.get("counts", {}).items() if count)
+        print(f"{step}: {done['status']}, {done.get('seconds', 0):.0f} s {done.get('why', counts)}", flush=True)
+        written(out, record)
+        if "signal" in done:
+            return 128 + done["signal"]
+    if now["gpu"] is None and not options.dry_run:
+        print(f"no GPU: {out} holds no numbers")
+        return 0
+    return int(any(record["steps"][step]["status"] not in ("passed", "skipped") for step in wanted))
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """The options; what cannot be is told as argparse tells it."""
+    allowed = [*SECONDS, *(f"bench:{name}" for name in OPS)]
+    parser = argparse.ArgumentParser(prog="bench/gpu/check.sh", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=Path("bench/results/gpu.json"))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(allowed))
+    parser.add_argument("--seconds", type=float, default=ALL, help=f"for the whole run (default {ALL})")
+    parser.add_argument("--dry-run", action="store_true", help="every step, on the CPU, at a tiny size")
+    options = parser.parse_intermixed_args(arguments)
+    for part in options.parts:
+        if part not in allowed:
+            parser.error(f"part {part!r}; allowed: {', '.join(allowed)}")
+    return options
+
+
+def set_aside(out: Path, logs: Path) -> dict:
+    """Keep another run's record and logs beside the new ones, one run back."""
+    for path in (out, logs):
+        if path.exists():
+            kept = path.with_name(f"{path.stem}.before{path.suffix}")
+            shutil.rmtree(kept, ignore_errors=True)
+            path.replace(kept)
+    return {}
+
+
+def one(make: Steps, step: str, seconds: float) -> dict[str, Any]:
+    """A step's result, whatever happens in it."""
+    kind, _, name = step.partition(":")
+    begin: Callable[[str, float], dict] = getattr(make, kind)
+    try:
+        return begin(name, seconds)
+    except Exception as error:  # a step's failure leaves the others their turn
+        return {"status": f"failed: {type(error).__name__}: {error}"}
+
+
+if __name__ == "__main__":
+    end_on_signals()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,108 @@
+"""tree_attention against SDPA under the same mask: given, built anew, and with query heads folded into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from beagle_kernels import tree_attention
+from beagle_kernels.reference.tree_attention import visible_slots
+from bench.peers import sdpa
+from bench.registry import Case, assert_near, drive, label, parameters
+
+SHAPES = {
+    # size -> (batch, nodes, prefix, query heads, key heads, head size, dtype)
+    "tiny": [(2, 6, 70, 4, 2, 16, torch.float32)],
+    "small": [(b, n, prefix, 9, 3, 64, torch.float32) for b, n, prefix in ((1, 8, 300), (1, 16, 400), (4, 60, 1000))],
+    "full": [(8, n, prefix, 32, 8, 128, torch.bfloat16) for n in (16, 64) for prefix in (2**13, 2**15, 2**17)]
+    + [(batch, 64, 2**15, 32, 8, 128, torch.bfloat16) for batch in (1, 2, 4)],
+    "scaling": [(1, 16, 2**n, 9, 3, 64, torch.float32) for n in range(7, 15)]
+    + [(batch, 16, 1024, 9, 3, 64, torch.float32) for batch in (2, 4, 8, 16)],
+}
+
+
+def random_trees(batch: int, nodes: int) -> torch.Tensor:
+    """Ancestor words of random trees [B, N, W]."""
+    mask = torch.zeros(batch, nodes, nodes, dtype=torch.bool)
+    for n in range(nodes):
+        if n:
+            mask[:, n] = mask[torch.arange(batch), torch.randint(n, (batch,))]
+        mask[:, n, n] = True
+    padded = F.pad(mask, (0, -nodes % 64)).unflatten(-1, (-1, 64)).long()
+    return (padded << torch.arange(64)).sum(-1)
+
+
+def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
+    for batch, nodes, prefix, hq, hkv, d, dtype in SHAPES[size]:
+        mask = random_trees(batch, nodes).to(device)
+        inputs = [drawn(batch, nodes, prefix, hq, hkv, d, device, dtype) for _ in range(2)]
+        yield of_inputs(inputs, mask, prefix)
+
+
+def drawn(batch, nodes, prefix, hq, hkv, d, device, dtype) -> tuple[torch.Tensor, ...]:
+    """q, k, v: normal random, with a common part that gives the tree's slots, and the prefix's last 64, about half of
+    the weight: a wrong bit or a dropped key there shows in any precision."""
+    common = torch.randn(d, device=device)
+    common *= (torch.tensor(float(prefix)).log() * d**0.5).sqrt() / common.norm()
+    q, k = torch.randn(batch, nodes, hq, d, device=device), torch.randn(batch, hkv, prefix + nodes, d, device=device)
+    q += common
+    k[:, :, max(prefix - 64, 0) :] += common
+    return q.to(dtype), k.to(dtype), torch.randn(k.shape, device=device, dtype=dtype)
+
+
+def of_inputs(inputs: list[tuple], mask: torch.Tensor, prefix: int) -> Case:
+    q, k, _ = inputs[0]
+    (batch, nodes, hq, d), hkv, dtype = q.shape, k.shape[1], q.dtype
+    lengths = torch.full((batch,), prefix, dtype=torch.int32, device=q.device)
+    visible = visible_slots(prefix + nodes, lengths, mask)[:, None]
+    folded_mask = visible.repeat(1, 1, hq // hkv, 1)
+    attend = sdpa.attention()
+
+    def beagle(q, k, v):
+        return tree_attention(q, k, v, lengths, mask)
+
+    def given(q, k, v, seen=visible):
+        return attend(q.transpose(1, 2), k, v, seen).transpose(1, 2)
+
+    def built(q, k, v):
+        """What a caller pays each round: the mask changes with the tree and the lengths."""
+        return given(q, k, v, visible_slots(prefix + nodes, lengths, mask)[:, None])
+
+    def folded(q, k, v):
+        """The query heads that share a key head as more rows of it: each key is read once, the masked kernels serve."""
+        q = q.unflatten(2, (hkv, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        out = attend(q, k, v, folded_mask)
+        return out.unflatten(2, (hq // hkv, nodes)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    peers = {"beagle": beagle, "sdpa mask": given, "sdpa mask built": built, "sdpa folded": folded}
+    most = 2e-2 if dtype != torch.float32 else 1e-4
+
+    def check_peer(name: str) -> None:
+        # row by row and head by head, so that the truth in float32 needs little memory
+        for row in range(batch):
+            q, k, v = (x[row : row + 1] for x in inputs[0])
+            found = peers[name](*inputs[0])[row]
+            for head in range(hkv):
+                keys, values = (x[:, head].float() for x in (k, v))
+                own = q[0, :, head * (hq // hkv) : (head + 1) * (hq // hkv)].float()  # [N, group, D]
+                scores = torch.einsum("ngd,sd->ngs", own, keys[0]) * d**-0.5
+                scores = scores.masked_fill(~visible[row, 0][:, None], float("-inf"))
+                truth = torch.einsum("ngs,sd->ngd", scores.softmax(-1), values[0])
+                part = found[:, head * (hq // hkv) : (head + 1) * (hq // hkv)]
+                assert_near("tree_attention" if name == "beagle" else name, part, truth, most)
+
+    cache = 2.0 * k.numel() * k.element_size()
+    return Case(
+        f"tree_attention {batch} x {nodes} nodes, {prefix} keys, {hq}/{hkv} x {d} {str(dtype)[6:]}", peers,
+        lambda: check_peer("beagle"), inputs=inputs, device=q.device.type, check_peer=check_peer, rounds=30,
+        data="normal random, tree slots raised", work={"byte": cache, "flop": 4.0 * batch * nodes * hq * d * prefix},
+        series="tree_attention", at={"batch": batch, "nodes": nodes, "keys": prefix, "heads": f"{hq}/{hkv} x {d}"},
+    )
+
+
+@pytest.mark.parametrize("case, peer", parameters(list(cases())), ids=label)
+def test_tree_attention(benchmark, case, peer):
+    drive(benchmark, case, peer)

@@ -1,0 +1,56 @@
+"""The paper's ablations on a small target: python -m bench.recipes.paper FIGURE ... --states DIR --work DIR
+
+Each figure does the training runs it lacks in --work (safe to kill and run again; figures share runs) and writes a CSV
+and a plot into --out. The states come from `beagle-sd prepare` over answers that the target wrote.
+`python -m bench.report` then puts the tables into docs/paper.md, beside the paper's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+import transformers
+
+import beagle_kernels
+from beagle_sd.data.shards import read_manifest
+from bench.recipes.paper.figures import FIGURES, make
+from bench.recipes.paper.runs import SHAPES, Runner, Settings
+from bench.report.tables import RESULTS
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.recipes.paper", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures", nargs="+", choices=(*FIGURES, "all"), metavar="FIGURE",
+                        help=", ".join((*FIGURES, "all")))
+    parser.add_argument("--states", type=Path, required=True, help="folder of `beagle-sd prepare`")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs, about 100 MB each")
+    parser.add_argument("--out", type=Path, default=RESULTS / "paper")
+    parser.add_argument("--target", default="smollm2-135m")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    for field in fields(Settings):
+        kind = type(field.default)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+    options = parser.parse_args(arguments)
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+    runner = Runner(options.states, options.work, options.target, settings)
+    for name in FIGURES if "all" in options.figures else options.figures:
+        make(name, runner, options.seeds, options.out)
+        print(f"{name}: {options.out / name}.csv and .svg", flush=True)
+    manifest = read_manifest(options.states)
+    record = {
+        "target": options.target, "data": manifest.get("source"), **asdict(settings), "shapes": SHAPES,
+        "sequences": len(runner.dataset.train), "tokens": runner.tokens,
+        "held_out_sequences": len(runner.dataset.evaluation),
+        "versions": {"beagle_kernels": beagle_kernels.__version__, "torch": torch.__version__,
+                     "transformers": transformers.__version__},
+    }
+    (options.out / "settings.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

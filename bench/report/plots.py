@@ -1,0 +1,111 @@
+"""The scaling plots of docs/figures from the files that hold the numbers: python -m bench.report --plots
+
+A figure is drawn for each device that has a file: cpu-scaling.json, and gpu.json where there is one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RESULTS, FIGURES = ROOT / "bench" / "results", ROOT / "docs" / "figures"
+PLOTS = {
+    "attention": [("block_attention forward", "rows"), ("block_attention backward", "rows")],
+    "loss": [("distill_loss", "rows")],
+    "verification": [("verify_tree greedy", "vocabulary"), ("verify_tree greedy", "nodes"),
+                     ("verify_tree sampled", "vocabulary"), ("verify_tree sampled", "nodes")],
+    "tree-attention": [("tree_attention", "keys"), ("tree_attention", "batch")],
+    "round": [("decode round", "cached"), ("decode round", "batch")],
+    "tree-size": [("whole answer", "nodes")],
+    "linear": [("skinny_linear", "rows")],
+}
+"""Figure -> its panels: an op's series, and what of its sizes the horizontal axis is."""
+LEAST = 3
+"""Points that a panel needs."""
+
+
+def files() -> dict[str, list[dict]]:
+    """Rows by device, of the files there are."""
+    found = {}
+    if (path := RESULTS / "cpu-scaling.json").exists():
+        found["cpu"] = json.loads(path.read_text(encoding="utf-8"))
+    if (path := RESULTS / "gpu.json").exists():
+        steps = json.loads(path.read_text(encoding="utf-8"))["steps"].values()
+        found["gpu"] = [row for step in steps for row in step.get("rows", [])]
+    return found
+
+
+def placed(rows: list[dict]) -> Iterator[dict]:
+    """The rows with a number and a place on a plot; the loss's, whose file is pytest's, by the name of its group."""
+    for row in rows:
+        if "p50" not in row or row.get("data", "").startswith("normal random, deviation"):
+            continue
+        loss = re.match(r"(distill_loss) (\d+) x (\d+), (\d+) tokens, (\S+)", row["group"])
+        if not row.get("series") and loss:
+            name, length, *rest = loss.groups()
+            row = row | {"series": name, "at": {"rows": int(length), "head": " x ".join(rest)}}
+        if row.get("series"):
+            yield row
+
+
+def panel(rows: list[dict], series: str, axis: str) -> tuple[str, dict[str, list[tuple[float, float]]]]:
+    """(what is held fixed, peer -> points): of the sizes that differ only in `axis`, the set with most points."""
+    sets: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["series"] == series and axis in row["at"]:
+            fixed = tuple((name, value) for name, value in row["at"].items() if name != axis)
+            sets.setdefault(fixed, []).append(row)
+    if not sets:
+        return "", {}
+    fixed, best = max(sets.items(), key=lambda item: len({row["at"][axis] for row in item[1]}))
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in sorted(best, key=lambda row: row["at"][axis]):
+        value = row["token/s"] if "token/s" in row else 1e3 * row["p50"]
+        lines.setdefault(row["peer"], []).append((row["at"][axis], value))
+    if max(map(len, lines.values())) < LEAST:
+        return "", {}
+    return ", ".join(f"{name} {value}" for name, value in fixed), lines
+
+
+def draw(device: str, rows: list[dict], folder: Path) -> list[Path]:
+    """Write the figures that have points: docs/figures/DEVICE-NAME.svg."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "beagle", "svg.fonttype": "none", "font.size": 9})
+    rows, written = list(placed(rows)), []
+    for figure, panels in PLOTS.items():
+        drawn = [(series, axis, *found) for series, axis in panels if (found := panel(rows, series, axis))[1]]
+        if not drawn:
+            continue
+        sheet, axes = plt.subplots(1, len(drawn), figsize=(4.2 * len(drawn), 3.4), squeeze=False)
+        for place, (series, axis, fixed, lines) in zip(axes[0], drawn):
+            for peer, points in sorted(lines.items(), key=lambda item: item[0] != "beagle"):
+                ours = peer == "beagle"
+                place.plot(*zip(*points), marker="o", markersize=3, linewidth=2.2 if ours else 1.1, label=peer)
+            tokens = figure in ("round", "tree-size")
+            place.set(xscale="log", yscale="linear" if tokens else "log", xlabel=axis, title=f"{series}\n{fixed}",
+                      ylabel="tokens a second" if tokens else "ms")
+            place.title.set_fontsize(8)
+            ticks = sorted({x for points in lines.values() for x, _ in points})
+            place.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45, minor=False)
+            place.minorticks_off()
+            place.grid(alpha=0.3)
+            place.legend(fontsize=7)
+        sheet.tight_layout()
+        path = folder / f"{device}-{figure}.svg"
+        sheet.savefig(path, metadata={"Date": None})
+        plt.close(sheet)
+        written.append(path)
+    return written
+
+
+def main() -> list[Path]:
+    """All figures there are numbers for."""
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    return [path for device, rows in files().items() for path in draw(device, rows, FIGURES)]

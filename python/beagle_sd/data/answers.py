@@ -1,0 +1,209 @@
+"""The target writes answers to prompts, in continuous batches: every answer is the one plain decoding gives."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from beagle_kernels import STATUS_NO_FINITE, Sampling, choose_tokens
+from beagle_sd.data import shards
+from beagle_sd.decoding.graph import GraphError, RoundGraph, check_capturable
+from beagle_sd.models.attention import tree_attention_of
+from beagle_sd.models.cache import causal
+from beagle_sd.models.linears import skinny_linears_of
+from beagle_sd.models.target import Target
+
+_PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
+"""Prompt tokens run together, of prompts of about equal length, so that little is padding."""
+_LOOK_EVERY = 4
+"""Steps between looks at which rows have ended: looking waits for the device."""
+
+
+class Request(NamedTuple):
+    """A prompt's ids, ready for the assistant's turn; the number it is known by; the temperature of its answer."""
+
+    index: int  # type: ignore[assignment]  # tuple.index is not needed
+    ids: list[int]
+    temperature: float
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
+    """The chat template's ids, ready for the assistant's turn."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def requests_of(
+    prompts: Iterable[tuple[int, list[int]]], temperatures: Sequence[float] = (0.0, 0.0, 0.7, 1.0), turn: int = 0
+) -> Iterator[Request]:
+    """Prompts (index, ids) to be answered: prompt i at temperatures[(i + turn) % len]."""
+    for index, ids in prompts:
+        yield Request(index, ids, temperatures[(index + turn) % len(temperatures)])
+
+
+def seed_of(seed: int, request: Request) -> int:
+    """The seed of an answer: `generate` with it and the request's temperature writes the same tokens."""
+    return (seed << 40) + (request.index << 10) + min(1023, round(100 * request.temperature))
+
+
+def write_answers(
+    model: PreTrainedModel,
+    requests: Iterable[Request],
+    *,
+    end: int,
+    batch: int = 128,
+    max_new_tokens: int = 192,
+    max_prompt_tokens: int = 256,
+    seed: int = 0,
+    states: bool = True,
+    graph: bool = True,
+) -> Iterator[shards.Sequence]:
+    """An answer to every request, as it is finished: up to the token `end` or of max_new_tokens tokens.
+
+    The same seed gives the same answers in any order and batch, up to the model's rounding. Prompts of more than
+    max_prompt_tokens tokens are skipped. states: also give those of prompt and answer, in bf16 (else they are
+    empty). graph: on a GPU, capture the step as a CUDA graph; where that fails, a warning says why and steps run one
+    kernel at a time. Raises ValueError for sizes below 1, RuntimeError where the model gives no finite logit.
+    """
+    for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("max_prompt_tokens", max_prompt_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; allowed: at least 1")
+    fitting = (request for request in requests if len(request.ids) <= max_prompt_tokens)
+    with torch.inference_mode(), tree_attention_of(model), skinny_linears_of(model):
+        target = Target(model)
+        writer = _Writer(target, end, batch, max_prompt_tokens, max_new_tokens, seed, states,
+                         graph and target.device.type == "cuda")
+        yield from writer.run(fitting)
+
+
+class _Writer:
+    """Rows of one cache, each an answer in progress; a finished row takes the next prompt.
+
+    All that a step reads and writes lives on the device. token [B]: chosen, not yet run; answer [B, longest + 1]: what
+    was chosen (the last column takes what ended rows choose); count [B]: how much of it; done [B]: ended or free.
+    """
+
+    def __init__(self, target: Target, end: int, batch: int, prompt: int, longest: int, seed: int, states: bool,
+                 graph: bool, fixed: bool = False):
+        device = target.device
+        self.target, self.end, self.longest, self.seed = target, end, longest, seed
+        self.cache = target.new_cache(batch, prompt + longest, fixed=fixed)
+        self.sampling = Sampling.of(batch, device=device)
+        self.token = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.answer = torch.zeros(batch, longest + 1, dtype=torch.int64, device=device)
+        self.count = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.done = torch.ones(batch, dtype=torch.bool, device=device)
+        self.status = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.numbers = torch.arange(batch, device=device)
+        self.depth = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.itself = causal(batch, 1, device)
+        shape = (batch, self.cache.capacity, target.config.hidden_size)
+        self.states = torch.zeros(shape, dtype=torch.bfloat16, device=device) if states else None
+        self.rows: list[Request | None] = [None] * batch
+        self.capture, self.play = graph, self._step
+
+    def run(self, requests: Iterator[Request]) -> Iterator[shards.Sequence]:
+        exhausted = False
+        while True:
+            free = [row for row, request in enumerate(self.rows) if request is None]
+            if not exhausted and len(free) >= max(1, len(self.rows) // 16):
+                taken = list(islice(requests, len(free)))
+                exhausted = len(taken) < len(free)
+                for part in _groups(taken, _PREFILL_TOKENS[self.target.device.type]):
+                    self._admit([free.pop(0) for _ in part], part)
+            if all(request is None for request in self.rows):
+                return
+            if self.capture:
+                self.capture, self.play = False, self._captured()
+            for _ in range(_LOOK_EVERY):
+                self.play()
+            yield from self._collect()
+
+    def _admit(self, rows: list[int], requests: list[Request]) -> None:
+        device = self.target.device
+        longest = max(len(request.ids) for request in requests)
+        padded = [request.ids + [0] * (longest - len(request.ids)) for request in requests]
+        tokens = torch.tensor(padded, device=device)
+        lengths = torch.tensor([len(request.ids) for request in requests], device=device)
+        place = torch.tensor(rows, device=device)
+        prompt = self.target.new_cache(*tokens.shape)
+        hidden = self.target.prefill(tokens, lengths, prompt)
+        self.cache.states[:, :, place, :, :longest] = prompt.states
+        self.cache.lengths[place] = prompt.lengths
+        if self.states is not None:
+            self.states[place, :longest] = hidden.to(torch.bfloat16)
+        seeds = [seed_of(self.seed, request) for request in requests]
+        self.sampling.seed[place] = torch.tensor(seeds, device=device)
+        self.sampling.temperature[place] = torch.tensor([request.temperature for request in requests], device=device)
+        last = hidden[torch.arange(len(rows), device=device), lengths - 1]
+        settings = Sampling(*(field[place] for field in self.sampling))
+        chosen, status = choose_tokens(self.target.head(last), lengths, settings)
+        self.token[place], self.answer[place, 0] = chosen, chosen
+        self.count[place], self.status[place] = 1, status
+        self.done[place] = (chosen == self.end) | (self.longest == 1)
+        for row, request in zip(rows, requests, strict=True):
+            self.rows[row] = request
+
+    def _captured(self) -> Callable[[], None]:
+        """The step as a graph's replay, captured while no row is live; as it is, with a warning, if it cannot be."""
+        device, done = self.target.device, self.done.clone()
+        try:
+            check_capturable(device, self.target.dtype)
+            self.done.fill_(True)
+            return RoundGraph(self._step, device, torch.cuda.graph_pool_handle()).replay
+        except GraphError as error:
+            warnings.warn(f"the step runs one kernel at a time: {error}", stacklevel=2)
+            return self._step
+        finally:
+            self.done.copy_(done)
+
+    def _step(self) -> None:
+        """Run the pending tokens and choose the next: no value is read on the host, all buffers stay in place."""
+        lengths = self.cache.lengths
+        hidden = self.target.forward(self.token[:, None], self.depth, self.itself, self.cache)[:, 0]
+        if self.states is not None:
+            self.states[self.numbers, lengths.long()] = hidden.to(torch.bfloat16)
+        live = ~self.done
+        lengths += live
+        chosen, status = choose_tokens(self.target.head(hidden), lengths.long(), self.sampling)
+        self.status |= torch.where(live, status, 0)
+        self.token.copy_(torch.where(live, chosen, self.token))
+        self.answer[self.numbers, torch.where(live, self.count, self.longest)] = chosen
+        self.count += live
+        self.done |= (self.token == self.end) | (self.count >= self.longest)
+
+    def _collect(self) -> Iterator[shards.Sequence]:
+        """Give out the answers that have ended and free their rows."""
+        ended = [row for row, done in enumerate(self.done.tolist()) if done and self.rows[row] is not None]
+        if not ended:
+            return
+        place = torch.tensor(ended, device=self.done.device)
+        answers, counts, status = (part[place].cpu() for part in (self.answer, self.count, self.status))
+        for row, answer, count, bits in zip(ended, answers, counts.tolist(), status.tolist(), strict=True):
+            request = self.rows[row]
+            assert request is not None
+            if bits & STATUS_NO_FINITE:
+                raise RuntimeError(f"prompt {request.index}: the target gave no finite logit; check its weights and "
+                                   "dtype")
+            tokens = torch.tensor(request.ids + answer[: count - 1].tolist())
+            mask = torch.arange(len(tokens)) >= len(request.ids) - 1
+            states = torch.empty(0) if self.states is None else self.states[row, : len(tokens)].to("cpu", copy=True)
+            yield shards.Sequence(tokens, mask, states, int(answer[count - 1]), request.index, request.temperature)
+            self.rows[row] = None
+
+
+def _groups(requests: list[Request], tokens: int) -> Iterator[list[Request]]:
+    """The requests by length, in groups of about so many tokens with their padding."""
+    group: list[Request] = []
+    for request in sorted(requests, key=lambda request: len(request.ids)):
+        if group and len(request.ids) * (len(group) + 1) > tokens:
+            yield group
+            group = []
+        group.append(request)
+    if group:
+        yield group

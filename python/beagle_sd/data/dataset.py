@@ -1,0 +1,127 @@
+"""Packed training batches: a fixed order for a seed, so that a resumed run sees the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from beagle_sd.data import shards
+from beagle_sd.training.objective import Batch
+
+
+class Entry(NamedTuple):
+    """A sequence: the file's number, its first row there, rows."""
+
+    file: int
+    start: int
+    rows: int
+
+
+class PackedDataset:
+    """Sequences in packed batches. Subclasses say where they are (`_add`), how wide states are, and load them.
+
+    Every `held_out`-th sequence (by its index) is kept for evaluation and never trained on.
+    """
+
+    width: int
+    """The size of the states."""
+
+    def __init__(self, context: int, held_out: int):
+        self.context, self.held_out = context, held_out
+        self.train: list[Entry] = []
+        self.evaluation: list[Entry] = []
+
+    def _add(self, index: int, entry: Entry) -> None:
+        held = self.held_out and index % self.held_out == self.held_out - 1
+        (self.evaluation if held else self.train).append(entry)
+
+    def load(self, entries: list[Entry]) -> Batch:
+        """These sequences as one packed batch."""
+        raise NotImplementedError
+
+    def tokens_of(self, entries: list[Entry]) -> int:
+        """Tokens in these sequences, after cutting to the context length."""
+        return sum(map(self._rows, entries))
+
+    def epoch(self, epoch: int, tokens_per_batch: int, seed: int) -> list[list[int]]:
+        """The training sequences of an epoch in batches of about tokens_per_batch tokens: the same for a seed."""
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.train), generator=generator).tolist()
+        return _packs(order, [*map(self._rows, self.train)], tokens_per_batch)
+
+    def sample(self, tokens: int, seed: int) -> Batch:
+        """About so many tokens of the training sequences, chosen by the seed."""
+        return self.load([self.train[number] for number in self.epoch(0, tokens, seed)[0]])
+
+    def evaluation_packs(self, tokens_per_batch: int, tokens: int | None = None) -> list[list[Entry]]:
+        """The held-out sequences in batches, as `load` takes them; no further batch from `tokens` tokens on."""
+        lengths = [*map(self._rows, self.evaluation)]
+        packs, seen = [], 0
+        for numbers in _packs(list(range(len(self.evaluation))), lengths, tokens_per_batch):
+            if tokens is not None and seen >= tokens:
+                break
+            packs.append([self.evaluation[number] for number in numbers])
+            seen += self.tokens_of(packs[-1])
+        return packs
+
+    def _rows(self, entry: Entry) -> int:
+        """Rows of a sequence after cutting to the context length."""
+        return min(entry.rows, self.context)
+
+
+class StateDataset(PackedDataset):
+    """The sequences of a folder of shards, read from disk as they are needed."""
+
+    def __init__(self, folder: str | Path, *, context: int = 2048, held_out: int = 50):
+        super().__init__(context, held_out)
+        paths = shards.shard_paths(folder)
+        if not paths:
+            raise shards.ShardError(f"{folder} has no shards: run `beagle-sd prepare` first")
+        for number, path in enumerate(paths):
+            start = 0
+            for sequence in shards.read_shard(path, with_states=False):
+                self._add(sequence.index, Entry(number, start, len(sequence.tokens)))
+                start += len(sequence.tokens)
+        self._files = [safe_open(path, "pt") for path in paths]
+        self.width = self._files[0].get_slice("states").get_shape()[1]
+
+    def load(self, entries: list[Entry]) -> Batch:
+        """Read these sequences into one packed batch."""
+        parts: dict[str, list] = {"tokens": [], "states": [], "loss_mask": []}
+        lengths = []
+        for entry in entries:
+            length = self._rows(entry)
+            for name, values in parts.items():
+                values.append(self._files[entry.file].get_slice(name)[entry.start : entry.start + length])
+            lengths.append(length)
+        sizes = torch.tensor([0, *lengths])
+        return Batch(
+            torch.cat(parts["tokens"]).long(),
+            torch.cat(parts["states"]),
+            torch.cat(parts["loss_mask"]).bool(),
+            sizes.cumsum(0).to(torch.int32),
+            torch.cat([torch.arange(length) for length in lengths]),
+        )
+
+
+def most_frequent(counts: Tensor, count: int) -> Tensor:
+    """The `count` ids with the largest of `counts` [V] int64, ascending; ties and the rest by lowest id."""
+    if not 1 <= count <= len(counts):
+        raise ValueError(f"draft_vocab is {count}; allowed: 1 to {len(counts)}, or 0 for all")
+    return counts.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def _packs(order: list[int], lengths: list[int], tokens_per_batch: int) -> list[list[int]]:
+    packs: list[list[int]] = []
+    room = 0
+    for number in order:
+        if not packs or lengths[number] > room:
+            packs.append([])
+            room = tokens_per_batch
+        packs[-1].append(number)
+        room -= lengths[number]
+    return packs

@@ -1,0 +1,162 @@
+"""Buffers and the graphs over them, which may outlive a call, and what they tell the host: one news a round."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from beagle_kernels import Sampling
+from beagle_sd.decoding.drafting import TreeShape
+from beagle_sd.decoding.graph import RoundGraph, check_capturable
+from beagle_sd.decoding.report import Clock
+from beagle_sd.decoding.rounds import Buffers, play_round, prefill
+from beagle_sd.models.attention import tree_attention_of
+from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.linears import skinny_linears_of
+from beagle_sd.models.target import Target
+
+if TYPE_CHECKING:
+    from beagle_sd.decoding.adaptive import AdaptiveTree
+
+
+class Engine:
+    """Buffers for `batch` rows of at most `capacity` prompt and new tokens each, and the graphs captured over them.
+
+    generate makes one a call; keep one, and give it to generate, to allocate and capture once. depth, branch,
+    num_nodes, adaptive as in generate. graph None: on CUDA every round is a graph's replay, on the CPU rounds run
+    eagerly; False: eagerly; True: as on CUDA, or GraphError. page_size: the target's cache in pages of so
+    many slots. return_logprobs: room for them. fixed: on the CPU, too, take the path of a GPU, which reads nothing on
+    the host. One call at a time, and the weights must stay as and where they are. The draft is bound to the
+    target.
+
+    Raises ValueError for arguments out of range and for a draft that does not fit, UnsupportedTarget, and GraphError
+    where a round could not be captured.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: BeagleDraft | None,
+        *,
+        batch: int,
+        capacity: int,
+        depth: int | None = None,
+        branch: int | None = None,
+        num_nodes: int | None = None,
+        adaptive: AdaptiveTree | None = None,
+        graph: bool | None = None,
+        page_size: int | None = None,
+        return_logprobs: bool = False,
+        fixed: bool = False,
+    ):
+        for name, value, least in (("batch", batch, 1), ("capacity", capacity, 2)):
+            if value < least:
+                raise ValueError(f"{name} is {value}; allowed: at least {least}")
+        self.model, self.target, self.draft = target, Target(target), draft
+        device = self.target.device
+        self.graph = device.type == "cuda" if graph is None else graph
+        if self.graph:
+            check_capturable(device, self.target.dtype)
+        # graphs read this head even where another call has bound the draft anew
+        self._head = draft.bind(target).head if draft is not None else None
+        self.batch, self.capacity = batch, capacity
+        self.adaptive = adaptive if draft is not None else None
+        self.shape = _shape(draft, device, depth, branch, num_nodes, adaptive)
+        self.buffers = Buffers(self.target, draft, batch, capacity, self.shape, page_size=page_size, fixed=fixed,
+                               logprobs=return_logprobs)
+        news = self.buffers.news
+        self._host = [torch.zeros(news.shape, dtype=news.dtype, pin_memory=news.is_cuda) for _ in range(2)]
+        self._sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._graphs: dict[TreeShape, RoundGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.graph else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers on the device, without what graphs keep."""
+        return sum(tensor.nbytes for tensor in self.buffers.tensors().values())
+
+    def begin(self, prompts: Tensor, lengths: Tensor, sampling: Sampling, max_new_tokens: int, ends: list[int],
+              clock: Clock) -> None:
+        """Prefill new texts, whose first news is sent: prompts [B, T] padded on the right, lengths [B] int32."""
+        batch, longest = prompts.shape
+        if batch != self.batch:
+            raise ValueError(f"{batch} rows were given to an engine for {self.batch}; allowed: as many rows")
+        if longest + max_new_tokens > self.capacity:
+            raise ValueError(f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} need room for "
+                             f"{longest + max_new_tokens}; allowed: the engine's capacity, {self.capacity}")
+        self._sent.clear()
+        self.buffers.begin(sampling, max_new_tokens, ends)
+        with clock.phase("prefill"):
+            prefill(self.target, self.draft, prompts, lengths, self.buffers)
+        self._send()
+
+    def play(self, shape: TreeShape, clock: Clock) -> None:
+        """Start a round, whose news is sent; the graph of a new shape is captured first."""
+        if self.graph:
+            if shape not in self._graphs:
+                with clock.phase("capture"):
+                    self._capture(shape)
+            self._graphs[shape].replay()
+        else:
+            self._round(shape, clock)
+        self._send()
+
+    def capture(self) -> None:
+        """Capture now every graph that rounds may replay and that is not there yet, once the engine has had a text:
+        no later call does. Nothing where rounds run eagerly."""
+        if not self.graph:
+            return
+        with torch.inference_mode(), tree_attention_of(self.model), skinny_linears_of(self.model, self.draft):
+            for shape in [self.shape] if self.adaptive is None else self.adaptive.shapes:
+                if shape not in self._graphs:
+                    self._capture(shape)
+
+    def _capture(self, shape: TreeShape) -> None:
+        try:
+            with self.buffers.at_rest():
+                self._graphs[shape] = RoundGraph(lambda: self._round(shape), self.target.device, self._pool)
+        except BaseException:
+            self._pool = torch.cuda.graph_pool_handle()  # the next try has one of its own
+            raise
+
+    def _round(self, shape: TreeShape, clock: Clock | None = None) -> None:
+        play_round(self.target, self.draft, self.buffers, shape, *([clock.phase] if clock else []))
+
+    def _send(self) -> None:
+        """Copy the news to the host, behind what the device has still to do; at most two are on their way."""
+        self._host.append(host := self._host.pop(0))
+        host.copy_(self.buffers.news, non_blocking=True)
+        event = None
+        if self.buffers.news.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._sent.append((host, event))
+
+    def receive(self) -> list[list[int]]:
+        """The oldest news sent and not received, a list a row (see rounds.NEWS). Waits for it."""
+        host, event = self._sent.popleft()
+        if event is not None:
+            event.synchronize()
+        return host.tolist()
+
+    def settle(self) -> None:
+        """Wait for rounds begun whose news nobody received: their memory must not go before they end."""
+        for _, event in self._sent:
+            if event is not None:
+                event.synchronize()
+        self._sent.clear()
+
+
+def _shape(draft, device, depth, branch, num_nodes, adaptive) -> TreeShape:
+    if draft is None:
+        return TreeShape(1, 1, 1)
+    if adaptive is not None:
+        if (depth, branch, num_nodes) != (None, None, None):
+            raise ValueError(f"depth {depth}, branch {branch}, num_nodes {num_nodes} were given with adaptive; "
+                             "allowed: one or the other")
+        return adaptive.largest
+    return TreeShape.default(device, depth, branch, num_nodes)

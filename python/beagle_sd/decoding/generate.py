@@ -1,0 +1,167 @@
+"""Speculative decoding as one call: draft a tree, let the target verify it at once, keep what it would have said."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from beagle_kernels import Sampling
+from beagle_sd.decoding.drafting import TreeShape
+from beagle_sd.decoding.engine import Engine
+from beagle_sd.decoding.loop import Decoding
+from beagle_sd.decoding.report import Report
+from beagle_sd.models.attention import tree_attention_of
+from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.linears import skinny_linears_of
+from beagle_sd.models.target import Target
+
+if TYPE_CHECKING:
+    from beagle_sd.decoding.adaptive import AdaptiveTree
+
+__all__ = ["Generated", "Report", "TreeShape", "generate"]
+
+
+@dataclass
+class Generated:
+    """sequences [B, prompt + new] int64: the prompt as given, then the new tokens, padded with pad_token_id; logprobs
+    [B, new] f32 of the new tokens, if asked for, padded with 0."""
+
+    sequences: Tensor
+    report: Report
+    logprobs: Tensor | None = None
+
+
+def generate(
+    target: PreTrainedModel,
+    draft: BeagleDraft | None,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | Tensor = 0,
+    depth: int | None = None,
+    branch: int | None = None,
+    num_nodes: int | None = None,
+    adaptive: AdaptiveTree | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    streamer: BaseStreamer | None = None,
+    stopping_criteria: Sequence[StoppingCriteria] = (),
+    return_logprobs: bool = False,
+    graph: bool | None = None,
+    page_size: int | None = None,
+    engine: Engine | None = None,
+) -> Generated:
+    """Decode speculatively: the tokens are those of plain decoding with the same seed, whatever the draft does.
+
+    input_ids [B, T] int64, padded on either side with attention_mask [B, T]; draft None decodes plainly, with the
+    same sampler. temperature 0 is greedy. An int seed s means s + b for row b, a tensor [B] is taken as it is.
+    depth, branch, num_nodes shape the tree (see TreeShape; None: the device's default), or adaptive chooses each
+    round's. eos_token_id None takes the target's generation config's; an empty list never stops early. streamer (one
+    row only) is given the prompt, then each round's tokens. stopping_criteria are asked after each token, with one
+    unpadded row [1, length] and no scores: a row ends with the first token at which one says so. return_logprobs gives
+    log softmax of the target's own logits for each new token, at temperature 1 and without filters: what scoring the
+    text would give, so that calls with different settings compare, and no emitted token is at -inf.
+
+    On CUDA each round is one graph's replay (graph=False: eagerly); page_size keeps the target's cache in pages. An
+    engine keeps buffers and graphs from call to call; what shapes them (depth to adaptive, return_logprobs to
+    page_size) is then given to it, not here.
+
+    Raises ValueError for bad arguments, for targets or drafts that do not fit, and where the request does not fit the
+    engine; RuntimeError where the target gives a row no finite logit; GraphError where a round cannot be captured.
+    Paper: section 3.4; DESIGN: section 4.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; allowed: at least 1")
+    wrapped = Target(target)
+    if target.training:
+        raise ValueError("the target is in training mode, where dropout makes its tokens random; "
+                         "allowed: target.eval()")
+    options: dict[str, Any] = {
+        "depth": depth, "branch": branch, "num_nodes": num_nodes, "adaptive": adaptive, "graph": graph,
+        "page_size": page_size, "return_logprobs": return_logprobs or None,
+    }
+    _check_engine(engine, target, draft, options)
+    prompts, lengths = _prompts(input_ids, attention_mask, wrapped)
+    sampling = Sampling.of(len(prompts), seed, temperature, top_k, top_p, min_p, device=wrapped.device)
+    if streamer is not None and len(prompts) > 1:
+        raise ValueError(f"a streamer was given with {len(prompts)} rows; allowed: 1 row")
+    ends, pad = _end_tokens(target, eos_token_id, pad_token_id)
+
+    def decode() -> Generated:
+        made = engine or Engine(target, draft, batch=len(prompts), capacity=prompts.shape[1] + max_new_tokens,
+                                **{**options, "return_logprobs": return_logprobs})
+        with torch.inference_mode(), tree_attention_of(target), skinny_linears_of(target, draft):
+            decoding = Decoding(made, prompts, lengths, max_new_tokens, stopping_criteria)
+            if streamer is not None:
+                streamer.put(input_ids.cpu())
+            for run in decoding.run(sampling, ends):
+                if streamer is not None and run[0]:
+                    streamer.put(torch.tensor(run[0]))
+            if streamer is not None:
+                streamer.end()
+            if engine is None:
+                made.settle()
+        sequences = torch.cat([input_ids, decoding.new_tokens(pad).to(input_ids)], 1)
+        return Generated(sequences, decoding.report(), decoding.logprobs())
+
+    try:
+        return decode()
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they would hold the buffers for as long as the error lives
+        raise
+
+
+def _check_engine(engine: Engine | None, target: PreTrainedModel, draft: BeagleDraft | None, options: dict) -> None:
+    if engine is None:
+        return
+    if engine.model is not target or engine.draft is not draft:
+        raise ValueError("the engine was made for another target or draft; allowed: the same two objects")
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)} given with an engine; allowed: give them to Engine")
+
+
+def _prompts(input_ids: Tensor, attention_mask: Tensor | None, target: Target) -> tuple[Tensor, Tensor]:
+    """The prompts moved to the left [B, T] and their lengths int32 [B]."""
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+        given = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids is {given}; allowed: an integer tensor [B, T]")
+    ids = input_ids.to(target.device, torch.int64)
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; "
+                         f"allowed: that of input_ids, {tuple(ids.shape)}")
+    mask = mask != 0
+    lengths = mask.sum(1)
+    if ids.numel() == 0 or not bool((lengths > 0).all()):
+        empty = (lengths == 0).nonzero().flatten().tolist()
+        raise ValueError(f"input_ids {tuple(ids.shape)} has an empty prompt (rows {empty}); allowed: a token or more")
+    if bool(((mask[:, 1:] != mask[:, :-1]).sum(1) > 1).any()) or bool((~mask[:, 0] & ~mask[:, -1]).any()):
+        raise ValueError("attention_mask has a gap; allowed: padding at one side of each row")
+    vocab = target.config.vocab_size
+    if bool(((ids < 0) | (ids >= vocab))[mask].any()):
+        wrong = ids[mask & ((ids < 0) | (ids >= vocab))][0]
+        raise ValueError(f"input_ids has {int(wrong)}; allowed: 0 to {vocab - 1}")
+    order = torch.sort(mask.to(torch.int8), dim=1, descending=True, stable=True).indices
+    kept = torch.where(mask.gather(1, order), ids.gather(1, order), 0)
+    return kept[:, : int(lengths.max())], lengths.to(torch.int32)
+
+
+def _end_tokens(target: PreTrainedModel, eos_token_id, pad_token_id) -> tuple[list[int], int]:
+    config = target.generation_config
+    eos = config.eos_token_id if eos_token_id is None else eos_token_id
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    if pad_token_id is None:
+        pad_token_id = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
+    return ends, pad_token_id

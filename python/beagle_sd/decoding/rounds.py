@@ -1,0 +1,171 @@
+"""A round of decoding as one function over fixed buffers: nothing in it is read on the host (DESIGN: section 4).
+
+What a round writes, it writes in place; every shape follows from the batch and the tree's. So a CUDA graph of one round
+replays as any later one, and on the CPU the same function runs eagerly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from beagle_kernels import DraftTree, Sampling, Verdict, build_tree, choose_tokens, compact_cache_, verify_tree
+from beagle_sd.decoding.drafting import DraftCache, TreeShape, propose
+from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.target import Target
+
+NEWS = 4
+"""Columns of the news before the round's tokens: drafted tokens accepted, tokens emitted so far, whether the row goes
+on, status bits."""
+
+
+class Buffers:
+    """Everything a round reads and writes, for B rows of at most `tokens` prompt and new tokens.
+
+    cache, draft_cache; pending [B] int64, the last emitted token, whose keys are not cached yet; live [B] bool;
+    emitted, limit [B] int64: new tokens so far and at most; ends [V] bool: the tokens that end a row; output [B, *]
+    int64 and logprobs [B, *] f32 (or None): the emitted tokens, and what the target gave them; sampling; news
+    [B, NEWS + levels + 1] int64: the round for the host. A row that is not live keeps all of its values.
+    """
+
+    def __init__(self, target: Target, draft: BeagleDraft | None, batch: int, tokens: int, shape: TreeShape, *,
+                 page_size: int | None = None, fixed: bool = False, logprobs: bool = False):
+        device, behind = target.device, tokens - 1  # the last token of a row is never cached
+        self.cache = target.new_cache(batch, behind + shape.num_nodes, page_size=page_size, fixed=fixed)
+        slots = behind + max(shape.depth + 1, shape.branch * shape.depth)
+        self.draft_cache = DraftCache(draft, batch, slots) if draft is not None else None
+        self.pending = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.live = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.emitted, self.limit = torch.zeros_like(self.pending), torch.zeros_like(self.pending)
+        self.ends = torch.zeros(target.config.vocab_size, dtype=torch.bool, device=device)
+        width = tokens + shape.depth + 1
+        self.output = torch.zeros(batch, width, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(batch, width, device=device) if logprobs else None
+        self.sampling = Sampling.of(batch, device=device)
+        self.news = torch.zeros(batch, NEWS + shape.depth + 1, dtype=torch.int64, device=device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by name."""
+        found = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        found |= {"states": self.cache.states, "lengths": self.cache.lengths, **self.sampling._asdict()}
+        if self.cache.block_table is not None:
+            found["block_table"] = self.cache.block_table
+        if self.draft_cache is not None:
+            found |= {"draft_keys": self.draft_cache.keys, "draft_values": self.draft_cache.values}
+        return found
+
+    def begin(self, sampling: Sampling, max_new_tokens: int, ends: list[int]) -> None:
+        """Set up for a new text in every row."""
+        for own, given in zip(self.sampling, sampling, strict=True):
+            own.copy_(given)
+        self.live.fill_(True)
+        self.emitted.zero_()
+        self.limit.fill_(max_new_tokens)
+        self.ends.zero_()
+        if ends := [token for token in ends if 0 <= token < len(self.ends)]:
+            self.ends[torch.tensor(ends, device=self.ends.device)] = True
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Inside, no row is live: a round changes nothing that a later one reads."""
+        live = self.live.clone()
+        self.live.zero_()
+        try:
+            yield
+        finally:
+            self.live.copy_(live)
+
+
+Timed = Callable[[str], AbstractContextManager[None]]
+
+
+def _untimed(phase: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def prefill(target: Target, draft: BeagleDraft | None, prompts: Tensor, lengths: Tensor, buffers: Buffers) -> None:
+    """Run right-padded prompts [B, T] with `lengths` [B] int32 and emit each row's first token."""
+    hidden = target.prefill(prompts, lengths, buffers.cache)
+    place = lengths.long()
+    last = hidden.gather(1, (place - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
+    logits = target.head(last)
+    token, status = choose_tokens(logits[:, 0], place, buffers.sampling)
+    if draft is not None and buffers.draft_cache is not None:
+        slots = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+        buffers.draft_cache.append(draft, hidden, slots, slots)
+    # what a root accepts that has no children
+    none = torch.zeros_like(status)
+    _emit(buffers, Verdict(none[:, None], none, token, status), token[:, None], logits)
+
+
+def play_round(target: Target, draft: BeagleDraft | None, buffers: Buffers, shape: TreeShape,
+               timed: Timed = _untimed) -> None:
+    """Draft a tree, let the target verify it, keep what it would have said itself: one to depth + 1 tokens a row."""
+    with timed("draft"):
+        tree = _draft_tree(draft, buffers, shape)
+    with timed("target"):
+        hidden = target.forward(tree.tokens, tree.depth, tree.mask, buffers.cache)
+    with timed("verify"):
+        logits = target.head(hidden)
+        verdict = verify_tree(logits, tree, buffers.cache.lengths.long() + 1, buffers.sampling)
+    with timed("keep"):
+        _keep(draft, buffers, tree, verdict, hidden, logits)
+
+
+def _draft_tree(draft: BeagleDraft | None, buffers: Buffers, shape: TreeShape) -> DraftTree:
+    root = buffers.pending
+    if draft is None or buffers.draft_cache is None or shape.num_nodes == 1:
+        none = root[:, None][:, :0]
+        return build_tree(root, none, none.float(), none.to(torch.int32), 1, 0)
+    candidates = propose(draft, buffers.draft_cache, buffers.cache.lengths, root, buffers.sampling, shape.depth,
+                         shape.branch)
+    return build_tree(root, *candidates, shape.num_nodes, shape.depth)
+
+
+def _keep(draft, buffers: Buffers, tree: DraftTree, verdict: Verdict, hidden: Tensor, logits: Tensor) -> None:
+    """Move the accepted nodes' keys into place, give their states to the draft, emit their tokens, advance."""
+    lengths, path = buffers.cache.lengths, verdict.path.long().clamp(min=0)
+    step = torch.arange(path.shape[1], device=path.device)
+    if path.shape[1] > 1:
+        compact_cache_(buffers.cache.states, verdict.path, verdict.num_accepted, lengths,
+                       block_table=buffers.cache.block_table)
+    if buffers.draft_cache is not None:
+        states = hidden.gather(1, path[:, :, None].expand(-1, -1, hidden.shape[2]))
+        slots = lengths.long()[:, None] + step
+        buffers.draft_cache.append(draft, states, slots, slots)
+    run = verdict.next_token[:, None]
+    if path.shape[1] > 1:
+        drafted = tree.tokens.gather(1, path).roll(-1, 1)
+        run = torch.where(step < verdict.num_accepted[:, None], drafted, run)
+    lengths += _emit(buffers, verdict, run, logits)
+
+
+def _emit(buffers: Buffers, verdict: Verdict, run: Tensor, logits: Tensor) -> Tensor:
+    """Append run [B, L], of which num_accepted + 1 tokens count, to the live rows, each cut at its first end token and
+    at its limit; returns how many were appended [B] int64."""
+    count, live = run.shape[1], buffers.live
+    step = torch.arange(count, device=run.device)
+    place = buffers.emitted[:, None] + step
+    buffers.output.scatter_(1, place, run)
+    if buffers.logprobs is not None:
+        buffers.logprobs.scatter_(1, place, _logprobs(logits, verdict.path, run))
+    end = torch.where(buffers.ends[run], step, count).amin(1)
+    taken = torch.minimum(torch.minimum(verdict.num_accepted, end) + 1, buffers.limit - buffers.emitted) * live
+    status = verdict.status * live
+    torch.where(live, verdict.next_token, buffers.pending, out=buffers.pending)
+    buffers.emitted += taken
+    live &= (end >= taken) & (buffers.emitted < buffers.limit)
+    counts = torch.stack((verdict.num_accepted.long(), buffers.emitted, live.long(), status.long()), 1)
+    buffers.news[:, : NEWS + count] = torch.cat((counts, run), 1)
+    return taken
+
+
+def _logprobs(logits: Tensor, path: Tensor, run: Tensor) -> Tensor:
+    """log softmax of logits [B, N, V] at the nodes of path [B, L] for the tokens run [B, L]: f32 [B, L]."""
+    at = path.long().clamp(min=0)[:, :, None].expand(-1, -1, logits.shape[2])
+    rows = logits.gather(1, at).float()
+    rows = torch.where(rows.isnan(), -torch.inf, rows)
+    return rows.gather(2, run[:, :, None])[:, :, 0] - rows.logsumexp(-1)

@@ -1,0 +1,92 @@
+"""Targets and drafts by name: what ships with the package, a folder, or a hub name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from beagle_sd.models import smollm2
+from beagle_sd.models.draft import BeagleDraft
+
+_FOLDER = Path(__file__).parents[1] / "bundled"
+
+
+def bundled_names() -> list[str]:
+    """The names `load_bundled` takes."""
+    return sorted(path.name for path in _FOLDER.iterdir() if (path / "config.json").is_file())
+
+
+def bundled_folder(name: str) -> Path:
+    """The folder of a bundled draft, with its card; ValueError names those there are."""
+    if name not in bundled_names():
+        raise ValueError(f"no draft is bundled for {name!r}; allowed: {', '.join(bundled_names())}")
+    return _FOLDER / name
+
+
+def load_bundled(
+    name: str = smollm2.NAME, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BeagleDraft]:
+    """(target, tokenizer, draft) of a bundled draft; the target is converted into the user's cache on first use.
+
+    device None: the GPU if there is one; dtype None: bf16 on a GPU, fp32 on a CPU.
+    """
+    folder = bundled_folder(name)
+    target, tokenizer = load_target(name, dtype=dtype, device=device)
+    return target, tokenizer, load_draft(folder, target)
+
+
+def load_target(
+    name: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A target and its tokenizer: "smollm2-135m", a folder, or a hub name; ValueError for a device that is not there,
+    FileNotFoundError for a folder without a model."""
+    device = _device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    path = smollm2.converted() if str(name) == smollm2.NAME else name
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has no config.json; allowed: a folder that save_pretrained wrote, a hub name, "
+                                f"or {smollm2.NAME}")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    """The device asked for, else the GPU if there is one."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    allowed = ", ".join(["cpu", *(["cuda"] if cards else []), *(f"cuda:{card}" for card in range(cards))])
+    try:
+        device = torch.device(name or ("cuda" if cards else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; allowed here: {allowed}") from None
+    if device.type == "cuda" and (device.index or 0) >= cards:
+        raise ValueError(f"device is {str(device)!r}, which torch does not see; allowed here: {allowed}")
+    return device
+
+
+def load_draft(folder: str | Path, target: PreTrainedModel) -> BeagleDraft:
+    """A saved draft, bound to `target` and in its dtype and on its device."""
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; allowed: a folder that `beagle-sd train` wrote")
+    draft = BeagleDraft.from_pretrained(folder)
+    return draft.to(device=target.device, dtype=target.dtype).eval().bind(target)
+
+
+def measured_acceptance(folder: str | Path) -> list[dict]:
+    """The tree shapes a draft was measured with, from its acceptance.json; empty if it was not. ValueError names a
+    file that is none."""
+    path = Path(folder) / "acceptance.json"
+    if not path.is_file():
+        return []
+    needed = {"depth", "branch", "num_nodes", "temperature", "tokens_per_round"}
+    try:
+        shapes = json.loads(path.read_text(encoding="utf-8"))["shapes"]
+        if all(needed <= set(row) for row in shapes):
+            return shapes
+        error: Exception | str = f"a shape lacks one of {', '.join(sorted(needed))}"
+    except (ValueError, KeyError, TypeError) as wrong:
+        error = wrong
+    raise ValueError(f"{path} is damaged ({error}); delete it: the draft works without")

@@ -1,0 +1,128 @@
+"""A Hugging Face causal LM as the decoding loop and the trainer see it: untouched, checked, called in one way."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from beagle_sd.models.attention import NAME, reading
+from beagle_sd.models.cache import TreeCache, causal, visible_keys
+from beagle_sd.models.head import Head, UnsupportedTarget, head_of
+
+_PREFILL_CHUNK = 512
+_FEW_NODES = 64
+"""New tokens up to which a row's attention reads just what the row sees, by mask words: beyond, as in a prompt, SDPA's
+products over a padded 4-D mask are faster."""
+
+
+def check_supported(config: PretrainedConfig) -> None:
+    """Raise UnsupportedTarget with the reason unless every layer is full attention over rotary positions."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedTarget(f"{kind} is an encoder-decoder; allowed: decoder-only causal LMs")
+    layers = set(getattr(config, "layer_types", None) or ())
+    if layers - {"full_attention"}:
+        raise UnsupportedTarget(f"{kind} has layers of type {sorted(layers - {'full_attention'})}; "
+                                "allowed: full_attention only")
+    if not layers and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise UnsupportedTarget(f"{kind} has sliding_window={config.sliding_window}; allowed: full attention "
+                                "(set sliding_window=None if your texts are shorter)")
+    for name in ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers"):
+        if not getattr(config, name, None):
+            raise UnsupportedTarget(f"{kind} has no {name} in its config; allowed: transformer decoders")
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if not rope and getattr(config, "rope_theta", None) is None or getattr(config, "alibi", False):
+        raise UnsupportedTarget(f"{kind} has no rotary positions; allowed: RoPE (learned positions end with their "
+                                "table and ALiBi is a mask of its own)")
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        raise UnsupportedTarget(f"{kind} has rope_type={rope['rope_type']!r}, whose angles change with the length of "
+                                "the text; allowed: fixed angles (default, linear, yarn, llama3)")
+    for name, value in config.to_dict().items():
+        if "softcap" in name and value is not None and name != "final_logit_softcapping":
+            raise UnsupportedTarget(f"{kind} sets {name}={value}; allowed: final_logit_softcapping alone")
+
+
+class Target:
+    """What is used of a target: embedding, top hidden states over new tokens, LM head.
+
+    Raises UnsupportedTarget for a model that cannot be verified as a tree.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        config = model.config.get_text_config()
+        check_supported(config)
+        if not getattr(model, "_supports_attention_backend", False):
+            raise UnsupportedTarget(f"{type(model).__name__} does not take registered attention functions; allowed: "
+                                    "models that go through transformers' AttentionInterface")
+        self.model = model
+        self.config = config
+        self.decoder = model.base_model
+        # transformers calls it `cache` from 5.24 on, model by model, and warns of the older name
+        named = inspect.signature(self.decoder.forward).parameters
+        self._cache_argument = "cache" if "cache" in named else "past_key_values"
+        self.embedding: nn.Module = model.get_input_embeddings()
+        self.head: Head = head_of(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first layer is given: [...] int64 -> [..., d], with the model's scale (Gemma's is in the module,
+        Granite's in the config)."""
+        embedded = self.embedding(tokens)
+        scale = getattr(self.config, "embedding_multiplier", None)
+        return embedded if scale in (None, 1.0) else embedded * scale
+
+    def new_cache(self, batch: int, slots: int, *, page_size: int | None = None, fixed: bool = False) -> TreeCache:
+        """An empty cache of `slots` positions a row, in pages of page_size if given; `fixed` as in TreeCache."""
+        config = self.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return TreeCache(config.num_hidden_layers, batch, heads, slots, width, self.dtype, self.device,
+                         page_size=page_size, fixed=fixed)
+
+    def forward(self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: TreeCache) -> Tensor:
+        """Top hidden states [B, N, d] of N new tokens a row, written to the cache behind its lengths.
+
+        tokens [B, N] int64; depth [B, N], added to the row's length to give positions; mask words [B, N, W] int64:
+        which new tokens each one sees (itself too), besides everything below the row's length. A fixed cache needs the
+        model's attention to be beagle_tree, and room behind the lengths, which are not read.
+        """
+        batch, count = tokens.shape
+        limit = None if cache.fixed else int(cache.lengths.max()) + count
+        cache.expect(count, limit)
+        if limit is None or count <= _FEW_NODES and self.config._attn_implementation == NAME:
+            visible = mask[:, None]
+        else:
+            visible = visible_keys(cache.lengths, mask, limit)
+        with reading(cache):
+            return self.decoder(
+                input_ids=tokens,
+                attention_mask=visible,
+                position_ids=cache.lengths.long()[:, None] + depth.long(),
+                use_cache=True,
+                **{self._cache_argument: cache},
+            ).last_hidden_state
+
+    def prefill(self, tokens: Tensor, lengths: Tensor, cache: TreeCache) -> Tensor:
+        """Run right-padded prompts [B, T] with `lengths` [B] into an empty cache; hidden states [B, T, d].
+
+        What is returned beyond a row's length is padding's and means nothing.
+        """
+        batch, total = tokens.shape
+        states = []
+        for start in range(0, total, _PREFILL_CHUNK):
+            part = tokens[:, start : start + _PREFILL_CHUNK]
+            cache.lengths.fill_(start)
+            step = torch.arange(part.shape[1], device=tokens.device).expand(batch, -1)
+            states.append(self.forward(part, step, causal(batch, part.shape[1], tokens.device), cache))
+        cache.lengths.copy_(lengths)
+        return torch.cat(states, 1)

@@ -1,0 +1,358 @@
+"""What the Triton ops must satisfy on any device: on a GPU directly, on the CPU in a process with the interpreter on.
+
+`python triton_cases.py OP DTYPE` checks one op under the interpreter and prints how many cases it ran.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
+
+import torch
+from test_block_attention import packed
+from test_distill_loss import naive as naive_distill_loss
+from test_extend_attention import inputs as extend_inputs
+from test_tree_attention import case as tree_case
+from test_tree_attention import paged
+
+from beagle_kernels import block_attention, distill_loss, extend_attention, tree_attention
+from beagle_kernels.reference.block_attention import visible_keys
+from beagle_kernels.reference.tree_attention import visible_slots
+
+# What a kernel is compiled for, heads, group and head size, is one of four in every table: a GPU's tests compile each
+# kernel once or twice, and what is large reuses what was compiled for the small.
+BLOCK_CASES = {
+    # window, offsets, lengths (None: one sequence), rows, query heads, key heads, head size, sharpness
+    "one sequence": [
+        (5, [0], None, 0, 4, 1, 64, 1),
+        (5, [0], None, 1, 4, 1, 64, 1),
+        (5, [2], None, 63, 4, 1, 64, 1),
+        (5, [-3], None, 63, 8, 1, 40, 8),
+    ],
+    "packed": [
+        (4, [1, 0, 3, 2, 9, 0], [13, 0, 50, 30, 1, 0], 113, 4, 1, 64, 1),
+        (32, [3, 20], [60, 23], 90, 4, 2, 128, 1),
+    ],
+    "wide heads": [(3, [1], None, 63, 2, 2, 256, 4)],
+    "large, one sequence": [(5, [3], None, 1025, 4, 1, 64, 1), (9, [0], None, 1025, 8, 1, 40, 8)],
+    "large, packed": [
+        (3, [1, 2, 0], [600, 25, 400], 1025, 4, 1, 64, 4),
+        (7, [0, 3], [1000, 1000], 2048, 4, 2, 128, 1),
+    ],
+    "large, wide heads": [(3, [1], None, 1025, 2, 2, 256, 4)],
+}
+
+
+def random(shape, dtype, device, gen, scale=1.0):
+    return (torch.randn(shape, generator=gen, dtype=torch.float64) * scale).to(device, dtype)
+
+
+def score_rounding(q, k) -> float:
+    """What rounding does to a score, absolute: to one weight, relative. Of q [.., heads, D] and k [.., key heads, D].
+
+    A product in fp32 is right to half a unit, 2^-24, of the magnitudes that it adds up; where a GPU makes it of three
+    TF32 products, whose two parts of a factor hold 22 of its 24 bits, to 2^-22.
+    """
+    unit = 2.0**-22 if (q.dtype, q.device.type) == (torch.float32, "cuda") else 2.0**-24
+    longest = (x.detach().double().nan_to_num(0.0).norm(dim=-1).amax() for x in (q, k))
+    return unit * float(next(longest) * next(longest)) * q.shape[-1] ** -0.5
+
+
+def close_as_eager(got, eager, exact, factor: float, what: str, rounding: float = 0.0) -> None:
+    """Error against float64 at most `factor` times eager PyTorch's, or than what rounding costs: of the result to its
+    own dtype, and of what it is made of, `rounding`, relative to the largest or to the mean.
+
+    A GPU's exponentials and logarithms in fp32, ex2.approx and lg2.approx, are right to 2^-22, not half a unit.
+    """
+    unit = 2.0**-22 if (got.dtype, got.device.type) == (torch.float32, "cuda") else torch.finfo(got.dtype).eps / 2
+    for name, size in (("largest", lambda x: x.abs().amax()), ("rms", lambda x: x.square().mean().sqrt())):
+        if exact.numel() == 0:
+            assert got.shape == exact.shape
+            continue
+        floor = max(size(exact.to(got.dtype).double() - exact), max(unit, rounding) * size(exact))
+        allowed = factor * max(size(eager.double() - exact), floor)
+        error = size(got.double() - exact)
+        assert error <= allowed, f"{what}: {name} error {error:.3g}, allowed {allowed:.3g}"
+
+
+def eager_block(q, k, v, mask):
+    """Dense attention in the inputs' own precision; rows without a key are left out of the comparison."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~mask, float("-inf")).masked_fill(~mask.any(1)[:, None], 0.0)
+    weights = scores.softmax(-1).masked_fill(~mask.any(1)[:, None], 0.0)
+    accurate = torch.promote_types(scores.dtype, torch.float32)
+    return torch.einsum("hij,jhd->ihd", weights, v), scores.to(accurate).logsumexp(-1).T
+
+
+def check_block_attention(device: str, dtype: torch.dtype, group: str) -> int:
+    for window, offsets, lengths, rows, hq, hkv, d, sharp in BLOCK_CASES[group]:
+        what = f"{dtype} {(window, offsets, lengths, rows, hq, hkv, d, sharp)}"
+        gen = torch.Generator().manual_seed(rows)
+        offset = torch.tensor(offsets, dtype=torch.int32, device=device)
+        cu = None if lengths is None else torch.stack([packed(lengths), packed(lengths) * 0], 1)[:, 0].to(device)
+        leaves = [
+            random((rows, heads, d), dtype, device, gen, scale).requires_grad_()
+            for heads, scale in ((hq, sharp), (hkv, 1), (hkv, 1))
+        ]
+        out, lse = block_attention(*leaves, window, offset, cu, backend="triton")
+        up = random(out.shape, dtype, device, gen), random(lse.shape, torch.float32, device, gen)
+        grads = torch.autograd.grad((out, lse), leaves, up, retain_graph=True)
+        repeated = torch.autograd.grad((out, lse), leaves, up)
+        assert all(torch.equal(a, b) for a, b in zip(grads, repeated, strict=True)), what
+        if rows == 0:
+            continue
+        first, end = visible_keys(rows, window, offset, cu)
+        key = torch.arange(rows, device=device)
+        mask = (key >= first[:, None]) & (key < end[:, None])
+        seen = mask.any(1)
+        assert torch.equal(lse > float("-inf"), seen[:, None].expand_as(lse)) and not out[~seen].any(), what
+        exact = [x.detach().double().requires_grad_() for x in leaves]
+        results = []
+        for tensors in (leaves, exact):
+            o, z = eager_block(*tensors, mask)
+            h = (up[1] * seen[:, None]).to(z.dtype)
+            results.append([o, z, *torch.autograd.grad((o, z), tensors, (up[0].to(o.dtype), h))])
+        eager, exact = results
+        rounding = score_rounding(*leaves[:2])
+        for i, (name, got) in enumerate(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True)):
+            pick = seen if i < 2 else slice(None)
+            factor, result = 2 if i < 2 else 3, (eager[i][pick], exact[i][pick])
+            close_as_eager(got[pick], *result, factor, f"{what} {name}", rounding)
+    return len(BLOCK_CASES[group])
+
+
+def check_partial_and_strided(device: str, dtype: torch.dtype) -> int:
+    """One input requires grad, one output is used, strides are odd: the same numbers as the plain call."""
+    gen, offset = torch.Generator().manual_seed(5), torch.tensor([1], dtype=torch.int32, device=device)
+    q, k, v = (random((40, heads, 64), dtype, device, gen) for heads in (4, 1, 1))
+    up = random(q.shape, dtype, device, gen)
+    full = [x.clone().requires_grad_() for x in (q, k, v)]
+    want = torch.autograd.grad(block_attention(*full, 4, offset, backend="triton")[0], full, up)
+    odd = q.transpose(0, 1).contiguous().transpose(0, 1), k[:1].expand(40, 1, 64), torch.stack([v, v], -1)[..., 0]
+    same = block_attention(q, k[:1].repeat(40, 1, 1), v, 4, offset, backend="triton")
+    for got, expected in zip(block_attention(*odd, 4, offset, backend="triton"), same, strict=True):
+        assert torch.equal(got, expected)
+    for i in range(3):
+        tensors = [x.clone().requires_grad_(i == j) for j, x in enumerate((q, k, v))]
+        got = torch.autograd.grad(block_attention(*tensors, 4, offset, backend="triton")[0], tensors[i], up)[0]
+        assert torch.equal(got, want[i])
+    return 4
+
+
+def check_bounds_of_no_sequence(device: str, dtype: torch.dtype) -> int:
+    """Row bounds outside the rows, offsets and windows of any size: what the reference makes of them."""
+    gen, extremes = torch.Generator().manual_seed(6), (-(2**31), 2**31 - 1)
+    q, k, v = (random((37, heads, 64), dtype, device, gen) for heads in (4, 1, 1))
+    cases = [
+        (5, [-3, extremes[0], extremes[1]], [-9, 10, 30, 99]),
+        (2**40, [2, extremes[0], 4], [0, 5, 10, 37]),
+        (3, [extremes[1]], None),
+    ]
+    for window, offsets, bounds in cases:
+        offset = torch.tensor(offsets, dtype=torch.int32, device=device)
+        cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
+        like_reference(lambda *x, **b: block_attention(*x, window, offset, cu, **b), q, k, v, what=f"{bounds}")  # noqa: B023
+    lengths = torch.tensor([-7, extremes[0], extremes[1]], dtype=torch.int32, device=device)
+    q = random((3, 4, 4, 64), dtype, device, gen)
+    k, v = (random((3, 1, 40, 64), dtype, device, gen) for _ in range(2))
+    mask = torch.full((3, 4, 1), 5, dtype=torch.int64, device=device)
+    for scale in (0.3, -0.3, 0.0):
+        op = partial(tree_attention, lengths=lengths, mask=mask, scale=scale)
+        like_reference(lambda *x, **b: (op(*x, **b),), q, k, v, what=f"scale {scale}")  # noqa: B023
+    return len(cases) + 1
+
+
+def like_reference(op, q, k, v, what: str) -> None:
+    """As close to the reference in float64 as the reference in the tensors' own precision is."""
+    got, eager = op(q, k, v, backend="triton"), op(q, k, v, backend="reference")
+    # the reference holds everything in fp32: 16-bit weights are rounded once more
+    rounding = max(score_rounding(q, k), torch.finfo(q.dtype).eps / 2)
+    for have, near, exact in zip(got, eager, op(*(x.double() for x in (q, k, v)), backend="reference"), strict=True):
+        seen = exact > float("-inf")
+        assert torch.equal(have > float("-inf"), seen), what
+        close_as_eager(have[seen], near[seen], exact[seen], 2, what, rounding)
+
+
+def check_variants(device: str, dtype: torch.dtype) -> int:
+    """What a configuration says beside its sizes changes no number, where the tensors let it serve."""
+    from beagle_kernels.triton import configs
+    from beagle_kernels.triton.tiles import readable_by_tma
+
+    gen, arch = torch.Generator().manual_seed(8), configs.architecture(torch.device(device))
+    offset, cu = torch.tensor([1, 3], dtype=torch.int32, device=device), packed([40, 23]).to(device)
+    variants = [{name: name in taken for name in configs.Config._fields[4:]}
+                for taken in ((), ("tma",), ("ahead",), ("tma", "ahead"))]
+    results = []
+    wide = random((70, 6, 64), dtype, device, gen)
+    apart = [random((70, heads, 64), dtype, device, gen) for heads in (4, 1, 1)]
+    for q, k, v in (wide.tensor_split((4, 5), 1), apart):
+        assert all(map(readable_by_tma, (q, k, v))) and not readable_by_tma(v[..., 1:])
+        results, up = [], random(q.shape, dtype, device, gen)
+        keys = [(name, arch, 64, dtype) for name in ("block_forward", "block_dq", "block_dkv")]
+        shipped = [configs.choose(*key) for key in keys]
+        for variant in dict.fromkeys(tuple(one.items()) for one in variants):
+            tuned = {key: config._replace(**dict(variant)) for key, config in zip(keys, shipped, strict=True)}
+            with mock.patch.dict(configs._tuned, tuned):
+                leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+                out, lse = block_attention(*leaves, 4, offset, cu, backend="triton")
+                results.append((out, lse, *torch.autograd.grad(out, leaves, up)))
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0])
+    return 2 * (len(results) - 1)
+
+
+def eager_extend(out, lse, q, k, v):
+    group = q.shape[1] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("rhd,rmhd->rhm", q, k) * q.shape[-1] ** -0.5
+    scores = torch.cat([lse.to(torch.promote_types(scores.dtype, torch.float32))[..., None], scores], -1)
+    weights = scores.softmax(-1).to(q.dtype)
+    return weights[..., :1] * out + torch.einsum("rhm,rmhd->rhd", weights[..., 1:], v), scores.logsumexp(-1)
+
+
+def check_extend_attention(device: str, dtype: torch.dtype) -> int:
+    # rows, extra keys, query heads, key heads, head size
+    cases = [
+        (0, 3, 4, 1, 64), (1, 2, 4, 1, 64), (5, 0, 4, 1, 64), (17, 1, 4, 1, 64), (33, 3, 8, 1, 40), (9, 16, 4, 2, 128),
+    ]
+    for rows, m, hq, hkv, d in cases:
+        what, gen = f"{dtype} {(rows, m, hq, hkv, d)}", torch.Generator().manual_seed(rows)
+        leaves = [x.detach().to(device).requires_grad_() for x in extend_inputs(rows, m, hq, hkv, d, dtype)]
+        out, lse = extend_attention(*leaves, backend="triton")
+        up = random(out.shape, dtype, device, gen), random(lse.shape, torch.float32, device, gen)
+        grads = torch.autograd.grad((out, lse), leaves, up, retain_graph=True)
+        repeated = torch.autograd.grad((out, lse), leaves, up)
+        assert all(torch.equal(a, b) for a, b in zip(grads, repeated, strict=True)), what
+        if rows == 0 or m == 0:
+            assert torch.equal(out, leaves[0]) and torch.equal(lse, leaves[1]), what
+            continue
+        exact = [x.detach().double().requires_grad_() for x in leaves]
+        results = []
+        for tensors in (leaves, exact):
+            o, z = eager_extend(*tensors)
+            results.append([o, z, *torch.autograd.grad((o, z), tensors, (up[0].to(o.dtype), up[1].to(z.dtype)))])
+        names = "out", "lse", "d out", "d lse", "dq", "dk", "dv"
+        for i, (name, got) in enumerate(zip(names, (out, lse, *grads), strict=True)):
+            rounding = score_rounding(leaves[2], leaves[3])
+            close_as_eager(got, results[0][i], results[1][i], 2 if i < 2 else 3, f"{what} {name}", rounding)
+    return len(cases)
+
+
+def eager_tree(q, k, v, lengths, mask):
+    visible = visible_slots(k.shape[2], lengths, mask)
+    group, unused = q.shape[2] // k.shape[1], ~visible.any(1)[:, None, :, None]
+    k, v = (x.masked_fill(unused, 0.0).repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("bnhd,bhsd->bhns", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhns,bhsd->bnhd", scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1), v)
+
+
+TREE_CASES = {
+    # nodes, query heads, key heads, head size, longest prefix
+    "few nodes": [(1, 4, 1, 64, 300), (4, 4, 1, 64, 20)],
+    "any heads": [(7, 8, 1, 40, 70), (16, 4, 2, 128, 20)],
+    "wide heads, many words": [(66, 2, 2, 256, 20)],
+    "large, few nodes": [(1, 4, 1, 64, 5000), (16, 4, 1, 64, 5000)],
+    "large, any heads": [(16, 4, 2, 128, 5000), (66, 2, 2, 256, 5000)],
+    "large, many words": [(1024, 4, 1, 64, 5000)],
+}
+
+
+def check_tree_attention(device: str, dtype: torch.dtype, group: str) -> int:
+    """What no node sees, pages included, holds NaN."""
+    for n, hq, hkv, d, longest in TREE_CASES[group]:
+        what, page = f"{dtype} {(n, hq, hkv, d)}", 16
+        args, _ = tree_case(nodes=n, hq=hq, hkv=hkv, d=d, prefix=(0, 63, longest), slack=page, dtype=dtype)
+        q, k, v, lengths, mask = (x.to(device) for x in args)
+        spread = torch.stack([lengths, lengths * 0], 1)[:, 0]
+        got = tree_attention(q, k, v, spread, mask, backend="triton")
+        exact = eager_tree(q.double(), k.double(), v.double(), lengths, mask)
+        close_as_eager(got, eager_tree(q, k, v, lengths, mask), exact, 2, what, score_rounding(q, k))
+        slots = k.shape[2] // page * page
+        order = torch.randperm(3 * slots // page + 2, generator=torch.Generator().manual_seed(n))[: 3 * slots // page]
+        pages = (paged(x[:, :, :slots], page, 2, order.to(device)) for x in (k, v))
+        table = order.view(3, -1).int().to(device)
+        in_pages = tree_attention(q, *pages, lengths, mask, block_table=table, backend="triton")
+        assert torch.equal(got, in_pages), what
+    nothing = tree_attention(q, k, v, lengths * 0, mask * 0, backend="triton")
+    assert not nothing.any()
+    return len(TREE_CASES[group])
+
+
+def check_distill_loss(device: str, dtype: torch.dtype) -> int:
+    """Several chunks, several blocks of the vocabulary, rows of weight zero, peaky logits."""
+    cases = [(0, 16, 50, 1), (1, 16, 1, 1), (20, 24, 113, 1), (33, 16, 5008, 1), (9, 32, 1025, 20)]
+    for rows, width, vocab, sharp in cases:
+        what, gen = f"{dtype} {(rows, width, vocab, sharp)}", torch.Generator().manual_seed(rows)
+        student = random((rows, width), dtype, device, gen).requires_grad_()
+        teacher = random((rows, width), dtype, device, gen)
+        weight = random((vocab, width), dtype, device, gen, sharp * width**-0.5)
+        row_weight = random((rows,), torch.float32, device, gen).relu()
+        got = distill_loss(student, teacher, weight, row_weight, backend="triton")
+        grad = torch.autograd.grad(got, student)[0]
+        alone = distill_loss(student.detach(), teacher, weight, row_weight, backend="triton")
+        assert torch.equal(got.detach(), alone), what
+        if not row_weight.any():
+            assert got == 0 and not grad.any(), what
+            continue
+        results = []
+        for acc, kind in ((dtype, torch.float32), (torch.float64, torch.float64)):
+            leaf, *rest = (x.detach().to(acc) for x in (student, teacher, weight))
+            value = naive_distill_loss(leaf.requires_grad_(), *rest, row_weight.to(kind))
+            results.append((value, torch.autograd.grad(value, leaf)[0]))
+        close_as_eager(grad, results[0][1], results[1][1], 3, f"{what} gradient")
+        close_as_eager(got[None], results[0][0][None], results[1][0][None], 2, f"{what} loss")
+    return len(cases)
+
+
+CHECKS = {
+    "block_attention": {group: partial(check_block_attention, group=group) for group in BLOCK_CASES}
+    | {
+        "some inputs, any strides": check_partial_and_strided,
+        "bounds of no sequence": check_bounds_of_no_sequence,
+        "variants": check_variants,
+    },
+    "extend_attention": {"all": check_extend_attention},
+    "tree_attention": {group: partial(check_tree_attention, group=group) for group in TREE_CASES},
+    "distill_loss": {"all": check_distill_loss},
+}
+"""By op and group of cases, each of few kernels: those named large are for a GPU."""
+
+
+@contextmanager
+def little_memory():
+    """Inside, the logits of the loss are computed in several chunks."""
+    from beagle_kernels.triton import distill_loss as module
+
+    with mock.patch.object(module, "BUDGET", 1 << 18):
+        yield
+
+
+def small_tiles() -> None:
+    """Tiles so small that small sizes reach every loop."""
+    from beagle_kernels.triton import configs
+
+    for by_arch in (*configs.TABLE.values(), *configs.FLOAT32.values()):
+        for by_size in by_arch.values():
+            by_size.update({size: configs.Config(32, 32, 4, 1) for size in by_size})
+
+
+def main(op: str, dtype: str) -> None:
+    torch.set_num_threads(1)
+    # Uninitialised memory becomes NaN: what a kernel fails to write shows.
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    small_tiles()
+    from beagle_kernels.triton import distill_loss as module
+
+    module.BLOCK = 256
+    with little_memory():
+        small = [check for group, check in CHECKS[op].items() if not group.startswith("large")]
+        print(sum(check("cpu", getattr(torch, dtype)) for check in small))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

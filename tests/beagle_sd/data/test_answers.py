@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from models import VOCAB, small_target
+from tokenizers_for_tests import small_tokenizer
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from beagle_sd import generate
+from beagle_sd.data.answers import Request, _Writer, encode_chat, requests_of, seed_of, write_answers
+from beagle_sd.models.attention import tree_attention_of
+from beagle_sd.models.target import Target
+
+END = small_tokenizer().eos_token_id
+
+
+def requests(count: int, temperatures=(0.0,)) -> list[Request]:
+    tokenizer = small_tokenizer()
+    texts = ["abc"[: 1 + index % 3] * (1 + index % 5) for index in range(count)]
+    ids = [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    return list(requests_of(enumerate(ids), temperatures))
+
+
+def answers(model, asked, **options) -> dict:
+    found = list(write_answers(model, asked, end=END, **options))
+    assert len(found) == len({s.index for s in found}), "a prompt is answered once, also when it waited for a free row"
+    return {sequence.index: sequence for sequence in found}
+
+
+def whole(sequence) -> list[int]:
+    return [*sequence.tokens.tolist(), sequence.final_token]
+
+
+def test_greedy_answers_and_states_are_the_targets_own():
+    model, asked = small_target(), requests(9)
+    found = answers(model, asked, batch=4, max_new_tokens=12)
+    assert sorted(found) == list(range(9))
+    for request in asked:
+        ids = torch.tensor([request.ids])
+        truth = model.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=END, pad_token_id=0)[0].tolist()
+        sequence = found[request.index]
+        assert whole(sequence) == truth
+        assert int(sequence.loss_mask.sum()) == len(truth) - ids.shape[1]
+        with torch.no_grad():
+            alone = model.model(sequence.tokens[None]).last_hidden_state[0]
+        torch.testing.assert_close(sequence.states.float(), alone, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("longest", [1, 2, 7])
+def test_sampled_answers_are_plain_decodings_with_their_seed(longest):
+    model, asked = small_target(), requests(12, (0.7, 1.0))
+    found = answers(model, asked, batch=5, max_new_tokens=longest, seed=3, states=False)
+    for request in asked:
+        plain = generate(model, None, torch.tensor([request.ids]), max_new_tokens=longest, eos_token_id=END,
+                         temperature=request.temperature, seed=torch.tensor([seed_of(3, request)]))
+        assert whole(found[request.index]) == plain.sequences[0].tolist()
+        assert found[request.index].states.numel() == 0
+
+
+def test_the_batch_and_the_order_change_nothing():
+    model, asked = small_target(), requests(10, (0.0, 1.0))
+    one = answers(model, asked, batch=3, max_new_tokens=9)
+    other = answers(model, asked[::-1], batch=10, max_new_tokens=9)
+    assert {index: whole(sequence) for index, sequence in one.items()} == {
+        index: whole(sequence) for index, sequence in other.items()}
+
+
+def test_temperatures_go_round_and_long_prompts_are_skipped():
+    asked = [*requests(4, (0.0, 1.5)), Request(4, [5] * 100, 0.0)]
+    found = answers(small_target(), asked, batch=2, max_new_tokens=6, max_prompt_tokens=60)
+    assert sorted(found) == [0, 1, 2, 3]
+    assert [found[index].temperature for index in range(4)] == [0.0, 1.5, 0.0, 1.5]
+    turned = requests_of([(0, [1]), (1, [1]), (2, [1])], (0.0, 0.7, 1.0), turn=1)
+    assert [request.temperature for request in turned] == [0.7, 1.0, 0.0]
+    assert len({seed_of(1, request) for request in requests(50, (0.0, 0.7))}) == 50
+
+
+def test_sampled_answers_follow_the_softmax():
+    model, first = small_target(initializer_range=0.05), requests(1)[0]
+    same = [Request(index, first.ids, 1.0) for index in range(600)]
+    firsts = [sequence.final_token for sequence in write_answers(model, same, end=END, batch=200, max_new_tokens=1)]
+    with torch.no_grad():
+        p = torch.softmax(model(torch.tensor([first.ids])).logits[0, -1], -1)
+    counts = torch.bincount(torch.tensor(firsts), minlength=len(p)).double()
+    order = p.argsort(descending=True)
+    groups = torch.stack([part.sum() for part in counts[order].split(10)])
+    expected = torch.stack([part.sum() for part in p[order].double().split(10)]) * len(firsts)
+    chi2 = ((groups - expected) ** 2 / expected).sum()
+    assert chi2 < 30, f"chi-square {chi2:.1f} with {len(groups) - 1} degrees of freedom"
+
+
+def test_a_step_reads_no_value_on_the_host():
+    """What a CUDA graph needs: under fake tensors, any look at a value raises."""
+    model = small_target()
+    target = Target(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), tree_attention_of(model):
+        writer = _Writer(target, END, 2, 8, 8, 0, True, False, fixed=True)
+        writer._step()
+        with pytest.raises(DataDependentOutputException):
+            int(writer.cache.lengths.max())
+
+
+def test_a_step_keeps_its_buffers_in_place():
+    model = small_target()
+    with torch.inference_mode(), tree_attention_of(model):
+        writer = _Writer(Target(model), END, 3, 16, 8, 0, True, False)
+        tensors = {name: value.data_ptr() for name, value in vars(writer).items() if isinstance(value, torch.Tensor)}
+        tensors["lengths"] = writer.cache.lengths.data_ptr()
+        writer._admit([0, 2], [Request(0, [3, 4, 5], 0.0), Request(1, [6], 1.0)])
+        writer._step()
+    assert tensors.pop("lengths") == writer.cache.lengths.data_ptr()
+    assert tensors == {name: getattr(writer, name).data_ptr() for name in tensors}
+    assert writer.count.tolist() == [2, 0, 2] and writer.cache.lengths.tolist() == [4, 0, 2]
+
+
+def test_a_model_without_finite_logits_is_named():
+    model = small_target()
+    model.get_output_embeddings().weight.data[:] = float("nan")
+    with pytest.raises(RuntimeError, match="prompt 0: the target gave no finite logit"):
+        answers(model, requests(1), max_new_tokens=3)
+
+
+def test_wrong_sizes_are_refused():
+    with pytest.raises(ValueError, match="batch is 0; allowed: at least 1"):
+        answers(small_target(), requests(1), batch=0)
+    assert VOCAB > END

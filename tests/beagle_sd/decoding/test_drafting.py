@@ -1,0 +1,105 @@
+"""The draft's tree against its definition, node by node: what a node sees, its score, its parent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import VOCAB, agreeable_target, small_draft
+
+from beagle_kernels import Sampling
+from beagle_kernels.reference.philox import gumbel
+from beagle_sd.decoding.drafting import DraftCache, propose
+
+LENGTHS = [7, 3]
+
+
+@torch.no_grad()
+def state_of(draft, states, path: list[int]) -> torch.Tensor:
+    """S of the last of `path`, whose first token follows the true states: by dense attention."""
+    true = len(states)
+    seen = list(states)
+    for step, token in enumerate(path):
+        place = torch.tensor([true + step])
+        embedded = draft.embed(torch.tensor([token]))
+        positions = torch.tensor([*range(true), *range(true, len(seen))])
+        keys, values = draft.keys_values(torch.stack(seen), positions)
+        query = draft.queries(embedded, place)[0]
+        group = query.shape[0] // keys.shape[1]
+        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+        weights = (torch.einsum("hd,khd->hk", query, keys) * query.shape[1] ** -0.5).softmax(-1)
+        state = draft.block(embedded, torch.einsum("hk,khd->hd", weights, values)[None])[0]
+        if draft.config.append_states:
+            seen.append(state)
+    return state
+
+
+def proposed(draft, temperature, depth, branch):
+    """Candidates below two ragged rows, with the true states they follow."""
+    states = torch.randn(2, 7, 64, dtype=draft.q_proj.weight.dtype)
+    lengths, root = torch.tensor(LENGTHS, dtype=torch.int32), torch.tensor([5, 60])
+    cache = DraftCache(draft, 2, 8 + branch * depth)
+    slots = torch.arange(7).expand(2, -1)
+    sampling = Sampling.of(2, 4, temperature)
+    with torch.no_grad():
+        cache.append(draft, states, slots, slots)
+        return states, root, sampling, propose(draft, cache, lengths, root, sampling, depth, branch)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("settings", [{}, {"append_states": False}, {"draft_vocab": torch.arange(1, VOCAB, 2)}],
+                         ids=["plain", "no states appended", "reduced vocabulary"])
+def test_candidates_are_the_definitions(settings, temperature):
+    depth, branch = 4, 3
+    draft = small_draft(agreeable_target(), initializer_range=0.2, **settings)
+    states, root, sampling, found = proposed(draft, temperature, depth, branch)
+    ids = settings.get("draft_vocab", torch.arange(VOCAB))
+    assert found.tokens.shape == (2, branch + (depth - 1) * branch * branch)
+    for row, length in enumerate(LENGTHS):
+        below = {-1: (0, 0.0, [int(root[row])])}  # candidate: its level, score and path
+        expanded = [-1]
+        place = 0
+        for level in range(depth):
+            for parent in expanded:
+                _, score, path = below[parent]
+                logits = draft.logits(state_of(draft, states[row, :length], path)).float()
+                noise = gumbel(sampling.seed[row : row + 1], torch.tensor([length + level + 1]), VOCAB)[0, ids]
+                ranked = (logits + temperature * noise).log_softmax(-1).topk(branch)
+                here = slice(place, place + branch)
+                assert found.parents[row, here].tolist() == [parent] * branch
+                assert found.tokens[row, here].tolist() == ids[ranked.indices].tolist()
+                torch.testing.assert_close(found.scores[row, here], score + ranked.values, rtol=1e-3, atol=1e-3)
+                for child in range(place, place + branch):
+                    below[child] = level + 1, float(found.scores[row, child]), [*path, int(found.tokens[row, child])]
+                place += branch
+            level_below = [child for child, (at, *_) in below.items() if at == level + 1]
+            expanded = sorted(level_below, key=lambda child: -below[child][1])[:branch]
+        assert place == found.tokens.shape[1]
+
+
+def test_a_chain_follows_the_best_token():
+    draft = small_draft(agreeable_target(), initializer_range=0.2)
+    states, root, _, found = proposed(draft, 0.0, 6, 1)
+    assert found.parents.tolist() == [[-1, 0, 1, 2, 3, 4]] * 2
+    for row, length in enumerate(LENGTHS):
+        path = [int(root[row])]
+        for token in found.tokens[row].tolist():
+            assert token == int(draft.logits(state_of(draft, states[row, :length], path)).argmax())
+            path.append(token)
+
+
+def test_draft_states_change_what_is_proposed():
+    """Else the tests above would pass for a draft that never reads its own states."""
+    target = agreeable_target()
+    tokens = []
+    for append_states in (True, False):
+        draft = small_draft(target, initializer_range=0.2, append_states=append_states)
+        torch.manual_seed(2)
+        tokens.append(proposed(draft, 0.0, 4, 3)[-1])
+    assert torch.equal(tokens[0].tokens[:, :3], tokens[1].tokens[:, :3])
+    assert not torch.allclose(tokens[0].scores, tokens[1].scores)
+
+
+def test_more_branches_than_draft_tokens():
+    draft = small_draft(agreeable_target(), draft_vocab=torch.tensor([3, 50]))
+    *_, found = proposed(draft, 0.0, 3, 5)
+    assert found.tokens.shape == (2, 2 + 2 * 2 * 2) and set(found.tokens.flatten().tolist()) == {3, 50}

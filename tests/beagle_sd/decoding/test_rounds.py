@@ -1,0 +1,399 @@
+"""A round as a CUDA graph would run it, proven without one: fixed buffers, no host reads, no Python value baked in."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import transformers
+from models import VOCAB, agreeable_target, small_draft, small_target
+from test_generate import assert_same_text, prompts, shape_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from beagle_kernels import Sampling
+from beagle_sd import AdaptiveTree, Engine, GraphError, generate
+from beagle_sd.decoding.calibration import Costs
+from beagle_sd.decoding.drafting import TreeShape
+from beagle_sd.decoding.graph import check_capturable
+from beagle_sd.decoding.loop import Decoding
+from beagle_sd.decoding.report import Clock
+from beagle_sd.decoding.rounds import play_round
+from beagle_sd.models.attention import tree_attention_of
+from beagle_sd.models.cache import causal
+from beagle_sd.models.target import Target
+
+PATHS = {"dense": {}, "pages": {"page_size": 7}}
+SHAPE = shape_of(4, 4, 16)
+
+
+def rows(batch: int, longest: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of 1 to `longest` tokens, padded on the left, and their mask."""
+    lengths = torch.arange(batch) * 7 % longest + 1
+    mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+    return prompts(batch, longest) * mask, mask
+
+
+def fixed_engine(target, draft, batch, tokens, **settings) -> Engine:
+    """An engine on the CPU that goes the GPU's way."""
+    return Engine(target, draft, batch=batch, capacity=tokens, fixed=True, **settings)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = agreeable_target()
+    return target, small_draft(target)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("batch,settings", [
+    (1, {}), (16, {}), (3, {"temperature": 0.7}), (5, {"temperature": 1.0, "top_p": 0.9}),
+    (2, {"temperature": 1.5, "top_k": 20, "min_p": 0.05}),
+], ids=str)
+def test_every_path_gives_the_text_of_plain_decoding(pair, path, batch, settings):
+    target, draft = pair
+    ids, mask = rows(batch)
+    settings = {"max_new_tokens": 20, "seed": 7, **settings}
+    free = generate(target, None, ids, mask, **settings).sequences
+    settings["eos_token_id"] = int(free[0, 19])  # ends the first row after 9 tokens at most, others at random
+    want = generate(target, None, ids, mask, **settings).sequences
+    for own, shape in ((None, {}), (draft, SHAPE), (draft, shape_of(5, 8, 100))):
+        engine = fixed_engine(target, own, batch, 31, **PATHS[path], **shape)
+        for _ in range(2):  # buffers that held another text serve the next
+            made = generate(target, own, ids, mask, engine=engine, **settings)
+            assert torch.equal(made.sequences, want)
+    assert made.report.tokens_per_round > 1.2
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_words_see_what_the_4d_mask_shows(pair, backend, monkeypatch):
+    """Prompts of several chunks, the last of them ragged, then a tree: hidden states by either path."""
+    target, draft = pair
+    ids, mask = rows(3, 150)
+    monkeypatch.setattr("beagle_sd.models.target._PREFILL_CHUNK", 70)
+    op = __import__("beagle_kernels").tree_attention
+    monkeypatch.setattr("beagle_sd.models.attention.tree_attention", lambda *args, **more: op(*args, backend=backend, **more))
+    want = generate(target, draft, ids, mask, max_new_tokens=12, **SHAPE).sequences
+    for pages in (None, 16):
+        engine = fixed_engine(target, draft, 3, 162, page_size=pages, **SHAPE)
+        assert torch.equal(generate(target, draft, ids, mask, max_new_tokens=12, engine=engine).sequences, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PATHS)
+def test_a_prompt_of_4096_tokens(path):
+    target = agreeable_target(max_position_embeddings=8192)
+    draft, ids = small_draft(target), prompts(1, 4096)
+    want = target.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+    engine = fixed_engine(target, draft, 1, 4108, **PATHS[path], **SHAPE)
+    assert_same_text(target, generate(target, draft, ids, max_new_tokens=12, engine=engine).sequences, want, 4096)
+
+
+def begun(target, draft, batch=3, tokens=60, **settings) -> Engine:
+    """An engine whose rows have their first token."""
+    engine = fixed_engine(target, draft, batch, tokens, **settings)
+    ids = prompts(batch)
+    lengths = torch.arange(11, 11 - 2 * batch, -2, dtype=torch.int32)
+    engine.begin(ids, lengths, Sampling.of(batch, 3, 1.0), tokens - 11, [5, VOCAB + 1], Clock(engine.target.device))
+    return engine
+
+
+class Watched(TorchDispatchMode):
+    """Collects the names of the operators called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("count, by", [(16, "beagle.tree_attention"), (65, "aten.scaled_dot_product_attention")])
+def test_a_small_forward_on_the_cpu_leaves_pytorch_s_threads_asleep(count, by):
+    """Woken, they spin for milliseconds on the cores that the linear layers want: index_put_ and SDPA wake them."""
+    target = small_target()
+    wrapped = Target(target)
+    cache = wrapped.new_cache(2, 100)
+    step = torch.arange(count).expand(2, -1)
+    with torch.inference_mode(), tree_attention_of(target), Watched() as watched:
+        wrapped.forward(step, step, causal(2, count, step.device), cache)
+    ops = {"aten.index_put_", "aten.scaled_dot_product_attention", "beagle.tree_attention"}
+    assert ops & {name.removesuffix(".default") for name in watched.names} == {by}
+
+
+READS = {
+    "item": lambda x: x[0].item(), "tolist": lambda x: x.tolist(), "bool": lambda x: bool(x.any()),
+    "int": lambda x: int(x.max()), "nonzero": lambda x: x.nonzero(), "where": lambda x: torch.where(x),
+    "mask": lambda x: x[x > 0], "cpu": lambda x: x.cpu(), "numpy": lambda x: x.numpy(), "unique": lambda x: x.unique(),
+    "repeats": lambda x: x.repeat_interleave(x), "select": lambda x: x.masked_select(x > 0),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_host_read_of_a_tensor_without_data_raises(read):
+    """What the next test relies on: whatever would wait for a GPU cannot run on the meta device."""
+    with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
+        READS[read](torch.ones(3, dtype=torch.int64, device="meta"))
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="its rotary embedding asks for autocast, which meta has not")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("drafting", [True, False], ids=["draft", "plain"])
+def test_a_round_reads_nothing_on_the_host(path, drafting, monkeypatch):
+    """On tensors without data: no value and no shape can depend on any; nor does a list become a tensor on the way."""
+    target = small_target("qwen3")
+    draft = small_draft(target, draft_vocab=torch.arange(0, VOCAB, 2)) if drafting else None
+    for model in (target, draft):
+        if model is not None:
+            model.to("meta")
+    monkeypatch.setattr("beagle_sd.models.draft._check_draft_vocab", lambda *_: None)
+    for shape in (SHAPE, shape_of(6, 1, 7), shape_of(6, 10, 60), shape_of(2, 2, 1)):
+        engine = fixed_engine(target, draft, 2, 40, return_logprobs=True, **PATHS[path], **(shape if drafting else {}))
+        with torch.no_grad(), tree_attention_of(target), Watched() as watched:
+            play_round(engine.target, draft, engine.buffers, engine.shape)
+        assert "beagle.verify_tree.default" in watched.names
+        assert "aten.lift_fresh.default" not in watched.names, "torch.tensor of Python values: a copy from the host"
+
+
+@torch.inference_mode()
+def test_buffers_stay_where_they_are(pair):
+    target, draft = pair
+    with tree_attention_of(target):
+        engine = begun(target, draft, page_size=7, return_logprobs=True, **SHAPE)
+        places = {name: tensor.data_ptr() for name, tensor in engine.buffers.tensors().items()}
+        assert {"states", "lengths", "block_table", "draft_keys", "output", "logprobs", "news", "seed"} <= set(places)
+        for _ in range(3):
+            play_round(engine.target, draft, engine.buffers, engine.shape)
+        engine.begin(prompts(3, 5), torch.tensor([5, 2, 3], dtype=torch.int32), Sampling.of(3), 4, [], Clock(
+            engine.target.device))
+        assert {name: tensor.data_ptr() for name, tensor in engine.buffers.tensors().items()} == places
+
+
+class Tape(TorchDispatchMode):
+    """Records every operator with its arguments and plays them again on what the buffers then hold: as a CUDA graph
+    does, with every Python number as it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        fresh: dict[int, torch.Tensor] = {}
+
+        def now(value):
+            return fresh.get(id(value), value)
+
+        for func, args, kwargs, out in self.calls:
+            again = func(*tree_map(now, args), **tree_map(now, kwargs))
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor):
+                    fresh[id(old)] = new
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("drafting", [True, False], ids=["draft", "plain"])
+def test_a_recorded_round_replays_as_any_later_one(pair, path, drafting):
+    """Recorded while the rows rest, as a graph is captured; then replayed over other lengths and tokens, to the end."""
+    target, draft = pair if drafting else (pair[0], None)
+    settings = {**PATHS[path], **(SHAPE if drafting else {}), "return_logprobs": True}
+    with torch.no_grad(), tree_attention_of(target):
+        ours, theirs = (begun(target, draft, tokens=40, **settings) for _ in range(2))
+        with ours.buffers.at_rest(), Tape() as tape:
+            play_round(ours.target, draft, ours.buffers, ours.shape)
+        rounds = 0
+        while bool(theirs.buffers.live.any()):
+            tape.replay()
+            play_round(theirs.target, draft, theirs.buffers, theirs.shape)
+            assert torch.equal(ours.buffers.news, theirs.buffers.news)
+            rounds += 1
+        for name, tensor in theirs.buffers.tensors().items():
+            assert torch.equal(ours.buffers.tensors()[name], tensor), name
+    assert int(ours.buffers.emitted.sum()) > 3 + rounds and rounds > 3
+
+
+class TapeGraph:
+    """Stands in for RoundGraph where there is no CUDA."""
+
+    captured = 0
+
+    def __init__(self, play, device, pool):
+        play()
+        with Tape() as self.tape:
+            play()
+        TapeGraph.captured += 1
+
+    def replay(self) -> None:
+        self.tape.replay()
+
+
+def test_generate_by_replays_alone(pair, monkeypatch):
+    """The way of a GPU from end to end: one capture a shape, serving texts of other lengths, ends and settings."""
+    target, draft = pair
+    monkeypatch.setattr("beagle_sd.decoding.engine.RoundGraph", TapeGraph)
+    shapes = {TreeShape(2, 1, 3): 2.0, TreeShape(4, 4, 16): 3.0}
+    tree = AdaptiveTree(Costs({1: 1.0, 3: 1.1, 16: 1.2}, dict.fromkeys(shapes, 0.1)), shapes, probe=2)
+    for own, options, most in ((draft, SHAPE, 1), (None, {}, 1), (draft, {"adaptive": tree, "page_size": 4}, 3)):
+        engine = fixed_engine(target, own, 2, 40, **options)
+        engine.graph, TapeGraph.captured = True, 0
+        for seed, temperature, new in ((5, 0.0, 22), (6, 1.0, 9), (7, 0.7, 15)):
+            ids, settings = prompts(2, 5 + seed, seed), {"max_new_tokens": new, "temperature": temperature}
+            settings["eos_token_id"] = int(generate(target, None, ids, **settings).sequences[1, -new // 3])
+            want = generate(target, None, ids, **settings)
+            made = generate(target, own, ids, engine=engine, **settings)
+            assert torch.equal(made.sequences, want.sequences)
+            assert set(made.report.seconds) - {"capture"} == {"prefill", "rounds"}
+        assert 1 <= TapeGraph.captured <= most
+
+
+@torch.inference_mode()
+def test_rows_at_rest_keep_their_text(pair):
+    """What warming up before a capture relies on, and a round begun after the last row has ended."""
+    target, draft = pair
+    with tree_attention_of(target):
+        engine = begun(target, draft, **SHAPE)
+        play_round(engine.target, draft, engine.buffers, engine.shape)
+        buffers = engine.buffers
+        lengths = buffers.cache.lengths.tolist()
+        kept = lambda: [  # noqa: E731
+            part.clone() for row, length in enumerate(lengths)
+            for part in (buffers.cache.states[:, :, row, :, :length], buffers.draft_cache.keys[row, :, :length],
+                         buffers.output[row, : buffers.emitted[row]], buffers.emitted, buffers.live, buffers.pending,
+                         buffers.cache.lengths)
+        ]
+        before = kept()
+        with buffers.at_rest():
+            for _ in range(3):
+                play_round(engine.target, draft, buffers, engine.shape)
+        assert all(map(torch.equal, kept(), before))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_host_may_lag_a_round_behind(pair, temperature):
+    """As with graphs: a round is begun before the last one's news is read; the text and the counts stay the same."""
+    target, draft = pair
+    ids = prompts(4)
+    free = generate(target, draft, ids, max_new_tokens=30, temperature=temperature, **SHAPE).sequences
+    for ends in ([], [int(free[0, 20])], free[:, 30].tolist()):
+        settings = {"max_new_tokens": 30, "temperature": temperature, "eos_token_id": ends, "pad_token_id": 0}
+        want = generate(target, draft, ids, **settings, **SHAPE)
+        engine = fixed_engine(target, draft, 4, 41, **SHAPE)
+        with torch.inference_mode(), tree_attention_of(target):
+            decoding = Decoding(engine, ids, torch.full((4,), 11, dtype=torch.int32), 30, ahead=True)
+            assert decoding.most_playing == 2
+            list(decoding.run(Sampling.of(4, 0, temperature), ends))
+            assert torch.equal(decoding.new_tokens(0), want.sequences[:, 11:])
+        ours, theirs = decoding.report(), want.report
+        ours.seconds = theirs.seconds = {}
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_k": 3}], ids=str)
+def test_logprobs_are_those_of_scoring_the_text(pair, settings):
+    target, draft = pair
+    ids, mask = rows(3)
+    free = generate(target, draft, ids, mask, max_new_tokens=18, **settings, **SHAPE)
+    assert free.logprobs is None
+    ends = [int(free.sequences[1, 20])]
+    for paged in (None, 4):
+        made = generate(target, draft, ids, mask, max_new_tokens=18, eos_token_id=ends, pad_token_id=0,
+                        return_logprobs=True, page_size=paged, **settings, **SHAPE)
+        assert made.logprobs.shape == (3, made.sequences.shape[1] - 11) and made.logprobs.dtype == torch.float32
+        for row in range(3):
+            new = made.sequences[row, 11:].tolist()
+            count = new.index(ends[0]) + 1 if ends[0] in new else len(new)
+            text = torch.cat((ids[row][mask[row].bool()], made.sequences[row, 11 : 11 + count]))[None]
+            with torch.no_grad():
+                want = target(text).logits[0].log_softmax(-1)[-count - 1 : -1].gather(1, text[0, -count:, None])[:, 0]
+            torch.testing.assert_close(made.logprobs[row, :count], want, rtol=1e-4, atol=1e-4)
+            assert not made.logprobs[row, count:].any()
+
+
+def test_a_tree_that_adapts_takes_its_shape_a_round(pair):
+    target, draft = pair
+    shapes = {TreeShape(2, 1, 3): 2.0, TreeShape(4, 4, 16): 3.0}
+    costs = Costs({1: 1.0, 3: 1.1, 16: 1.2}, dict.fromkeys(shapes, 0.1))
+    ids = prompts(2)
+    want = generate(target, None, ids, max_new_tokens=24, temperature=1.0).sequences
+    engine = fixed_engine(target, draft, 2, 35, adaptive=AdaptiveTree(costs, shapes, probe=2))
+    made = generate(target, draft, ids, max_new_tokens=24, temperature=1.0, engine=engine)
+    assert torch.equal(made.sequences, want) and made.report.rounds < 23
+
+
+@pytest.mark.parametrize("wrong,message", [
+    ({"engine": (2, 40), "input_ids": prompts(3)}, "3 rows were given to an engine for 2"),
+    ({"engine": (2, 20)}, "need room for 23; allowed: the engine's capacity, 20"),
+    ({"engine": (2, 40), "depth": 3, "return_logprobs": True}, "depth, return_logprobs given with an engine"),
+    ({"engine": (2, 40), "draft": None}, "made for another target or draft"),
+    ({"page_size": 0}, "page_size is 0"),
+])
+def test_bad_requests(pair, wrong, message):
+    target, draft = pair
+    options = {"input_ids": prompts(2), "draft": draft, "max_new_tokens": 12, **wrong}
+    if sizes := options.pop("engine", None):
+        options["engine"] = Engine(target, draft, batch=sizes[0], capacity=sizes[1])
+    with pytest.raises(ValueError, match=message):
+        generate(target, **options)
+
+
+def test_a_graph_asked_for_where_none_can_be_says_why(pair, monkeypatch):
+    target, draft = pair
+    with pytest.raises(GraphError, match="the target is on cpu and a graph is CUDA's; allowed: graph=False"):
+        generate(target, draft, prompts(1), graph=True)
+    monkeypatch.setattr("beagle_sd.decoding.graph.backends.resolve", lambda *_: "reference")
+    with pytest.raises(GraphError, match=r"choose_tokens has only its reference here \(cuda: .*allowed: graph=False"):
+        check_capturable(torch.device("cuda"), torch.float32)
+
+
+def test_engines_out_of_range(pair):
+    for wrong in ({"batch": 0, "capacity": 9}, {"batch": 1, "capacity": 1}):
+        with pytest.raises(ValueError, match="allowed: at least"):
+            Engine(*pair, **wrong)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["its own engine", "an engine given"])
+def test_out_of_memory_frees_the_buffers_and_leaves_all_usable(pair, own, monkeypatch):
+    """Even while the error itself is kept, as notebooks do."""
+    target, draft = pair
+    engine = None if own else fixed_engine(target, draft, 2, 40, **SHAPE)
+    kept = []
+
+    def failing(wanted, draft, buffers, shape, timed=None):
+        kept.append(weakref.ref(buffers))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("beagle_sd.decoding.engine.play_round", failing)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            generate(target, draft, prompts(2), max_new_tokens=9, engine=engine, **({} if engine else SHAPE))
+    gc.collect()
+    assert caught.value is not None and (kept[0]() is None) == own
+    want = generate(target, None, prompts(2), max_new_tokens=9).sequences
+    assert torch.equal(generate(target, draft, prompts(2), max_new_tokens=9, engine=engine).sequences, want)
+
+
+def test_draft_and_buffers_add_less_than_5_percent_to_an_8b_target():
+    """By count, in bf16 at 4096 tokens: what a graph keeps besides is measured on a GPU."""
+    with torch.device("meta"):
+        target = small_target(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                              num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+                              tie_word_embeddings=False).to(torch.bfloat16)
+        draft = small_draft(target).to(torch.bfloat16)
+    size = lambda model: sum(p.numel() * p.element_size() for p in model.parameters())  # noqa: E731
+    assert size(target) == 2 * 8_030_261_248
+    reduced_head = 16384 * 4096 * 2
+    for batch in (1, 16):
+        cache = 2 * 32 * 8 * 128 * 4096 * 2 * batch
+        with torch.device("meta"):
+            engine = fixed_engine(target, draft, batch, 4096, return_logprobs=True, **shape_of(6, 10, 60))
+        assert cache < engine.nbytes
+        added = engine.nbytes - cache + size(draft) + reduced_head
+        assert added < 0.05 * (size(target) + cache)

@@ -1,0 +1,309 @@
+"""The GPU check says what it did not do, resumes, keeps its time and what a stopped step had, and walks on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import processes, tuning
+from bench.__main__ import main as bench_main
+from bench.__main__ import rows_of, whole, written
+from bench.gpu import check as gpu_check
+from bench.gpu import pytest_plugin as gpu_pytest
+from bench.registry import Case
+from bench.report import tables as report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_gpu_check_without_a_gpu(tmp_path):
+    out = tmp_path / "folder" / "gpu.json"
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "BEAGLE_COMMIT": "abc"}
+    done = subprocess.run(
+        [ROOT / "bench" / "gpu_check.sh", out], env=hidden, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no GPU" in done.stdout
+    record = json.loads(out.read_text())
+    assert record["environment"]["gpu"] is None and record["environment"]["commit"] == "abc"
+    assert {"build", "smoke", "tests", "tune", "bench:verify_tree"} <= record["steps"].keys()
+    for step in record["steps"].values():
+        assert step == {"status": "skipped", "why": "torch finds no CUDA device"}
+
+
+@pytest.fixture
+def with_gpu(monkeypatch):
+    """gpu_check as if there were a GPU, with steps that only note that they ran."""
+    ran = []
+
+    def step(self, name, seconds):
+        ran.append(name)
+        return {"status": "failed with 1" if name == "choose_tokens" else "passed"}
+
+    found = {"gpu": "a test's", "commit": None, "sources": "abc"}
+    monkeypatch.setattr(gpu_check, "environment", lambda: dict(found))
+    for kind in gpu_check.SECONDS:
+        monkeypatch.setattr(gpu_check.Steps, kind, step)
+    return ran, found
+
+
+def test_gpu_check_goes_on_and_resumes(tmp_path, with_gpu):
+    (ran, _), out = with_gpu, tmp_path / "gpu.json"
+    assert gpu_check.main([str(out), "build", "bench"]) == 1
+    assert ran[0] == "" and sorted(ran[1:]) == sorted(gpu_check.OPS)
+    ran.clear()
+    assert gpu_check.main([str(out), "bench:choose_tokens", "bench:verify_tree"]) == 1
+    assert ran == ["choose_tokens"]
+    assert len(json.loads(out.read_text())["steps"]) == 1 + len(gpu_check.OPS)
+    with pytest.raises(SystemExit):
+        gpu_check.main([str(out), "bench:nothing"])
+
+
+def test_what_matters_most_comes_before_tuning():
+    order = gpu_check.steps([])
+    assert order[:4] == ["build", "smoke", "tests", "round"] and order[-1] == "speed"
+    assert sorted(order[4 : order.index("tune")]) == sorted(f"bench:{name}" for name in gpu_check.HEADLINES)
+    benches = [f"bench:{name}" for name in gpu_check.OPS]
+    assert sorted(order) == sorted([*(set(gpu_check.SECONDS) - {"bench"}), *benches])
+
+
+@pytest.mark.parametrize("name, other", [("sources", "def"), ("gpu", "another")])
+def test_another_run_is_set_aside(tmp_path, with_gpu, name, other):
+    """Other sources or another GPU begin anew, and what was found before stays beside it."""
+    (ran, found), out = with_gpu, tmp_path / "gpu.json"
+    assert gpu_check.main([str(out), "round"]) == 0
+    (tmp_path / "gpu.logs" / "round.txt").write_text("before")
+    found[name] = other
+    assert gpu_check.main([str(out), "round"]) == 0 and ran == ["", ""]
+    assert json.loads((tmp_path / "gpu.before.json").read_text())["environment"][name] != other
+    assert (tmp_path / "gpu.before.logs" / "round.txt").read_text() == "before"
+    assert not (tmp_path / "gpu.logs" / "round.txt").exists()
+    assert gpu_check.main([str(out), "round"]) == 0 and ran == ["", ""]
+
+
+def test_sources_are_what_is_run(tmp_path):
+    """A hash that needs no git: of contents and names, not of what a build or a run leaves."""
+    for name in ("setup.py", "bench/a.py", "csrc/cuda/k.cu", "tests/test_a.py", "python/beagle_sd/b.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    found = [gpu_check.sources(tmp_path)]
+    (tmp_path / "bench" / "results.json").write_text("{}")
+    (tmp_path / "python" / "beagle_sd" / "__pycache__").mkdir()
+    (tmp_path / "python" / "beagle_sd" / "__pycache__" / "b.pyc").write_text("2")
+    assert gpu_check.sources(tmp_path) == found[0]
+    for name, text in (("csrc/cuda/k.cu", "2"), ("bench/a.py", "2"), ("tests/test_c.py", "1")):
+        (tmp_path / name).write_text(text)
+        found.append(gpu_check.sources(tmp_path))
+    (tmp_path / "bench" / "a.py").rename(tmp_path / "bench" / "b.py")
+    assert len({*found, gpu_check.sources(tmp_path)}) == 5
+
+
+def test_gpu_check_keeps_its_time(tmp_path, with_gpu):
+    (ran, _), out = with_gpu, tmp_path / "gpu.json"
+    assert gpu_check.main([str(out), "round", "--seconds", "3"]) == 1 and ran == []
+    assert "not begun" in json.loads(out.read_text())["steps"]["round"]["status"]
+    assert gpu_check.main([str(out), "round"]) == 0 and ran == [""]
+
+
+def test_a_step_without_time_keeps_what_it_had(tmp_path, with_gpu, monkeypatch):
+    (_, _), out = with_gpu, tmp_path / "gpu.json"
+    half = {"status": "stopped after 9 s", "rows": [{"group": "g"}]}
+    monkeypatch.setattr(gpu_check.Steps, "round", lambda *args: dict(half))
+    assert gpu_check.main([str(out), "round"]) == 1
+    assert gpu_check.main([str(out), "round", "--seconds", "3"]) == 1
+    step = json.loads(out.read_text())["steps"]["round"]
+    assert "not begun" in step["status"] and step["rows"] == half["rows"]
+
+
+def test_a_step_that_breaks_leaves_the_others_their_turn(tmp_path, with_gpu, monkeypatch):
+    (ran, _), out = with_gpu, tmp_path / "gpu.json"
+
+    def broken(*args):
+        raise json.JSONDecodeError("no JSON", "", 0)
+
+    monkeypatch.setattr(gpu_check.Steps, "smoke", broken)
+    assert gpu_check.main([str(out), "smoke", "round"]) == 1 and ran == [""]
+    assert "JSONDecodeError" in json.loads(out.read_text())["steps"]["smoke"]["status"]
+
+
+def test_smoke_is_counted(tmp_path, monkeypatch):
+    def run(command, seconds, log, **variables):
+        log.write_text("ok   one, 1 s\nFAIL two, 1 s\n1 of 2 passed\n")
+        return {"status": "failed with 1", "seconds": 2.0}
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    assert gpu_check.Steps(True, {}, tmp_path).smoke("", 9)["counts"] == {"passed": 1, "checks": 2}
+
+
+TESTS = """
+import ctypes, os, time
+import pytest
+pytestmark = pytest.mark.gpu
+@pytest.mark.parametrize("n", range(4))
+def test_quick(n):
+    assert n != 3
+def test_skips():
+    pytest.skip("no")
+"""
+SLEEPS = """
+def test_sleeps():
+    time.sleep(100)
+"""
+HANGS = """
+def test_hangs():
+    ctypes.CDLL(None).sleep(100)  # as a kernel that does not end: no signal is heard
+"""
+
+
+def step_of_tests(tmp_path, monkeypatch, text: str, options: tuple[list[str], list[str]], seconds: float) -> dict:
+    """The step over one file; its pytest is the real one."""
+    file, logs = tmp_path / "test_of_a_gpu.py", tmp_path / "logs"
+    file.write_text(text)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: of a GPU\n")
+    logs.mkdir()
+    monkeypatch.setattr(gpu_pytest, "files", lambda: [str(file)])
+    monkeypatch.setattr(gpu_pytest, "options", lambda: options)
+    done = gpu_check.Steps(False, {}, logs).tests("", seconds)
+    assert "test_quick[3]" in (logs / "tests.txt").read_text() and (logs / "tests.xml").exists()
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [[], ["-n", "2", "--dist", "worksteal"]], ids=["one process", "two workers"])
+def test_a_stopped_pytest_leaves_its_counts(tmp_path, monkeypatch, workers):
+    """It gets SIGINT, and writes its JUnit file and its summary before it ends."""
+    done = step_of_tests(tmp_path, monkeypatch, TESTS + SLEEPS, (workers, []), 12)
+    assert done["status"] == "stopped after 12 s" and done["seconds"] < 12 + processes.GRACE
+    assert done["counts"] == {"passed": 3, "failures": 1, "errors": 0, "skipped": 1, "unfinished": 1}
+    assert done["files"]["test_of_a_gpu"]["passed"] == 3 and "KeyboardInterrupt" in done["output"]
+
+
+@pytest.mark.slow
+def test_a_test_that_hangs_is_ended_alone(tmp_path, monkeypatch):
+    """As gpu_pytest.options has it: its worker is killed, and the others' tests are run."""
+    pytest.importorskip("pytest_timeout")
+    options = ["-n", "2", "--dist", "worksteal", "--timeout", "4", "--timeout-method", "thread"]
+    done = step_of_tests(tmp_path, monkeypatch, TESTS + HANGS, (options, []), 60)
+    assert done["status"] == "failed with 1" and done["counts"]["errors"] == 1
+    assert (done["counts"]["passed"], done["counts"]["failures"], done["counts"]["skipped"]) == (3, 1, 1)
+
+
+def test_a_missing_plugin_is_left_out_and_named(monkeypatch):
+    monkeypatch.setattr(gpu_pytest.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(gpu_pytest, "find_spec", lambda name: name)
+    there = ["-n", "14", "--dist", "worksteal", "--timeout", "150", "--timeout-method", "thread"]
+    assert gpu_pytest.options() == (there, [])
+    monkeypatch.setattr(gpu_pytest, "find_spec", lambda name: None if name == "pytest_timeout" else name)
+    assert gpu_pytest.options() == (there[:4], ["pytest_timeout"])
+    monkeypatch.setattr(gpu_pytest, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_pytest.os, "cpu_count", lambda: 1)
+    assert gpu_pytest.options() == ([], ["xdist", "pytest_timeout"])
+
+
+def test_tests_that_all_skip_are_no_pass(tmp_path, monkeypatch):
+    def run(command, seconds, log, **variables):
+        case = '<testcase classname="tests.test_a" name="a"><skipped message="no"/></testcase>'
+        (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite>{case}</testsuite></testsuites>")
+        return {"status": "passed", "seconds": 2.0}
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    done = gpu_check.Steps(False, {}, tmp_path).tests("", 9)
+    assert done["status"] == "failed: nothing ran" and done["files"]["test_a"]["skipped"] == 1
+
+
+def test_rows_outlive_a_benchmark_that_is_killed(tmp_path, monkeypatch):
+    """Its file is whole after each row; a step that is stopped gives them, and the next run goes on from them."""
+    row = {"group": "g", "peer": "beagle", "p50": 2.0, "byte/s": 5.0}
+    code = "import json, sys, time; open({!r}, 'w').write(json.dumps([{!r}])); time.sleep(60)"
+    steps = gpu_check.Steps(False, {"steps": {}, "limits": {"byte/s": 10.0}}, tmp_path)
+
+    def run(command, seconds, log, **variables):
+        assert command[command.index("--json") + 1 :] == [str(tmp_path / "bench-verify_tree.json"), "--go-on"]
+        return processes.run([sys.executable, "-c", code.format(command[-2], row)], 1, log)
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    done = steps.bench("verify_tree", 150)
+    assert done["status"] == "stopped after 1 s" and done["counts"] == {"numbers": 1}
+    assert done["rows"] == [row | {"share of copy": 0.5}]
+
+
+def a_case(name: str, ran: list[str], wrong: bool = False) -> Case:
+    def check() -> None:
+        ran.append(name)
+        assert not wrong, "wrong"
+
+    return Case(name, {"beagle": lambda: None, "peer": lambda: None}, check, rounds=1)
+
+
+def test_a_benchmark_goes_on(tmp_path, monkeypatch):
+    """Cases that are whole are kept; one without a peer's row, one with an error, and one of another file are not."""
+    from bench.ops import bench_verify_tree
+
+    ran: list[str] = []
+    broken = a_case("broken", ran, wrong=True)
+    monkeypatch.setattr(bench_verify_tree, "cases", lambda *args: [a_case("one", ran), broken, a_case("two", ran)])
+    file = tmp_path / "rows.json"
+    assert bench_main(["verify_tree", "--size", "tiny", "--json", str(file)]) == 1 and ran == ["one", "broken", "two"]
+    rows = json.loads(file.read_text())
+    assert [(row["group"], row["peer"]) for row in rows if "error" not in row] == [
+        ("one", "beagle"), ("one", "peer"), ("two", "beagle"), ("two", "peer"),
+    ]
+    written(file, rows[:-1])
+    ran.clear()
+    broken.check = lambda: ran.append("mended")
+    assert bench_main(["verify_tree", "--size", "tiny", "--json", str(file), "--go-on"]) == 0
+    assert ran == ["mended", "two"] and all("error" not in row for row in json.loads(file.read_text()))
+    assert len(json.loads(file.read_text())) == 6 and [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_a_case_that_cannot_be_made_is_one_file_s_loss(monkeypatch):
+    from bench.ops import bench_verify_tree
+
+    def cases(*args):
+        yield a_case("one", [])
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(bench_verify_tree, "cases", cases)
+    rows = list(rows_of("verify_tree", "cpu", "tiny", results := []))
+    assert [row["group"] for row in rows] == ["one", "one", "verify_tree"] and "MemoryError" in rows[-1]["error"]
+    assert not results and whole(a_case("one", []), rows) and not whole(a_case("two", []), rows)
+
+
+@pytest.mark.slow
+def test_a_dry_run_walks_the_steps(tmp_path):
+    """Without git: tiles are compiled by workers and tuned in the interpreter and given to the benchmark, rounds are
+    played; nothing names a GPU. Called again, it repeats nothing."""
+    copy = tmp_path / "copy"
+    ignored = shutil.ignore_patterns("__pycache__", ".git", "*.egg-info", "build", "dist", ".venv", ".*_cache")
+    for name in ("beagle_kernels", "python", "bench", "tests", "csrc"):
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, copy)
+    out = tmp_path / "gpu.json"
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "GIT_CEILING_DIRECTORIES": "/"}
+    environment.pop("BEAGLE_COMMIT", None)
+    command = [copy / "bench" / "gpu_check.sh", out, "--dry-run", "tests", "tune", "bench:tree_attention", "round"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(out.read_text())
+    assert record["environment"]["dry_run"] and record["environment"]["commit"] is None
+    tuned, rows = record["steps"]["tune"]["configs"], record["steps"]["bench:tree_attention"]["rows"]
+    assert {entry["kernel"] for entry in tuned} == set(tuning.TIMED_BY)
+    assert all("cpu" in row["device"] and row["tuned"] for row in rows if "p50" in row)
+    assert any(row.get("acceptance") == "replayed" for row in record["steps"]["round"]["rows"])
+    lines = report.configs(tuned).splitlines()
+    assert len(lines) == len(tuned) and lines[0].startswith('"block_dkv": 90: {16: Config(')
+    assert "test_triton_ops" in (tmp_path / "gpu.logs" / "tests.txt").read_text()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0 and again.stdout == "" and json.loads(out.read_text())["steps"] == record["steps"]
+
+
+def test_shares_of_the_limits():
+    shares = gpu_check.with_shares({"byte/s": 4.0}, {"byte/s": 8.0, "flop/s": 1.0})
+    assert shares == {"byte/s": 4.0, "share of copy": 0.5}

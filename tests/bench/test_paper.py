@@ -1,0 +1,109 @@
+"""The paper's figures end to end at toy size, and the replay against real decoding."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from models import agreeable_target, small_draft
+from shard_cases import MANIFEST, write_states
+
+from beagle_sd import generate
+from beagle_sd.data.shards import Sequence, ShardWriter
+from bench.peers.eagle2 import EagleDraft
+from bench.recipes.paper import __main__ as command
+from bench.recipes.paper.figures import FIGURES, make
+from bench.recipes.paper.replay import greedy_answers, replay
+from bench.recipes.paper.runs import RUNS, Runner, Settings
+
+TOY = Settings(epochs=1.0, tokens_per_step=100, lr=1e-2, warmup_steps=1, draft_vocab=60, held_out=4, eval_tokens=200)
+TOY_OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(TOY).items()]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    from tokenizers_for_tests import small_tokenizer
+
+    folder = tmp_path_factory.mktemp("target")
+    model = agreeable_target()
+    model.save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return model, str(folder)
+
+
+@pytest.fixture(scope="module")
+def states(target, tmp_path_factory):
+    return write_states(tmp_path_factory.mktemp("states"), target[0], count=12)
+
+
+def test_figures_from_the_command(target, states, tmp_path):
+    pytest.importorskip("matplotlib")
+    out, work = tmp_path / "out", tmp_path / "work"
+    places = ["--states", str(states), "--work", str(work), "--out", str(out), "--target", target[1]]
+    command.main(["figure3", "append", *places, *TOY_OPTIONS])
+    needed = "block", "block-block", "block-no-append", "block-steps4", "eagle2", "eagle2-eagle2"
+    assert {path.name for path in work.iterdir()} == {f"{name}-seed0" for name in needed}
+    with (out / "figure3.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["run"] for row in rows} == {"Beagle", "EAGLE-2"}
+    epochs = [float(row["epoch"]) for row in rows if row["run"] == "EAGLE-2"]
+    assert epochs == sorted(epochs) and epochs[-1] == 2.0
+    with (out / "append.csv").open() as file:
+        append, without = csv.DictReader(file)
+    assert append["tokens_seen"] == without["tokens_seen"]
+    assert 1 <= float(append["chain"]) <= 5
+    assert (out / "figure3.svg").stat().st_size < 100_000 and (out / "settings.json").is_file()
+
+    def fail(*args):
+        pytest.fail("a run that is done is done again")
+
+    runner = Runner(states, work, target[1], TOY)
+    runner._trained = fail
+    make("append", runner, [0], out)
+    with pytest.raises(ValueError, match="was run with .*new --work folder"):
+        Runner(states, work, target[1], replace(TOY, lr=2e-2)).result("block", 0)
+
+
+def test_every_figure_names_runs_there_are():
+    for figure in FIGURES.values():
+        assert set(figure.runs.values()) <= RUNS.keys()
+        assert {RUNS[run].after is None for run in figure.runs.values()} in ({True}, {False}), "equal tokens seen"
+    assert all(run.after is None or RUNS[run.after].after is None for run in RUNS.values())
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 5), (3, 3, 8)], ids=str)
+@pytest.mark.parametrize("kind", ["beagle", "eagle2"])
+def test_a_replay_gives_what_decoding_reports(kind, shape, target, states):
+    model, _ = target
+    if kind == "eagle2":
+        torch.manual_seed(1)
+        draft = EagleDraft.from_target(model)
+    else:
+        draft = small_draft(model)
+    answers = greedy_answers(states, 2)
+    found = replay(draft, states, 2, *shape)
+    assert found["rounds"] > len(answers) and found["tokens_per_round"] >= 1.0
+    if kind == "eagle2":
+        return
+    rounds = tokens = 0
+    for answer in answers:
+        prompt = int(answer.loss_mask.nonzero()[0]) + 1
+        text = torch.cat([answer.tokens, torch.tensor([answer.final_token])])
+        out = generate(model, draft, text[None, :prompt], max_new_tokens=len(text) - prompt, depth=shape[0],
+                       branch=shape[1], num_nodes=shape[2], eos_token_id=[])
+        assert out.sequences[0].equal(text)
+        rounds += out.report.row_rounds
+        tokens += out.report.tokens_per_round * out.report.row_rounds
+    assert found["rounds"] == rounds
+    assert found["tokens_per_round"] == pytest.approx(tokens / rounds, abs=1e-4)
+
+
+def test_states_without_a_greedy_answer_are_refused(tmp_path):
+    writer = ShardWriter(tmp_path, MANIFEST)
+    mask, states = torch.ones(5, dtype=torch.bool), torch.zeros(5, 64, dtype=torch.bfloat16)
+    writer.add(Sequence(torch.arange(5), mask, states, 1, 0, 0.7))
+    writer.flush()
+    with pytest.raises(ValueError, match="no held-out greedy answer .*allowed"):
+        greedy_answers(tmp_path, 1)

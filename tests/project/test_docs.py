@@ -1,0 +1,125 @@
+"""The documentation: every Python block runs, every command and flag exists, every link leads somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from models import small_target
+from tokenizers_for_tests import small_tokenizer
+from typer.testing import CliRunner
+
+import beagle_kernels
+from beagle_sd.cli.app import app
+from beagle_sd.decoding import calibration
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "docs"))
+
+import figures  # noqa: E402
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for kind, text in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def pages_with_python() -> list:
+    """The README's target is a real model."""
+    return [pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if page.name == "README.md" else [])
+            for page in PAGES if blocks(page, "python")]
+
+
+@pytest.mark.parametrize("page", pages_with_python())
+def test_blocks_run_in_the_order_of_the_page(page, tmp_path, monkeypatch):
+    """Python, and in blocks marked sh the command beagle-sd; "my-model" is a small target of the tests' own."""
+    monkeypatch.chdir(tmp_path)
+    if page.name != "README.md":
+        monkeypatch.setenv("BEAGLE_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(calibration, "_PASSES", 1)
+    small_target().save_pretrained("my-model")
+    small_tokenizer().save_pretrained("my-model")
+    names = {"__name__": "page"}
+    for number, (kind, text) in enumerate(FENCE.findall(page.read_text(encoding="utf-8")), 1):
+        if kind == "python":
+            exec(compile(text, f"{name_of(page)}, block {number}", "exec"), names)
+        for line in text.splitlines() if kind == "sh" else ():
+            result = CliRunner().invoke(app, shlex.split(line)[1:])
+            assert result.exit_code == 0, (line, result.output, result.exception)
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_figures_are_up_to_date(name):
+    """Written by python docs/figures.py."""
+    assert (ROOT / "docs/figures" / name).read_text(encoding="utf-8") == figures.FIGURES[name]()
+
+
+def test_the_messages_of_troubleshooting_are_in_the_code():
+    """Each row's message, piece by piece between its dots, as the sources have it."""
+    code = "".join(path.read_text(encoding="utf-8") for folder in ("beagle_kernels", "python", "setup.py", "csrc")
+                   for path in ([ROOT / folder] if folder.endswith(".py") else (ROOT / folder).rglob("*.py")))
+    code = re.sub(r'"\s*f?"', "", code)
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) > 15
+    for message in re.findall(r"`([^`]+)`", " ".join(rows)):
+        if message not in ("loss is nan", "inf"):
+            missing = [part for part in re.split(r"\.\.\.|\[|\]|\(|\)|'\w+'|: ", message)
+                       if part.strip() and part.strip() not in code]
+            assert not missing, (message, missing)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The shell lines of a page's unmarked and sh blocks, without comments."""
+    text = "".join(blocks(page, "") + blocks(page, "sh")).replace("\\\n", " ")
+    known = re.compile(r"(beagle-sd|python|make|pip|torchrun) ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if known.match(line)]
+
+
+def check_beagle_sd(arguments: list[str]) -> None:
+    """The subcommand exists and every option given is one of its own."""
+    group = typer.main.get_command(app)
+    command = group.get_command(click.Context(group), arguments[0])
+    assert command is not None, f"no command beagle-sd {arguments[0]}"
+    options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    unknown = [word for word in arguments[1:] if word.startswith("--") and word not in options]
+    assert not unknown, (arguments, unknown)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
+def test_commands_and_their_flags_exist(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for words in commands(page):
+        if words[0] == "make":
+            assert words[1] in targets, words
+        elif words[0] == "pip":
+            assert words[1] in ("install", "uninstall"), words
+        elif "-m" in words:
+            module = words[words.index("-m") + 1]
+            assert importlib.util.find_spec(module) is not None, words
+            if module == "beagle_sd":
+                check_beagle_sd(words[words.index("beagle_sd") + 1 :])
+        elif words[0] == "beagle-sd":
+            check_beagle_sd(words[1:])
+
+
+def test_every_op_has_a_page():
+    ops = {name for name in beagle_kernels.__all__ if name.islower()}
+    assert ops == {page.stem for page in (ROOT / "docs/ops").glob("*.md")} - {"README"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert "://" in link or (page.parent / link).exists(), link
