@@ -61,7 +61,13 @@ def block_attention(
 
 @torch.library.custom_op("beagle::block_attention", mutates_args=())
 def _op(
-    q: Tensor, k: Tensor, v: Tensor, offset: Tensor, cu_seqlens: Tensor | None, window: int, scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offset: Tensor,
+    cu_seqlens: Tensor | None,
+    window: int,
+    scale: float,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     return backends.call("block_attention", backend, q.device, q, k, v, offset, cu_seqlens, window, scale)
@@ -69,8 +75,18 @@ def _op(
 
 @torch.library.custom_op("beagle::block_attention_backward", mutates_args=())
 def _backward_op(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    offset: Tensor, cu_seqlens: Tensor | None, window: int, scale: float, backend: str = "auto",
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offset: Tensor,
+    cu_seqlens: Tensor | None,
+    window: int,
+    scale: float,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     args = grad_out, grad_lse, q, k, v, out, lse, offset, cu_seqlens, window, scale
     return backends.call("block_attention_backward", backend, q.device, *args)

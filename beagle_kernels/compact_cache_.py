@@ -44,9 +44,7 @@ def compact_cache_(
     checks.tensor(op, "lengths", lengths, [batch], [torch.int32])
     if block_table is not None:
         checks.tensor(op, "block_table", block_table, [batch, None], [torch.int32])
-    checks.same_device(
-        op, cache=cache, path=path, num_accepted=num_accepted, lengths=lengths, block_table=block_table
-    )
+    checks.same_device(op, cache=cache, path=path, num_accepted=num_accepted, lengths=lengths, block_table=block_table)
     torch.ops.beagle.compact_cache_(cache, path, num_accepted, lengths, block_table, backend)
 
 

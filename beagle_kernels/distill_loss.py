@@ -59,8 +59,14 @@ def distill_loss(
 
 @torch.library.custom_op("beagle::distill_loss", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
 def _op(
-    student: Tensor, teacher: Tensor, weight: Tensor, row_weight: Tensor, regression: float, gradient: bool,
-    tf32: bool = False, backend: str = "auto",
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    row_weight: Tensor,
+    regression: float,
+    gradient: bool,
+    tf32: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The loss and, where `gradient` asks for it, its gradient in the student (else an empty tensor). No graph can
     hold it: it asks the device how many rows have a weight."""

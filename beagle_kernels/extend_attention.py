@@ -58,8 +58,15 @@ def _op(
 
 @torch.library.custom_op("beagle::extend_attention_backward", mutates_args=())
 def _backward_op(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    scale: float, backend: str = "auto",
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     args = grad_out, grad_lse, out, lse, q, k, v, scale
     return backends.call("extend_attention_backward", backend, q.device, *args)

@@ -150,8 +150,21 @@ def choose_tokens(
     kept, knobs = flat(seed, temperature, top_k, top_p, min_p)
     with executor(logits.device) as (module, where):
         module.choose_tokens(
-            where, logits.data_ptr(), DTYPES[logits.dtype], rows, vocab, logits.stride(0), positions.data_ptr(), knobs,
-            stream, address(rounds), keys.data_ptr(), flags.data_ptr(), chunks, tokens.data_ptr(), status.data_ptr(),
+            where,
+            logits.data_ptr(),
+            DTYPES[logits.dtype],
+            rows,
+            vocab,
+            logits.stride(0),
+            positions.data_ptr(),
+            knobs,
+            stream,
+            address(rounds),
+            keys.data_ptr(),
+            flags.data_ptr(),
+            chunks,
+            tokens.data_ptr(),
+            status.data_ptr(),
         )
     return tokens, status
 
@@ -180,8 +193,21 @@ def top_candidates(
     kept, knobs = flat(seed, temperature, top_k, top_p, min_p)
     with executor(logits.device) as (module, where):
         module.top_candidates(
-            where, logits.data_ptr(), DTYPES[logits.dtype], rows, vocab, logits.stride(0), k, positions.data_ptr(),
-            knobs, address(token_ids), keys.data_ptr(), sums.data_ptr(), chunks, tokens.data_ptr(), scores.data_ptr(),
+            where,
+            logits.data_ptr(),
+            DTYPES[logits.dtype],
+            rows,
+            vocab,
+            logits.stride(0),
+            k,
+            positions.data_ptr(),
+            knobs,
+            address(token_ids),
+            keys.data_ptr(),
+            sums.data_ptr(),
+            chunks,
+            tokens.data_ptr(),
+            scores.data_ptr(),
         )
     return tokens, scores
 
@@ -198,8 +224,19 @@ def build_tree(
     kept, inputs = flat(root, tokens, scores, parents)
     with executor(root.device) as (module, where):
         module.build_tree(
-            where, *inputs, batch, candidates, num_nodes, words, max_depth, label.data_ptr(), out_tokens.data_ptr(),
-            out_parents.data_ptr(), depth.data_ptr(), mask.data_ptr(), size.data_ptr(),
+            where,
+            *inputs,
+            batch,
+            candidates,
+            num_nodes,
+            words,
+            max_depth,
+            label.data_ptr(),
+            out_tokens.data_ptr(),
+            out_parents.data_ptr(),
+            depth.data_ptr(),
+            mask.data_ptr(),
+            size.data_ptr(),
         )
     return out_tokens, out_parents, depth, mask, size
 
@@ -243,8 +280,20 @@ def verify_tree(
     tree, knobs = (*given[:5], nodes, mask.shape[2], max_depth), tuple(given[5:])
     with executor(logits.device) as (module, where):
         module.verify_tree(
-            where, logits.data_ptr(), DTYPES[logits.dtype], batch, vocab, logits.stride(0), logits.stride(1), tree, at,
-            knobs, keys.data_ptr(), keys.data_ptr() + 8 * rows, chunks, addresses(verdict),
+            where,
+            logits.data_ptr(),
+            DTYPES[logits.dtype],
+            batch,
+            vocab,
+            logits.stride(0),
+            logits.stride(1),
+            tree,
+            at,
+            knobs,
+            keys.data_ptr(),
+            keys.data_ptr() + 8 * rows,
+            chunks,
+            addresses(verdict),
         )
     return verdict
 
@@ -274,8 +323,21 @@ def verify_chain(
     strides = (*target.stride()[:2], *draft.stride()[:2])
     with executor(target.device) as (module, where):
         module.verify_chain(
-            where, target.data_ptr(), draft.data_ptr(), DTYPES[target.dtype], batch, steps, vocab, draft.shape[2],
-            strides, drafted, at, tuple(knobs), rule == "block", address(token_ids), laws.data_ptr(),
+            where,
+            target.data_ptr(),
+            draft.data_ptr(),
+            DTYPES[target.dtype],
+            batch,
+            steps,
+            vocab,
+            draft.shape[2],
+            strides,
+            drafted,
+            at,
+            tuple(knobs),
+            rule == "block",
+            address(token_ids),
+            laws.data_ptr(),
             addresses(verdict),
         )
     return verdict
@@ -293,8 +355,19 @@ def compact_cache_(
     strides = tuple(stride * item for stride in cache.stride()[:5])
     with executor(cache.device) as (module, where):
         module.compact_cache(
-            where, cache.data_ptr(), layers, len(path), heads, slots, size * item, strides, rows,
-            0 if block_table is None else block_table.shape[1], path_at, path.shape[1], *counts,
+            where,
+            cache.data_ptr(),
+            layers,
+            len(path),
+            heads,
+            slots,
+            size * item,
+            strides,
+            rows,
+            0 if block_table is None else block_table.shape[1],
+            path_at,
+            path.shape[1],
+            *counts,
             address(block_table),
         )
 
@@ -306,7 +379,15 @@ def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
     rows, weight = dense(rows), dense(weight)
     out = x.new_empty(*x.shape[:-1], outputs)
     _C.cpu.skinny_linear(
-        torch.get_num_threads(), rows.data_ptr(), weight.data_ptr(), out.data_ptr(), DTYPES[x.dtype], len(rows),
-        outputs, width, rows.stride(0), weight.stride(0),
+        torch.get_num_threads(),
+        rows.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        DTYPES[x.dtype],
+        len(rows),
+        outputs,
+        width,
+        rows.stride(0),
+        weight.stride(0),
     )
     return out

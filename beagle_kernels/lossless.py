@@ -144,8 +144,10 @@ def decode(verifier: Verifier, target: Tensor, draft: Tensor, case: Case, start:
     while len(live := (done < LENGTH).nonzero()[:, 0]):
         tokens, counts = verifier.round(target, draft, last[live], start[live] + done[live], seeds[live], case)
         if int(counts.min()) < 1 or int(counts.max()) > tokens.shape[1]:
-            raise ValueError(f"{type(verifier).__name__}.round gave counts from {int(counts.min())} to "
-                             f"{int(counts.max())} of {tokens.shape[1]} tokens; allowed: 1 to all")
+            raise ValueError(
+                f"{type(verifier).__name__}.round gave counts from {int(counts.min())} to "
+                f"{int(counts.max())} of {tokens.shape[1]} tokens; allowed: 1 to all"
+            )
         used = tokens[:, : case.depth + 1]
         text[live[:, None], done[live, None] + torch.arange(used.shape[1])] = used
         last[live] = tokens.gather(1, counts[:, None] - 1)[:, 0]
@@ -214,8 +216,10 @@ def check(verifier: Verifier, cases: Iterable[Case] = CASES, texts: int = 20_000
     generator = torch.Generator().manual_seed(seed)
     target, draft = (torch.randn(VOCAB, VOCAB, generator=generator) for _ in range(2))
     many = torch.arange(texts)
-    noises = {"seeds": (torch.ones_like(many), many * 7919 + seed),
-              "positions": (1 + many * (LENGTH + 11), torch.full_like(many, seed))}
+    noises = {
+        "seeds": (torch.ones_like(many), many * 7919 + seed),
+        "positions": (1 + many * (LENGTH + 11), torch.full_like(many, seed)),
+    }
     for case, (noise, (start, seeds)) in itertools.product(cases, noises.items()):
         if case.branch > 1 and getattr(verifier, "chain_only", False):
             continue
@@ -252,18 +256,26 @@ def report(name: str, verifier: Verifier, texts: int, seed: int) -> bool:
     for result in check(verifier, texts=texts, seed=seed):
         results.append(result)
         case = result.case
-        print(f"  {case.depth:5} {case.branch:6} {case.nodes:5} {case.temperature:5} {case.top_k:5} {case.top_p:5} "
-              f"{case.min_p:5}  {result.noise:9} {result.tokens_per_round:15.2f}   {result.p_value:.2g}", flush=True)
+        print(
+            f"  {case.depth:5} {case.branch:6} {case.nodes:5} {case.temperature:5} {case.top_k:5} {case.top_p:5} "
+            f"{case.min_p:5}  {result.noise:9} {result.tokens_per_round:15.2f}   {result.p_value:.2g}",
+            flush=True,
+        )
     good, least = passed(results), min(result.p_value for result in results)
-    print(f"{name}: {'LOSSLESS' if good else 'NOT LOSSLESS'}: least p-value {least:.2g} of {len(results)}; "
-          f"below {FALSE_ALARM / len(results):.1g} is a failure\n")
+    print(
+        f"{name}: {'LOSSLESS' if good else 'NOT LOSSLESS'}: least p-value {least:.2g} of {len(results)}; "
+        f"below {FALSE_ALARM / len(results):.1g} is a failure\n"
+    )
     return good
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; exits with 1 where a verifier fails."""
-    parser = argparse.ArgumentParser(prog="python -m beagle_kernels.lossless", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m beagle_kernels.lossless",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--adapter", help="module:Class of the verifier to check; default: ours")
     parser.add_argument("--texts", type=int, default=20_000, help="texts a case; more find smaller faults")
     parser.add_argument("--seed", type=int, default=0, help="of the models and the noise")
@@ -271,8 +283,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.texts < 100:
         parser.error(f"--texts is {args.texts}; allowed: 100 or more")
     try:
-        checked: dict[str, Verifier] = {args.adapter: load_adapter(args.adapter)} if args.adapter else {
-            "coupled tree": CoupledTree(), "rejection chain": RejectionChain(), "block chain": BlockChain()}
+        checked: dict[str, Verifier] = (
+            {args.adapter: load_adapter(args.adapter)}
+            if args.adapter
+            else {"coupled tree": CoupledTree(), "rejection chain": RejectionChain(), "block chain": BlockChain()}
+        )
     except ValueError as error:
         parser.error(str(error))
     outcomes = [report(name, verifier, args.texts, args.seed) for name, verifier in checked.items()]

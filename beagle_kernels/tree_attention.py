@@ -59,7 +59,13 @@ def tree_attention(
 
 @backends.operator("tree_attention")
 def _op(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Tensor, block_table: Tensor | None, scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    mask: Tensor,
+    block_table: Tensor | None,
+    scale: float,
     backend: str = "auto",
 ) -> Tensor:
     return backends.call("tree_attention", backend, q.device, q, k, v, lengths, mask, block_table, scale)

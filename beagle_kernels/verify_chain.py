@@ -91,7 +91,17 @@ def _verify_chain(
 
 @_verify_chain.register_fake
 def _(
-    target_logits, draft_logits, draft_tokens, positions, seed, temperature, top_k, top_p, min_p, rule="token",
-    token_ids=None, backend="auto",
+    target_logits,
+    draft_logits,
+    draft_tokens,
+    positions,
+    seed,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    rule="token",
+    token_ids=None,
+    backend="auto",
 ):
     return empty_verdict(draft_tokens, top_k, draft_tokens.shape[1])

@@ -57,7 +57,19 @@ def _verify_tree(
 
 @_verify_tree.register_fake
 def _(
-    logits, tokens, parents, depth, mask, size, max_depth, positions, seed, temperature, top_k, top_p, min_p,
+    logits,
+    tokens,
+    parents,
+    depth,
+    mask,
+    size,
+    max_depth,
+    positions,
+    seed,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
     backend="auto",
 ):
     return empty_verdict(tokens, size, max_depth)

@@ -30,8 +30,9 @@ MODULES = {
 
 def main(arguments: list[str]) -> int:
     """Run the cases of the files named, all without a name; 1 where a case was refused its numbers."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MODULES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     sizes = "; ".join(f"{size}: {what}" for size, what in SIZES.items())

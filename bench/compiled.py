@@ -59,8 +59,18 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
         files = {Path(name).suffix: Path(path) for name, path in metadata_group.items()}
         registers, spills = resources(files[".cubin"])
         seconds = None if cache_hit else times.total / 1e6
-        found.append(Compiled(metadata["name"], metadata["num_warps"], metadata["num_stages"], registers, spills,
-                              metadata["shared"], seconds, files[".ptx"].read_text()))
+        found.append(
+            Compiled(
+                metadata["name"],
+                metadata["num_warps"],
+                metadata["num_stages"],
+                registers,
+                spills,
+                metadata["shared"],
+                seconds,
+                files[".ptx"].read_text(),
+            )
+        )
 
     before = driver._active
     driver.set_active(_absent_gpu(arch))
@@ -159,14 +169,18 @@ def rows(name: str, arch: int, head_size: int, dtype: str) -> list[dict]:
     with compiling_for(arch) as found:
         LAUNCHES[name](head_size, DTYPES[dtype])
     fields = ("warps", "stages", "registers", "spills", "shared", "seconds")
-    return [{**labels, "kernel": one.name, **{field: getattr(one, field) for field in fields}}
-            for one in found if one.seconds is not None]
+    return [
+        {**labels, "kernel": one.name, **{field: getattr(one, field) for field in fields}}
+        for one in found
+        if one.seconds is not None
+    ]
 
 
 def main(arguments: list[str]) -> int:
     """Print a line a kernel."""
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.compiled", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--launches", nargs="+", choices=LAUNCHES, default=list(LAUNCHES), help=", ".join(LAUNCHES))
     parser.add_argument("--archs", nargs="+", type=int, choices=SHARED_LIMIT, default=[80, 90], help="80 is sm_80")
     parser.add_argument("--head-sizes", nargs="+", type=int, default=[64, 128])
@@ -182,9 +196,11 @@ def main(arguments: list[str]) -> int:
         ):
             for row in rows(name, arch, size, dtype):
                 results.append(row | {"triton": triton.__version__})
-                print(f"sm_{arch} {row['kernel']:32} {dtype:9} {size:4} {row['registers']:4} registers "
-                      f"{row['spills']:6} B spilt {row['shared']:7} B shared {row['seconds']:6.1f} s",
-                      flush=True)
+                print(
+                    f"sm_{arch} {row['kernel']:32} {dtype:9} {size:4} {row['registers']:4} registers "
+                    f"{row['spills']:6} B spilt {row['shared']:7} B shared {row['seconds']:6.1f} s",
+                    flush=True,
+                )
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0

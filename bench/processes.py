@@ -50,8 +50,13 @@ def started(command: list[str], log: Path | None = None, **variables: str) -> It
     # to a file: a worker that outlives the command would keep a pipe open
     with log.open("wb") if log else nullcontext() as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=file,
-            stderr=subprocess.STDOUT if log else None, start_new_session=True,
+            command,
+            cwd=ROOT,
+            env=os.environ | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT if log else None,
+            start_new_session=True,
         )
     with watched(process):
         yield process

@@ -107,8 +107,15 @@ class Case:
             yield row or {"group": self.name, "peer": name, **reasons[name]}
 
     def _row(self, name: str, times: torch.Tensor, clock: str) -> dict:
-        labels = {"peer": name, "bound": name in self.bounds, "clock": clock, "group": self.name, "series": self.series,
-                  "at": self.at, "data": self.data}
+        labels = {
+            "peer": name,
+            "bound": name in self.bounds,
+            "clock": clock,
+            "group": self.name,
+            "series": self.series,
+            "at": self.at,
+            "data": self.data,
+        }
         return row_of(times, self.device, self.work, **labels) | self.notes(name)
 
     @contextmanager

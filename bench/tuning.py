@@ -46,8 +46,10 @@ TIMED_BY = {**BLOCK, "tree": "tree"}
 LARGE = (32, 8), (8, 64, 2**15)
 STAGES = {
     # size -> stages; float32, whose kernels take longest to compile, keeps nothing else waiting
-    "full": [[Shape(torch.bfloat16, width, 8192, *LARGE) for width in (128, 64)],
-             [Shape(torch.float32, width, 2048, (32, 8)) for width in (128, 64)]],
+    "full": [
+        [Shape(torch.bfloat16, width, 8192, *LARGE) for width in (128, 64)],
+        [Shape(torch.float32, width, 2048, (32, 8)) for width in (128, 64)],
+    ],
     "tiny": [[Shape(torch.float16, 16, 24, (2, 1), (1, 4, 20))], [Shape(torch.float32, 16, 24, (2, 1))]],
 }
 WORKERS = 12
@@ -85,8 +87,12 @@ def trials(shapes: list[Shape], device: str) -> list[Trial]:
     """All of a stage, in an order that every process agrees on."""
     from beagle_kernels.triton.configs import candidates
 
-    return [Trial(shape, kernel, config) for shape in shapes for kernel in kernels(shape)
-            for config in candidates(*key_of(shape, kernel, device))]
+    return [
+        Trial(shape, kernel, config)
+        for shape in shapes
+        for kernel in kernels(shape)
+        for config in candidates(*key_of(shape, kernel, device))
+    ]
 
 
 def dealt(found: list[Trial], worker: int, workers: int) -> list[Trial]:
@@ -164,8 +170,10 @@ def compiled(size: str, stage: int, device: str) -> dict[tuple[str, int], dict[C
     workers = max(1, min(WORKERS, (os.cpu_count() or 1) - 2))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         command = [sys.executable, "-m", "bench.tuning", "--device", device, "--worker", size, str(stage)]
-        started_ones = [stack.enter_context(started([*command, str(worker), str(workers), f"{folder}/{worker}"]))
-                        for worker in range(workers)]
+        started_ones = [
+            stack.enter_context(started([*command, str(worker), str(workers), f"{folder}/{worker}"]))
+            for worker in range(workers)
+        ]
         ends = time.monotonic() + COMPILE_SECONDS[device]
         while time.monotonic() < ends and any(worker.poll() is None for worker in started_ones):
             time.sleep(0.1)
@@ -198,10 +206,19 @@ def winner(shape: Shape, kernel: str, tried: dict[Config, str | None], device: s
     # where no process told anything, the candidates are compiled here
     able = [config for config in configs.candidates(*key) if tried.get(config, "not compiled") is None]
     best = configs.tune(*key, run, able if tried else None)
-    return {"kernel": kernel, "arch": key[1], "head_size": key[2], "dtype": str(shape.dtype)[6:], "config": list(best),
-            "shipped": list(first), "timed": TIMED_BY[kernel], "shipped_ms": before, "tuned_ms": milliseconds(run),
-            "shape": [shape.rows, *shape.heads, *(shape.tree or ())],
-            "refused": {" x ".join(map(str, config)): why for config, why in tried.items() if why}}
+    return {
+        "kernel": kernel,
+        "arch": key[1],
+        "head_size": key[2],
+        "dtype": str(shape.dtype)[6:],
+        "config": list(best),
+        "shipped": list(first),
+        "timed": TIMED_BY[kernel],
+        "shipped_ms": before,
+        "tuned_ms": milliseconds(run),
+        "shape": [shape.rows, *shape.heads, *(shape.tree or ())],
+        "refused": {" x ".join(map(str, config)): why for config, why in tried.items() if why},
+    }
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -241,8 +258,12 @@ def tune_all(size: str, device: str, out: Path | None, entries: list[dict]) -> l
     use(entries)
     for stage, shapes in enumerate(STAGES[size]):
         places = {(entry["kernel"], entry["head_size"], entry["dtype"]) for entry in entries}
-        left = [(shape, kernel) for shape in shapes for kernel in kernels(shape)
-                if (kernel, key_of(shape, kernel, device)[2], str(shape.dtype)[6:]) not in places]
+        left = [
+            (shape, kernel)
+            for shape in shapes
+            for kernel in kernels(shape)
+            if (kernel, key_of(shape, kernel, device)[2], str(shape.dtype)[6:]) not in places
+        ]
         tried = compiled(size, stage, device) if left else {}
         for shape, kernel in left:
             try:
@@ -251,9 +272,12 @@ def tune_all(size: str, device: str, out: Path | None, entries: list[dict]) -> l
                 failed.append(f"{kernel}, head {shape.head_size}, {shape.dtype}: {type(error).__name__}: {error}")
                 continue
             entries.append(entry)
-            print(f"{kernel:14} head {entry['head_size']} {entry['dtype']}: {entry['config']} instead of "
-                  f"{entry['shipped']}, {entry['timed']} {entry['tuned_ms']:.3f} ms instead of "
-                  f"{entry['shipped_ms']:.3f}", flush=True)
+            print(
+                f"{kernel:14} head {entry['head_size']} {entry['dtype']}: {entry['config']} instead of "
+                f"{entry['shipped']}, {entry['timed']} {entry['tuned_ms']:.3f} ms instead of "
+                f"{entry['shipped_ms']:.3f}",
+                flush=True,
+            )
             if out:
                 written(out, entries)
         block_calls.cache_clear()

@@ -24,9 +24,12 @@ def text(x: float, y: float, content: str, size: int = 12, anchor: str = "middle
 
 def grid(x: float, y: float, cells: torch.Tensor, colour: str) -> list[str]:
     """A matrix of bools as squares."""
-    return [f'<rect x="{x + CELL * column:g}" y="{y + CELL * row:g}" width="{CELL - 2}" height="{CELL - 2}" rx="3" '
-            f'fill="{colour if on else NONE}"/>' for row, line in enumerate(cells.tolist())
-            for column, on in enumerate(line)]
+    return [
+        f'<rect x="{x + CELL * column:g}" y="{y + CELL * row:g}" width="{CELL - 2}" height="{CELL - 2}" rx="3" '
+        f'fill="{colour if on else NONE}"/>'
+        for row, line in enumerate(cells.tolist())
+        for column, on in enumerate(line)
+    ]
 
 
 def masks(rows: int = 12, window: int = 4) -> str:
@@ -41,8 +44,10 @@ def masks(rows: int = 12, window: int = 4) -> str:
     parts += [text(58, 60 + CELL * i, f"query {i}", 11, "end") for i in index.tolist()]
     parts += grid(70, 45, seen[:, 0] > 0, TRUE) + grid(right, 45, own & (index[:, None] >= window), OWN)
     bottom = 45 + CELL * rows + 20
-    parts += [text(70 + half, bottom, "stage 1 and 2: block_attention, once for all rows"),
-              text(right + half, bottom, "stage 2 only: extend_attention, step by step")]
+    parts += [
+        text(70 + half, bottom, "stage 1 and 2: block_attention, once for all rows"),
+        text(right + half, bottom, "stage 2 only: extend_attention, step by step"),
+    ]
     return svg(right + CELL * rows + 20, bottom + 15, parts)
 
 
@@ -64,12 +69,17 @@ def tree() -> str:
             parts.append(f'<line x1="{up[0]}" y1="{up[1]}" x2="{x}" y2="{y}" stroke="#999"/>')
     for node, (x, y) in place.items():
         colour = TRUE if node in accepted else "#b0bec5"
-        parts += [f'<circle cx="{x}" cy="{y}" r="22" fill="{colour}"/>', text(x, y + 4, words[node], 12, fill="white"),
-                  text(x + 24, y - 16, str(node), 10)]
+        parts += [
+            f'<circle cx="{x}" cy="{y}" r="22" fill="{colour}"/>',
+            text(x, y + 4, words[node], 12, fill="white"),
+            text(x + 24, y - 16, str(node), 10),
+        ]
     left = 470
     parts += [text(left + CELL * 3.5, 20, "tree.mask: what each node sees", 13)]
-    parts += [text(left + CELL * node + 10, 36, str(node), 11) + text(left - 8, 58 + CELL * node, str(node), 11, "end")
-              for node in range(7)]
+    parts += [
+        text(left + CELL * node + 10, 36, str(node), 11) + text(left - 8, 58 + CELL * node, str(node), 11, "end")
+        for node in range(7)
+    ]
     parts += grid(left, 43, unpack(built.mask, 7)[0], TRUE)
     parts += [text(15, 225, "blue: accepted, since each equals the target's choice at its parent", anchor="start")]
     return svg(680, 245, parts)

@@ -69,8 +69,17 @@ def block_attention(
 
 @implementation("block_attention_backward", "cpu")
 def block_attention_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    offset: Tensor, cu_seqlens: Tensor | None, window: int, scale: float,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offset: Tensor,
+    cu_seqlens: Tensor | None,
+    window: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtypes, acc = (q.dtype, k.dtype, v.dtype), accumulation(q.dtype)
     grad_out, q, k, v, out = _contiguous_rows(*(x.to(acc) for x in (grad_out, q, k, v, out)))

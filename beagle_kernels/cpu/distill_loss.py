@@ -19,7 +19,12 @@ BUDGET = 64 << 20
 
 @implementation("distill_loss", "cpu")
 def distill_loss(
-    student: Tensor, teacher: Tensor, weight: Tensor, row_weight: Tensor, regression: float, gradient: bool,
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    row_weight: Tensor,
+    regression: float,
+    gradient: bool,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     acc, width = accumulation(student.dtype), student.shape[1]

@@ -25,9 +25,7 @@ def _weights(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, T
 
 
 @implementation("extend_attention", "cpu")
-def extend_attention(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def extend_attention(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     dtype, key_heads = out.dtype, k.shape[2]
     old, q, lse = (_grouped(x, key_heads) for x in (out, q, lse))
     k, v = k.to(q.dtype), v.to(q.dtype)

@@ -64,9 +64,17 @@ def _compiled(
     table_width = 0 if block_table is None else block_table.shape[1]
     with executor(q.device) as (module, threads):
         module.tree_attention(
-            threads, tuple(x.data_ptr() for x in (q, k, v, out)), DTYPES[q.dtype], sizes,
-            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]), lengths.data_ptr(), mask.data_ptr(),
-            address(block_table), table_width, k.shape[0], scale,
+            threads,
+            tuple(x.data_ptr() for x in (q, k, v, out)),
+            DTYPES[q.dtype],
+            sizes,
+            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+            lengths.data_ptr(),
+            mask.data_ptr(),
+            address(block_table),
+            table_width,
+            k.shape[0],
+            scale,
         )
     return out
 

@@ -55,8 +55,17 @@ def block_attention(
 
 @implementation("block_attention_backward", "reference")
 def block_attention_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    offset: Tensor, cu_seqlens: Tensor | None, window: int, scale: float,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offset: Tensor,
+    cu_seqlens: Tensor | None,
+    window: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With P the weights and g, h the gradients of out and lse: dV = P'g, dS = P (g V' - g . out + h), row by row."""
     dtypes = q.dtype, k.dtype, v.dtype

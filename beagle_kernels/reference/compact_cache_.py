@@ -25,6 +25,6 @@ def compact_cache_(
         return
     block_table = block_table.long()
     from_page, to_page = block_table[row, source // size], block_table[row, target // size]
-    real = ((from_page.clamp(0, cache.shape[2] - 1) == from_page) & (to_page.clamp(0, cache.shape[2] - 1) == to_page))
+    real = (from_page.clamp(0, cache.shape[2] - 1) == from_page) & (to_page.clamp(0, cache.shape[2] - 1) == to_page)
     from_page, to_page, source, target = from_page[real], to_page[real], source[real] % size, target[real] % size
     cache[:, :, to_page, :, target] = cache[:, :, from_page, :, source]

@@ -15,7 +15,12 @@ CHUNK = 64
 
 @implementation("distill_loss", "reference")
 def distill_loss(
-    student: Tensor, teacher: Tensor, weight: Tensor, row_weight: Tensor, regression: float, gradient: bool,
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    row_weight: Tensor,
+    regression: float,
+    gradient: bool,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     acc = accumulation(student.dtype)

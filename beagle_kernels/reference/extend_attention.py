@@ -18,9 +18,7 @@ def _weights(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, T
 
 
 @implementation("extend_attention", "reference")
-def extend_attention(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def extend_attention(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     acc, dtype, shape = accumulation(q.dtype), out.dtype, out.shape
     grouped = (q.shape[0], k.shape[2], q.shape[1] // k.shape[2], q.shape[2])
     out, q, k, v = out.to(acc).reshape(grouped), q.to(acc).reshape(grouped), k.to(acc), v.to(acc)

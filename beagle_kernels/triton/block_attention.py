@@ -35,8 +35,27 @@ from .windows import MOST_WINDOW, bisection_steps, key_range, row_range, tile_lo
 
 @triton.jit
 def forward_tiles(
-    b_acc, b_max, b_sum, b_q, p_k, p_v, column, s_kt, s_vt, lo, hi, b_first, b_limit, o_d, T, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+    b_acc,
+    b_max,
+    b_sum,
+    b_q,
+    p_k,
+    p_v,
+    column,
+    s_kt,
+    s_vt,
+    lo,
+    hi,
+    b_first,
+    b_limit,
+    o_d,
+    T,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     """AHEAD: a tile's scores are multiplied before the softmax of the tile before it, the last one's once too often."""
@@ -64,10 +83,33 @@ def forward_tiles(
 
 @triton.jit(do_not_specialize=["T", "num_seqs", "window", "together"])
 def block_attention_forward(
-    p_q, p_k, p_v, p_offset, p_cu, p_out, p_lse, T, num_seqs, window, scale,
-    s_qt, s_qh, s_kt, s_kh, s_vt, s_vh, together,
-    HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
+    p_q,
+    p_k,
+    p_v,
+    p_offset,
+    p_cu,
+    p_out,
+    p_lse,
+    T,
+    num_seqs,
+    window,
+    scale,
+    s_qt,
+    s_qh,
+    s_kt,
+    s_kh,
+    s_vt,
+    s_vh,
+    together,
+    HQ: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     # Late rows have the most keys: they start first.
     blocks = tl.cdiv(T, BLOCK_M)
@@ -87,8 +129,28 @@ def block_attention_forward(
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     for part in tl.static_range(0 if STEPS > 0 else 1, 3):
         b_acc, b_max, b_sum = forward_tiles(
-            b_acc, b_max, b_sum, b_q, p_k, p_v, column, s_kt, s_vt, bounds[part], bounds[part + 1], b_first, b_limit,
-            o_d, T, scale * LOG2E, D, BLOCK_D, BLOCK_N, part != 1, TMA, AHEAD and part == 1,
+            b_acc,
+            b_max,
+            b_sum,
+            b_q,
+            p_k,
+            p_v,
+            column,
+            s_kt,
+            s_vt,
+            bounds[part],
+            bounds[part + 1],
+            b_first,
+            b_limit,
+            o_d,
+            T,
+            scale * LOG2E,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            part != 1,
+            TMA,
+            AHEAD and part == 1,
         )
     m_sees = b_limit > b_first
     b_safe = tl.where(m_sees, b_sum, 1.0)
@@ -99,8 +161,28 @@ def block_attention_forward(
 
 @triton.jit
 def dq_tiles(
-    b_dq, b_q, b_g, b_lse, b_delta, p_k, p_v, column, s_kt, s_vt, lo, hi, b_first, b_limit, o_d, T, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+    b_dq,
+    b_q,
+    b_g,
+    b_lse,
+    b_delta,
+    p_k,
+    p_v,
+    column,
+    s_kt,
+    s_vt,
+    lo,
+    hi,
+    b_first,
+    b_limit,
+    o_d,
+    T,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Both products are issued before the exponentials, so that the tensor cores work during these."""
     o_n = tl.arange(0, BLOCK_N)
@@ -121,10 +203,42 @@ def dq_tiles(
 
 @triton.jit(do_not_specialize=["T", "num_seqs", "window", "s_ht", "s_hh", "together"])
 def block_attention_dq(
-    p_q, p_g, p_k, p_v, p_offset, p_cu, p_out, p_lse, p_h, p_dq, p_rows, T, num_seqs, window, scale,
-    s_qt, s_qh, s_kt, s_kh, s_vt, s_vh, s_gt, s_gh, s_ht, s_hh, together,
-    HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
-    HAS_H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
+    p_q,
+    p_g,
+    p_k,
+    p_v,
+    p_offset,
+    p_cu,
+    p_out,
+    p_lse,
+    p_h,
+    p_dq,
+    p_rows,
+    T,
+    num_seqs,
+    window,
+    scale,
+    s_qt,
+    s_qh,
+    s_kt,
+    s_kh,
+    s_vt,
+    s_vh,
+    s_gt,
+    s_gh,
+    s_ht,
+    s_hh,
+    together,
+    HQ: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr,
+    HAS_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """dQ, and on the way lse in base 2 and delta = g . out - h, [2, HQ, T], which the kernel of dK and dV reads."""
     blocks = tl.cdiv(T, BLOCK_M)
@@ -152,16 +266,57 @@ def block_attention_dq(
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for part in tl.static_range(0 if STEPS > 0 else 1, 3):
         b_dq = dq_tiles(
-            b_dq, b_q, b_g, b_lse, b_delta, p_k, p_v, column, s_kt, s_vt, bounds[part], bounds[part + 1],
-            b_first, b_limit, o_d, T, scale * LOG2E, D, BLOCK_D, BLOCK_N, part != 1, TMA,
+            b_dq,
+            b_q,
+            b_g,
+            b_lse,
+            b_delta,
+            p_k,
+            p_v,
+            column,
+            s_kt,
+            s_vt,
+            bounds[part],
+            bounds[part + 1],
+            b_first,
+            b_limit,
+            o_d,
+            T,
+            scale * LOG2E,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            part != 1,
+            TMA,
         )
     store_rows(p_dq + i_h * D, o_row, HQ * D, o_d, T, b_dq * scale, D)
 
 
 @triton.jit
 def dkv_tiles(
-    b_dk, b_dv, b_k, b_v, p_q, p_g, p_lse, p_delta, column, s_qt, s_gt, lo, hi, b_first, b_limit, o_d, T, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+    b_dk,
+    b_dv,
+    b_k,
+    b_v,
+    p_q,
+    p_g,
+    p_lse,
+    p_delta,
+    column,
+    s_qt,
+    s_gt,
+    lo,
+    hi,
+    b_first,
+    b_limit,
+    o_d,
+    T,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """The order of products is dq_tiles'."""
     o_n = tl.arange(0, BLOCK_N)
@@ -185,10 +340,37 @@ def dkv_tiles(
 
 @triton.jit(do_not_specialize=["T", "num_seqs", "window", "together"])
 def block_attention_dkv(
-    p_k, p_v, p_q, p_g, p_offset, p_cu, p_rows, p_dk, p_dv, T, num_seqs, window, scale,
-    s_qt, s_qh, s_kt, s_kh, s_vt, s_vh, s_gt, s_gh, together,
-    HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
+    p_k,
+    p_v,
+    p_q,
+    p_g,
+    p_offset,
+    p_cu,
+    p_rows,
+    p_dk,
+    p_dv,
+    T,
+    num_seqs,
+    window,
+    scale,
+    s_qt,
+    s_qh,
+    s_kt,
+    s_kh,
+    s_vt,
+    s_vh,
+    s_gt,
+    s_gh,
+    together,
+    HQ: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """One block of keys of one key head, against the rows of every query head that reads it: no atomics."""
     i_m, i_h = block_and_head(tl.program_id(0), tl.cdiv(T, BLOCK_M), HQ // GROUP, together)
@@ -210,8 +392,29 @@ def block_attention_dkv(
         p_delta = p_lse + tl.cast(T, tl.int64) * HQ
         for part in tl.static_range(3):
             b_dk, b_dv = dkv_tiles(
-                b_dk, b_dv, b_k, b_v, p_qh, p_gh, p_lse, p_delta, column, s_qt, s_gt, bounds[part], bounds[part + 1],
-                b_first, b_limit, o_d, T, scale * LOG2E, D, BLOCK_D, BLOCK_N, part != 1, TMA,
+                b_dk,
+                b_dv,
+                b_k,
+                b_v,
+                p_qh,
+                p_gh,
+                p_lse,
+                p_delta,
+                column,
+                s_qt,
+                s_gt,
+                bounds[part],
+                bounds[part + 1],
+                b_first,
+                b_limit,
+                o_d,
+                T,
+                scale * LOG2E,
+                D,
+                BLOCK_D,
+                BLOCK_N,
+                part != 1,
+                TMA,
             )
     heads = HQ // GROUP * D
     store_rows(p_dk + i_h * D, o_key, heads, o_d, T, b_dk * scale, D)
@@ -221,9 +424,7 @@ def block_attention_dkv(
 def _shape(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> dict:
     """Constants of the kernels that follow from the shapes."""
     heads, width = q.shape[1:]
-    return dict(
-        HQ=heads, GROUP=heads // k.shape[1], D=width, BLOCK_D=block_d(width), STEPS=bisection_steps(cu_seqlens)
-    )
+    return dict(HQ=heads, GROUP=heads // k.shape[1], D=width, BLOCK_D=block_d(width), STEPS=bisection_steps(cu_seqlens))
 
 
 def _launch(
@@ -243,7 +444,14 @@ def _launch(
     tiles = dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, TMA=config.tma, AHEAD=config.ahead)
     with torch.cuda.device_of(held[0]):
         kernel[(blocks * heads,)](
-            *held, *streamed, *args, together, **constants, **tiles, num_warps=config.warps, num_stages=config.stages,
+            *held,
+            *streamed,
+            *args,
+            together,
+            **constants,
+            **tiles,
+            num_warps=config.warps,
+            num_stages=config.stages,
             enable_fp_fusion=True,
         )
 
@@ -267,8 +475,17 @@ def block_attention(
 
 @implementation("block_attention_backward", "triton")
 def block_attention_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    offset: Tensor, cu_seqlens: Tensor | None, window: int, scale: float,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offset: Tensor,
+    cu_seqlens: Tensor | None,
+    window: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, grad_out = rows_contiguous(q, k, v, grad_out)
     out, lse, num_seqs = out.contiguous(), lse.contiguous(), offset.numel()

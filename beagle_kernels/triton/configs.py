@@ -83,9 +83,11 @@ def _listed(plain: str, more: str = "", **options: bool) -> list[Config]:
 CANDIDATES: dict[str, dict[int, list[Config]]] = {
     "block_forward": {
         64: _listed("128x128x8x2 128x128x8x3 128x64x8x3 128x64x8x4 64x64x4x4", "128x128x8x2 128x128x8x3", tma=True)
-        + _listed("", "128x64x8x3", ahead=True) + _listed("", "128x64x8x3", tma=True, ahead=True),
+        + _listed("", "128x64x8x3", ahead=True)
+        + _listed("", "128x64x8x3", tma=True, ahead=True),
         128: _listed("128x64x8x2 128x64x8x3 128x32x8x4", "128x64x8x3 128x64x8x4 128x128x8x2 128x128x8x3", tma=True)
-        + _listed("", "128x64x8x3 128x32x8x3", ahead=True) + _listed("", "128x64x8x3", tma=True, ahead=True),
+        + _listed("", "128x64x8x3 128x32x8x3", ahead=True)
+        + _listed("", "128x64x8x3", tma=True, ahead=True),
         256: _listed("128x32x8x2", "128x32x8x3 128x64x8x2", tma=True),
     },
     "block_dq": {
@@ -139,8 +141,12 @@ def candidates(kernel: str, arch: int, head_size: int, dtype: torch.dtype) -> li
     columns and warps. Those that read by TMA are left out below sm_90."""
     first = choose(kernel, arch, head_size, dtype, tma=arch >= 90)
     if dtype == torch.float32:
-        more = [first._replace(block_m=first.block_m * m, block_n=first.block_n * n, warps=warps)
-                for m in (1, 2) for n in (1, 2) for warps in (4, 8)]
+        more = [
+            first._replace(block_m=first.block_m * m, block_n=first.block_n * n, warps=warps)
+            for m in (1, 2)
+            for n in (1, 2)
+            for warps in (4, 8)
+        ]
     else:
         more = CANDIDATES[kernel][max(64, min(head_size, 256))]
     return list(dict.fromkeys(config for config in (first, *more) if arch >= 90 or not config.tma))

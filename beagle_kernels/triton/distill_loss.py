@@ -83,7 +83,12 @@ def products(tf32: bool) -> Iterator[None]:
 
 @implementation("distill_loss", "triton")
 def distill_loss(
-    student: Tensor, teacher: Tensor, weight: Tensor, row_weight: Tensor, regression: float, gradient: bool,
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    row_weight: Tensor,
+    regression: float,
+    gradient: bool,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One wait for the device: the number of rows with a weight."""
@@ -113,7 +118,15 @@ def _by_chunks(
         cross_entropy = torch.empty_like(w)
         with torch.cuda.device_of(student):
             distill_loss_softmax[(len(rows),)](
-                z, target, w, cross_entropy, vocab, stride, GRADIENT=gradient, BLOCK_V=BLOCK, num_warps=8,
+                z,
+                target,
+                w,
+                cross_entropy,
+                vocab,
+                stride,
+                GRADIENT=gradient,
+                BLOCK_V=BLOCK,
+                num_warps=8,
                 enable_fp_fusion=True,
             )
         s, t = s.float(), t.float()

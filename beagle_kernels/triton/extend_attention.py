@@ -31,8 +31,27 @@ def load_key(p_base, o_row, j, s_row, s_j, o_d, R, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["R", "m"])
 def extend_attention_merge(
-    p_out, p_lse, p_q, p_k, p_v, p_merged, p_merged_lse, R, m, scale, s_kr, s_km, s_kh, s_vr, s_vm, s_vh,
-    HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
+    p_out,
+    p_lse,
+    p_q,
+    p_k,
+    p_v,
+    p_merged,
+    p_merged_lse,
+    R,
+    m,
+    scale,
+    s_kr,
+    s_km,
+    s_kh,
+    s_vr,
+    s_vm,
+    s_vh,
+    HQ: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     i_r, i_h = tl.program_id(0), tl.program_id(1)
@@ -66,10 +85,34 @@ def extend_attention_merge(
 
 @triton.jit(do_not_specialize=["R", "m"])
 def extend_attention_gradients(
-    p_out, p_lse, p_q, p_k, p_v, p_g, p_h, p_dout, p_dlse, p_dq, p_dk, p_dv, R, m, scale,
-    s_kr, s_km, s_kh, s_vr, s_vm, s_vh,
-    HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr, HAS_H: tl.constexpr,
+    p_out,
+    p_lse,
+    p_q,
+    p_k,
+    p_v,
+    p_g,
+    p_h,
+    p_dout,
+    p_dlse,
+    p_dq,
+    p_dk,
+    p_dv,
+    R,
+    m,
+    scale,
+    s_kr,
+    s_km,
+    s_kh,
+    s_vr,
+    s_vm,
+    s_vh,
+    HQ: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_H: tl.constexpr,
 ):
     """Once through the keys for the merged lse and the mean of g . v, once more for the gradients."""
     i_r, i_h = tl.program_id(0), tl.program_id(1)
@@ -133,9 +176,7 @@ def _launch(kernel, q: Tensor, k: Tensor, v: Tensor, args: tuple, **more) -> Non
 
 
 @implementation("extend_attention", "triton")
-def extend_attention(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def extend_attention(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     if k.shape[1] == 0:
         return torch.where(lse[..., None] > float("-inf"), out, 0.0).contiguous(), lse.clone().contiguous()
     out, lse, q = out.contiguous(), lse.contiguous(), q.contiguous()

@@ -36,8 +36,17 @@ def load_rows(p_base, o_row, stride, o_d, T, D: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def load_block(
-    p_base, start, column, stride, o_d, T,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+    p_base,
+    start,
+    column,
+    stride,
+    o_d,
+    T,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """The block of rows at `start`; with TMA `p_base` describes [T, heads x D] and the head begins at `column`."""
     if TMA:

@@ -31,8 +31,19 @@ def splits_in_use(length, splits):
 
 @triton.jit
 def load_slots(
-    p_base, o_slot, m_slot, p_table, num_pages, page, s_page, s_slot, o_d,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr,
+    p_base,
+    o_slot,
+    m_slot,
+    p_table,
+    num_pages,
+    page,
+    s_page,
+    s_slot,
+    o_d,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGED: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     if PAGED:
         p_entry = p_table + o_slot // page
@@ -66,10 +77,41 @@ def either(a, b):
 # What may change from one call of a loop to the next is not specialised, so nothing is compiled in its midst.
 @triton.jit(do_not_specialize="N slots num_pages page splits s_mb s_mn s_mw s_tb".split())
 def tree_attention_splits(
-    p_q, p_k, p_v, p_lengths, p_mask, p_table, p_part, p_part_lse, N, slots, num_pages, page, splits, scale,
-    s_qb, s_qn, s_qh, s_kb, s_kh, s_ks, s_vb, s_vh, s_vs, s_mb, s_mn, s_mw, s_tb,
-    HQ: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGED: tl.constexpr,
+    p_q,
+    p_k,
+    p_v,
+    p_lengths,
+    p_mask,
+    p_table,
+    p_part,
+    p_part_lse,
+    N,
+    slots,
+    num_pages,
+    page,
+    splits,
+    scale,
+    s_qb,
+    s_qn,
+    s_qh,
+    s_kb,
+    s_kh,
+    s_ks,
+    s_vb,
+    s_vh,
+    s_vs,
+    s_mb,
+    s_mn,
+    s_mw,
+    s_tb,
+    HQ: tl.constexpr,
+    GROUP: tl.constexpr,
+    WORDS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGED: tl.constexpr,
 ):
     # Tiles of the same keys follow each other, so that all but one of them find the keys in the cache.
     tiles = tl.cdiv(N * GROUP, BLOCK_M)
@@ -209,10 +251,26 @@ def tree_attention(
     columns = min(wide, COMBINED)
     with torch.cuda.device_of(q):
         tree_attention_splits[(blocks, splits)](
-            q, k, v, lengths, mask, block_table, part, part_lse, *sizes, *strides,
-            0 if block_table is None else block_table.stride(0), **constants, BLOCK_D=wide,
-            GROUP=group, WORDS=mask.shape[2], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            PAGED=paged, num_warps=config.warps, num_stages=config.stages,
+            q,
+            k,
+            v,
+            lengths,
+            mask,
+            block_table,
+            part,
+            part_lse,
+            *sizes,
+            *strides,
+            0 if block_table is None else block_table.stride(0),
+            **constants,
+            BLOCK_D=wide,
+            GROUP=group,
+            WORDS=mask.shape[2],
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            PAGED=paged,
+            num_warps=config.warps,
+            num_stages=config.stages,
         )
         tree_attention_combine[(batch * nodes * heads, triton.cdiv(wide, columns))](
             part, part_lse, lengths, out, nodes, slots, splits, **constants, BLOCK_D=columns

@@ -27,15 +27,26 @@ def measure(target, draft, prompts, pad, shape: TreeShape, temperature: float, a
     tokens, rounds, reached = 0.0, 0, []
     for ids, mask in batches(prompts, args.batch, pad):
         report = generate(
-            target, draft, ids, mask, max_new_tokens=args.max_new_tokens, temperature=temperature, seed=args.seed,
-            depth=shape.depth, branch=shape.branch, num_nodes=shape.num_nodes,
+            target,
+            draft,
+            ids,
+            mask,
+            max_new_tokens=args.max_new_tokens,
+            temperature=temperature,
+            seed=args.seed,
+            depth=shape.depth,
+            branch=shape.branch,
+            num_nodes=shape.num_nodes,
         ).report
         tokens += report.tokens_per_round * report.row_rounds
         rounds += report.row_rounds
         reached.append(report.reached)
     depths = [sum(column) for column in zip(*reached, strict=True)]
     return {
-        "depth": shape.depth, "branch": shape.branch, "num_nodes": shape.num_nodes, "temperature": temperature,
+        "depth": shape.depth,
+        "branch": shape.branch,
+        "num_nodes": shape.num_nodes,
+        "temperature": temperature,
         "tokens_per_round": round(tokens / rounds, 4),
         "acceptance_by_depth": [round(b / a, 4) for a, b in zip(depths, depths[1:]) if a],
         "row_rounds": rounds,
@@ -45,16 +56,27 @@ def measure(target, draft, prompts, pad, shape: TreeShape, temperature: float, a
 def described(target_name: str, prompts_name: str, count: int, target, args) -> dict:
     """What the rows were measured on and with."""
     return {
-        "target": target_name, "prompts": prompts_name, "count": count, "max_new_tokens": args.max_new_tokens,
-        "dtype": str(target.dtype).removeprefix("torch."), "seed": args.seed, "device": str(target.device),
-        "versions": {"beagle_kernels": beagle_kernels.__version__, "torch": torch.__version__,
-                     "transformers": transformers.__version__},
+        "target": target_name,
+        "prompts": prompts_name,
+        "count": count,
+        "max_new_tokens": args.max_new_tokens,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "seed": args.seed,
+        "device": str(target.device),
+        "versions": {
+            "beagle_kernels": beagle_kernels.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.answers.acceptance", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.answers.acceptance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--draft", type=Path, help="a folder; default: the bundled one")
     parser.add_argument("--prompts", default="mt-bench", help="mt-bench, humaneval or gsm8k")

@@ -75,11 +75,16 @@ def new_tokens(sequences: Tensor, prompt: int, ends: int) -> list[list[int]]:
 def truths(model, prompts, pad: int, batch: int, max_new_tokens: int, sampling: dict) -> list[Tensor]:
     """The right sequences, a tensor a batch: of target.generate when greedy, else of plain sampling."""
     if not sampling:
-        return [model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
-                for ids, mask in batches(prompts, batch, pad)]
-    return [generate(model, None, ids, mask, seed=seeds_of(number, len(ids)), max_new_tokens=max_new_tokens,
-                     **sampling).sequences
-            for number, (ids, mask) in enumerate(batches(prompts, batch, pad))]
+        return [
+            model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
+            for ids, mask in batches(prompts, batch, pad)
+        ]
+    return [
+        generate(
+            model, None, ids, mask, seed=seeds_of(number, len(ids)), max_new_tokens=max_new_tokens, **sampling
+        ).sequences
+        for number, (ids, mask) in enumerate(batches(prompts, batch, pad))
+    ]
 
 
 def seeds_of(number: int, rows: int) -> Tensor:
@@ -88,7 +93,14 @@ def seeds_of(number: int, rows: int) -> Tensor:
 
 
 def compare(
-    model, draft, prompts, pad: int, batch: int, shape: dict, max_new_tokens: int, sampling: dict,
+    model,
+    draft,
+    prompts,
+    pad: int,
+    batch: int,
+    shape: dict,
+    max_new_tokens: int,
+    sampling: dict,
     truth: list[Tensor] | None = None,
 ) -> Comparison:
     """All prompts in batches of `batch`, against the truth for `sampling`."""
@@ -106,8 +118,11 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.answers.lossless", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.answers.lossless",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--draft", type=Path, help="a folder; default: the bundled one")
@@ -123,8 +138,9 @@ def main() -> None:
             common = tokenizer.pad_token_id, batch
             truth = truths(model, prompts, *common, args.max_new_tokens, SAMPLINGS[sampling])
             for shape in SHAPES:
-                result = compare(model, draft, prompts, *common, SHAPES[shape], args.max_new_tokens,
-                                 SAMPLINGS[sampling], truth)
+                result = compare(
+                    model, draft, prompts, *common, SHAPES[shape], args.max_new_tokens, SAMPLINGS[sampling], truth
+                )
                 rows.append({"sampling": sampling, "shape": shape, "batch": batch, **asdict(result)})
                 print(json.dumps(rows[-1]), flush=True)
                 if args.out:

@@ -26,8 +26,9 @@ SHAPES = ["2,1,3", "4,1,5", "4,4,8", "4,6,16"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.answers.speed", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.answers.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--draft", type=Path, help="a folder; default: the bundled one")
     parser.add_argument("--prompts", nargs="+", default=["mt-bench"], help="mt-bench, humaneval, gsm8k or files")
@@ -42,17 +43,33 @@ def main() -> None:
     draft = load_draft(args.draft or bundled_folder(args.target), target)
     tree = adaptive_tree(target, draft, calibrate=True)
     rows, costs = compare_on(
-        args.prompts, target, tokenizer, draft, tree, count=args.count, shapes=[*map(read_shape, args.shapes)],
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+        args.prompts,
+        target,
+        tokenizer,
+        draft,
+        tree,
+        count=args.count,
+        shapes=[*map(read_shape, args.shapes)],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
         told=lambda source, done, total: print(f"{source}: {done} of {total}", flush=True),
     )
     for source in args.prompts:
         Console(width=160).print(comparison_table(source, [row for row in rows if row.prompts == source]))
-    result = {"target": args.target, "dtype": args.dtype, "count": args.count, "max_new_tokens": args.max_new_tokens,
-              "temperature": args.temperature, "threads": torch.get_num_threads(), "processor": processor(),
-              "verify_ms": costs.verify, "draft_ms": [[*vars(shape).values(), ms] for shape, ms in costs.draft.items()],
-              "torch": torch.__version__, "transformers": transformers.__version__,
-              "rows": [asdict(row) for row in rows]}
+    result = {
+        "target": args.target,
+        "dtype": args.dtype,
+        "count": args.count,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
+        "verify_ms": costs.verify,
+        "draft_ms": [[*vars(shape).values(), ms] for shape, ms in costs.draft.items()],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rows": [asdict(row) for row in rows],
+    }
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -36,16 +36,26 @@ FILES = 8
 """Of RESULTS."""
 SAVING = 20.0
 """Seconds of a step that are not its command's own: to end it and to save what it has."""
-PLACES = {"kit.*": "in", "answers-*.npz": "out/answers", "model.safetensors": "out/train/draft",
-          "checkpoint.part*": "out/train/checkpoint"}
+PLACES = {
+    "kit.*": "in",
+    "answers-*.npz": "out/answers",
+    "model.safetensors": "out/train/draft",
+    "checkpoint.part*": "out/train/checkpoint",
+}
 """Where in the work folder what is carried lies; beside it there is RESULTS_FILE, with all the rest."""
 TOGETHER = ("checkpoint.part*",)
 """Of no use one without the other."""
 LEFT = ("in", "out/kit", "out/scratch")
 """Folders of the work folder that are not brought back."""
 RESULTS_FILE = "results.tgz"
-HEADLINES = ("round", "bench:verify_tree", "bench:tree_attention", "bench:block_attention", "bench:training_step",
-             "bench:top_candidates")
+HEADLINES = (
+    "round",
+    "bench:verify_tree",
+    "bench:tree_attention",
+    "bench:block_attention",
+    "bench:training_step",
+    "bench:top_candidates",
+)
 ANSWER_MINUTES, TRAIN_MINUTES = 4.8, 6.6
 
 
@@ -68,33 +78,84 @@ class Call(NamedTuple):
 
 def calls(work: Path, dry: bool) -> dict[str, Call]:
     """Every call's steps by name; dry, on the CPU at toy size."""
+
     def check(*parts: str) -> Callable[[float], list[str]]:
         flags = ["--dry-run"] if dry else []
-        return lambda seconds: [sys.executable, "-m", "bench.gpu.check", str(work / "gpu.json"), *parts,
-                                "--seconds", str(int(seconds - SAVING)), *flags]
+        return lambda seconds: [
+            sys.executable,
+            "-m",
+            "bench.gpu.check",
+            str(work / "gpu.json"),
+            *parts,
+            "--seconds",
+            str(int(seconds - SAVING)),
+            *flags,
+        ]
 
     def train(part: str, minutes: float = math.inf, *more: str) -> Callable[[float], list[str]]:
         flags, most = (["--toy", "--device", "cpu"], 2.5) if dry else ([], minutes)
-        return lambda seconds: [sys.executable, "-m", "bench.recipes.one_gpu", str(work / "out"), part, *more, *flags,
-                                "--minutes", f"{min(minutes, most, (seconds - SAVING) / 60):.2f}"]
+        return lambda seconds: [
+            sys.executable,
+            "-m",
+            "bench.recipes.one_gpu",
+            str(work / "out"),
+            part,
+            *more,
+            *flags,
+            "--minutes",
+            f"{min(minutes, most, (seconds - SAVING) / 60):.2f}",
+        ]
 
     def speed(seconds: float) -> list[str]:
         little = ["--count", "1", "--max-new-tokens", "4"] if dry else ["--count", "12", "--dtype", "bfloat16"]
         draft = work / "out" / "train" / "draft"
-        return [sys.executable, "-m", "bench.answers.speed", "--target", _target(work), *little,
-                *(["--draft", str(draft)] if draft.is_dir() else []), "--out", str(work / "speed.json")]
+        return [
+            sys.executable,
+            "-m",
+            "bench.answers.speed",
+            "--target",
+            _target(work),
+            *little,
+            *(["--draft", str(draft)] if draft.is_dir() else []),
+            "--out",
+            str(work / "speed.json"),
+        ]
 
     setup = Step("setup", train("setup", math.inf, "--kit", str(work / "in")), 210)
     return {
         "carry": Call([]),
-        "kernels": Call([Step("build", check("build"), 165), Step("smoke", check("smoke"), 165, lines=45),
-                         Step("tests", check("tests"), 205, lines=25), Step("bench", check(*HEADLINES), lines=20)]),
-        "answers": Call([setup, Step("answers", train("answers", ANSWER_MINUTES), 60 * ANSWER_MINUTES + SAVING),
-                         Step("search", train("search"), lines=30)], ("answers-*.npz",)),
-        "draft": Call([setup, Step("train", train("train", TRAIN_MINUTES), 60 * TRAIN_MINUTES + SAVING, lines=20),
-                       Step("evaluate", train("evaluate"), lines=20)], ("model.safetensors", "checkpoint.part*")),
-        "rest": Call([setup, Step("speed", speed, 170, lines=20), Step("ops", check("bench"), 200, lines=20),
-                      Step("tune", check("tune"))]),
+        "kernels": Call(
+            [
+                Step("build", check("build"), 165),
+                Step("smoke", check("smoke"), 165, lines=45),
+                Step("tests", check("tests"), 205, lines=25),
+                Step("bench", check(*HEADLINES), lines=20),
+            ]
+        ),
+        "answers": Call(
+            [
+                setup,
+                Step("answers", train("answers", ANSWER_MINUTES), 60 * ANSWER_MINUTES + SAVING),
+                Step("search", train("search"), lines=30),
+            ],
+            ("answers-*.npz",),
+        ),
+        "draft": Call(
+            [
+                setup,
+                Step("train", train("train", TRAIN_MINUTES), 60 * TRAIN_MINUTES + SAVING, lines=20),
+                Step("evaluate", train("evaluate"), lines=20),
+            ],
+            ("model.safetensors", "checkpoint.part*"),
+        ),
+        "rest": Call(
+            [
+                setup,
+                Step("speed", speed, 170, lines=20),
+                Step("ops", check("bench"), 200, lines=20),
+                Step("tune", check("tune")),
+            ]
+        ),
     }
 
 
@@ -107,8 +168,9 @@ def _target(work: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     """0 if every step passed."""
-    parser = argparse.ArgumentParser(prog="bench/gpu/call.sh", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu/call.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = list(calls(Path(), False))
     parser.add_argument("call", choices=names, metavar="CALL", help=", ".join(names))
     parser.add_argument("results", type=Path, metavar="RESULTS", help="the folder that is brought back")

@@ -39,8 +39,15 @@ ALL = 530
 """Seconds after which no step goes on, unless told otherwise: a run ends within nine minutes."""
 LEAST = 15
 """A step that has fewer seconds left does not begin."""
-SOURCES = ("setup.py", "pyproject.toml", "csrc/**/*", "beagle_kernels/**/*.py", "python/**/*.py", "bench/**/*.py",
-           "tests/**/*.py")
+SOURCES = (
+    "setup.py",
+    "pyproject.toml",
+    "csrc/**/*",
+    "beagle_kernels/**/*.py",
+    "python/**/*.py",
+    "bench/**/*.py",
+    "tests/**/*.py",
+)
 
 
 def command_output(*command: str) -> str | None:
@@ -143,8 +150,10 @@ class Steps:
             command += ["--tuned", str(tiles)]
         done = run([*command, *(["--size", "tiny"] if self.dry else [])], seconds, self.logs / f"bench-{name}.txt")
         rows = read(file, [])
-        return done | {"counts": {"numbers": sum("p50" in row for row in rows)},
-                       "rows": [with_shares(row, self.record.get("limits", {})) for row in rows]}
+        return done | {
+            "counts": {"numbers": sum("p50" in row for row in rows)},
+            "rows": [with_shares(row, self.record.get("limits", {})) for row in rows],
+        }
 
     def round(self, name: str, seconds: float) -> dict:
         """Whole rounds of an 8B-shaped target, acceptance replayed."""
@@ -242,8 +251,9 @@ def main(arguments: list[str]) -> int:
 def parsed(arguments: list[str]) -> argparse.Namespace:
     """The options; what cannot be is told as argparse tells it."""
     allowed = [*SECONDS, *(f"bench:{name}" for name in OPS)]
-    parser = argparse.ArgumentParser(prog="bench/gpu/check.sh", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu/check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", nargs="?", type=Path, default=Path("bench/results/gpu.json"))
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(allowed))
     parser.add_argument("--seconds", type=float, default=ALL, help=f"for the whole run (default {ALL})")

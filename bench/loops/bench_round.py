@@ -28,12 +28,31 @@ from beagle_sd.decoding.generate import TreeShape, generate
 from bench.registry import Case, drive, label, parameters
 
 MODELS: dict[str, dict[str, Any]] = {
-    "tiny": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 intermediate_size=64, vocab_size=200),
-    "135M": dict(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-                 intermediate_size=1536, vocab_size=49152, tie_word_embeddings=True),
-    "8B": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-               intermediate_size=14336, vocab_size=128256),
+    "tiny": dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        vocab_size=200,
+    ),
+    "135M": dict(
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
+    "8B": dict(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        vocab_size=128256,
+    ),
 }
 DRAFT_VOCAB = {"tiny": 100, "135M": 8192, "8B": 16384}
 SMALL_TREE, TREE = TreeShape(4, 4, 8), TreeShape.default(torch.device("cuda"))
@@ -84,8 +103,11 @@ def replayed(lengths: Tensor) -> Iterator[None]:
         count = depth.gather(1, last)[:, 0]
         return verdict._replace(path=path[:, :-1].int(), num_accepted=count.int())
 
-    users = [module for name, module in list(sys.modules.items())
-             if name.startswith("beagle_sd") and getattr(module, "verify_tree", None) is real]
+    users = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("beagle_sd") and getattr(module, "verify_tree", None) is real
+    ]
     if not users:
         raise RuntimeError("no module of beagle_sd uses beagle_kernels.verify_tree: nothing can be replayed")
     for module in users:
@@ -100,8 +122,9 @@ def replayed(lengths: Tensor) -> Iterator[None]:
 def random_model(name: str, device: str) -> tuple[PreTrainedModel, BeagleDraft]:
     """A Llama of this shape and a draft for it, random weights: bf16 on a GPU, fp32 on a CPU."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    config = LlamaConfig(**MODELS[name], max_position_embeddings=8192, eos_token_id=None, bos_token_id=None,
-                         pad_token_id=0)
+    config = LlamaConfig(
+        **MODELS[name], max_position_embeddings=8192, eos_token_id=None, bos_token_id=None, pad_token_id=0
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -127,8 +150,10 @@ class ForwardTimer:
         self.calls: list[float] = []
         if device == "cuda":
             self.events = [torch.cuda.Event(enable_timing=True, external=True) for _ in range(2)]
-        self.handles = [module.register_forward_pre_hook(self._before, with_kwargs=True),
-                        module.register_forward_hook(self._after, with_kwargs=True)]
+        self.handles = [
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(self._after, with_kwargs=True),
+        ]
 
     def _counted(self, kwargs: dict) -> bool:
         given = kwargs.get("input_ids")
@@ -178,8 +203,13 @@ class Rounds:
             report = generate(self.model, draft, self.prompt, max_new_tokens=self.new, eos_token_id=[], **shape).report
         seconds = sum(spent for phase, spent in report.seconds.items() if phase not in ("prefill", "capture"))
         a_round = seconds / report.rounds
-        notes = {"tokens_per_round": report.tokens_per_round, "round_ms": 1e3 * a_round, "phases": report.seconds,
-                 "target_bytes": weight_bytes(self.model), "draft_bytes": weight_bytes(draft)}
+        notes = {
+            "tokens_per_round": report.tokens_per_round,
+            "round_ms": 1e3 * a_round,
+            "phases": report.seconds,
+            "target_bytes": weight_bytes(self.model),
+            "draft_bytes": weight_bytes(draft),
+        }
         try:
             forward = timer.seconds()
             notes |= {"target_forward_ms": 1e3 * forward, "share_beside_target": 1 - forward / a_round}
@@ -204,8 +234,13 @@ class Rounds:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
-            self.model.generate(self.prompt, attention_mask=torch.ones_like(self.prompt), do_sample=False,
-                                min_new_tokens=new, max_new_tokens=new)
+            self.model.generate(
+                self.prompt,
+                attention_mask=torch.ones_like(self.prompt),
+                do_sample=False,
+                min_new_tokens=new,
+                max_new_tokens=new,
+            )
             if self.device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
@@ -222,10 +257,16 @@ class Rounds:
         expected = float(self.lengths.double().mean()) + 1
         assert abs(promised - expected) < 0.35 * expected, f"{promised:.2f} tokens a round, {expected:.2f} replayed"
         if self.model.dtype == torch.float32:
-            speculative = generate(self.model, self.draft, self.prompt, max_new_tokens=new, eos_token_id=[],
-                                   **vars(self.tree)).sequences
-            plain = self.model.generate(self.prompt, attention_mask=torch.ones_like(self.prompt), do_sample=False,
-                                        min_new_tokens=new, max_new_tokens=new)
+            speculative = generate(
+                self.model, self.draft, self.prompt, max_new_tokens=new, eos_token_id=[], **vars(self.tree)
+            ).sequences
+            plain = self.model.generate(
+                self.prompt,
+                attention_mask=torch.ones_like(self.prompt),
+                do_sample=False,
+                min_new_tokens=new,
+                max_new_tokens=new,
+            )
             assert torch.equal(speculative, plain), "speculative decoding gives another text than target.generate"
 
     def notes(self, name: str) -> dict:
@@ -251,10 +292,16 @@ def of_model(name: str, model, draft, batch: int, cached: int, new: int, tree: T
         peers["target.generate"] = rounds.transformers
     kind = f"{name} random {str(model.dtype)[6:]}"
     return Case(
-        f"decode round, replayed: {kind}, batch {batch}, {cached} cached, {tree.num_nodes} nodes", peers, rounds.check,
-        rounds=2 if plot else 3, device=model.device.type, clock="own", notes=rounds.notes,
+        f"decode round, replayed: {kind}, batch {batch}, {cached} cached, {tree.num_nodes} nodes",
+        peers,
+        rounds.check,
+        rounds=2 if plot else 3,
+        device=model.device.type,
+        clock="own",
+        notes=rounds.notes,
         data="random weights, replayed acceptance",
-        work={"token": float(batch * (new - 1))}, series="decode round",
+        work={"token": float(batch * (new - 1))},
+        series="decode round",
         at={"model": kind, "batch": batch, "cached": cached, "nodes": tree.num_nodes},
     )
 
@@ -275,8 +322,11 @@ def real_trees() -> Iterator[Case]:
 
 def of_real(model: PreTrainedModel, draft: BeagleDraft, prompt: Tensor, nodes: int, new: int, plain: Tensor) -> Case:
     found: dict[str, dict] = {}
-    shapes = {"beagle": TreeShape(min(4, nodes - 1), max(2, nodes // 3), nodes),
-              "beagle chain": TreeShape(nodes - 1, 1, nodes), "beagle plain": TreeShape(1, 1, 1)}
+    shapes = {
+        "beagle": TreeShape(min(4, nodes - 1), max(2, nodes // 3), nodes),
+        "beagle chain": TreeShape(nodes - 1, 1, nodes),
+        "beagle plain": TreeShape(1, 1, 1),
+    }
 
     def run(name: str) -> float:
         report = answer(name).report
@@ -292,10 +342,17 @@ def of_real(model: PreTrainedModel, draft: BeagleDraft, prompt: Tensor, nodes: i
         assert same, f"{name} gives another text than plain decoding"
 
     return Case(
-        f"whole answer, SmolLM2-135M float32, {nodes} nodes", {name: lambda name=name: run(name) for name in shapes},
-        lambda: check_peer("beagle"), check_peer=check_peer, rounds=2, clock="own",
-        notes=lambda name: found.get(name, {}), work={"token": float(new - 1)},
-        data="a real prompt, the bundled draft", series="whole answer", at={"nodes": nodes},
+        f"whole answer, SmolLM2-135M float32, {nodes} nodes",
+        {name: lambda name=name: run(name) for name in shapes},
+        lambda: check_peer("beagle"),
+        check_peer=check_peer,
+        rounds=2,
+        clock="own",
+        notes=lambda name: found.get(name, {}),
+        work={"token": float(new - 1)},
+        data="a real prompt, the bundled draft",
+        series="whole answer",
+        at={"nodes": nodes},
     )
 
 

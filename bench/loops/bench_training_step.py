@@ -40,8 +40,14 @@ class Setting:
         rows, width, inner, heads, key_heads, vocab, reduced = shape
         torch.manual_seed(0)
         config = AutoConfig.for_model(
-            "llama", hidden_size=width, intermediate_size=inner, num_attention_heads=heads, vocab_size=vocab,
-            num_key_value_heads=key_heads, num_hidden_layers=1, max_position_embeddings=rows,
+            "llama",
+            hidden_size=width,
+            intermediate_size=inner,
+            num_attention_heads=heads,
+            vocab_size=vocab,
+            num_key_value_heads=key_heads,
+            num_hidden_layers=1,
+            max_position_embeddings=rows,
         )
         target = AutoModelForCausalLM.from_config(config).to(device)
         self.draft = BeagleDraft.from_target(target, torch.arange(reduced))
@@ -151,8 +157,13 @@ def by_steps(setting: Setting) -> Case:
         name: setting.step(partial(setting.one_pass, steps), [setting.weights(simulated=True, window=steps)], True)
         for name, steps in (("beagle", setting.window), ("1 step", 1), ("3 steps", 3), ("10 steps", 10))
     }
-    return _case(setting, f"training step, {setting.window} simulated steps", peers, lambda: _finite(peers),
-                 bounds=tuple(peers)[1:])
+    return _case(
+        setting,
+        f"training step, {setting.window} simulated steps",
+        peers,
+        lambda: _finite(peers),
+        bounds=tuple(peers)[1:],
+    )
 
 
 def one_step(setting: Setting) -> Case:

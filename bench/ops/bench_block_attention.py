@@ -89,10 +89,18 @@ def of_inputs(inputs: list[tuple], backward: bool, beside_flex: bool = False) ->
     direction = "backward" if backward else "forward"
     name = f"block_attention {direction} {rows} x {hq}/{hkv} x {d} {str(dtype)[6:]}"
     return Case(
-        name + ", beside FlexAttention" * beside_flex, run, lambda: check_peer("beagle"), bounds=bounds, device=device,
-        check_peer=check_peer, rounds=15 if rows <= 2048 else 5, inputs=[(0,), (1,)] if backward else inputs,
-        work={"flop": 4.0 * d * hq * pairs * (2.5 if backward else 1)}, data="normal random, near keys raised",
-        series="" if beside_flex else f"block_attention {direction}", at={"rows": rows, "heads": f"{hq}/{hkv} x {d}"},
+        name + ", beside FlexAttention" * beside_flex,
+        run,
+        lambda: check_peer("beagle"),
+        bounds=bounds,
+        device=device,
+        check_peer=check_peer,
+        rounds=15 if rows <= 2048 else 5,
+        inputs=[(0,), (1,)] if backward else inputs,
+        work={"flop": 4.0 * d * hq * pairs * (2.5 if backward else 1)},
+        data="normal random, near keys raised",
+        series="" if beside_flex else f"block_attention {direction}",
+        at={"rows": rows, "heads": f"{hq}/{hkv} x {d}"},
     )
 
 

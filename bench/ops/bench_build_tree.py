@@ -21,8 +21,10 @@ def candidates(batch: int, depth: int, branch: int) -> tuple[torch.Tensor, ...]:
     first = -1
     level_scores = torch.zeros(batch, 1)
     for level in range(depth):
-        parent = torch.zeros(branch, dtype=torch.int64) - 1 if level == 0 else (
-            torch.arange(branch).repeat_interleave(branch) + first
+        parent = (
+            torch.zeros(branch, dtype=torch.int64) - 1
+            if level == 0
+            else (torch.arange(branch).repeat_interleave(branch) + first)
         )
         above = level_scores[:, :1].expand(-1, branch) if level == 0 else level_scores.repeat_interleave(branch, 1)
         score = above - torch.rand(batch, len(parent)) * 3
@@ -79,8 +81,16 @@ def of_inputs(inputs: tuple, chosen: torch.Tensor) -> Case:
 
     peers = {"beagle": lambda: both("auto"), "PyTorch": lambda: both("reference"), "EAGLE-2 on the host": on_host}
     name = f"build_tree + accept_tree {batch} x {inputs[1].shape[1]} candidates, {nodes} nodes"
-    return Case(name, peers, check, rounds=50, device=chosen.device.type, check_peer=check_peer,
-                series="build_tree + accept_tree", at={"batch": batch, "nodes": nodes})
+    return Case(
+        name,
+        peers,
+        check,
+        rounds=50,
+        device=chosen.device.type,
+        check_peer=check_peer,
+        series="build_tree + accept_tree",
+        at={"batch": batch, "nodes": nodes},
+    )
 
 
 @pytest.mark.parametrize("case, peer", parameters(list(cases())), ids=label)

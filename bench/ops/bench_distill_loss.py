@@ -67,7 +67,8 @@ def without_weights():
 def losses(device: str) -> dict[str, Any]:
     """Callables by name, or the reason why one is left out."""
     return {
-        "beagle": distill_loss, "eager": naive,
+        "beagle": distill_loss,
+        "eager": naive,
         "Liger, cross-entropy alone": or_reason(liger.why_not(device), without_weights),
         "torch.compile": torch.compile(naive) if device == "cuda" else "compiled on a GPU only",
     }
@@ -105,9 +106,14 @@ def of_inputs(inputs: list[tuple]) -> Case:
 
     peers: dict[str, Any] = {name: loss if isinstance(loss, str) else run(loss) for name, loss in found.items()}
     return Case(
-        f"distill_loss {rows} x {width}, {vocab} tokens, {student.dtype}", peers,
-        lambda: check("beagle", found["beagle"], *few), check_peer=lambda name: check(name, found[name], *few),
-        rounds=5, device=device.type, inputs=inputs, work={"flop": 6.0 * rows * width * vocab},
+        f"distill_loss {rows} x {width}, {vocab} tokens, {student.dtype}",
+        peers,
+        lambda: check("beagle", found["beagle"], *few),
+        check_peer=lambda name: check(name, found[name], *few),
+        rounds=5,
+        device=device.type,
+        inputs=inputs,
+        work={"flop": 6.0 * rows * width * vocab},
         notes=lambda name: {"peak_bytes": peak_memory(lambda: peers[name](*inputs[0]), device)},
     )
 
@@ -137,8 +143,15 @@ def compared_memory(rows: int, width: int, vocab: int, few: int | None = None) -
     else:
         one, two = (peak(naive, count, count) for count in (few, 2 * few))
         eager = two + (two - one) // few * (rows - 2 * few)
-    return {"rows": rows, "width": width, "vocab": vocab, "beagle_peak_bytes": ours, "eager_peak_bytes": eager,
-            "eager_reckoned_from_rows": few and 2 * few, "ratio": round(ours / eager, 4)}
+    return {
+        "rows": rows,
+        "width": width,
+        "vocab": vocab,
+        "beagle_peak_bytes": ours,
+        "eager_peak_bytes": eager,
+        "eager_reckoned_from_rows": few and 2 * few,
+        "ratio": round(ours / eager, 4),
+    }
 
 
 if __name__ == "__main__":

@@ -53,8 +53,14 @@ def of_inputs(inputs: list[tuple]) -> Case:
     moved = sum(x.numel() * x.element_size() for x in inputs[0])
     return Case(
         f"extend_attention {rows} x {hq}/{hkv} x {d}, {m} keys, {str(dtype)[6:]}",
-        {name: both_ways(backend) for name, backend in BACKENDS.items()}, check, rounds=30, inputs=inputs,
-        device=out.device.type, work={"byte": 3.0 * moved}, series="extend_attention", at={"rows": rows, "keys": m},
+        {name: both_ways(backend) for name, backend in BACKENDS.items()},
+        check,
+        rounds=30,
+        inputs=inputs,
+        device=out.device.type,
+        work={"byte": 3.0 * moved},
+        series="extend_attention",
+        at={"rows": rows, "keys": m},
     )
 
 

@@ -64,10 +64,17 @@ def of_weights(weights: list[Tensor], x: Tensor) -> Case:
     outputs, inputs = weights[0].shape
     dtype = str(x.dtype)[6:]
     return Case(
-        f"skinny_linear {len(x)} x {inputs} to {outputs} {dtype}, {len(weights)} weights", peers, check,
-        bounds=("reading the weight",), rounds=9, series="skinny_linear", at={"rows": len(x), "dtype": dtype},
-        work={"byte": float(sum(weight.nbytes for weight in weights)),
-              "flop": 2.0 * len(x) * outputs * inputs * len(weights)},
+        f"skinny_linear {len(x)} x {inputs} to {outputs} {dtype}, {len(weights)} weights",
+        peers,
+        check,
+        bounds=("reading the weight",),
+        rounds=9,
+        series="skinny_linear",
+        at={"rows": len(x), "dtype": dtype},
+        work={
+            "byte": float(sum(weight.nbytes for weight in weights)),
+            "flop": 2.0 * len(x) * outputs * inputs * len(weights),
+        },
     )
 
 

@@ -46,8 +46,11 @@ def of_logits(name: str, z: torch.Tensor, k: int, sampling: Sampling) -> Case:
 
     return Case(
         f"top_candidates {name} {rows} x {vocab}, {k} best, {str(z.dtype)[6:]}",
-        {"beagle": lambda: top_candidates(z, k, positions, sampling), "log_softmax + topk": composed,
-         "amax": lambda: z.amax(-1)},
+        {
+            "beagle": lambda: top_candidates(z, k, positions, sampling),
+            "log_softmax + topk": composed,
+            "amax": lambda: z.amax(-1),
+        },
         check,
         bounds=("amax",),
         rounds=9,

@@ -96,10 +96,17 @@ def of_inputs(inputs: list[tuple], mask: torch.Tensor, prefix: int) -> Case:
 
     cache = 2.0 * k.numel() * k.element_size()
     return Case(
-        f"tree_attention {batch} x {nodes} nodes, {prefix} keys, {hq}/{hkv} x {d} {str(dtype)[6:]}", peers,
-        lambda: check_peer("beagle"), inputs=inputs, device=q.device.type, check_peer=check_peer, rounds=30,
-        data="normal random, tree slots raised", work={"byte": cache, "flop": 4.0 * batch * nodes * hq * d * prefix},
-        series="tree_attention", at={"batch": batch, "nodes": nodes, "keys": prefix, "heads": f"{hq}/{hkv} x {d}"},
+        f"tree_attention {batch} x {nodes} nodes, {prefix} keys, {hq}/{hkv} x {d} {str(dtype)[6:]}",
+        peers,
+        lambda: check_peer("beagle"),
+        inputs=inputs,
+        device=q.device.type,
+        check_peer=check_peer,
+        rounds=30,
+        data="normal random, tree slots raised",
+        work={"byte": cache, "flop": 4.0 * batch * nodes * hq * d * prefix},
+        series="tree_attention",
+        at={"batch": batch, "nodes": nodes, "keys": prefix, "heads": f"{hq}/{hkv} x {d}"},
     )
 
 

@@ -65,9 +65,7 @@ def of_logits(logits: torch.Tensor, tree: DraftTree, sampling: Sampling, data: s
 
     if not sampling.temperature.any():
         mode = "greedy"
-        peers["EAGLE-2 on the host"] = lambda: [
-            eagle2_tree.greedy(*row) for row in zip(hosts, logits.argmax(-1))
-        ]
+        peers["EAGLE-2 on the host"] = lambda: [eagle2_tree.greedy(*row) for row in zip(hosts, logits.argmax(-1))]
         peers |= {"SGLang": by_sglang(False), "amax": lambda: logits.amax(-1)}
     elif (sampling.top_p == 1).all():
         mode = "sampled"
@@ -81,9 +79,15 @@ def of_logits(logits: torch.Tensor, tree: DraftTree, sampling: Sampling, data: s
         peers["top-p + EAGLE-2 on the host"] = lambda: [eagle2_tree.greedy(*row) for row in zip(hosts, nucleus())]
     dtype = str(logits.dtype)[6:]
     return Case(
-        f"verify_tree {mode} {batch} x {nodes} x {vocab} {dtype}", peers, lambda: same_as_truth(verify_tree, *args),
-        bounds=("amax",), rounds=15 if mode == "greedy" else 5, device=device, data=data,
-        work={"byte": float(logits.numel() * logits.element_size())}, check_peer=check_peer,
+        f"verify_tree {mode} {batch} x {nodes} x {vocab} {dtype}",
+        peers,
+        lambda: same_as_truth(verify_tree, *args),
+        bounds=("amax",),
+        rounds=15 if mode == "greedy" else 5,
+        device=device,
+        data=data,
+        work={"byte": float(logits.numel() * logits.element_size())},
+        check_peer=check_peer,
         series=f"verify_tree {mode}" if data == "normal random" else "",
         at={"batch": batch, "nodes": nodes, "vocabulary": vocab, "type": dtype},
     )

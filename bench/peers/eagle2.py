@@ -51,12 +51,18 @@ def states_before(states: Tensor, first: Tensor) -> Tensor:
 
 
 def eagle_states(
-    draft: EagleDraft, batch: Batch, keys_of: Tensor, window: int, offset: Tensor, *, simulated: bool,
+    draft: EagleDraft,
+    batch: Batch,
+    keys_of: Tensor,
+    window: int,
+    offset: Tensor,
+    *,
+    simulated: bool,
     detach_states: bool = False,
 ) -> Tensor:
     """Draft states [T, d], as `beagle_sd.training.objective.draft_states` has them of a Beagle draft. simulated: row
-    s + m of a window that starts at s pools the draft state of row s + m - 1, and row s the true state; costs `window` passes
-    of attention. Otherwise every row pools the true state, whatever the window."""
+    s + m of a window that starts at s pools the draft state of row s + m - 1, and row s the true state; costs `window`
+    passes of attention. Otherwise every row pools the true state, whatever the window."""
     embedded = draft.embed(batch.tokens)
     before = states_before(keys_of, batch.cu_seqlens[:-1].long())
     x = draft.pooled(embedded, before)
@@ -82,8 +88,14 @@ def eagle_states(
 
 
 def propose(
-    draft: EagleDraft, cache: DraftCache, lengths: Tensor, root: Tensor, before: Tensor, sampling: Sampling,
-    depth: int, branch: int,
+    draft: EagleDraft,
+    cache: DraftCache,
+    lengths: Tensor,
+    root: Tensor,
+    before: Tensor,
+    sampling: Sampling,
+    depth: int,
+    branch: int,
 ) -> Candidates:
     """`depth` levels of candidates below root [B], as `beagle_sd.decoding.drafting.propose`; before [B, d] is the
     target's state at position lengths[b] - 1, and the cache holds the pairs below lengths[b]."""
@@ -107,8 +119,13 @@ def propose(
         queries = draft.queries(x.flatten(0, 1), position.flatten()).unflatten(0, tokens.shape)
         attended = tree_attention(queries, cache.keys[:, :, :limit], cache.values[:, :, :limit], lengths, visible)
         state = draft.block(x, attended)
-        child, gain = top_candidates(draft.logits(state.flatten(0, 1)), branch, (position + 1).flatten(),
-                                     sampling.repeat(width), token_ids=draft.draft_vocab)
+        child, gain = top_candidates(
+            draft.logits(state.flatten(0, 1)),
+            branch,
+            (position + 1).flatten(),
+            sampling.repeat(width),
+            token_ids=draft.draft_vocab,
+        )
         total = score[:, :, None] + gain.view(batch, width, branch).clamp(max=0.0)
         first = sum(part.tokens.shape[1] for part in found)
         parents = number[:, :, None].expand(-1, -1, branch).to(torch.int32)

@@ -66,8 +66,11 @@ def sampled(tree: HostTree, probability: Tensor) -> tuple[int, int]:
     node, accepted = 0, 0
     while True:
         law = probability[node].clone()
-        children = [int(tree.paths[row, accepted + 1]) for row in range(len(tree.paths))
-                    if accepted + 1 < tree.paths.shape[1] and tree.paths[row, accepted] == node]
+        children = [
+            int(tree.paths[row, accepted + 1])
+            for row in range(len(tree.paths))
+            if accepted + 1 < tree.paths.shape[1] and tree.paths[row, accepted] == node
+        ]
         for child in dict.fromkeys(children):
             token = int(tree.tokens[child])
             if child >= 0 and torch.rand(()).item() * float(law.sum()) < float(law[token]):

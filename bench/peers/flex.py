@@ -19,8 +19,14 @@ TRIED: tuple[dict, ...] = (
     {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3},
 )
 TRIED_BACKWARD: tuple[dict, ...] = tuple(
-    {"bwd_BLOCK_M1": m, "bwd_BLOCK_N1": n, "bwd_BLOCK_M2": n, "bwd_BLOCK_N2": m, "bwd_num_warps": warps,
-     "bwd_num_stages": 3}
+    {
+        "bwd_BLOCK_M1": m,
+        "bwd_BLOCK_N1": n,
+        "bwd_BLOCK_M2": n,
+        "bwd_BLOCK_N2": m,
+        "bwd_num_warps": warps,
+        "bwd_num_stages": 3,
+    }
     for m, n, warps in ((64, 128, 8), (64, 64, 4), (32, 128, 8))
 )
 """Options that do well on data-centre GPUs, forward and backward; the default is tried too."""

@@ -15,8 +15,12 @@ RESULTS, FIGURES = ROOT / "bench" / "results", ROOT / "docs" / "figures"
 PLOTS = {
     "attention": [("block_attention forward", "rows"), ("block_attention backward", "rows")],
     "loss": [("distill_loss", "rows")],
-    "verification": [("verify_tree greedy", "vocabulary"), ("verify_tree greedy", "nodes"),
-                     ("verify_tree sampled", "vocabulary"), ("verify_tree sampled", "nodes")],
+    "verification": [
+        ("verify_tree greedy", "vocabulary"),
+        ("verify_tree greedy", "nodes"),
+        ("verify_tree sampled", "vocabulary"),
+        ("verify_tree sampled", "nodes"),
+    ],
     "tree-attention": [("tree_attention", "keys"), ("tree_attention", "batch")],
     "round": [("decode round", "cached"), ("decode round", "batch")],
     "tree-size": [("whole answer", "nodes")],
@@ -89,8 +93,13 @@ def draw(device: str, rows: list[dict], folder: Path) -> list[Path]:
                 ours = peer == "beagle"
                 place.plot(*zip(*points), marker="o", markersize=3, linewidth=2.2 if ours else 1.1, label=peer)
             tokens = figure in ("round", "tree-size")
-            place.set(xscale="log", yscale="linear" if tokens else "log", xlabel=axis, title=f"{series}\n{fixed}",
-                      ylabel="tokens a second" if tokens else "ms")
+            place.set(
+                xscale="log",
+                yscale="linear" if tokens else "log",
+                xlabel=axis,
+                title=f"{series}\n{fixed}",
+                ylabel="tokens a second" if tokens else "ms",
+            )
             place.title.set_fontsize(8)
             ticks = sorted({x for points in lines.values() for x, _ in points})
             place.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45, minor=False)

@@ -43,15 +43,26 @@ def _tokens(row: dict | None) -> str:
 def speed() -> str:
     """Seconds of whole answers on the CPU, every contender over target.generate in the same dtype; beside it the speed
     after the prefill over plain decoding in the same loop, and the same by tokens a round and calibrated costs."""
-    lines = ["| prompts | dtype, T | contender | ms a token | tokens a round | x `target.generate`, median (20%, 80%) "
-             "| 95% lower bound | x plain decoding (predicted) |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| prompts | dtype, T | contender | ms a token | tokens a round | x `target.generate`, median (20%, 80%) "
+        "| 95% lower bound | x plain decoding (predicted) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for measured, row in speed_rows():
-        tokens, bound, decode = (("" if row[name] is None else f"{row[name]:.2f}")
-                                 for name in ("tokens_per_round", "bound", "decode"))
+        tokens, bound, decode = (
+            ("" if row[name] is None else f"{row[name]:.2f}") for name in ("tokens_per_round", "bound", "decode")
+        )
         decode += "" if row["predicted"] is None else f" ({row['predicted']:.2f})"
-        cells = (row["prompts"], f"{measured['dtype']}, {measured['temperature']:g}", row["contender"],
-                 f"{row['ms_per_token']:.1f}", tokens, f"{row['median']:.2f} ({row['low']:.2f}, {row['high']:.2f})",
-                 bound, decode)
+        cells = (
+            row["prompts"],
+            f"{measured['dtype']}, {measured['temperature']:g}",
+            row["contender"],
+            f"{row['ms_per_token']:.1f}",
+            tokens,
+            f"{row['median']:.2f} ({row['low']:.2f}, {row['high']:.2f})",
+            bound,
+            decode,
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -118,8 +129,10 @@ def gpu_rows() -> list[dict]:
 
 def gpu() -> str:
     """Every op on the GPU beside its fastest peer, with its share of the limits measured in the same run."""
-    head = ["| op and shape | ours, µs | share of copy | share of matmul | fastest peer | ratio | bound, µs |",
-            "|---|---|---|---|---|---|---|"]
+    head = [
+        "| op and shape | ours, µs | share of copy | share of matmul | fastest peer | ratio | bound, µs |",
+        "|---|---|---|---|---|---|---|",
+    ]
     lines = []
     for group, rows in grouped(gpu_rows()).items():
         if any("error" in row for row in rows):
@@ -163,8 +176,12 @@ def _registers(row: dict) -> str:
 
 PAPER = {
     # target -> method -> tokens a second, speedup, tokens a round, peak GB (arXiv 2505.24544, table 1, MT-Bench)
-    "Vicuna-7B": {"plain": (35.2, 1.0, 1.0, 13.7), "Medusa": (71.2, 2.0, 2.1, 15.0), "EAGLE-2": (103.4, 2.9, 4.0, 14.5),
-                  "Beagle": (104.6, 3.0, 4.1, 13.5)},
+    "Vicuna-7B": {
+        "plain": (35.2, 1.0, 1.0, 13.7),
+        "Medusa": (71.2, 2.0, 2.1, 15.0),
+        "EAGLE-2": (103.4, 2.9, 4.0, 14.5),
+        "Beagle": (104.6, 3.0, 4.1, 13.5),
+    },
     "LLaMA-2-7B": {"EAGLE-2": (104.9, 3.0, 4.0, 15.5), "Beagle": (106.2, 3.0, 4.1, 13.5)},
     "LLaMA-3-8B": {"EAGLE-2": (80.2, 2.5, 3.6, 17.8), "Beagle": (79.2, 2.5, 3.5, 15.7)},
 }
@@ -172,17 +189,28 @@ PAPER = {
 
 def paper() -> str:
     """The paper's table 1 on MT-Bench, beside whole answers on the CPU and whole rounds on a GPU."""
-    lines = ["| where | target | method | tokens/s | speedup | tokens a round | peak GB |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| where | target | method | tokens/s | speedup | tokens a round | peak GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for target, methods in PAPER.items():
-        lines += [f"| the paper, A6000 Ada | {target} | {method} | " + " | ".join(f"{x:.1f}" for x in numbers) + " |"
-                  for method, numbers in methods.items()]
+        lines += [
+            f"| the paper, A6000 Ada | {target} | {method} | " + " | ".join(f"{x:.1f}" for x in numbers) + " |"
+            for method, numbers in methods.items()
+        ]
     for measured, row in speed_rows():
         if row["prompts"] != "mt-bench" or measured["temperature"] != 0:
             continue
         tokens = "" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.1f}"
-        cells = (f"{measured['threads']} CPU threads, {row['prompts']}", f"{measured['target']} {measured['dtype']}",
-                 row["contender"], f"{1e3 / row['ms_per_token']:.1f}", f"{row['median']:.2f}", tokens, _peak(row))
+        cells = (
+            f"{measured['threads']} CPU threads, {row['prompts']}",
+            f"{measured['target']} {measured['dtype']}",
+            row["contender"],
+            f"{1e3 / row['ms_per_token']:.1f}",
+            f"{row['median']:.2f}",
+            tokens,
+            _peak(row),
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *_rounds()])
 
@@ -198,9 +226,15 @@ def _rounds() -> list[str]:
         base = next((row["p50"] for row in rows if row["peer"] == "target.generate"), None)
         for row in rows:
             name = f"{row['peer']}{', replayed acceptance' if row['acceptance'] == 'replayed' else ''}"
-            cells = (record["environment"]["gpu"], f"{row['at']['model']}, batch {row['at']['batch']}", name,
-                     f"{row['token/s']:.1f}", f"{base / row['p50']:.2f}" if base else "not measured",
-                     f"{row['tokens_per_round']:.1f}", _peak(row))
+            cells = (
+                record["environment"]["gpu"],
+                f"{row['at']['model']}, batch {row['at']['batch']}",
+                name,
+                f"{row['token/s']:.1f}",
+                f"{base / row['p50']:.2f}" if base else "not measured",
+                f"{row['tokens_per_round']:.1f}",
+                _peak(row),
+            )
             lines.append("| " + " | ".join(cells) + " |")
     return lines or ["| a GPU | 8B-shaped random bfloat16 | Beagle, replayed acceptance | not measured |  |  |  |"]
 
@@ -212,8 +246,11 @@ def _peak(row: dict) -> str:
 
 def speedup() -> str:
     """Of the adaptive tree over target.generate, greedy: the medians of the sets of prompts, lowest and highest."""
-    found = sorted(row["median"] for measured, row in speed_rows()
-                   if row["contender"] == "beagle, adaptive tree" and measured["temperature"] == 0)
+    found = sorted(
+        row["median"]
+        for measured, row in speed_rows()
+        if row["contender"] == "beagle, adaptive tree" and measured["temperature"] == 0
+    )
     return f"{found[0]:.1f} to {found[-1]:.1f}"
 
 
@@ -253,13 +290,24 @@ def _head_size(entry: dict) -> int:
     return entry["head_size"]
 
 
-MEASURED = {"acceptance": acceptance, "speed": speed, "lossless": lossless, "ops": ops, "gpu": gpu,
-          "compiled": compiled, "paper": paper, **REPRODUCTION, "speedup": speedup, "simulation": simulation,
-          "literal_simulation": literal_simulation}
+MEASURED = {
+    "acceptance": acceptance,
+    "speed": speed,
+    "lossless": lossless,
+    "ops": ops,
+    "gpu": gpu,
+    "compiled": compiled,
+    "paper": paper,
+    **REPRODUCTION,
+    "speedup": speedup,
+    "simulation": simulation,
+    "literal_simulation": literal_simulation,
+}
 
 
 def filled(page: str) -> str:
     """The page with every table, and every figure in a sentence, between its marks made anew."""
+
     def measured(match: re.Match) -> str:
         name, line = match.groups()
         if name not in MEASURED:

@@ -73,9 +73,15 @@ class Check(NamedTuple):
     @classmethod
     def start(cls, name: str, device: str) -> Check:
         said, wrong = (tempfile.TemporaryFile("w+", errors="replace") for _ in range(2))
-        process = subprocess.Popen([*COMMAND, "--here", "--device", device, name], cwd=ROOT, stdout=said,
-                                   stderr=wrong, stdin=subprocess.DEVNULL, start_new_session=True,
-                                   env=os.environ | {"PYTHONFAULTHANDLER": "1"})
+        process = subprocess.Popen(
+            [*COMMAND, "--here", "--device", device, name],
+            cwd=ROOT,
+            stdout=said,
+            stderr=wrong,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+        )
         guard = ExitStack()
         guard.enter_context(watched(process))
         return cls(name, process, guard, said, wrong, time.monotonic())

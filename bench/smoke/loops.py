@@ -28,9 +28,19 @@ APART = 2.0**-8
 def models(device: str, layers: int = 2) -> tuple[LlamaForCausalLM, LlamaForCausalLM, BeagleDraft]:
     """A random target on the host and on the device, and a draft for the latter that often agrees with it."""
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=192, num_hidden_layers=layers, num_attention_heads=3, num_key_value_heads=1,
-                         intermediate_size=384, vocab_size=VOCAB, max_position_embeddings=2048, bos_token_id=None,
-                         eos_token_id=None, pad_token_id=0, tie_word_embeddings=True)
+    config = LlamaConfig(
+        hidden_size=192,
+        num_hidden_layers=layers,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        intermediate_size=384,
+        vocab_size=VOCAB,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
     host = LlamaForCausalLM(config).eval()
     host.get_input_embeddings().weight.data.mul_(32)
     target = copy.deepcopy(host).to(device)
@@ -52,8 +62,10 @@ def rounds(device: str, page_size: int | None) -> str:
     for shape, temperature in (((6, 10, 60), 0.0), ((6, 10, 60), 1.0), ((4, 1, 5), 0.7), ((), 0.0)):
         want = generate(host, None, ids, temperature=temperature, **options).sequences[:, 40:].tolist()
         more = options | dict(zip(("depth", "branch", "num_nodes"), shape)) | {"temperature": temperature}
-        made = [generate(target, draft if shape else None, ids.to(device), graph=graph, page_size=page_size, **more)
-                for graph in ((None, False) if device == "cuda" else (False,))]
+        made = [
+            generate(target, draft if shape else None, ids.to(device), graph=graph, page_size=page_size, **more)
+            for graph in ((None, False) if device == "cuda" else (False,))
+        ]
         assert all(torch.equal(one.sequences, made[0].sequences) for one in made), f"captured is not eager: {shape}"
         assert ("capture" in made[0].report.seconds) == (device == "cuda")
         for row, found in enumerate(made[0].sequences[:, 40:].tolist()):
@@ -71,8 +83,11 @@ def answers(device: str) -> None:
     asked = [Request(n, torch.randint(VOCAB, (5 + n,)).tolist(), (0.0, 0.7, 1.0)[n % 3]) for n in range(12)]
     for dtype in (torch.float32, torch.bfloat16):
         captured, eager = (
-            sorted(write_answers(model.to(dtype), asked, end=-1, batch=8, max_new_tokens=NEW, graph=graph),
-                   key=lambda one: one.index) for graph in (True, False)
+            sorted(
+                write_answers(model.to(dtype), asked, end=-1, batch=8, max_new_tokens=NEW, graph=graph),
+                key=lambda one: one.index,
+            )
+            for graph in (True, False)
         )
         for request, one, other in zip(asked, captured, eager, strict=True):
             found, again = ([*each.tokens.tolist(), each.final_token] for each in (one, other))
@@ -80,8 +95,19 @@ def answers(device: str) -> None:
             assert len(found) == len(request.ids) + NEW and one.states.isfinite().all()
             if dtype == torch.float32:
                 seed, heat = seed_of(0, request), request.temperature
-                want = generate(host, None, torch.tensor([request.ids]), max_new_tokens=NEW, eos_token_id=[],
-                                temperature=heat, seed=torch.tensor([seed])).sequences[0].tolist()
+                want = (
+                    generate(
+                        host,
+                        None,
+                        torch.tensor([request.ids]),
+                        max_new_tokens=NEW,
+                        eos_token_id=[],
+                        temperature=heat,
+                        seed=torch.tensor([seed]),
+                    )
+                    .sequences[0]
+                    .tolist()
+                )
                 same_text(host, request.ids, found, want, heat, seed)
 
 

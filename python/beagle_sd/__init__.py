@@ -16,7 +16,16 @@ from beagle_sd.models.head import UnsupportedTarget
 from beagle_sd.models.loading import load_bundled
 
 __all__ = [
-    "AdaptiveTree", "BeagleConfig", "BeagleDraft", "Engine", "Generated", "GraphError", "Report", "UnsupportedTarget",
+    "AdaptiveTree",
+    "BeagleConfig",
+    "BeagleDraft",
+    "Engine",
+    "Generated",
+    "GraphError",
+    "Report",
+    "UnsupportedTarget",
     "adaptive_tree",
-    "custom_generate", "generate", "load_bundled",
+    "custom_generate",
+    "generate",
+    "load_bundled",
 ]

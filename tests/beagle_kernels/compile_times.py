@@ -65,8 +65,10 @@ def main(words: list[str]) -> None:
         alone.append(sum(seconds[one] for one in needed))
         shared.append(sum(new.values()))
         print(f"{len(needed):3} kernels {alone[-1]:6.1f} s, {len(new):3} of them new: {name}", flush=True)
-    print(f"{len(seconds)} kernels in {sum(seconds.values()):.0f} s; of {WORKERS} workers the busiest "
-          f"{busiest(shared):.0f} s; with nothing shared {sum(alone):.0f} s in all, the busiest {busiest(alone):.0f} s")
+    print(
+        f"{len(seconds)} kernels in {sum(seconds.values()):.0f} s; of {WORKERS} workers the busiest "
+        f"{busiest(shared):.0f} s; with nothing shared {sum(alone):.0f} s in all, the busiest {busiest(alone):.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -117,8 +117,10 @@ def check_extend_attention(device: str, rounds: int, backend: str) -> int:
     for seed in range(rounds):
         pick = torch.Generator().manual_seed(seed)
         rows, m = (int(one_of(pick, values, (), torch.int64)) for values in ([1, 6, 33], [0, 1, 4]))
-        clean = [torch.randn(shape, generator=pick)
-                 for shape in ((rows, 4, 16), (rows, 4), (rows, 4, 16), (rows, m, 2, 16), (rows, m, 2, 16))]
+        clean = [
+            torch.randn(shape, generator=pick)
+            for shape in ((rows, 4, 16), (rows, 4), (rows, 4, 16), (rows, m, 2, 16), (rows, m, 2, 16))
+        ]
         clean[1][torch.rand(rows, 4, generator=pick) < 0.3] = -torch.inf
         bad, which = int(torch.randint(rows, (), generator=pick)), seed % 5
         spoiled = [x.clone() for x in clean]

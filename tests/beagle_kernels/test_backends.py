@@ -37,7 +37,8 @@ def driver(monkeypatch):
 def test_auto_takes_cuda_only_on_a_device_that_the_binary_can_serve(driver):
     for _ in range(3):
         assert [backends.resolve("choose_tokens", "auto", device, torch.float32) for device in CUDA] == [
-            "reference", "cuda",
+            "reference",
+            "cuda",
         ]
         assert [backends.resolve("build_tree", "auto", device) for device in CUDA] == ["reference", "cuda"]
     assert driver == [0, 1], "each device is asked once, whatever the op"
@@ -61,9 +62,14 @@ def test_the_report_gives_the_reason(driver, capsys):
 
 
 def test_the_report_on_a_machine_with_such_a_card(driver, monkeypatch, capsys):
-    for name, fake in {"device_count": lambda: 1, "is_available": lambda: True, "current_device": lambda: 0,
-                       "get_device_name": lambda index: "Tesla T4", "get_device_capability": lambda index: (7, 5),
-                       "device": lambda index: torch.no_grad()}.items():
+    for name, fake in {
+        "device_count": lambda: 1,
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "get_device_name": lambda index: "Tesla T4",
+        "get_device_capability": lambda index: (7, 5),
+        "device": lambda index: torch.no_grad(),
+    }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     main()
     told = capsys.readouterr().out.split("Ops on cuda")[1]

@@ -10,7 +10,13 @@ from beagle_kernels import build_tree
 from beagle_kernels.reference.build_tree import pack, unpack
 
 SHAPES = [
-    (1, 0, 1, 1), (2, 5, 1, 1), (3, 30, 10, 4), (4, 70, 64, 6), (3, 100, 65, 9), (2, 150, 200, 5), (2, 300, 129, 40),
+    (1, 0, 1, 1),
+    (2, 5, 1, 1),
+    (3, 30, 10, 4),
+    (4, 70, 64, 6),
+    (3, 100, 65, 9),
+    (2, 150, 200, 5),
+    (2, 300, 129, 40),
 ]
 
 
@@ -19,9 +25,7 @@ def test_equals_a_plain_loop(batch, count, num_nodes, max_depth):
     root, tokens, scores, parents = random_candidates(batch, count, max_depth, seed=count)
     tree = build_tree(root, tokens, scores, parents, num_nodes, max_depth)
     for row in range(batch):
-        want = loop_build(
-            int(root[row]), tokens[row].tolist(), scores[row].tolist(), parents[row].tolist(), num_nodes
-        )
+        want = loop_build(int(root[row]), tokens[row].tolist(), scores[row].tolist(), parents[row].tolist(), num_nodes)
         size = int(tree.size[row])
         assert size == len(want[0])
         assert tree.tokens[row, :size].tolist() == want[0]

@@ -111,8 +111,10 @@ def test_hostile_candidates_give_a_sound_tree_or_none(seed, batch, count, nodes,
     upper = torch.arange(count) if seed % 5 else torch.full((count,), count + 3)
     parents = (torch.rand(batch, count, generator=pick) * (upper + 1)).floor().int() - 1
     root = one_of(pick, [0, 7, INT64, -1], (batch,), torch.int64)
-    trees = [bk.build_tree(root, tokens, scores, parents, nodes, max_depth, backend=name)
-             for name in backends_of("build_tree")]
+    trees = [
+        bk.build_tree(root, tokens, scores, parents, nodes, max_depth, backend=name)
+        for name in backends_of("build_tree")
+    ]
     all_equal([tree[:5] for tree in trees])
     verdict = bk.accept_tree(trees[0], torch.zeros(batch, nodes, dtype=torch.int64))
     assert (((verdict.status & STATUS_BAD_TREE) > 0) == (trees[0].size == 0)).all()

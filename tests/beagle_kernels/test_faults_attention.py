@@ -35,7 +35,10 @@ def test_under_the_interpreter(op, rounds):
     path = os.pathsep.join(filter(None, [str(HERE), *sys.path]))
     result = subprocess.run(
         [sys.executable, "-W", "ignore::RuntimeWarning", str(HERE / "fault_cases.py"), op, str(rounds)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}, capture_output=True, text=True, timeout=400,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert int(result.stdout) == rounds
@@ -84,44 +87,69 @@ def calls(sizes: dict[str, int]) -> dict[str, Call]:
     return {
         "block_attention": (
             lambda q, k, v, offset, cu, backend: bk.block_attention(q, k, v, 3, offset, cu, backend=backend),
-            [normal(T, H, D), normal(T, K, D), normal(T, K, D), starts, bounds]),
+            [normal(T, H, D), normal(T, K, D), normal(T, K, D), starts, bounds],
+        ),
         "extend_attention": (
             bk.extend_attention,
-            [normal(R, H, D), normal(R, H), normal(R, H, D), normal(R, M, K, D), normal(R, M, K, D)]),
+            [normal(R, H, D), normal(R, H), normal(R, H, D), normal(R, M, K, D), normal(R, M, K, D)],
+        ),
         "tree_attention": (
             bk.tree_attention,
-            [normal(B, N, H, D), normal(B, K, S, D), normal(B, K, S, D), one * 3, whole(9, B, N, 1)]),
+            [normal(B, N, H, D), normal(B, K, S, D), normal(B, K, S, D), one * 3, whole(9, B, N, 1)],
+        ),
         "tree_attention, paged": (
             lambda q, k, v, lengths, mask, table, backend: bk.tree_attention(
-                q, k, v, lengths, mask, block_table=table, backend=backend),
-            [normal(B, N, H, D), normal(P, K, S, D), normal(P, K, S, D), one * 3, whole(9, B, N, 1),
-             whole(P, B, 2, dtype=torch.int32)]),
+                q, k, v, lengths, mask, block_table=table, backend=backend
+            ),
+            [
+                normal(B, N, H, D),
+                normal(P, K, S, D),
+                normal(P, K, S, D),
+                one * 3,
+                whole(9, B, N, 1),
+                whole(P, B, 2, dtype=torch.int32),
+            ],
+        ),
         "distill_loss": (bk.distill_loss, [normal(T, D), normal(T, D), normal(V, D), normal(T).abs()]),
         "choose_tokens": (
             lambda z, at, *fields, backend: bk.choose_tokens(z, at, sampling_of(*fields), backend=backend),
-            [normal(R, V), whole(99, R), *knobs(R)]),
+            [normal(R, V), whole(99, R), *knobs(R)],
+        ),
         "top_candidates": (
             lambda z, at, ids, *fields, backend: bk.top_candidates(
-                z, 3, at, sampling_of(*fields), token_ids=ids, backend=backend),
-            [normal(R, V), whole(99, R), torch.arange(V) * 2, *knobs(R)]),
+                z, 3, at, sampling_of(*fields), token_ids=ids, backend=backend
+            ),
+            [normal(R, V), whole(99, R), torch.arange(V) * 2, *knobs(R)],
+        ),
         "build_tree": (
             lambda *given, backend: bk.build_tree(*given, N, 4, backend=backend)[:5],
-            [whole(V, B), whole(V, B, M), -torch.rand(B, M, generator=pick).cumsum(1),
-             whole(1, B, M, dtype=torch.int32) - 1]),
+            [
+                whole(V, B),
+                whole(V, B, M),
+                -torch.rand(B, M, generator=pick).cumsum(1),
+                whole(1, B, M, dtype=torch.int32) - 1,
+            ],
+        ),
         "accept_tree": (
             lambda *given, backend: bk.accept_tree(DraftTree(*given[:5], max_depth=6), given[5], backend=backend),
-            [*tree, whole(3, B, N)]),
+            [*tree, whole(3, B, N)],
+        ),
         "verify_tree": (
             lambda z, at, *given, backend: bk.verify_tree(
-                z, DraftTree(*given[:5], max_depth=6), at, sampling_of(*given[5:]), backend=backend),
-            [normal(B, N, V), whole(99, B), *tree, *knobs(B)]),
+                z, DraftTree(*given[:5], max_depth=6), at, sampling_of(*given[5:]), backend=backend
+            ),
+            [normal(B, N, V), whole(99, B), *tree, *knobs(B)],
+        ),
         "verify_chain": (
             lambda p, q, drafted, at, *fields, backend: bk.verify_chain(
-                p, q, drafted, at, sampling_of(*fields), backend=backend),
-            [normal(B, M + 1, V), normal(B, M, V), whole(V, B, M), whole(99, B), *knobs(B)]),
+                p, q, drafted, at, sampling_of(*fields), backend=backend
+            ),
+            [normal(B, M + 1, V), normal(B, M, V), whole(V, B, M), whole(99, B), *knobs(B)],
+        ),
         "compact_cache_": (
             lambda cache, *given, backend: (bk.compact_cache_(cache, *given, backend=backend), cache)[1],
-            [cache, path, few, one]),
+            [cache, path, few, one],
+        ),
         "skinny_linear": (bk.skinny_linear, [normal(R, T, D), normal(V, D)]),
     }
 
@@ -149,10 +177,12 @@ def close(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 LAYOUTS = {
     "every other element": lambda x: torch.stack([x, torch.zeros_like(x)], -1)[..., 0],
-    "dimensions in reverse": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(
-        *reversed(range(x.dim()))),
+    "dimensions in reverse": lambda x: (
+        x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+    ),
     "a part of a larger tensor": lambda x: torch.nn.functional.pad(x, [1, 2] * x.dim(), value=77)[
-        tuple(slice(1, 1 + size) for size in x.shape)],
+        tuple(slice(1, 1 + size) for size in x.shape)
+    ],
 }
 
 
@@ -200,8 +230,15 @@ def test_size_zero_of_anything(op):
             refused.append(name)
         else:
             close(*outcomes)
-    assert set(refused) <= set({"build_tree": "N", "distill_loss": "VD", "accept_tree": "N", "verify_tree": "NV",
-                                "tree_attention, paged": "HKDSP"}.get(op, "HKDV"))
+    assert set(refused) <= set(
+        {
+            "build_tree": "N",
+            "distill_loss": "VD",
+            "accept_tree": "N",
+            "verify_tree": "NV",
+            "tree_attention, paged": "HKDSP",
+        }.get(op, "HKDV")
+    )
 
 
 @pytest.mark.parametrize("op", ["block_attention", "extend_attention", "distill_loss"])
@@ -215,8 +252,9 @@ def test_gradients_of_size_zero(op, size):
         assert all(x.grad is None or (x.grad.shape == x.shape and x.grad.isfinite().all()) for x in leaves)
 
 
-@pytest.mark.parametrize("name, value", [("window", 0), ("window", 2**63), ("num_nodes", 1025), ("max_depth", -1),
-                                         ("max_depth", 2**40)])
+@pytest.mark.parametrize(
+    "name, value", [("window", 0), ("window", 2**63), ("num_nodes", 1025), ("max_depth", -1), ("max_depth", 2**40)]
+)
 def test_integers_out_of_range_are_refused(name, value):
     q, starts = torch.zeros(4, 2, 8), torch.zeros(1, dtype=torch.int32)
     root, none = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 0)

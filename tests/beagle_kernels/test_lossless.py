@@ -65,8 +65,11 @@ class SiblingRejection:
         return torch.stack(tokens, 1), counts
 
 
-@pytest.mark.parametrize("verifier", [CoupledTree(), RejectionChain(), BlockChain(), SiblingRejection()],
-                         ids=lambda verifier: type(verifier).__name__)
+@pytest.mark.parametrize(
+    "verifier",
+    [CoupledTree(), RejectionChain(), BlockChain(), SiblingRejection()],
+    ids=lambda verifier: type(verifier).__name__,
+)
 def test_right_rules_pass(verifier):
     results = list(check(verifier, QUICK, texts=6000))
     assert passed(results), [result for result in results if result.p_value < 1e-3]
@@ -90,8 +93,9 @@ def test_a_small_bias_is_caught_by_the_whole_run():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verifier", [CoupledTree(), RejectionChain(), BlockChain()],
-                         ids=lambda verifier: type(verifier).__name__)
+@pytest.mark.parametrize(
+    "verifier", [CoupledTree(), RejectionChain(), BlockChain()], ids=lambda verifier: type(verifier).__name__
+)
 def test_ours_pass_every_case(verifier):
     assert passed(list(check(verifier, CASES, texts=8_000, seed=1)))
 

@@ -72,6 +72,4 @@ def test_opcheck_and_compile():
         )
     z = torch.randn(6, 40)
     compiled = torch.compile(top_candidates, fullgraph=True, backend="aot_eager")
-    assert torch.equal(
-        compiled(z, 3, torch.arange(6), sampling)[0], top_candidates(z, 3, torch.arange(6), sampling)[0]
-    )
+    assert torch.equal(compiled(z, 3, torch.arange(6), sampling)[0], top_candidates(z, 3, torch.arange(6), sampling)[0])

@@ -25,8 +25,11 @@ def check(kernel: Compiled, arch: int, matrix: bool, spills: int = 0) -> None:
 
 
 ARCHS = [80, 90, *(pytest.param(arch, marks=SLOW) for arch in (86, 100, 120))]
-BLOCK = {"block_forward": "block_attention_forward", "block_dq": "block_attention_dq",
-         "block_dkv": "block_attention_dkv"}
+BLOCK = {
+    "block_forward": "block_attention_forward",
+    "block_dq": "block_attention_dq",
+    "block_dkv": "block_attention_dkv",
+}
 """The kernel of each row of the tables, in the order of launches."""
 ON_SM_100 = {64: 64, 128: 8, 256: 0}
 """Bytes a thread that sm_100's kernels may spill, by head size: those of the tensor memory were tried least."""
@@ -154,8 +157,20 @@ def test_the_table_of_what_was_compiled(tmp_path, capsys):
         assert f"{row['registers']} registers" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("capability, row", [((7, 5), 80), ((8, 0), 80), ((8, 6), 80), ((8, 9), 80), ((9, 0), 90),
-                                             ((10, 0), 100), ((10, 3), 100), ((12, 0), 80), ((12, 1), 80)])
+@pytest.mark.parametrize(
+    "capability, row",
+    [
+        ((7, 5), 80),
+        ((8, 0), 80),
+        ((8, 6), 80),
+        ((8, 9), 80),
+        ((9, 0), 90),
+        ((10, 0), 100),
+        ((10, 3), 100),
+        ((12, 0), 80),
+        ((12, 1), 80),
+    ],
+)
 def test_a_card_takes_the_last_row_that_is_not_newer(capability, row, monkeypatch):
     """sm_120 takes sm_80's, where it has none: it has neither WGMMA nor tensor memory."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

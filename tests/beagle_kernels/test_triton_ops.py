@@ -28,7 +28,10 @@ def test_under_the_interpreter(op, dtype):
     path = os.pathsep.join(filter(None, [str(HERE), *sys.path]))
     done = subprocess.run(
         [sys.executable, "-c", f"import triton, triton_cases; triton_cases.main({op!r}, {dtype!r})"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}, capture_output=True, text=True, timeout=400,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) >= CASES[op]

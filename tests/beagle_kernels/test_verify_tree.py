@@ -79,7 +79,5 @@ def test_opcheck_and_compile():
     logits, positions = torch.randn(3, 10, 12), torch.arange(3)
     torch.library.opcheck(torch.ops.beagle.verify_tree, (logits, *tree, positions, *sampling, "reference"))
     compiled = torch.compile(verify_tree, fullgraph=True, backend="aot_eager")
-    for have, want in zip(
-        compiled(logits, tree, positions, sampling), verify_tree(logits, tree, positions, sampling)
-    ):
+    for have, want in zip(compiled(logits, tree, positions, sampling), verify_tree(logits, tree, positions, sampling)):
         assert torch.equal(have, want)

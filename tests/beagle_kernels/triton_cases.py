@@ -184,8 +184,10 @@ def check_variants(device: str, dtype: torch.dtype) -> int:
 
     gen, arch = torch.Generator().manual_seed(8), configs.architecture(torch.device(device))
     offset, cu = torch.tensor([1, 3], dtype=torch.int32, device=device), packed([40, 23]).to(device)
-    variants = [{name: name in taken for name in configs.Config._fields[4:]}
-                for taken in ((), ("tma",), ("ahead",), ("tma", "ahead"))]
+    variants = [
+        {name: name in taken for name in configs.Config._fields[4:]}
+        for taken in ((), ("tma",), ("ahead",), ("tma", "ahead"))
+    ]
     results = []
     wide = random((70, 6, 64), dtype, device, gen)
     apart = [random((70, heads, 64), dtype, device, gen) for heads in (4, 1, 1)]
@@ -217,7 +219,12 @@ def eager_extend(out, lse, q, k, v):
 def check_extend_attention(device: str, dtype: torch.dtype) -> int:
     # rows, extra keys, query heads, key heads, head size
     cases = [
-        (0, 3, 4, 1, 64), (1, 2, 4, 1, 64), (5, 0, 4, 1, 64), (17, 1, 4, 1, 64), (33, 3, 8, 1, 40), (9, 16, 4, 2, 128),
+        (0, 3, 4, 1, 64),
+        (1, 2, 4, 1, 64),
+        (5, 0, 4, 1, 64),
+        (17, 1, 4, 1, 64),
+        (33, 3, 8, 1, 40),
+        (9, 16, 4, 2, 128),
     ]
     for rows, m, hq, hkv, d in cases:
         what, gen = f"{dtype} {(rows, m, hq, hkv, d)}", torch.Generator().manual_seed(rows)

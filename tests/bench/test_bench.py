@@ -155,10 +155,14 @@ def added(op):
 
 @pytest.mark.parametrize(
     "name, op, wrong",
-    [("choose_tokens", "choose_tokens", off_by_one), ("verify_tree", "verify_tree", off_by_one),
-     ("verify_chain", "verify_chain", off_by_one), ("build_tree", "accept_tree", off_by_one),
-     ("compact_cache", "compact_cache_", lambda op: lambda *args: None),
-     ("extend_attention", "extend_attention", added)],
+    [
+        ("choose_tokens", "choose_tokens", off_by_one),
+        ("verify_tree", "verify_tree", off_by_one),
+        ("verify_chain", "verify_chain", off_by_one),
+        ("build_tree", "accept_tree", off_by_one),
+        ("compact_cache", "compact_cache_", lambda op: lambda *args: None),
+        ("extend_attention", "extend_attention", added),
+    ],
 )
 def test_every_wrong_op_is_refused(monkeypatch, name, op, wrong):
     module = importlib.import_module(MODULES[name])
@@ -177,8 +181,11 @@ def test_a_wrong_peer_loses_its_own_number_only(monkeypatch):
 
 
 def test_an_absent_peer_says_why():
-    rows = {row["peer"]: row for case in importlib.import_module("bench.ops.bench_verify_chain").cases(size="tiny")
-            for row in measured(case)}
+    rows = {
+        row["peer"]: row
+        for case in importlib.import_module("bench.ops.bench_verify_chain").cases(size="tiny")
+        for row in measured(case)
+    }
     assert "p50" in rows["FlashInfer"] or rows["FlashInfer"]["skipped"] == "flashinfer is not installed"
     assert all(why is None or len(why) > 10 for why in table("cpu").values())
 
@@ -223,8 +230,11 @@ def test_replayed_acceptance():
     assert rows["beagle"]["token/s"] > 0 and rows["beagle"]["draft_bytes"] < rows["beagle"]["target_bytes"] * 2
     tree = trees(2, 9)
     with bench_round.replayed(torch.tensor([[1, 2], [0, 8]])):
-        users = [module for name, module in sys.modules.items()
-                 if name.startswith("beagle_sd") and hasattr(module, "verify_tree")]
+        users = [
+            module
+            for name, module in sys.modules.items()
+            if name.startswith("beagle_sd") and hasattr(module, "verify_tree")
+        ]
         args = torch.randn(2, 9, 300), tree, torch.zeros(2, dtype=torch.int64), Sampling.of(2)
         first, second = users[0].verify_tree(*args), users[0].verify_tree(*args)
     assert first.num_accepted.tolist() == [1, 2]

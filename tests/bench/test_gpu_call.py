@@ -27,8 +27,11 @@ def told(folder: Path) -> set[str]:
 def test_a_step_that_fails_or_hangs_stops_nothing(tmp_path, monkeypatch, capfd):
     work, results = tmp_path / "work", tmp_path / "results"
     writes = f"from pathlib import Path; Path({str(work / 'made.json')!r}).write_text('1'); print('said')"
-    steps = [Step("crash", script("import os; os.abort()")), Step("hang", script("import time; time.sleep(60)"), 1.0),
-             Step("last", script(writes))]
+    steps = [
+        Step("crash", script("import os; os.abort()")),
+        Step("hang", script("import time; time.sleep(60)"), 1.0),
+        Step("last", script(writes)),
+    ]
     monkeypatch.setattr(gpu_call, "LEAST", 0.5)
     monkeypatch.setattr(gpu_call, "calls", lambda work, dry: {"all": Call(steps)})
     assert main(["all", str(results), "--work", str(work), "--carried", str(tmp_path / "none")]) == 1
@@ -44,15 +47,29 @@ def test_what_is_brought_back_can_be_carried_on(tmp_path):
     """To a machine that has nothing; what a machine has already stays."""
     work, results, fresh = tmp_path / "work", tmp_path / "results", tmp_path / "fresh"
     results.mkdir()
-    files = ["in/kit.part0", "out/kit/about.json", "out/scratch/ready", "out/search/best.json",
-             "out/answers/answers-00.npz", "out/answers/answers-01.npz", "out/train/draft/model.safetensors",
-             "out/train/checkpoint/checkpoint.part0", "out/train/checkpoint/checkpoint.json", "gpu.json"]
+    files = [
+        "in/kit.part0",
+        "out/kit/about.json",
+        "out/scratch/ready",
+        "out/search/best.json",
+        "out/answers/answers-00.npz",
+        "out/answers/answers-01.npz",
+        "out/train/draft/model.safetensors",
+        "out/train/checkpoint/checkpoint.part0",
+        "out/train/checkpoint/checkpoint.json",
+        "gpu.json",
+    ]
     for name in files:
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).write_text(name)
     bring_back(work, results, ("answers-*.npz", "model.safetensors", "checkpoint.part*"))
     assert {path.name for path in results.iterdir()} == {
-        "results.tgz", "answers-00.npz", "answers-01.npz", "model.safetensors", "checkpoint.part0"}
+        "results.tgz",
+        "answers-00.npz",
+        "answers-01.npz",
+        "model.safetensors",
+        "checkpoint.part0",
+    }
     (fresh / "out/answers").mkdir(parents=True)
     (fresh / "out/answers/answers-00.npz").write_text("newer")
     list(take_in(results, fresh))
@@ -63,8 +80,10 @@ def test_what_is_brought_back_can_be_carried_on(tmp_path):
 @pytest.mark.parametrize(("count", "parts"), [(4, 3), (4, 4), (9, 1)])
 def test_no_more_files_than_may_come_back(count, parts, tmp_path, capsys):
     """Answers as far as they fit; a checkpoint only whole."""
-    for folder, name, number in (("answers", "answers-0{}.npz", count),
-                                 ("train/checkpoint", "checkpoint.part{}", parts)):
+    for folder, name, number in (
+        ("answers", "answers-0{}.npz", count),
+        ("train/checkpoint", "checkpoint.part{}", parts),
+    ):
         (tmp_path / "work/out" / folder).mkdir(parents=True)
         for each in range(number):
             (tmp_path / "work/out" / folder / name.format(each)).touch()

@@ -252,7 +252,10 @@ def test_a_benchmark_goes_on(tmp_path, monkeypatch):
     assert bench_main(["verify_tree", "--size", "tiny", "--json", str(file)]) == 1 and ran == ["one", "broken", "two"]
     rows = json.loads(file.read_text())
     assert [(row["group"], row["peer"]) for row in rows if "error" not in row] == [
-        ("one", "beagle"), ("one", "peer"), ("two", "beagle"), ("two", "peer"),
+        ("one", "beagle"),
+        ("one", "peer"),
+        ("two", "beagle"),
+        ("two", "peer"),
     ]
     written(file, rows[:-1])
     ran.clear()

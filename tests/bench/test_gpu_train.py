@@ -1,4 +1,4 @@
-"""bench/recipes/one_gpu.sh from kit to measured draft at toy size: it resumes, keeps its time, and says what is missing."""
+"""bench/recipes/one_gpu.sh from kit to measured draft at toy size: it resumes, keeps its time, says what is missing."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tokenizers_for_tests import small_tokenizer
 from beagle_sd import BeagleDraft
 from beagle_sd.data.answers import write_answers
 from beagle_sd.data.conversations import stored_answers
+from bench.recipes.one_gpu.__main__ import PARTS, main, parsed, parsed_kit
 from bench.recipes.one_gpu.bundles import pack, unpack
 from bench.recipes.one_gpu.eagle2 import RUNS, SHAPES
 from bench.recipes.one_gpu.parts import deviations
 from bench.recipes.one_gpu.search import CHOICES
-from bench.recipes.one_gpu.__main__ import PARTS, main, parsed, parsed_kit
 from bench.recipes.one_gpu.work import BASE, Budget, OutOfTime, chain_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,8 +80,9 @@ def answers_of(out: Path) -> dict:
     found = {}
     for path in sorted((out / "answers").glob("answers-*.npz")):
         stored = stored_answers(path)
-        for ids, index, t in zip(np.split(stored["ids"], stored["lengths"].cumsum()[:-1]), stored["index"],
-                                 stored["temperature"]):
+        for ids, index, t in zip(
+            np.split(stored["ids"], stored["lengths"].cumsum()[:-1]), stored["index"], stored["temperature"]
+        ):
             key = int(index), round(float(t), 3)
             assert key not in found
             found[key] = ids.tolist()
@@ -127,7 +128,9 @@ def test_stopped_answers_go_on_to_the_same(answered, ticks, tmp_path):
 
 @pytest.mark.slow
 def test_from_answers_to_a_measured_draft(answered, monkeypatch):
-    monkeypatch.setattr("bench.recipes.one_gpu.search.CHOICES", [(1.0, [{"lr": 1e-3}, {"lr": 1e6}]), (1.0, [{"mlp": 2}])])
+    monkeypatch.setattr(
+        "bench.recipes.one_gpu.search.CHOICES", [(1.0, [{"lr": 1e-3}, {"lr": 1e6}]), (1.0, [{"mlp": 2}])]
+    )
     assert toy(answered, "search", "train", "evaluate", "--minutes", "3", "--train-minutes", "0.05") == 0
     runs = json.loads((answered / "search" / "runs.json").read_text())
     best = json.loads((answered / "search" / "best.json").read_text())
@@ -215,9 +218,13 @@ def test_the_status_of_several_parts(monkeypatch, tmp_path, capsys):
         return codes[arguments[1]]
 
     monkeypatch.setattr("bench.recipes.one_gpu.__main__.in_a_process", end)
-    for ends, status in (({"answers": 0, "train": 0}, 0), ({"answers": 3, "train": 0}, 3),
-                         ({"answers": 2, "train": 3}, 2), ({"answers": -11, "train": 3}, 1),
-                         ({"answers": None, "train": 0}, 1)):
+    for ends, status in (
+        ({"answers": 0, "train": 0}, 0),
+        ({"answers": 3, "train": 0}, 3),
+        ({"answers": 2, "train": 3}, 2),
+        ({"answers": -11, "train": 3}, 1),
+        ({"answers": None, "train": 0}, 1),
+    ):
         begun.clear()
         codes.update(ends)
         assert main([str(tmp_path), "answers", "train", "--minutes", "2", "--toy"]) == status
@@ -318,12 +325,13 @@ def test_both_heads_train_on_the_same_answers(answered):
     assert toy(answered, "eagle2") == 0 and (answered / "eagle2" / "runs.json").read_text() == before
 
 
-
 def test_a_part_without_its_input_says_which_comes_first(tmp_path, kit, answered, capsys):
     for part, first in (("answers", "setup --kit FOLDER"), ("search", "setup --kit FOLDER"), ("evaluate", "train")):
         assert toy(tmp_path, part) == 2
-        assert re.search(rf"{part}: .* is not there: run `bench/recipes/one_gpu.sh {tmp_path} {first}` first",
-                         capsys.readouterr().err)
+        assert re.search(
+            rf"{part}: .* is not there: run `bench/recipes/one_gpu.sh {tmp_path} {first}` first",
+            capsys.readouterr().err,
+        )
     assert toy(tmp_path, "setup", "--kit", str(tmp_path / "nowhere")) == 2
     assert "nowhere/kit.json is not there" in capsys.readouterr().err
     (tmp_path / "kit").symlink_to(answered / "kit")
@@ -331,12 +339,15 @@ def test_a_part_without_its_input_says_which_comes_first(tmp_path, kit, answered
     assert "answers-00.npz is not there: run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["bake"], "part 'bake'; allowed: setup, answers, search, train, evaluate, eagle2"),
-    (["setup"], "setup needs --kit FOLDER"),
-    (["train", "--minutes", "0"], "--minutes is 0.0; allowed: above 0"),
-    (["train", "--batch", "-4"], "--batch is -4; allowed: above 0"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bake"], "part 'bake'; allowed: setup, answers, search, train, evaluate, eagle2"),
+        (["setup"], "setup needs --kit FOLDER"),
+        (["train", "--minutes", "0"], "--minutes is 0.0; allowed: above 0"),
+        (["train", "--batch", "-4"], "--batch is -4; allowed: above 0"),
+    ],
+)
 def test_wrong_arguments(tmp_path, arguments, message, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "out"), *arguments])
@@ -390,6 +401,7 @@ def test_the_budget_and_the_measure():
 
 def test_the_choices_are_changes_of_the_recipe():
     changes = [change for _, group in CHOICES for change in group]
-    assert all(set(change) <= set(BASE) and any(BASE[name] != value for name, value in change.items())
-               for change in changes)
+    assert all(
+        set(change) <= set(BASE) and any(BASE[name] != value for name, value in change.items()) for change in changes
+    )
     assert len({json.dumps(change) for change in changes}) == len(changes)

@@ -91,8 +91,16 @@ def test_a_replay_gives_what_decoding_reports(kind, shape, target, states):
     for answer in answers:
         prompt = int(answer.loss_mask.nonzero()[0]) + 1
         text = torch.cat([answer.tokens, torch.tensor([answer.final_token])])
-        out = generate(model, draft, text[None, :prompt], max_new_tokens=len(text) - prompt, depth=shape[0],
-                       branch=shape[1], num_nodes=shape[2], eos_token_id=[])
+        out = generate(
+            model,
+            draft,
+            text[None, :prompt],
+            max_new_tokens=len(text) - prompt,
+            depth=shape[0],
+            branch=shape[1],
+            num_nodes=shape[2],
+            eos_token_id=[],
+        )
         assert out.sequences[0].equal(text)
         rounds += out.report.row_rounds
         tokens += out.report.tokens_per_round * out.report.row_rounds

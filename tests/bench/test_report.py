@@ -26,8 +26,14 @@ def test_an_unknown_table_is_named():
 
 
 def test_what_was_not_measured_says_so(tmp_path, monkeypatch):
-    row = {"depth": 4, "branch": 1, "num_nodes": 5, "temperature": 0.0, "tokens_per_round": 1.5,
-           "acceptance_by_depth": [0.5, 0.25]}
+    row = {
+        "depth": 4,
+        "branch": 1,
+        "num_nodes": 5,
+        "temperature": 0.0,
+        "tokens_per_round": 1.5,
+        "acceptance_by_depth": [0.5, 0.25],
+    }
     (tmp_path / "acceptance.json").write_text(json.dumps({"shapes": [row]}))
     monkeypatch.setattr(report, "BUNDLED", tmp_path)
     assert "| chain of 4 | 1.50 | not measured | 0.50 0.25 |" in report.acceptance()
@@ -81,8 +87,16 @@ def test_a_ratio_of_two_clocks_says_so_and_a_stopped_run_what_it_lacks(tmp_path,
 
 
 def test_tiles_of_float32_are_a_line_of_their_own():
-    entry = {"kernel": "block_dq", "arch": 90, "head_size": 64, "dtype": "bfloat16", "config": [128, 64, 8, 2, True],
-             "timed": "backward", "shipped_ms": 3.0, "tuned_ms": 2.0}
+    entry = {
+        "kernel": "block_dq",
+        "arch": 90,
+        "head_size": 64,
+        "dtype": "bfloat16",
+        "config": [128, 64, 8, 2, True],
+        "timed": "backward",
+        "shipped_ms": 3.0,
+        "tuned_ms": 2.0,
+    }
     wide = entry | {"dtype": "float32", "config": [32, 32, 4, 1, False], "tuned_ms": 3.0}
     assert report.configs([wide, entry]).splitlines() == [
         '"block_dq": 90: {64: Config(128, 64, 8, 2, True)},  # backward faster by 64: 1.50x',
@@ -91,9 +105,13 @@ def test_tiles_of_float32_are_a_line_of_their_own():
 
 
 def test_a_panel_is_the_sizes_that_differ_in_one(tmp_path):
-    rows = [row(peer, seconds * keys, series="tree_attention", at={"batch": batch, "keys": keys})
-            for peer, seconds in (("beagle", 1e-6), ("sdpa mask", 2e-6)) for keys in (100, 200, 400) for batch in (1, 2)
-            if batch == 1 or keys != 400]
+    rows = [
+        row(peer, seconds * keys, series="tree_attention", at={"batch": batch, "keys": keys})
+        for peer, seconds in (("beagle", 1e-6), ("sdpa mask", 2e-6))
+        for keys in (100, 200, 400)
+        for batch in (1, 2)
+        if batch == 1 or keys != 400
+    ]
     fixed, lines = plots.panel(list(plots.placed(rows)), "tree_attention", "keys")
     assert fixed == "batch 1" and [x for x, _ in lines["beagle"]] == [100, 200, 400]
     assert lines["beagle"][2][1] == pytest.approx(0.4)

@@ -17,10 +17,18 @@ import beagle_kernels as bk
 from bench.smoke import __main__ as smoke
 
 CHECK_OF = {
-    "block_attention": "block_attention:64:fp32", "extend_attention": "extend_attention",
-    "tree_attention": "tree_attention:64:bf16", "distill_loss": "distill_loss:bf16", "choose_tokens": "choose_tokens",
-    "top_candidates": "choose_tokens", "build_tree": "trees", "accept_tree": "trees", "verify_tree": "trees",
-    "verify_chain": "verify_chain", "compact_cache_": "compact_cache_", "skinny_linear": "skinny_linear",
+    "block_attention": "block_attention:64:fp32",
+    "extend_attention": "extend_attention",
+    "tree_attention": "tree_attention:64:bf16",
+    "distill_loss": "distill_loss:bf16",
+    "choose_tokens": "choose_tokens",
+    "top_candidates": "choose_tokens",
+    "build_tree": "trees",
+    "accept_tree": "trees",
+    "verify_tree": "trees",
+    "verify_chain": "verify_chain",
+    "compact_cache_": "compact_cache_",
+    "skinny_linear": "skinny_linear",
 }
 """By op, a check that holds it."""
 
@@ -34,8 +42,10 @@ def off(op):
         number, found = next(calls), op(*args, **options)
         if found is None:
             return args[0].mul_(1 + number / 8)
-        parts = [x if not isinstance(x, torch.Tensor) else x * (1 + number / 8) if x.is_floating_point() else x + number
-                 for x in (found if isinstance(found, tuple) else (found,))]
+        parts = [
+            x if not isinstance(x, torch.Tensor) else x * (1 + number / 8) if x.is_floating_point() else x + number
+            for x in (found if isinstance(found, tuple) else (found,))
+        ]
         if isinstance(found, torch.Tensor):
             return parts[0]
         return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)
@@ -88,16 +98,20 @@ def test_one_that_hangs_is_stopped_with_all_it_started(script, capfd):
     assert script(WORK.format("63.25"), "--seconds", "1", "trees") == 1
     assert time.monotonic() - began < 10 and not left_of("63.25")
     said = capfd.readouterr().out
-    assert said.startswith("FAIL trees, 1 s\nbefore\n") and "File \"<string>\", line 1 in <module>" in said
+    assert said.startswith("FAIL trees, 1 s\nbefore\n") and 'File "<string>", line 1 in <module>' in said
     assert said.endswith("stopped after 1 s\n0 of 1 passed\n")
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["nothing"], "no check 'nothing' on cpu; allowed: kernels, block_attention:64:fp32, "),
-    (["limits"], "no check 'limits' on cpu; allowed: kernels, "),
-    (["--device", "tpu"], "device is 'tpu'; allowed here: "),
-    (["--at-once", "0"], "--at-once is 0, --seconds 100; allowed: at least 1, above 0"),
-], ids=str)
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["nothing"], "no check 'nothing' on cpu; allowed: kernels, block_attention:64:fp32, "),
+        (["limits"], "no check 'limits' on cpu; allowed: kernels, "),
+        (["--device", "tpu"], "device is 'tpu'; allowed here: "),
+        (["--at-once", "0"], "--at-once is 0, --seconds 100; allowed: at least 1, above 0"),
+    ],
+    ids=str,
+)
 def test_what_is_not_allowed(script, arguments, said, capsys):
     with pytest.raises(SystemExit) as ended:
         script("raise SystemExit('not to be run')", *arguments)

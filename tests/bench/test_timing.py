@@ -100,8 +100,13 @@ def test_rows_of_two_clocks_say_so(gpu, monkeypatch, capsys):
     def broken():
         raise RuntimeError("no such kernel")
 
-    peers = {"beagle": lambda: gpu.work(20e-6, 200e-6), "on the host": lambda: (gpu.work(2e-5), gpu.wait()),
-             "broken": broken, "alike": lambda: gpu.work(30e-6, 100e-6), "absent": "not installed"}
+    peers = {
+        "beagle": lambda: gpu.work(20e-6, 200e-6),
+        "on the host": lambda: (gpu.work(2e-5), gpu.wait()),
+        "broken": broken,
+        "alike": lambda: gpu.work(30e-6, 100e-6),
+        "absent": "not installed",
+    }
     rows = measured(Case("clocks", peers, lambda: None, device="cuda"))
     assert next(rows)["clock"] == "graph replay" and "on the host" not in capsys.readouterr().out
     other, refused, alike, absent = rows

@@ -97,7 +97,8 @@ def test_the_fastest_wins_and_is_written_at_once(stubs, monkeypatch, tmp_path):
     assert tuning.tune_all("tiny", "cpu", out, entries) == []
     assert [len(found) for _, found in seen] == [*range(1, len(entries) + 1)] and seen[-1] == (out, entries)
     assert [(entry["kernel"], entry["dtype"]) for entry in entries] == [
-        *((kernel, "float16") for kernel in tuning.TIMED_BY), *((kernel, "float32") for kernel in tuning.BLOCK)
+        *((kernel, "float16") for kernel in tuning.TIMED_BY),
+        *((kernel, "float32") for kernel in tuning.BLOCK),
     ]
     for entry in entries:
         key = entry["kernel"], entry["arch"], entry["head_size"], getattr(torch, entry["dtype"])
@@ -148,7 +149,11 @@ def test_a_kernel_that_cannot_be_tuned_leaves_the_others_their_turn(stubs, monke
     failed = tuning.tune_all("tiny", "cpu", out, [])
     assert len(failed) == 2 and all("block_dq" in why and "nothing runs" in why for why in failed)
     assert [entry["kernel"] for entry in json.loads(out.read_text())] == [
-        "block_forward", "block_dkv", "tree", "block_forward", "block_dkv",
+        "block_forward",
+        "block_dkv",
+        "tree",
+        "block_forward",
+        "block_dkv",
     ]
 
 

@@ -28,7 +28,13 @@ def draft_chain(table: Tensor, last: Tensor, steps: int, positions: Tensor, samp
 
 
 def decode(
-    target: Tensor, draft: Tensor, start: int, length: int, steps: int, sampling: Sampling, rule: str,
+    target: Tensor,
+    draft: Tensor,
+    start: int,
+    length: int,
+    steps: int,
+    sampling: Sampling,
+    rule: str,
     verify: Callable = verify_chain,
 ) -> tuple[Tensor, Tensor]:
     """Each row's first `length` tokens after `start`, by rounds of its own, and the number of rounds [B]."""

@@ -24,15 +24,24 @@ class FakeCuda:
         self.released: list = []
         self.handles = 0
         fakes = {
-            "is_available": lambda: True, "current_device": lambda: 0, "device": contextlib.nullcontext,
-            "current_stream": lambda _=None: self.stream, "set_stream": self.set_stream, "Stream": self.new_stream,
-            "CUDAGraph": lambda: FakeGraph(self), "graph_pool_handle": self.new_pool, "synchronize": lambda: None,
+            "is_available": lambda: True,
+            "current_device": lambda: 0,
+            "device": contextlib.nullcontext,
+            "current_stream": lambda _=None: self.stream,
+            "set_stream": self.set_stream,
+            "Stream": self.new_stream,
+            "CUDAGraph": lambda: FakeGraph(self),
+            "graph_pool_handle": self.new_pool,
+            "synchronize": lambda: None,
             "empty_cache": lambda: None,
         }
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
-        for name, private in (("_cuda_endAllocateToPool", self.end_allocation), ("_cuda_releasePool", self.release),
-                              ("_host_emptyCache", lambda: None)):
+        for name, private in (
+            ("_cuda_endAllocateToPool", self.end_allocation),
+            ("_cuda_releasePool", self.release),
+            ("_host_emptyCache", lambda: None),
+        ):
             monkeypatch.setattr(torch._C, name, private, raising=False)
 
     def new_stream(self, device=0) -> SimpleNamespace:

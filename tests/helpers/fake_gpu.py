@@ -58,8 +58,14 @@ class FakeGpu:
 
         stream = Stream()
         fakes = {
-            "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph, "Stream": Stream, "synchronize": self.wait,
-            "current_stream": lambda: stream, "graph_pool_handle": lambda: (0, 1), "_sleep": self.sleep,
+            "Event": Event,
+            "CUDAGraph": CUDAGraph,
+            "graph": graph,
+            "Stream": Stream,
+            "synchronize": self.wait,
+            "current_stream": lambda: stream,
+            "graph_pool_handle": lambda: (0, 1),
+            "_sleep": self.sleep,
         }
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)

@@ -52,11 +52,17 @@ def run_ranks(processes: int, work: Callable[[], object]) -> list[int]:
     def ranked(rank: int) -> None:
         from accelerate import PartialState
 
-        os.environ.update({
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",  # as torchrun sets it; else accelerate asks for threads that a fork has lost
-        })
+        os.environ.update(
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",  # as torchrun sets it; else accelerate asks for threads that a fork has lost
+            }
+        )
         PartialState._reset_state()
         work()
 

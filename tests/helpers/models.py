@@ -9,9 +9,18 @@ from beagle_sd import BeagleDraft
 
 VOCAB = 97
 _SIZES = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.2,
-    bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
 )
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
 

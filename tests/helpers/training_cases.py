@@ -11,8 +11,19 @@ from beagle_sd.data.dataset import StateDataset
 from beagle_sd.training.trainer import Trainer, TrainingConfig
 
 CONFIG = TrainingConfig(
-    window=4, steps=3, block_epochs=3.0, simulation_epochs=2.0, tokens_per_step=120, lr=1e-2, warmup_steps=3,
-    schedule="cosine", noise=0.05, held_out=6, eval_steps=7, save_steps=4, seed=3,
+    window=4,
+    steps=3,
+    block_epochs=3.0,
+    simulation_epochs=2.0,
+    tokens_per_step=120,
+    lr=1e-2,
+    warmup_steps=3,
+    schedule="cosine",
+    noise=0.05,
+    held_out=6,
+    eval_steps=7,
+    save_steps=4,
+    seed=3,
 )
 
 

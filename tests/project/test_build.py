@@ -68,8 +68,14 @@ def test_nvcc_takes_cxx_as_its_host_compiler(cxx, host, tmp_path):
     """To compile and to link, by ninja's file; a ninja that does nothing reads it here."""
     (tmp_path / "ninja.py").touch()
     (tmp_path / "pybind11.py").write_text("def get_include():\n    return 'include'\n", encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "CXX": cxx, "NVCC": "/opt/nvcc", "BEAGLE_CUDA": "1",
-                   "BEAGLE_CUDA_ARCHS": "80,90a"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "CXX": cxx,
+        "NVCC": "/opt/nvcc",
+        "BEAGLE_CUDA": "1",
+        "BEAGLE_CUDA_ARCHS": "80,90a",
+    }
     folders = ("--build-lib", str(tmp_path), "--build-temp", str(tmp_path))
     done = run(sys.executable, "setup.py", "-q", "build_ext", *folders, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr

@@ -38,8 +38,11 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def pages_with_python() -> list:
     """The README's target is a real model."""
-    return [pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if page.name == "README.md" else [])
-            for page in PAGES if blocks(page, "python")]
+    return [
+        pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if page.name == "README.md" else [])
+        for page in PAGES
+        if blocks(page, "python")
+    ]
 
 
 @pytest.mark.parametrize("page", pages_with_python())
@@ -68,15 +71,21 @@ def test_figures_are_up_to_date(name):
 
 def test_the_messages_of_troubleshooting_are_in_the_code():
     """Each row's message, piece by piece between its dots, as the sources have it."""
-    code = "".join(path.read_text(encoding="utf-8") for folder in ("beagle_kernels", "python", "setup.py", "csrc")
-                   for path in ([ROOT / folder] if folder.endswith(".py") else (ROOT / folder).rglob("*.py")))
+    code = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("beagle_kernels", "python", "setup.py", "csrc")
+        for path in ([ROOT / folder] if folder.endswith(".py") else (ROOT / folder).rglob("*.py"))
+    )
     code = re.sub(r'"\s*f?"', "", code)
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.M)
     assert len(rows) > 15
     for message in re.findall(r"`([^`]+)`", " ".join(rows)):
         if message not in ("loss is nan", "inf"):
-            missing = [part for part in re.split(r"\.\.\.|\[|\]|\(|\)|'\w+'|: ", message)
-                       if part.strip() and part.strip() not in code]
+            missing = [
+                part
+                for part in re.split(r"\.\.\.|\[|\]|\(|\)|'\w+'|: ", message)
+                if part.strip() and part.strip() not in code
+            ]
             assert not missing, (message, missing)
 
 

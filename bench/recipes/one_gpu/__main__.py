@@ -1,12 +1,12 @@
 """Train, choose and measure a draft on a machine with one GPU and no internet, in parts of a few minutes.
 
-    bench/recipes/one_gpu.sh kit FOLDER                  where there is internet: what to carry, in parts of 46 MiB
-    bench/recipes/one_gpu.sh OUT setup --kit FOLDER      join it, build the extension, convert the target, try all ops
-    bench/recipes/one_gpu.sh OUT answers                 the target writes answers to the prompts
-    bench/recipes/one_gpu.sh OUT search                  short runs that settle the recipe
-    bench/recipes/one_gpu.sh OUT train                   stage 1, then stage 2, states computed live
-    bench/recipes/one_gpu.sh OUT evaluate                MT-Bench, HumanEval, GSM8K: chain, 16 and 60 nodes, greedy and T = 1
-    bench/recipes/one_gpu.sh OUT eagle2                  EAGLE-2's head and ours on the same answers, in one run
+    bench/recipes/one_gpu.sh kit FOLDER                 where there is internet: what to carry, in parts of 46 MiB
+    bench/recipes/one_gpu.sh OUT setup --kit FOLDER     join it, build the extension, convert the target, try all ops
+    bench/recipes/one_gpu.sh OUT answers                the target writes answers to the prompts
+    bench/recipes/one_gpu.sh OUT search                 short runs that settle the recipe
+    bench/recipes/one_gpu.sh OUT train                  stage 1, then stage 2, states computed live
+    bench/recipes/one_gpu.sh OUT evaluate               MT-Bench, HumanEval, GSM8K: chain, 16 and 60 nodes, T = 0 and 1
+    bench/recipes/one_gpu.sh OUT eagle2                 EAGLE-2's head and ours on the same answers, in one run
 
 A part ends before its --minutes, and goes on where it stopped when it is run again, also after a kill. What it made is
 in OUT/PART, in files of less than 16 MiB: put those into the OUT of another machine to go on there. Several parts may
@@ -49,8 +49,12 @@ def main(arguments: list[str]) -> int:
 def several(options: argparse.Namespace) -> int:
     """Each part in a process of its own: one that crashes takes nothing with it but its own work."""
     given = {name: value for name, value in vars(options).items() if name not in ("out", "parts")}
-    flags = [word for name, value in given.items() if value not in (None, False)
-             for word in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))]
+    flags = [
+        word
+        for name, value in given.items()
+        if value not in (None, False)
+        for word in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))
+    ]
     ends = []
     for part in options.parts:
         code = in_a_process([str(options.out), part, *flags], 60 * options.minutes + LATE)
@@ -113,8 +117,9 @@ def one(options: argparse.Namespace, began: float) -> int:
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
     """The options; what cannot be is told as argparse tells it."""
-    parser = argparse.ArgumentParser(prog="bench/recipes/one_gpu.sh", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench/recipes/one_gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to work in")
     parser.add_argument("parts", nargs="+", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--minutes", type=float, default=8.5, help="a part's time (default 8.5)")
@@ -150,8 +155,9 @@ def kit(arguments: list[str]) -> int:
 
 
 def parsed_kit(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/recipes/one_gpu.sh kit", 
-                                     description="Gather what a machine without internet needs, in parts.")
+    parser = argparse.ArgumentParser(
+        prog="bench/recipes/one_gpu.sh kit", description="Gather what a machine without internet needs, in parts."
+    )
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--target", default="smollm2-135m", help="smollm2-135m, or a model's folder")
     parser.add_argument("--count", type=int, default=60000, help="training prompts (default 60000)")

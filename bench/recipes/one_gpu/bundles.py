@@ -63,8 +63,10 @@ def unpack(folder: Path, name: str, out: Path) -> Path:
     if digest.hexdigest() != about["sha256"]:
         size = whole.stat().st_size
         shutil.rmtree(partial)
-        raise ValueError(f"{name} in {folder} has {size} bytes of {about['bytes']} and another checksum than "
-                         f"{head.name} says; copy its parts again")
+        raise ValueError(
+            f"{name} in {folder} has {size} bytes of {about['bytes']} and another checksum than "
+            f"{head.name} says; copy its parts again"
+        )
     with tarfile.open(whole) as tar:
         tar.extractall(partial, filter="data")
     whole.unlink()

@@ -50,8 +50,10 @@ def eagle2(work: Work) -> bool:
             for shape, numbers in SHAPES.items():
                 runs[name][shape] = replay(draft, shards, sizes.held_out, *numbers)
             write_json(path, runs)
-            print(f"  {name}: {runs[name]['chain_tokens']} tokens a round as a chain on held-out windows, "
-                  f"{runs[name]['16 nodes']['tokens_per_round']} with 16 nodes, {runs[name]['seconds']} s")
+            print(
+                f"  {name}: {runs[name]['chain_tokens']} tokens a round as a chain on held-out windows, "
+                f"{runs[name]['16 nodes']['tokens_per_round']} with 16 nodes, {runs[name]['seconds']} s"
+            )
     except OutOfTime:
         work.record("eagle2", finished=False)
         return False
@@ -67,8 +69,9 @@ def measured(work: Work, target, dataset: LiveDataset, settings: dict, kind: typ
         before = torch.cuda.memory_allocated()
     draft = draft_of(target, dataset, settings, kind)
     steps = work.sizes.compared_steps
-    found = try_run(work, draft, dataset, settings, steps, eval_steps=max(2, steps // 10),
-                    keep=work.scratch / "compared", **more)
+    found = try_run(
+        work, draft, dataset, settings, steps, eval_steps=max(2, steps // 10), keep=work.scratch / "compared", **more
+    )
     peak = torch.cuda.max_memory_allocated() - before if work.device == "cuda" else None
     return {"settings": settings, "course": course_of(found.pop("log")), **found, "peak_bytes": peak}
 
@@ -81,8 +84,15 @@ def course_of(log: list[dict]) -> list[dict]:
             spent += line["seconds"]
             continue
         accepted = line["acceptance_by_depth"]
-        course.append({"step": line["step"], "tokens": line["tokens_seen"], "seconds": round(spent, 3),
-                       "acceptance_by_depth": accepted, "chain_tokens": chain_tokens(accepted)})
+        course.append(
+            {
+                "step": line["step"],
+                "tokens": line["tokens_seen"],
+                "seconds": round(spent, 3),
+                "acceptance_by_depth": accepted,
+                "chain_tokens": chain_tokens(accepted),
+            }
+        )
     return course
 
 
@@ -108,5 +118,7 @@ def held_out_answers(dataset: LiveDataset, folder: Path) -> Path:
 def seconds_to(runs: dict) -> dict[str, float | None]:
     """Training seconds after which each run first had what the better EAGLE-2 had at its end; None: it never did."""
     goal = max(row["chain_tokens"] for name, row in runs.items() if name != "beagle")
-    return {name: next((point["seconds"] for point in row["course"] if point["chain_tokens"] >= goal), None)
-            for name, row in runs.items()}
+    return {
+        name: next((point["seconds"] for point in row["course"] if point["chain_tokens"] >= goal), None)
+        for name, row in runs.items()
+    }

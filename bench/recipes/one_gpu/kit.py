@@ -1,4 +1,4 @@
-"""What training on a GPU machine without internet needs, gathered where there is one: bench/recipes/one_gpu.sh kit FOLDER
+"""What training on a GPU machine without internet needs, gathered where there is one: one_gpu.sh kit FOLDER
 
 Training prompts as token ids, the evaluation sets' files, and the target: the wheels of SmolLM2, or a model's folder.
 """
@@ -39,8 +39,9 @@ def make(folder: Path, *, target: str, count: int, seed: int, part_mib: int, sou
     no wheel has (it is used where its files are).
     """
     if (unknown := sorted(set(sources or ()) - set(MIX))) or part_mib < 1:
-        raise ValueError(f"sources {unknown} and part_mib {part_mib} were given; allowed: some of {sorted(MIX)}, and 1 "
-                         "or more")
+        raise ValueError(
+            f"sources {unknown} and part_mib {part_mib} were given; allowed: some of {sorted(MIX)}, and 1 or more"
+        )
     for name in EVALUATION_SETS:
         wheel_file(EVALUATION_SETS[name].requirement, EVALUATION_SETS[name].member)
     mix = {name: MIX[name] for name in sources or _available_sources()}
@@ -54,9 +55,13 @@ def make(folder: Path, *, target: str, count: int, seed: int, part_mib: int, sou
             path = kit / "evaluation" / chosen.member
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(wheel_file(chosen.requirement, chosen.member), path)
-        about = {"target": "target" if Path(target).is_dir() else target, "prompts": count, "seed": seed,
-                 "sources": {name: SOURCES[name].licence for name in mix},
-                 "evaluation": {name: chosen.licence for name, chosen in EVALUATION_SETS.items()}}
+        about = {
+            "target": "target" if Path(target).is_dir() else target,
+            "prompts": count,
+            "seed": seed,
+            "sources": {name: SOURCES[name].licence for name in mix},
+            "evaluation": {name: chosen.licence for name, chosen in EVALUATION_SETS.items()},
+        }
         (kit / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         for path in pack(kit, folder, "kit", part_mib << 20):
             print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")

@@ -65,16 +65,19 @@ def setup(work: Work, kit: Path) -> bool:
             raise ValueError(f"the extension was built but cannot be used: {reason}")
         print(f"setup: building the extension, since {reason}", flush=True)
         log = work.folder("setup") / "build.json"
-        done = processes.run([sys.executable, "-m", "bench.gpu.check", str(log), "build"], BUILD_SECONDS,
-                             log.with_suffix(".txt"))
+        done = processes.run(
+            [sys.executable, "-m", "bench.gpu.check", str(log), "build"], BUILD_SECONDS, log.with_suffix(".txt")
+        )
         if done["status"] != "passed":
             raise ValueError(f"the build {done['status']}: {done['output']}")
         built.touch()
         os.execv(sys.executable, [sys.executable, "-m", "bench.recipes.one_gpu", *sys.argv[1:]])
     found = tried(work)
     if found["deviations"]:
-        told = "; ".join(f"{name}: {mine:.5g} on the GPU, {cpus:.5g} on the CPU"
-                         for name, (mine, cpus) in found["deviations"].items())
+        told = "; ".join(
+            f"{name}: {mine:.5g} on the GPU, {cpus:.5g} on the CPU"
+            for name, (mine, cpus) in found["deviations"].items()
+        )
         print(f"setup: WARNING: {told}; within {DEVIATION:.0%} was expected. Nothing is held up", file=sys.stderr)
     work.record("setup", finished=True, **found)
     ready.touch()
@@ -98,15 +101,22 @@ def tried(work: Work) -> dict:
     if work.device == "cuda":
         cpu = Work(work.out, work.sizes, work.budget, "cpu")
         _, cpus = _two_steps(cpu, cpu.target()[0])
-    return {"answers": len(found), "losses": mine, "deviations": deviations(mine, cpus),
-            "drafted_equals_plain": torch.equal(drafted, plain)}
+    return {
+        "answers": len(found),
+        "losses": mine,
+        "deviations": deviations(mine, cpus),
+        "drafted_equals_plain": torch.equal(drafted, plain),
+    }
 
 
 def deviations(mine: list[float], others: list[float]) -> dict[str, tuple[float, float]]:
     """What differs by more than DEVIATION, of the numbers of `_two_steps`."""
     names = (f"{what} of stage {stage}" for stage in (1, 2) for what in ("loss", "gradient norm"))
-    return {name: (one, other) for name, one, other in zip(names, mine, others, strict=True)
-            if not abs(one - other) <= DEVIATION * abs(other)}
+    return {
+        name: (one, other)
+        for name, one, other in zip(names, mine, others, strict=True)
+        if not abs(one - other) <= DEVIATION * abs(other)
+    }
 
 
 def _two_steps(work: Work, target) -> tuple[BeagleDraft, list[float]]:
@@ -125,11 +135,22 @@ def answers(work: Work, graph: bool = True) -> bool:
     target, tokenizer = work.target()
     files = _AnswerFiles(work.folder("answers"), sizes, {number: name for number, (_, name) in enumerate(prompts)})
     already, began = files.tokens, work.budget.spent
-    asked = (request for turn in range(len(sizes.temperatures))
-             for request in requests_of(((n, ids) for n, (ids, _) in enumerate(prompts)), sizes.temperatures, turn)
-             if (request.index, round(request.temperature, 3)) not in files.done)
-    written = write_answers(target, asked, end=tokenizer.eos_token_id, batch=sizes.batch, states=False, graph=graph,
-                            max_new_tokens=sizes.max_new_tokens, max_prompt_tokens=sizes.max_prompt_tokens)
+    asked = (
+        request
+        for turn in range(len(sizes.temperatures))
+        for request in requests_of(((n, ids) for n, (ids, _) in enumerate(prompts)), sizes.temperatures, turn)
+        if (request.index, round(request.temperature, 3)) not in files.done
+    )
+    written = write_answers(
+        target,
+        asked,
+        end=tokenizer.eos_token_id,
+        batch=sizes.batch,
+        states=False,
+        graph=graph,
+        max_new_tokens=sizes.max_new_tokens,
+        max_prompt_tokens=sizes.max_prompt_tokens,
+    )
     finished = False
     try:
         for sequence in written:
@@ -142,8 +163,15 @@ def answers(work: Work, graph: bool = True) -> bool:
         files.save()
         spent = max(work.budget.spent - began, 1e-9)
         rate = round((files.tokens - already) / spent, 1)
-        work.record("answers", finished=finished, answers=len(files.done), answer_tokens=files.tokens,
-                    tokens_a_second=rate, graph=graph, batch=sizes.batch)
+        work.record(
+            "answers",
+            finished=finished,
+            answers=len(files.done),
+            answer_tokens=files.tokens,
+            tokens_a_second=rate,
+            graph=graph,
+            batch=sizes.batch,
+        )
         print(f"answers: {len(files.done)}, {files.tokens} tokens written by the target, {rate:.0f} a second now")
     return finished
 
@@ -192,9 +220,12 @@ def _sequences(path: Path) -> list[Sequence]:
     stored = stored_answers(path)
     ids, none = torch.from_numpy(stored["ids"].astype("int64")), torch.empty(0)
     parts = ids.split(stored["lengths"].tolist())
-    return [Sequence(part[:-1], torch.arange(len(part) - 1) >= prompt - 1, none, int(part[-1]), index, temperature)
-            for part, prompt, index, temperature in zip(
-                parts, stored["prompt_lengths"].tolist(), stored["index"].tolist(), stored["temperature"].tolist())]
+    return [
+        Sequence(part[:-1], torch.arange(len(part) - 1) >= prompt - 1, none, int(part[-1]), index, temperature)
+        for part, prompt, index, temperature in zip(
+            parts, stored["prompt_lengths"].tolist(), stored["index"].tolist(), stored["temperature"].tolist()
+        )
+    ]
 
 
 def train(work: Work, minutes: float | None = None) -> bool:
@@ -210,15 +241,24 @@ def train(work: Work, minutes: float | None = None) -> bool:
         plan = _plan(work, target, dataset, folder / "plan.json", minutes)
         per_epoch = len(dataset.epoch(0, work.sizes.tokens_per_step, 0))
         steps = plan["steps"]
-        config = config_of(plan["settings"], steps, per_epoch, work.sizes,
-                           eval_steps=max(1, steps // 10), save_steps=plan["save_steps"])
+        config = config_of(
+            plan["settings"],
+            steps,
+            per_epoch,
+            work.sizes,
+            eval_steps=max(1, steps // 10),
+            save_steps=plan["save_steps"],
+        )
         trainer = Trainer(draft_of(target, dataset, plan["settings"]), dataset, runs, config)
     except OutOfTime:
         return False
+
     def show(step: int, metrics: dict) -> None:
         if "acceptance_by_depth" in metrics:
-            print(f"  step {step} of {steps}, {work.budget.spent:.0f} s: stage {metrics['stage']} loss "
-                  f"{metrics['loss']:.3f}, acceptance by depth {metrics['acceptance_by_depth']}")
+            print(
+                f"  step {step} of {steps}, {work.budget.spent:.0f} s: stage {metrics['stage']} loss "
+                f"{metrics['loss']:.3f}, acceptance by depth {metrics['acceptance_by_depth']}"
+            )
 
     finished = False
     try:
@@ -228,8 +268,15 @@ def train(work: Work, minutes: float | None = None) -> bool:
         pass
     finally:  # whatever ended it, the last checkpoint is kept
         _bring_home(work, runs, folder, name)
-        work.record("train", finished=finished, plan=plan, step=trainer.step, tokens_seen=trainer.tokens_seen,
-                    epochs=round(trainer.step / per_epoch, 2), data_tokens=len(dataset.corpus.ids))
+        work.record(
+            "train",
+            finished=finished,
+            plan=plan,
+            step=trainer.step,
+            tokens_seen=trainer.tokens_seen,
+            epochs=round(trainer.step / per_epoch, 2),
+            data_tokens=len(dataset.corpus.ids),
+        )
     return finished
 
 
@@ -243,8 +290,13 @@ def _plan(work: Work, target, dataset: LiveDataset, path: Path, minutes: float |
     one, two = (statistics.median([line["seconds"] for line in log if line["stage"] == stage]) for stage in (1, 2))
     mean = settings["block_share"] * one + (1 - settings["block_share"]) * two
     left = 0.9 * (work.budget.seconds if minutes is None else 60 * minutes) - work.budget.spent
-    plan = {"settings": settings, "searched": (work.out / "search").exists(), "seconds_a_step": [one, two],
-            "steps": max(2, int(left / mean)), "save_steps": max(1, int(60 / mean))}
+    plan = {
+        "settings": settings,
+        "searched": (work.out / "search").exists(),
+        "seconds_a_step": [one, two],
+        "steps": max(2, int(left / mean)),
+        "save_steps": max(1, int(60 / mean)),
+    }
     write_json(path, plan)
     print(f"train: {plan['steps']} steps of {one:.3f} and {two:.3f} s, with {settings}")
     return plan
@@ -281,10 +333,15 @@ def evaluate(work: Work) -> bool:
         prompts = encoded_prompts(name, tokenizer, work.sizes.count, work.kit / "evaluation")
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if found.get("draft_sha256") != digest:
-            found = {**described(work.target_name(), name, len(prompts), target, args), "draft_sha256": digest,
-                     "shapes": []}
-        if any((TreeShape(row["depth"], row["branch"], row["num_nodes"]), row["temperature"]) == (shape, temperature)
-               for row in found["shapes"]):
+            found = {
+                **described(work.target_name(), name, len(prompts), target, args),
+                "draft_sha256": digest,
+                "shapes": [],
+            }
+        if any(
+            (TreeShape(row["depth"], row["branch"], row["num_nodes"]), row["temperature"]) == (shape, temperature)
+            for row in found["shapes"]
+        ):
             continue
         began = work.budget.spent
         try:

@@ -71,8 +71,10 @@ def table(rows: list[dict]) -> str:
     lines = ["| change | tokens a round, chain | accepted by depth | loss | kept |", "|---|---|---|---|---|"]
     for row in rows:
         by_depth = " ".join(f"{share:.2f}" for share in row.get("acceptance_by_depth", []))
-        lines.append(f"| {name_of(row['change'])} | {row['chain_tokens']:.3f} | {by_depth or row.get('stopped')} | "
-                     f"{row.get('loss', '')} | {'yes' if row['kept'] else ''} |")
+        lines.append(
+            f"| {name_of(row['change'])} | {row['chain_tokens']:.3f} | {by_depth or row.get('stopped')} | "
+            f"{row.get('loss', '')} | {'yes' if row['kept'] else ''} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What the parts of bench.recipes.one_gpu share: sizes, the folder they work in, time, and what a run of the trainer is."""
+"""What the parts share: sizes, the folder they work in, time, and what a run of the trainer is."""
 
 from __future__ import annotations
 
@@ -43,15 +43,41 @@ class Sizes:
     part_bytes: int = 15 << 20
 
 
-TOY = Sizes(batch=8, max_new_tokens=16, ids_a_file=600, ids_a_save=200, tokens_per_step=256, warmup_steps=2,
-            eval_tokens=256, held_out=5, search_steps=4, timed_steps=4, compared_steps=4, count=2, new_tokens=8,
-            eval_batch=2, part_bytes=1 << 20)
+TOY = Sizes(
+    batch=8,
+    max_new_tokens=16,
+    ids_a_file=600,
+    ids_a_save=200,
+    tokens_per_step=256,
+    warmup_steps=2,
+    eval_tokens=256,
+    held_out=5,
+    search_steps=4,
+    timed_steps=4,
+    compared_steps=4,
+    count=2,
+    new_tokens=8,
+    eval_batch=2,
+    part_bytes=1 << 20,
+)
 """To try every part on a CPU."""
 
 BASE = {
-    "lr": 2e-3, "regression": 1.0, "block_share": 0.45, "window": 1, "steps": 4, "noise": 0.0, "draft_vocab": 8192,
-    "mlp": 1, "heads": 1, "all_key_heads": True, "passing_start": True, "norm_query": True, "norm_state": True,
-    "norm_output": True, "append_states": True,
+    "lr": 2e-3,
+    "regression": 1.0,
+    "block_share": 0.45,
+    "window": 1,
+    "steps": 4,
+    "noise": 0.0,
+    "draft_vocab": 8192,
+    "mlp": 1,
+    "heads": 1,
+    "all_key_heads": True,
+    "passing_start": True,
+    "norm_query": True,
+    "norm_state": True,
+    "norm_output": True,
+    "append_states": True,
 }
 """The bundled draft's recipe. draft_vocab 0: all tokens; mlp, heads: that many times the target's; all_key_heads: a
 key head for every query head; passing_start: training starts by `passing_start`; block_share: stage 1's part of the
@@ -103,7 +129,7 @@ class Work:
         return path
 
     def target_name(self) -> str:
-        """"target" where the kit brought a folder."""
+        """ "target" where the kit brought a folder."""
         return json.loads(self.want(self.kit / "about.json", SETUP).read_text(encoding="utf-8"))["target"]
 
     def target(self, dtype: torch.dtype | None = None):
@@ -135,9 +161,16 @@ class Work:
     def record(self, part: str, **found) -> None:
         """Write what a part has to say into OUT/PART/record.json."""
         peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else None
-        write_json(self.folder(part) / "record.json", {
-            "part": part, **found, "seconds": round(self.budget.spent, 1), "peak_bytes": peak,
-            "environment": environment()})
+        write_json(
+            self.folder(part) / "record.json",
+            {
+                "part": part,
+                **found,
+                "seconds": round(self.budget.spent, 1),
+                "peak_bytes": peak,
+                "environment": environment(),
+            },
+        )
 
 
 def write_json(path: Path, value) -> None:
@@ -156,11 +189,20 @@ def config_of(settings: dict, steps: int, per_epoch: int, sizes: Sizes, **more) 
     """The trainer's config for so many steps of these settings."""
     block = round(steps * settings["block_share"])
     return TrainingConfig(
-        window=settings["window"], steps=settings["steps"], block_epochs=block / per_epoch,
-        simulation_epochs=(steps - block) / per_epoch, tokens_per_step=sizes.tokens_per_step, lr=settings["lr"],
-        schedule="cosine", warmup_steps=min(sizes.warmup_steps, max(1, steps // 10)),
-        regression=settings["regression"], noise=settings["noise"], autocast=True,
-        eval_tokens=sizes.eval_tokens, held_out=sizes.held_out, **more,
+        window=settings["window"],
+        steps=settings["steps"],
+        block_epochs=block / per_epoch,
+        simulation_epochs=(steps - block) / per_epoch,
+        tokens_per_step=sizes.tokens_per_step,
+        lr=settings["lr"],
+        schedule="cosine",
+        warmup_steps=min(sizes.warmup_steps, max(1, steps // 10)),
+        regression=settings["regression"],
+        noise=settings["noise"],
+        autocast=True,
+        eval_tokens=sizes.eval_tokens,
+        held_out=sizes.held_out,
+        **more,
     )
 
 
@@ -170,8 +212,11 @@ def draft_of(target, dataset: LiveDataset, settings: dict, kind: type[BeagleDraf
     config = target.config.get_text_config()
     ours, heads = kind is BeagleDraft, settings["heads"] * config.num_attention_heads
     shared = settings["heads"] * config.num_key_value_heads
-    wide = {"intermediate_size": settings["mlp"] * config.intermediate_size, "num_attention_heads": heads,
-            "num_key_value_heads": heads if ours and settings["all_key_heads"] else shared}
+    wide = {
+        "intermediate_size": settings["mlp"] * config.intermediate_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if ours and settings["all_key_heads"] else shared,
+    }
     vocab = min(settings["draft_vocab"], config.vocab_size)
     ids = dataset.corpus.frequent_tokens(vocab, config.vocab_size).to(target.device) if vocab else None
     names = ("norm_query", "norm_state", "norm_output", "append_states")
@@ -191,8 +236,17 @@ def run(trainer: Trainer, budget: Budget, watch: Callable[[int, dict], None]) ->
     trainer.run(after)
 
 
-def try_run(work: Work, draft: BeagleDraft, dataset: LiveDataset, settings: dict, steps: int, *,
-            eval_steps: int = 10**9, keep: Path | None = None, **more) -> dict:
+def try_run(
+    work: Work,
+    draft: BeagleDraft,
+    dataset: LiveDataset,
+    settings: dict,
+    steps: int,
+    *,
+    eval_steps: int = 10**9,
+    keep: Path | None = None,
+    **more,
+) -> dict:
     """A short run in the scratch folder: the metrics of its steps, its acceptance on held-out text, and its tokens a
     round as a chain.
 
@@ -211,8 +265,14 @@ def try_run(work: Work, draft: BeagleDraft, dataset: LiveDataset, settings: dict
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     accepted = log[-1]["acceptance_by_depth"]
-    return {"steps": trainer.step, "tokens": trainer.tokens_seen, "seconds": round(time.monotonic() - began, 2),
-            "acceptance_by_depth": accepted, "chain_tokens": chain_tokens(accepted), "log": log}
+    return {
+        "steps": trainer.step,
+        "tokens": trainer.tokens_seen,
+        "seconds": round(time.monotonic() - began, 2),
+        "acceptance_by_depth": accepted,
+        "chain_tokens": chain_tokens(accepted),
+        "log": log,
+    }
 
 
 def chain_tokens(acceptance: list[float]) -> float:

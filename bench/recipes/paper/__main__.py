@@ -23,10 +23,12 @@ from bench.report.tables import RESULTS
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.recipes.paper", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figures", nargs="+", choices=(*FIGURES, "all"), metavar="FIGURE",
-                        help=", ".join((*FIGURES, "all")))
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.recipes.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "figures", nargs="+", choices=(*FIGURES, "all"), metavar="FIGURE", help=", ".join((*FIGURES, "all"))
+    )
     parser.add_argument("--states", type=Path, required=True, help="folder of `beagle-sd prepare`")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs, about 100 MB each")
     parser.add_argument("--out", type=Path, default=RESULTS / "paper")
@@ -43,11 +45,18 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name}: {options.out / name}.csv and .svg", flush=True)
     manifest = read_manifest(options.states)
     record = {
-        "target": options.target, "data": manifest.get("source"), **asdict(settings), "shapes": SHAPES,
-        "sequences": len(runner.dataset.train), "tokens": runner.tokens,
+        "target": options.target,
+        "data": manifest.get("source"),
+        **asdict(settings),
+        "shapes": SHAPES,
+        "sequences": len(runner.dataset.train),
+        "tokens": runner.tokens,
         "held_out_sequences": len(runner.dataset.evaluation),
-        "versions": {"beagle_kernels": beagle_kernels.__version__, "torch": torch.__version__,
-                     "transformers": transformers.__version__},
+        "versions": {
+            "beagle_kernels": beagle_kernels.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
     (options.out / "settings.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -19,21 +19,36 @@ class Figure:
 
 
 FIGURES = {
-    "figure3": Figure("Acceptance by depth over training (figure 3)",
-                      {"Beagle": "block-block", "EAGLE-2": "eagle2-eagle2"}, course=True),
-    "figure4": Figure("Window of block attention, from random weights (figure 4)",
-                      {"1": "random-next", "2": "random-window2", "3": "random-window3", "4": "random-window4",
-                       "5": "random-block"}),
+    "figure3": Figure(
+        "Acceptance by depth over training (figure 3)",
+        {"Beagle": "block-block", "EAGLE-2": "eagle2-eagle2"},
+        course=True,
+    ),
+    "figure4": Figure(
+        "Window of block attention, from random weights (figure 4)",
+        {"1": "random-next", "2": "random-window2", "3": "random-window3", "4": "random-window4", "5": "random-block"},
+    ),
     "figure10_steps": Figure("Simulated steps (figure 10)", {str(n): f"block-steps{n}" for n in (1, 2, 3, 4)}),
-    "figure10_stages": Figure("Objective, at equal tokens seen (figure 10, middle)",
-                              {"next token": "next-next", "block": "block-block", "block + simulation": "block-steps4",
-                               "next token + simulation": "next-steps4", "EAGLE-2": "eagle2-eagle2"}),
-    "start": Figure("Start and key heads, at equal tokens seen",
-                    {"passing, a key head for every query head": "block-steps4",
-                     "passing, key heads shared": "shared-steps4",
-                     "random, shared: next token": "random-next-next",
-                     "random, shared: block": "random-block-block",
-                     "random, shared: block + simulation": "random-block-steps4"}),
+    "figure10_stages": Figure(
+        "Objective, at equal tokens seen (figure 10, middle)",
+        {
+            "next token": "next-next",
+            "block": "block-block",
+            "block + simulation": "block-steps4",
+            "next token + simulation": "next-steps4",
+            "EAGLE-2": "eagle2-eagle2",
+        },
+    ),
+    "start": Figure(
+        "Start and key heads, at equal tokens seen",
+        {
+            "passing, a key head for every query head": "block-steps4",
+            "passing, key heads shared": "shared-steps4",
+            "random, shared: next token": "random-next-next",
+            "random, shared: block": "random-block-block",
+            "random, shared: block + simulation": "random-block-steps4",
+        },
+    ),
     "append": Figure("Draft states as keys", {"append": "block-steps4", "no append": "block-no-append"}),
 }
 
@@ -41,8 +56,12 @@ FIGURES = {
 def make(name: str, runner: Runner, seeds: list[int], out: Path) -> None:
     """Do what runs the figure lacks; write NAME.csv and NAME.svg into `out`."""
     figure = FIGURES[name]
-    rows = [row for seed in seeds for label, run in figure.runs.items()
-            for row in (course_rows if figure.course else result_rows)(runner, label, run, seed)]
+    rows = [
+        row
+        for seed in seeds
+        for label, run in figure.runs.items()
+        for row in (course_rows if figure.course else result_rows)(runner, label, run, seed)
+    ]
     out.mkdir(parents=True, exist_ok=True)
     with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -56,10 +75,16 @@ def course_rows(runner: Runner, label: str, run: str, seed: int) -> list[dict]:
     rows: list[dict] = []
     for part in filter(None, (RUNS[run].after, run)):
         before = rows[-1] if rows else {"epoch": 0.0, "tokens_seen": 0}
-        rows += [{"run": label, "seed": seed, "epoch": round(before["epoch"] + point["epoch"], 2),
-                  "tokens_seen": before["tokens_seen"] + point["tokens_seen"],
-                  **by_depth(point["acceptance_by_depth"])}
-                 for point in runner.result(part, seed)["course"]]
+        rows += [
+            {
+                "run": label,
+                "seed": seed,
+                "epoch": round(before["epoch"] + point["epoch"], 2),
+                "tokens_seen": before["tokens_seen"] + point["tokens_seen"],
+                **by_depth(point["acceptance_by_depth"]),
+            }
+            for point in runner.result(part, seed)["course"]
+        ]
     return rows
 
 
@@ -90,8 +115,12 @@ def draw(figure: Figure, rows: list[dict], path: Path) -> None:
         for axis, label in zip(axes, figure.runs):
             mine = [row for row in rows if row["run"] == label and row["seed"] == rows[0]["seed"]]
             for name in (key for key in rows[0] if key.startswith("depth_")):
-                axis.plot([row["epoch"] for row in mine], [row[name] for row in mine], marker=".",
-                          label=name.replace("_", " "))
+                axis.plot(
+                    [row["epoch"] for row in mine],
+                    [row[name] for row in mine],
+                    marker=".",
+                    label=name.replace("_", " "),
+                )
             axis.set(title=label, xlabel="epoch", ylim=(0, None))
         axes[0].set_ylabel("acceptance, given the parent's")
         axes[-1].legend(fontsize="small")

@@ -23,12 +23,19 @@ BATCH = 16
 
 def greedy_answers(states: Path, held_out: int) -> list[shards.Sequence]:
     """The held-out sequences that the target wrote greedily and whose answer has two tokens or more, shortest first."""
-    found = [sequence for sequence in shards.read_sequences(states)
-             if sequence.index % held_out == held_out - 1 and sequence.temperature == 0.0
-             and sequence.final_token >= 0 and int(sequence.loss_mask.sum()) > 1]
+    found = [
+        sequence
+        for sequence in shards.read_sequences(states)
+        if sequence.index % held_out == held_out - 1
+        and sequence.temperature == 0.0
+        and sequence.final_token >= 0
+        and int(sequence.loss_mask.sum()) > 1
+    ]
     if not found:
-        raise ValueError(f"{states} holds no held-out greedy answer (held_out={held_out}); allowed: states of answers "
-                         "that the target wrote, some of them greedily")
+        raise ValueError(
+            f"{states} holds no held-out greedy answer (held_out={held_out}); allowed: states of answers "
+            "that the target wrote, some of them greedily"
+        )
     return sorted(found, key=lambda sequence: len(sequence.tokens))
 
 
@@ -47,8 +54,12 @@ def replay(draft: BeagleDraft, states: Path, held_out: int, depth: int, branch: 
     mean = total.sum() / count.sum()
     error = (total - mean * count).square().sum().sqrt() / count.sum()
     shares = [round(b / a, 4) for a, b in zip(reached.tolist(), reached.tolist()[1:]) if a]
-    return {"tokens_per_round": round(mean.item(), 4), "standard_error": round(error.item(), 4),
-            "rounds": int(count.sum()), "acceptance_by_depth": shares}
+    return {
+        "tokens_per_round": round(mean.item(), 4),
+        "standard_error": round(error.item(), 4),
+        "rounds": int(count.sum()),
+        "acceptance_by_depth": shares,
+    }
 
 
 def _decoded(draft, answers, depth: int, branch: int, num_nodes: int) -> list[tuple[int, list[int]]]:
@@ -71,8 +82,9 @@ def _decoded(draft, answers, depth: int, branch: int, num_nodes: int) -> list[tu
     accepted: list[list[int]] = [[] for _ in range(batch)]
     while (live := place < ends).any():
         root, lengths = text[rows, place].clamp(min=0), place.to(torch.int32)
-        tree = build_tree(root, *_propose(draft, cache, lengths, root, states, sampling, depth, branch),
-                          num_nodes, depth)
+        tree = build_tree(
+            root, *_propose(draft, cache, lengths, root, states, sampling, depth, branch), num_nodes, depth
+        )
         count = accept_tree(tree, text.gather(1, place[:, None] + 1 + tree.depth)).num_accepted.long()
         slots = place[:, None] + torch.arange(depth + 1)
         cache.append(draft, pairs[rows[:, None], slots], slots, slots)

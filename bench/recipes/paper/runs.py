@@ -66,7 +66,8 @@ RUNS = {
     "random-block-steps4": Run(4, after="random-block", simulated=True),
 }
 HEADS: dict[str, tuple[type[BeagleDraft], Callable]] = {
-    "beagle": (BeagleDraft, draft_states), "eagle2": (EagleDraft, eagle_states),
+    "beagle": (BeagleDraft, draft_states),
+    "eagle2": (EagleDraft, eagle_states),
 }
 SHAPES = {"chain": (4, 1, 5), "tree": (4, 6, 16)}
 """depth, branch, num_nodes of the replays."""
@@ -89,10 +90,19 @@ class Settings:
     def config(self, run: Run, seed: int, tokens: int) -> TrainingConfig:
         """A run's, evaluated about twice an epoch of `tokens`; the phases go through the data in different orders."""
         return TrainingConfig(
-            window=run.window, steps=run.window, block_epochs=0.0 if run.simulated else self.epochs,
-            simulation_epochs=self.epochs if run.simulated else 0.0, tokens_per_step=self.tokens_per_step, lr=self.lr,
-            schedule="cosine", warmup_steps=self.warmup_steps, regression=self.regression, held_out=self.held_out,
-            eval_steps=max(1, tokens // self.tokens_per_step // 2), eval_tokens=self.eval_tokens, save_steps=20,
+            window=run.window,
+            steps=run.window,
+            block_epochs=0.0 if run.simulated else self.epochs,
+            simulation_epochs=self.epochs if run.simulated else 0.0,
+            tokens_per_step=self.tokens_per_step,
+            lr=self.lr,
+            schedule="cosine",
+            warmup_steps=self.warmup_steps,
+            regression=self.regression,
+            held_out=self.held_out,
+            eval_steps=max(1, tokens // self.tokens_per_step // 2),
+            eval_tokens=self.eval_tokens,
+            save_steps=20,
             seed=2 * seed + (run.after is not None),
         )
 
@@ -126,8 +136,10 @@ class Runner:
             partial.replace(done)
         found = json.loads(done.read_text(encoding="utf-8"))
         if found["settings"] != asdict(self.settings):
-            raise ValueError(f"{folder} was run with {found['settings']}, not {asdict(self.settings)}; use the same "
-                             "settings, or a new --work folder")
+            raise ValueError(
+                f"{folder} was run with {found['settings']}, not {asdict(self.settings)}; use the same "
+                "settings, or a new --work folder"
+            )
         return found
 
     def _trained(self, name: str, seed: int) -> BeagleDraft:
@@ -140,8 +152,11 @@ class Runner:
 
         def tell(step: int, metrics: dict) -> None:
             if "acceptance_by_depth" in metrics:
-                print(f"{name}, seed {seed}, step {step} of {trainer.total_steps}: loss {metrics['loss']:.3f}, "
-                      f"acceptance by depth {metrics['acceptance_by_depth']}", flush=True)
+                print(
+                    f"{name}, seed {seed}, step {step} of {trainer.total_steps}: loss {metrics['loss']:.3f}, "
+                    f"acceptance by depth {metrics['acceptance_by_depth']}",
+                    flush=True,
+                )
 
         trainer.run(tell)
         return draft.eval()
@@ -161,6 +176,12 @@ class Runner:
 
     def _course(self, folder: Path) -> list[dict]:
         """The evaluations of a run: epochs of its phase, tokens seen and acceptance by depth."""
-        return [{"epoch": round(line["tokens_seen"] / self.tokens, 2), "tokens_seen": line["tokens_seen"],
-                 "acceptance_by_depth": line["acceptance_by_depth"]}
-                for line in read_log(folder) if "acceptance_by_depth" in line]
+        return [
+            {
+                "epoch": round(line["tokens_seen"] / self.tokens, 2),
+                "tokens_seen": line["tokens_seen"],
+                "acceptance_by_depth": line["acceptance_by_depth"],
+            }
+            for line in read_log(folder)
+            if "acceptance_by_depth" in line
+        ]

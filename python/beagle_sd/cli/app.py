@@ -53,9 +53,22 @@ def generate(
 
     with _clear_errors():
         session.answer(
-            console, prompt, target, draft, raw=raw, compare=compare, calibrate=calibrate, dtype=dtype,
-            device=device, shape=(depth, branch, num_nodes), max_new_tokens=max_new_tokens, temperature=temperature,
-            top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
+            console,
+            prompt,
+            target,
+            draft,
+            raw=raw,
+            compare=compare,
+            calibrate=calibrate,
+            dtype=dtype,
+            device=device,
+            shape=(depth, branch, num_nodes),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
         )
 
 
@@ -63,14 +76,24 @@ def generate(
 def compare_contenders(
     target: Target = "smollm2-135m",
     draft: Draft = None,
-    prompts: Annotated[list[str], typer.Option(help="mt-bench, humaneval, gsm8k, a .jsonl of conversations or a .txt "
-                                                    "of one prompt a line; may be given again.")] = ["mt-bench"],  # noqa: B006
+    prompts: Annotated[
+        list[str],
+        typer.Option(
+            help="mt-bench, humaneval, gsm8k, a .jsonl of conversations or a .txt "
+            "of one prompt a line; may be given again."
+        ),
+    ] = ["mt-bench"],  # noqa: B006
     count: Annotated[int, typer.Option(help="Prompts of each.")] = 20,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     assistant: Annotated[str | None, typer.Option(help="A smaller model for transformers' own speculation.")] = None,
-    shape: Annotated[list[str], typer.Option(help="A tree to measure, as depth,branch,num_nodes; may be given again. "
-                                                  "Default: the best chain and tree by costs.")] = [],  # noqa: B006
+    shape: Annotated[
+        list[str],
+        typer.Option(
+            help="A tree to measure, as depth,branch,num_nodes; may be given again. "
+            "Default: the best chain and tree by costs."
+        ),
+    ] = [],  # noqa: B006
     calibrate: Calibrate = False,
     csv: Annotated[Path | None, typer.Option(help="Also write the table there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the ratios there; needs matplotlib.")] = None,
@@ -83,9 +106,20 @@ def compare_contenders(
 
     with _clear_errors():
         bench(
-            console, target, draft, prompts, count=count, max_new_tokens=max_new_tokens, temperature=temperature,
-            assistant=assistant, shapes=[read_shape(text) for text in shape], calibrate=calibrate, csv=csv, plot=plot,
-            dtype=dtype, device=device,
+            console,
+            target,
+            draft,
+            prompts,
+            count=count,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            assistant=assistant,
+            shapes=[read_shape(text) for text in shape],
+            calibrate=calibrate,
+            csv=csv,
+            plot=plot,
+            dtype=dtype,
+            device=device,
         )
 
 
@@ -128,8 +162,20 @@ def prepare(
     from beagle_sd.cli import session
 
     with _clear_errors(f"; what is finished is in {out}: run the same command again to go on"):
-        session.prepare(console, source, out, target, regenerate=regenerate, batch=batch, context=context,
-                        max_new_tokens=max_new_tokens, seed=seed, dtype=dtype, device=device, limit=limit)
+        session.prepare(
+            console,
+            source,
+            out,
+            target,
+            regenerate=regenerate,
+            batch=batch,
+            context=context,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            limit=limit,
+        )
 
 
 @app.command()
@@ -165,13 +211,35 @@ def train(
 
     with _clear_errors(f"; the last checkpoint is in {out}: run the same command again to go on"):
         config = TrainingConfig(
-            window=window, steps=steps, block_epochs=block_epochs, simulation_epochs=simulation_epochs,
-            tokens_per_step=tokens_per_step, context=context, lr=lr, schedule=schedule, warmup_steps=warmup_steps,
-            regression=regression, noise=noise, autocast=autocast, eval_steps=eval_steps, save_steps=save_steps,
-            seed=seed, micro_batches=micro_batches,
+            window=window,
+            steps=steps,
+            block_epochs=block_epochs,
+            simulation_epochs=simulation_epochs,
+            tokens_per_step=tokens_per_step,
+            context=context,
+            lr=lr,
+            schedule=schedule,
+            warmup_steps=warmup_steps,
+            regression=regression,
+            noise=noise,
+            autocast=autocast,
+            eval_steps=eval_steps,
+            save_steps=save_steps,
+            seed=seed,
+            micro_batches=micro_batches,
         )
-        session.train(console, data, out, target, config, draft_vocab=draft_vocab, key_value_heads=key_value_heads,
-                      append_states=append_states, device=device, tensorboard=tensorboard)
+        session.train(
+            console,
+            data,
+            out,
+            target,
+            config,
+            draft_vocab=draft_vocab,
+            key_value_heads=key_value_heads,
+            append_states=append_states,
+            device=device,
+            tensorboard=tensorboard,
+        )
 
 
 @app.command()
@@ -198,9 +266,12 @@ def info() -> None:
 
     main()
     kept = len(list(calibration_folder().glob("*.json")))
-    console.print(f"\nbundled drafts: {', '.join(bundled_names()) or 'none'}\ncache folder: {cache_folder()}\n"
-                  f"calibrations: {kept} in {calibration_folder()}\n"
-                  f"prompts and evaluation sets: {prompts_folder()}", soft_wrap=True)
+    console.print(
+        f"\nbundled drafts: {', '.join(bundled_names()) or 'none'}\ncache folder: {cache_folder()}\n"
+        f"calibrations: {kept} in {calibration_folder()}\n"
+        f"prompts and evaluation sets: {prompts_folder()}",
+        soft_wrap=True,
+    )
 
 
 class _clear_errors:

@@ -54,17 +54,27 @@ class RunStreamer(BaseStreamer):
             text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
             if text.endswith("\ufffd"):
                 continue
-            self.console.print(Text(text[self.shown :], style="bold green" if accepted else ""), end="",
-                               soft_wrap=True)
+            self.console.print(Text(text[self.shown :], style="bold green" if accepted else ""), end="", soft_wrap=True)
             self.shown = len(text)
 
     def end(self) -> None:
         self.console.print()
 
 
-def answer(console: Console, prompt: str, target_name: str, draft_folder: Path | None, *, raw: bool, compare: bool,
-           calibrate: bool, dtype: str, device: str | None, shape: tuple[int | None, int | None, int | None],
-           **settings) -> None:
+def answer(
+    console: Console,
+    prompt: str,
+    target_name: str,
+    draft_folder: Path | None,
+    *,
+    raw: bool,
+    compare: bool,
+    calibrate: bool,
+    dtype: str,
+    device: str | None,
+    shape: tuple[int | None, int | None, int | None],
+    **settings,
+) -> None:
     """Decode speculatively while showing it, then plainly, and print both times."""
     if not prompt.strip():
         raise ValueError("the prompt is empty; allowed: a word or more")
@@ -72,8 +82,11 @@ def answer(console: Console, prompt: str, target_name: str, draft_folder: Path |
     with loading(console, target_name):
         target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
         draft = load_draft(folder, target)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if raw else encode_chat(
-        tokenizer, [{"role": "user", "content": prompt}])
+    ids = (
+        tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if raw
+        else encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+    )
     tree = _tree(console, target, draft, shape, calibrate)
     input_ids = torch.tensor([ids])
     options = {**settings, **({"adaptive": tree} if isinstance(tree, AdaptiveTree) else vars(tree))}
@@ -97,9 +110,12 @@ def _tree(console: Console, target, draft, shape, calibrate: bool) -> TreeShape 
     tree = measured_tree(console, target, draft, calibrate)
     best, gain = tree.best
     starts = "so it drafts" if tree.pays else "so it decodes plainly, with a try now and then"
-    console.print(f"[dim]Expected: {gain:.2f}x plain decoding with the best tree ({best.num_nodes} nodes, depth "
-                  f"{best.depth}, branch {best.branch}), by this machine's costs and the draft's usual acceptance; "
-                  f"{starts}, until this text says otherwise.[/]", highlight=False)
+    console.print(
+        f"[dim]Expected: {gain:.2f}x plain decoding with the best tree ({best.num_nodes} nodes, depth "
+        f"{best.depth}, branch {best.branch}), by this machine's costs and the draft's usual acceptance; "
+        f"{starts}, until this text says otherwise.[/]",
+        highlight=False,
+    )
     return tree
 
 
@@ -118,8 +134,14 @@ def _table(found: Generated, plain: Generated | None, tree: TreeShape | Adaptive
         by_depth = " ".join(f"{share:.2f}" for share in report.acceptance_by_depth)
         kind = "adaptive" if isinstance(tree, AdaptiveTree) else f"{tree.num_nodes} nodes"
         label = f"{name}, {kind}" if result is found else name
-        table.add_row(label, str(report.new_tokens), f"{sum(report.seconds.values()):.2f}",
-                      f"{report.tokens_per_second:.1f}", f"{report.tokens_per_round:.2f}", by_depth)
+        table.add_row(
+            label,
+            str(report.new_tokens),
+            f"{sum(report.seconds.values()):.2f}",
+            f"{report.tokens_per_second:.1f}",
+            f"{report.tokens_per_round:.2f}",
+            by_depth,
+        )
     if plain is not None:
         ratio = sum(plain.report.seconds.values()) / sum(found.report.seconds.values())
         table.caption = f"{ratio:.2f}x plain decoding ({'faster' if ratio > 1 else 'slower'}), prefill included"
@@ -130,13 +152,27 @@ def _first_difference(found: Generated, plain: Generated, prompt: int) -> str:
     length = min(found.sequences.shape[1], plain.sequences.shape[1])
     differs = (found.sequences[0, :length] != plain.sequences[0, :length]).nonzero()
     place = int(differs[0]) - prompt if len(differs) else length - prompt
-    return (f"Differs from plain decoding from token {place} on: two logits lay within this dtype's rounding "
-            "(fp32 is exact in practice).")
+    return (
+        f"Differs from plain decoding from token {place} on: two logits lay within this dtype's rounding "
+        "(fp32 is exact in practice)."
+    )
 
 
-def prepare(console: Console, source: Path, out: Path, target_name: str, *, regenerate: bool, batch: int,
-            max_new_tokens: int, context: int, seed: int, dtype: str, device: str | None,
-            limit: int = 0) -> None:
+def prepare(
+    console: Console,
+    source: Path,
+    out: Path,
+    target_name: str,
+    *,
+    regenerate: bool,
+    batch: int,
+    max_new_tokens: int,
+    context: int,
+    seed: int,
+    dtype: str,
+    device: str | None,
+    limit: int = 0,
+) -> None:
     """Store states for training: of conversations as they are, or of answers that the target writes; this process's
     share of them under `torchrun` or `accelerate launch`."""
     if limit < 0:
@@ -147,8 +183,10 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
     if not source.is_file():
         raise FileNotFoundError(f"{source} is not a file; allowed: .jsonl, .txt or .npz")
     if regenerate and source.suffix != ".jsonl":
-        raise ValueError(f"{source} ends in {source.suffix!r}; allowed with --regenerate: .jsonl, whose last user turn "
-                         "the target answers")
+        raise ValueError(
+            f"{source} ends in {source.suffix!r}; allowed with --regenerate: .jsonl, whose last user turn "
+            "the target answers"
+        )
     processes, console = _joined(console, device)
     with processes.main_process_first(), loading(console, target_name):
         target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device or processes.device)
@@ -162,11 +200,20 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
         asked = [(index, turns) for index, turns in messages if index not in done]
         total, mine = len(asked), own(asked)
         encoded = ((index, encode_chat(tokenizer, turns)) for index, turns in mine)
-        sequences = write_answers(target, requests_of(encoded), end=tokenizer.eos_token_id, batch=batch,
-                                  max_new_tokens=max_new_tokens, seed=seed)
+        sequences = write_answers(
+            target,
+            requests_of(encoded),
+            end=tokenizer.eos_token_id,
+            batch=batch,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
     else:
-        said = [item for item in islice(conversations.read_conversations(source, tokenizer, context), limit or None)
-                if item.index not in done]
+        said = [
+            item
+            for item in islice(conversations.read_conversations(source, tokenizer, context), limit or None)
+            if item.index not in done
+        ]
         total, mine = len(said), own(said)
         sequences = conversations.states_of(target, mine)
     processes.wait_for_everyone()  # none writes before all know what is done
@@ -176,8 +223,10 @@ def prepare(console: Console, source: Path, out: Path, target_name: str, *, rege
     notes += [f"{total - written} are too short or too long"] if written < total else []
     console.print("; ".join([f"{written} of {total + len(done)} conversations, {tokens} tokens, now in {out}", *notes]))
     if not written and not done:
-        raise ValueError(f"{source} holds nothing to learn from: "
-                         + (f"all {total} conversations are too short or too long" if total else "it is empty"))
+        raise ValueError(
+            f"{source} holds nothing to learn from: "
+            + (f"all {total} conversations are too short or too long" if total else "it is empty")
+        )
     if regenerate and processes.is_main_process:
         conversations.export_answers(out, out / "answers.npz", conversations.read_sources(source))
         console.print(f"the answers' token ids alone: {out / 'answers.npz'}")
@@ -189,8 +238,9 @@ def _joined(console: Console, device: str | None) -> tuple[PartialState, Console
     return processes, console if processes.is_main_process else Console(quiet=True)
 
 
-def _written(console: Console, sequences: Iterator[shards.Sequence], writer: shards.ShardWriter,
-             total: int) -> tuple[int, int]:
+def _written(
+    console: Console, sequences: Iterator[shards.Sequence], writer: shards.ShardWriter, total: int
+) -> tuple[int, int]:
     """Write the sequences as they come, with a progress bar: how many, and their tokens. Ctrl-C keeps what is done."""
     written, tokens, began = 0, 0, time.perf_counter()
     try:
@@ -206,8 +256,19 @@ def _written(console: Console, sequences: Iterator[shards.Sequence], writer: sha
     return written, tokens
 
 
-def train(console: Console, data: Path, out: Path, target_name: str, config: TrainingConfig, *, draft_vocab: int,
-          key_value_heads: int, append_states: bool, device: str | None, tensorboard: bool) -> None:
+def train(
+    console: Console,
+    data: Path,
+    out: Path,
+    target_name: str,
+    config: TrainingConfig,
+    *,
+    draft_vocab: int,
+    key_value_heads: int,
+    append_states: bool,
+    device: str | None,
+    tensorboard: bool,
+) -> None:
     """Train a draft on a folder of shards, or on a file whose states the target computes live, with a progress bar,
     evaluation and checkpoints; this process's share of it under `torchrun` or `accelerate launch`. key_value_heads: 0
     for as many as the target's."""
@@ -229,8 +290,10 @@ def train(console: Console, data: Path, out: Path, target_name: str, config: Tra
     trainer = Trainer(draft, dataset, out, config, tensorboard=tensorboard)
     if trainer.step == 0:
         same_everywhere(passing_start_on(draft, dataset, config.seed).parameters())
-    console.print(f"{len(dataset.train)} sequences, {dataset.tokens_of(dataset.train)} tokens; {trainer.block_steps} "
-                  f"steps of stage 1, {trainer.total_steps - trainer.block_steps} of stage 2; at step {trainer.step}")
+    console.print(
+        f"{len(dataset.train)} sequences, {dataset.tokens_of(dataset.train)} tokens; {trainer.block_steps} "
+        f"steps of stage 1, {trainer.total_steps - trainer.block_steps} of stage 2; at step {trainer.step}"
+    )
     alone = processes.num_processes == 1  # others would not hear of a Ctrl-C at the same step
     interruptible = deferred_interrupt() if alone else nullcontext(lambda first: None)
     with progress_of(console) as progress, interruptible as check_interrupt:
@@ -285,8 +348,9 @@ def waiting(console: Console, what: str) -> AbstractContextManager:
 
 def progress_of(console: Console) -> Progress:
     """A bar with what is said beside it."""
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                    console=console)
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
 
 
 def dtype_of(name: str) -> torch.dtype | None:

@@ -76,8 +76,9 @@ def write_answers(
     fitting = (request for request in requests if len(request.ids) <= max_prompt_tokens)
     with torch.inference_mode(), tree_attention_of(model), skinny_linears_of(model):
         target = Target(model)
-        writer = _Writer(target, end, batch, max_prompt_tokens, max_new_tokens, seed, states,
-                         graph and target.device.type == "cuda")
+        writer = _Writer(
+            target, end, batch, max_prompt_tokens, max_new_tokens, seed, states, graph and target.device.type == "cuda"
+        )
         yield from writer.run(fitting)
 
 
@@ -88,8 +89,18 @@ class _Writer:
     was chosen (the last column takes what ended rows choose); count [B]: how much of it; done [B]: ended or free.
     """
 
-    def __init__(self, target: Target, end: int, batch: int, prompt: int, longest: int, seed: int, states: bool,
-                 graph: bool, fixed: bool = False):
+    def __init__(
+        self,
+        target: Target,
+        end: int,
+        batch: int,
+        prompt: int,
+        longest: int,
+        seed: int,
+        states: bool,
+        graph: bool,
+        fixed: bool = False,
+    ):
         device = target.device
         self.target, self.end, self.longest, self.seed = target, end, longest, seed
         self.cache = target.new_cache(batch, prompt + longest, fixed=fixed)
@@ -188,8 +199,9 @@ class _Writer:
             request = self.rows[row]
             assert request is not None
             if bits & STATUS_NO_FINITE:
-                raise RuntimeError(f"prompt {request.index}: the target gave no finite logit; check its weights and "
-                                   "dtype")
+                raise RuntimeError(
+                    f"prompt {request.index}: the target gave no finite logit; check its weights and dtype"
+                )
             tokens = torch.tensor(request.ids + answer[: count - 1].tolist())
             mask = torch.arange(len(tokens)) >= len(request.ids) - 1
             states = torch.empty(0) if self.states is None else self.states[row, : len(tokens)].to("cpu", copy=True)

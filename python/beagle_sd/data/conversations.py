@@ -56,8 +56,10 @@ def read_conversations(path: str | Path, tokenizer: PreTrainedTokenizerBase, con
     elif path.suffix == ".jsonl":
         for index, messages in read_messages(path):
             if not any(message["role"] == "assistant" for message in messages):
-                raise ValueError(f"{path}: line {index + 1} has no assistant turn to learn from; "
-                                 "allowed: at least one, or let the target write answers with --regenerate")
+                raise ValueError(
+                    f"{path}: line {index + 1} has no assistant turn to learn from; "
+                    "allowed: at least one, or let the target write answers with --regenerate"
+                )
             ids, learn = encode_conversation(tokenizer, messages)
             yield Conversation(index, ids[:context], learn[:context], HUMAN)
     else:
@@ -73,12 +75,18 @@ def read_messages(path: str | Path) -> Iterator[tuple[int, list[dict]]]:
             try:
                 record = json.loads(line.decode())
                 turns = record.get("messages") or record["conversations"]
-                messages = [{"role": _ROLES[turn.get("role") or turn["from"]],
-                             "content": str(turn["content"] if "content" in turn else turn["value"])}
-                            for turn in turns]
+                messages = [
+                    {
+                        "role": _ROLES[turn.get("role") or turn["from"]],
+                        "content": str(turn["content"] if "content" in turn else turn["value"]),
+                    }
+                    for turn in turns
+                ]
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path}: line {index + 1} is not a conversation ({error!r}); allowed: "
-                                 '{"messages": [{"role": "user", "content": "..."}, ...]}') from error
+                raise ValueError(
+                    f"{path}: line {index + 1} is not a conversation ({error!r}); allowed: "
+                    '{"messages": [{"role": "user", "content": "..."}, ...]}'
+                ) from error
             if not messages:
                 raise ValueError(f"{path}: line {index + 1} has no messages; allowed: at least one")
             yield index, messages
@@ -101,6 +109,7 @@ def read_sources(path: str | Path) -> dict[int, str]:
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tuple[list[int], list[bool]]:
     """Ids of the chat template, and a mask of what the assistant says, its end token included."""
+
     def render(upto: int, prompt: bool):
         return tokenizer.apply_chat_template(messages[:upto], add_generation_prompt=prompt, tokenize=False)
 
@@ -113,8 +122,10 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict]
             continue
         begin, end = len(render(number, True)), len(render(number + 1, False))
         if not text.startswith(render(number, True)):
-            raise ValueError("this chat template rewrites earlier turns, so the assistant's tokens cannot be found; "
-                             "allowed: templates that only append")
+            raise ValueError(
+                "this chat template rewrites earlier turns, so the assistant's tokens cannot be found; "
+                "allowed: templates that only append"
+            )
         for place, (start, stop) in enumerate(offsets):
             if begin <= start and stop <= end:
                 learn[place] = True
@@ -145,8 +156,14 @@ def _forward(target: Target, batch: list[Conversation]) -> list[shards.Sequence]
         tokens[row, : len(item.ids)] = torch.tensor(item.ids, device=target.device)
     hidden = target.decoder(input_ids=tokens, use_cache=False).last_hidden_state.to(torch.bfloat16).cpu()
     return [
-        shards.Sequence(torch.tensor(item.ids[:-1]), torch.tensor(item.learn[1:]), hidden[row, : len(item.ids) - 1],
-                        item.ids[-1], item.index, item.temperature)
+        shards.Sequence(
+            torch.tensor(item.ids[:-1]),
+            torch.tensor(item.learn[1:]),
+            hidden[row, : len(item.ids) - 1],
+            item.ids[-1],
+            item.index,
+            item.temperature,
+        )
         for row, item in enumerate(batch)
     ]
 
@@ -188,14 +205,17 @@ def stored_answers(path: str | Path) -> dict[str, np.ndarray]:
         with np.load(path) as data:
             stored = {name: data[name] for name in ("ids", "lengths", "prompt_lengths", "temperature", "index")}
     except Exception as error:
-        raise ValueError(f"{path} is not a whole answers file ({error}); allowed: an .npz that "
-                         "`beagle-sd prepare --regenerate` wrote") from error
+        raise ValueError(
+            f"{path} is not a whole answers file ({error}); allowed: an .npz that "
+            "`beagle-sd prepare --regenerate` wrote"
+        ) from error
     count, lengths = len(stored["index"]), stored["lengths"]
     whole = all(part.shape == (count,) for name, part in stored.items() if name != "ids")
     integers = all(stored[name].dtype.kind in "iu" for name in ("ids", "lengths", "prompt_lengths", "index"))
     if not whole or not integers or lengths.min(initial=0) < 0 or stored["ids"].shape != (lengths.sum(),):
-        raise ValueError(f"{path}: its parts do not belong together; allowed: an .npz that "
-                         "`beagle-sd prepare --regenerate` wrote")
+        raise ValueError(
+            f"{path}: its parts do not belong together; allowed: an .npz that `beagle-sd prepare --regenerate` wrote"
+        )
     return stored
 
 
@@ -207,5 +227,6 @@ def read_answers(path: str | Path, context: int) -> Iterator[Conversation]:
         ids = stored["ids"][start : start + length].astype(np.int64).tolist()
         start += length
         learn = [place >= int(stored["prompt_lengths"][number]) for place in range(length)]
-        yield Conversation(int(stored["index"][number]), ids[:context], learn[:context],
-                           float(stored["temperature"][number]))
+        yield Conversation(
+            int(stored["index"][number]), ids[:context], learn[:context], float(stored["temperature"][number])
+        )

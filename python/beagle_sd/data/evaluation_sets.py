@@ -101,8 +101,9 @@ def ngrams(text: str, n: int = NGRAM) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
-def evaluation_ngrams(names: Iterable[str] = tuple(EVALUATION_SETS), folder: Path | None = None,
-                      download: bool = True) -> set[tuple[str, ...]]:
+def evaluation_ngrams(
+    names: Iterable[str] = tuple(EVALUATION_SETS), folder: Path | None = None, download: bool = True
+) -> set[tuple[str, ...]]:
     """The n-grams of every turn of the named sets."""
     prompts = (prompt for name in names for prompt in evaluation_prompts(name, folder, download))
     return set().union(*(ngrams(turn) for prompt in prompts for turn in prompt["turns"]))

@@ -48,14 +48,20 @@ class Corpus(NamedTuple):
     def of_answers(cls, paths: Sequence[str | Path], tokens: int | None = None) -> Corpus:
         """Of files of answers; only the first so many tokens' worth of them if `tokens` is given."""
         stored = [stored_answers(path) for path in paths]
-        kinds = {"ids": np.int32, "lengths": np.int64, "prompt_lengths": np.int64, "index": np.int64,
-                 "temperature": np.float32}
+        kinds = {
+            "ids": np.int32,
+            "lengths": np.int64,
+            "prompt_lengths": np.int64,
+            "index": np.int64,
+            "temperature": np.float32,
+        }
         parts = {name: np.concatenate([one[name] for one in stored]).astype(kind) for name, kind in kinds.items()}
         ends = parts["lengths"].cumsum()
         count = len(ends) if tokens is None else int(np.searchsorted(ends, tokens, side="right"))
         total = int(ends[count - 1]) if count else 0
-        lengths, index, temperature = (torch.from_numpy(parts[name][:count])
-                                       for name in ("lengths", "index", "temperature"))
+        lengths, index, temperature = (
+            torch.from_numpy(parts[name][:count]) for name in ("lengths", "index", "temperature")
+        )
         place = torch.arange(total) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
         learn = place >= torch.repeat_interleave(torch.from_numpy(parts["prompt_lengths"][:count]), lengths)
         return cls(torch.from_numpy(parts["ids"][:total]), learn, lengths, index, temperature)
@@ -73,14 +79,17 @@ class LiveDataset(PackedDataset):
     resumed run sees what the first saw.
     """
 
-    def __init__(self, target: PreTrainedModel, corpus: Corpus, *, context: int = 2048, held_out: int = 50,
-                 keep: bool = False):
+    def __init__(
+        self, target: PreTrainedModel, corpus: Corpus, *, context: int = 2048, held_out: int = 50, keep: bool = False
+    ):
         super().__init__(context, held_out)
         self.target, self.corpus = Target(target), corpus
         self.width = self.target.config.hidden_size
         if len(corpus.ids) and int(corpus.ids.max()) >= self.target.config.vocab_size:
-            raise ValueError(f"the corpus has token {int(corpus.ids.max())}; allowed: below the target's vocabulary "
-                             f"of {self.target.config.vocab_size}")
+            raise ValueError(
+                f"the corpus has token {int(corpus.ids.max())}; allowed: below the target's vocabulary "
+                f"of {self.target.config.vocab_size}"
+            )
         starts = (corpus.lengths.cumsum(0) - corpus.lengths).tolist()
         for index, start, length in zip(corpus.index.tolist(), starts, corpus.lengths.tolist()):
             if length > 1:  # the last token has no next one to predict

@@ -164,12 +164,29 @@ def _chatterbot(rng: random.Random, count: int, folder: Path) -> list[str]:
 # gsm_symbolic is left out because its templates are problems of the GSM8K test set, aiw because MT-Bench asks the same
 # riddle, and pictures, grids and long searches because a small model's answers to them teach nothing.
 REASONING_TASKS = {
-    "arithmetic": ["basic_arithmetic", "calendar_arithmetic", "chain_sum", "decimal_arithmetic", "dice",
-                   "fraction_simplification", "gcd", "lcm", "leg_counting", "prime_factorization",
-                   "products"],
+    "arithmetic": [
+        "basic_arithmetic",
+        "calendar_arithmetic",
+        "chain_sum",
+        "decimal_arithmetic",
+        "dice",
+        "fraction_simplification",
+        "gcd",
+        "lcm",
+        "leg_counting",
+        "prime_factorization",
+        "products",
+    ],
     "algebra": ["polynomial_equations", "polynomial_multiplication", "simple_equations", "simple_integration"],
-    "algorithmic": ["base_conversion", "letter_counting", "number_filtering", "number_sorting", "spell_backward",
-                    "word_sequence_reversal", "word_sorting"],
+    "algorithmic": [
+        "base_conversion",
+        "letter_counting",
+        "number_filtering",
+        "number_sorting",
+        "spell_backward",
+        "word_sequence_reversal",
+        "word_sorting",
+    ],
     "logic": ["knights_knaves", "syllogisms"],
     "cognition": ["number_sequences"],
     "games": ["countdown"],
@@ -239,8 +256,15 @@ def _stdlib_functions() -> list[dict[str, str]]:
             if doc and 8 <= len(doc.split()) <= 90:
                 signature = f"def {node.name}({ast.unparse(node.args)}):"
                 body = '    """' + doc.replace("\n", "\n    ").replace("\n    \n", "\n\n") + '\n    """'
-                found.append({"module": name, "function": node.name, "signature": signature, "doc": doc,
-                              "stub": f"{signature}\n{body}"})
+                found.append(
+                    {
+                        "module": name,
+                        "function": node.name,
+                        "signature": signature,
+                        "doc": doc,
+                        "stub": f"{signature}\n{body}",
+                    }
+                )
     return found
 
 
@@ -280,7 +304,10 @@ SOURCES = {
 
 
 def build_prompts(
-    count: int, seed: int, mix: dict[str, float] | None = None, folder: Path | None = None,
+    count: int,
+    seed: int,
+    mix: dict[str, float] | None = None,
+    folder: Path | None = None,
     left_out: Callable[[str], object] | None = None,
 ) -> list[dict]:
     """`count` distinct shuffled prompts, `{"messages": [{"role": "user", "content": str}], "source": str}`.
@@ -295,8 +322,10 @@ def build_prompts(
     mix = MIX if mix is None else mix
     unknown = sorted(set(mix) - set(SOURCES))
     if unknown or count < 0 or min(mix.values(), default=0) < 0 or sum(mix.values()) <= 0:
-        raise ValueError(f"got count {count} and mix {mix}; count must be 0 or more, and mix must give weights, "
-                         f"none negative and not all zero, to some of {sorted(SOURCES)}")
+        raise ValueError(
+            f"got count {count} and mix {mix}; count must be 0 or more, and mix must give weights, "
+            f"none negative and not all zero, to some of {sorted(SOURCES)}"
+        )
     folder = cache_folder() if folder is None else Path(folder)
     barred = _barred(folder)
     prompts: dict[str, str] = {}

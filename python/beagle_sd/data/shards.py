@@ -43,8 +43,15 @@ class ShardWriter:
     Several processes may each write their own sequences into one folder: number `process` of `processes`.
     """
 
-    def __init__(self, folder: str | Path, manifest: dict, tokens_per_shard: int = 100_000, *, process: int = 0,
-                 processes: int = 1):
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: dict,
+        tokens_per_shard: int = 100_000,
+        *,
+        process: int = 0,
+        processes: int = 1,
+    ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         for partial in self.folder.glob("*.partial"):
@@ -82,8 +89,10 @@ class ShardWriter:
             save_file(tensors, partial, metadata={"format": str(FORMAT)})
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            raise OSError(f"{path} could not be written ({error}); is the disk full? The shards before are kept, and "
-                          "the same command goes on from there") from error
+            raise OSError(
+                f"{path} could not be written ({error}); is the disk full? The shards before are kept, and "
+                "the same command goes on from there"
+            ) from error
         os.replace(partial, path)
         self._open, self._tokens = [], 0
 
@@ -121,16 +130,23 @@ def read_shard(path: str | Path, *, with_states: bool = True) -> list[Sequence]:
             shapes = {name: file.get_slice(name).get_shape() for name in _NAMES}
             data = {name: file.get_tensor(name) for name in names}
     except Exception as error:
-        raise ShardError(f"{path} is not a whole shard ({error}); "
-                         "delete it and run `beagle-sd prepare` again") from error
+        raise ShardError(
+            f"{path} is not a whole shard ({error}); delete it and run `beagle-sd prepare` again"
+        ) from error
     lengths = data["lengths"].tolist()
     _check_parts(path, data, shapes, lengths)
     states = data["states"].split(lengths) if with_states else [torch.empty(0)] * len(lengths)
     return [
         Sequence(tokens.long(), mask.bool(), state, final, index, temperature)
         for tokens, mask, state, final, index, temperature in zip(
-            data["tokens"].split(lengths), data["loss_mask"].split(lengths), states,
-            data["final_token"].tolist(), data["index"].tolist(), data["temperature"].tolist(), strict=True)
+            data["tokens"].split(lengths),
+            data["loss_mask"].split(lengths),
+            states,
+            data["final_token"].tolist(),
+            data["index"].tolist(),
+            data["temperature"].tolist(),
+            strict=True,
+        )
     ]
 
 
@@ -139,11 +155,15 @@ def _check_parts(path: str | Path, data: dict[str, Tensor], shapes: dict[str, li
     if data["lengths"].dtype.is_floating_point or data["tokens"].dtype.is_floating_point:
         raise ShardError(f"{path}: lengths or tokens are not integers; delete it and run `beagle-sd prepare` again")
     if len(shapes["lengths"]) != 1 or min(lengths, default=0) < 0 or [sum(lengths)] != shapes["tokens"]:
-        raise ShardError(f"{path}: lengths add up to {sum(lengths)} or are negative; "
-                         f"its tokens have shape {shapes['tokens']}")
+        raise ShardError(
+            f"{path}: lengths add up to {sum(lengths)} or are negative; its tokens have shape {shapes['tokens']}"
+        )
     rows, sequences = shapes["tokens"][0], shapes["lengths"][0]
-    wanted = {"loss_mask": [rows], "states": [rows, shapes["states"][-1]],
-              **dict.fromkeys(("final_token", "index", "temperature"), [sequences])}
+    wanted = {
+        "loss_mask": [rows],
+        "states": [rows, shapes["states"][-1]],
+        **dict.fromkeys(("final_token", "index", "temperature"), [sequences]),
+    }
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise ShardError(f"{path}: {name} has shape {shapes[name]}; allowed: {shape}")
@@ -163,8 +183,10 @@ def _merge_manifest(path: Path, manifest: dict) -> None:
         have = read_manifest(path.parent)
         for key, value in manifest.items():
             if have.get(key) != value:
-                raise ShardError(f"{path.parent} was begun with {key}={have.get(key)!r}, not {value!r}; "
-                                 "use a new folder, or the same arguments to go on")
+                raise ShardError(
+                    f"{path.parent} was begun with {key}={have.get(key)!r}, not {value!r}; "
+                    "use a new folder, or the same arguments to go on"
+                )
         return
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

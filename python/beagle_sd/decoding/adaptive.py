@@ -32,8 +32,15 @@ class AdaptiveTree:
     generate call at a time.
     """
 
-    def __init__(self, costs: Costs, measured: Mapping[TreeShape, float], *, memory: int = 32, probe: int = 48,
-                 clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        costs: Costs,
+        measured: Mapping[TreeShape, float],
+        *,
+        memory: int = 32,
+        probe: int = 48,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         if not measured:
             raise ValueError("no shape is measured; allowed: one or more, as in a draft's acceptance.json")
         if memory < 1 or probe < 2:
@@ -60,15 +67,18 @@ class AdaptiveTree:
     @property
     def largest(self) -> TreeShape:
         """What buffers must hold."""
-        return TreeShape(*(max(getattr(shape, name) for shape in self.measured)
-                           for name in ("depth", "branch", "num_nodes")))
+        return TreeShape(
+            *(max(getattr(shape, name) for shape in self.measured) for name in ("depth", "branch", "num_nodes"))
+        )
 
     @property
     def best(self) -> tuple[TreeShape, float]:
         """The shape expected to decode this text fastest, and its speedup over plain decoding."""
         ratio, pace = self.accepted / self.expected, self.pace[False] / self.pace[True]
-        gains = {shape: pace * self.costs.speedup(shape, 1.0 + ratio * (tokens - 1.0))
-                 for shape, tokens in self.measured.items()}
+        gains = {
+            shape: pace * self.costs.speedup(shape, 1.0 + ratio * (tokens - 1.0))
+            for shape, tokens in self.measured.items()
+        }
         shape = max(gains, key=lambda shape: gains[shape])
         return shape, gains[shape]
 
@@ -117,6 +127,9 @@ def adaptive_tree(
     if measured is None:
         rows = measured_acceptance(Path(draft.name_or_path)) if draft.name_or_path else []
         rows = rows or measured_acceptance(bundled_folder(smollm2.NAME))
-        measured = {TreeShape(row["depth"], row["branch"], row["num_nodes"]): row["tokens_per_round"]
-                    for row in rows if row["temperature"] == 0.0}
+        measured = {
+            TreeShape(row["depth"], row["branch"], row["num_nodes"]): row["tokens_per_round"]
+            for row in rows
+            if row["temperature"] == 0.0
+        }
     return AdaptiveTree(calibrated_costs(target, draft, measured, anew=calibrate), measured)

@@ -74,7 +74,11 @@ def _line(known: dict[int, float], at: int) -> float:
 
 
 def calibrated_costs(
-    target: PreTrainedModel, draft: BeagleDraft, shapes: Iterable[TreeShape], *, anew: bool = False,
+    target: PreTrainedModel,
+    draft: BeagleDraft,
+    shapes: Iterable[TreeShape],
+    *,
+    anew: bool = False,
     folder: str | Path | None = None,
 ) -> Costs:
     """The costs of these shapes on this machine, from `folder` (None: `calibration_folder()`) or measured, and kept.
@@ -92,8 +96,11 @@ def calibrated_costs(
         return costs
     costs = measure_costs(target, draft, [*(costs.draft if costs else ()), *shapes])
     if costs.scatter > _STEADY:
-        warnings.warn(f"the machine is busy: the same rounds took up to {costs.scatter:.1f} times as long in one pass "
-                      "as in another; their costs serve this process and are measured anew by the next", stacklevel=2)
+        warnings.warn(
+            f"the machine is busy: the same rounds took up to {costs.scatter:.1f} times as long in one pass "
+            "as in another; their costs serve this process and are measured anew by the next",
+            stacklevel=2,
+        )
         return costs
     try:
         _write(path, key, costs)
@@ -122,8 +129,16 @@ def measure_costs(
         for shape in shapes:
             clock = _Clock()
             report = generate(
-                target, draft, ids, max_new_tokens=_ROUNDS + 2, eos_token_id=[], pad_token_id=0, streamer=clock,
-                depth=shape.depth, branch=shape.branch, num_nodes=shape.num_nodes,
+                target,
+                draft,
+                ids,
+                max_new_tokens=_ROUNDS + 2,
+                eos_token_id=[],
+                pad_token_id=0,
+                streamer=clock,
+                depth=shape.depth,
+                branch=shape.branch,
+                num_nodes=shape.num_nodes,
             ).report
             rounds[shape].append(clock.milliseconds)
             phases = {name: took for name, took in report.seconds.items() if name not in ("prefill", "capture")}
@@ -158,20 +173,43 @@ class _Clock(BaseStreamer):
 def _key(target: PreTrainedModel, draft: BeagleDraft) -> dict:
     """All that a cost depends on."""
     config = target.config.get_text_config()
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "vocab_size", "num_local_experts", "num_experts", "num_experts_per_tok")
-    own = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-           "draft_vocab_size", "append_states")
+    sizes = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "num_local_experts",
+        "num_experts",
+        "num_experts_per_tok",
+    )
+    own = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "draft_vocab_size",
+        "append_states",
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_gpu = target.device.type == "cuda"
     name = torch.cuda.get_device_name(target.device) if on_gpu else processor()
     return {
         "machine": {"name": name} if on_gpu else {"name": name, "cores": cores, "threads": torch.get_num_threads()},
-        "target": {"model_type": config.model_type, "dtype": str(target.dtype),
-                   **{name: getattr(config, name, None) for name in sizes}},
+        "target": {
+            "model_type": config.model_type,
+            "dtype": str(target.dtype),
+            **{name: getattr(config, name, None) for name in sizes},
+        },
         "draft": {"dtype": str(draft.dtype), **{name: getattr(draft.config, name) for name in own}},
-        "versions": {"beagle_kernels": beagle_kernels.__version__, "built": _built(), "torch": torch.__version__,
-                     "transformers": transformers.__version__},
+        "versions": {
+            "beagle_kernels": beagle_kernels.__version__,
+            "built": _built(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
 
 
@@ -208,8 +246,11 @@ def _read(path: Path, key: dict) -> Costs | None:
 
 def _write(path: Path, key: dict, costs: Costs) -> None:
     """Whole or not at all: another process may read or write the same file."""
-    kept = {"key": key, "verify_ms": costs.verify,
-            "draft_ms": [[*vars(shape).values(), cost] for shape, cost in costs.draft.items()]}
+    kept = {
+        "key": key,
+        "verify_ms": costs.verify,
+        "draft_ms": [[*vars(shape).values(), cost] for shape, cost in costs.draft.items()],
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(prefix=f".{path.stem}.", dir=path.parent)
     try:

@@ -134,16 +134,21 @@ def _check(config: GenerationConfig, input_ids: Tensor, model_kwargs: dict) -> N
         raise ValueError(f"the generation mode is {mode.value}; allowed: greedy_search, sample")
     for name in _OUTPUTS:
         if getattr(config, name, None):
-            raise ValueError(f"{name} is set; allowed: unset (nodes of a tree that are not kept have values too); "
-                             "beagle_sd.generate(..., return_logprobs=True) gives the new tokens' log-probabilities")
+            raise ValueError(
+                f"{name} is set; allowed: unset (nodes of a tree that are not kept have values too); "
+                "beagle_sd.generate(..., return_logprobs=True) gives the new tokens' log-probabilities"
+            )
     if config.cache_implementation is not None:
-        raise ValueError(f"cache_implementation is {config.cache_implementation!r}; allowed: unset, the loop has a "
-                         "cache of its own")
+        raise ValueError(
+            f"cache_implementation is {config.cache_implementation!r}; allowed: unset, the loop has a cache of its own"
+        )
     if unknown := {name for name, value in model_kwargs.items() if value is not None} - _MODEL_KWARGS:
         raise ValueError(f"{', '.join(sorted(unknown))} given to generate; allowed: input_ids and attention_mask")
     for name in _CACHES:
         if (past := model_kwargs.get(name)) is not None and past.get_seq_length() > 0:
             raise ValueError(f"{name} holds tokens; allowed: none, the loop has a cache of its own")
     if input_ids.shape[1] >= config.max_length:
-        raise ValueError(f"the prompt has {input_ids.shape[1]} tokens and max_length is {config.max_length}; "
-                         "allowed: a longer max_length, or max_new_tokens")
+        raise ValueError(
+            f"the prompt has {input_ids.shape[1]} tokens and max_length is {config.max_length}; "
+            "allowed: a longer max_length, or max_new_tokens"
+        )

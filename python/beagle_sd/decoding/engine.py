@@ -66,8 +66,9 @@ class Engine:
         self.batch, self.capacity = batch, capacity
         self.adaptive = adaptive if draft is not None else None
         self.shape = _shape(draft, device, depth, branch, num_nodes, adaptive)
-        self.buffers = Buffers(self.target, draft, batch, capacity, self.shape, page_size=page_size, fixed=fixed,
-                               logprobs=return_logprobs)
+        self.buffers = Buffers(
+            self.target, draft, batch, capacity, self.shape, page_size=page_size, fixed=fixed, logprobs=return_logprobs
+        )
         news = self.buffers.news
         self._host = [torch.zeros(news.shape, dtype=news.dtype, pin_memory=news.is_cuda) for _ in range(2)]
         self._sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
@@ -79,15 +80,18 @@ class Engine:
         """Bytes of the buffers on the device, without what graphs keep."""
         return sum(tensor.nbytes for tensor in self.buffers.tensors().values())
 
-    def begin(self, prompts: Tensor, lengths: Tensor, sampling: Sampling, max_new_tokens: int, ends: list[int],
-              clock: Clock) -> None:
+    def begin(
+        self, prompts: Tensor, lengths: Tensor, sampling: Sampling, max_new_tokens: int, ends: list[int], clock: Clock
+    ) -> None:
         """Prefill new texts, whose first news is sent: prompts [B, T] padded on the right, lengths [B] int32."""
         batch, longest = prompts.shape
         if batch != self.batch:
             raise ValueError(f"{batch} rows were given to an engine for {self.batch}; allowed: as many rows")
         if longest + max_new_tokens > self.capacity:
-            raise ValueError(f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} need room for "
-                             f"{longest + max_new_tokens}; allowed: the engine's capacity, {self.capacity}")
+            raise ValueError(
+                f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} need room for "
+                f"{longest + max_new_tokens}; allowed: the engine's capacity, {self.capacity}"
+            )
         self._sent.clear()
         self.buffers.begin(sampling, max_new_tokens, ends)
         with clock.phase("prefill"):
@@ -156,7 +160,9 @@ def _shape(draft, device, depth, branch, num_nodes, adaptive) -> TreeShape:
         return TreeShape(1, 1, 1)
     if adaptive is not None:
         if (depth, branch, num_nodes) != (None, None, None):
-            raise ValueError(f"depth {depth}, branch {branch}, num_nodes {num_nodes} were given with adaptive; "
-                             "allowed: one or the other")
+            raise ValueError(
+                f"depth {depth}, branch {branch}, num_nodes {num_nodes} were given with adaptive; "
+                "allowed: one or the other"
+            )
         return adaptive.largest
     return TreeShape.default(device, depth, branch, num_nodes)

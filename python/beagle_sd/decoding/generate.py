@@ -86,11 +86,17 @@ def generate(
         raise ValueError(f"max_new_tokens is {max_new_tokens}; allowed: at least 1")
     wrapped = Target(target)
     if target.training:
-        raise ValueError("the target is in training mode, where dropout makes its tokens random; "
-                         "allowed: target.eval()")
+        raise ValueError(
+            "the target is in training mode, where dropout makes its tokens random; allowed: target.eval()"
+        )
     options: dict[str, Any] = {
-        "depth": depth, "branch": branch, "num_nodes": num_nodes, "adaptive": adaptive, "graph": graph,
-        "page_size": page_size, "return_logprobs": return_logprobs or None,
+        "depth": depth,
+        "branch": branch,
+        "num_nodes": num_nodes,
+        "adaptive": adaptive,
+        "graph": graph,
+        "page_size": page_size,
+        "return_logprobs": return_logprobs or None,
     }
     _check_engine(engine, target, draft, options)
     prompts, lengths = _prompts(input_ids, attention_mask, wrapped)
@@ -100,8 +106,13 @@ def generate(
     ends, pad = _end_tokens(target, eos_token_id, pad_token_id)
 
     def decode() -> Generated:
-        made = engine or Engine(target, draft, batch=len(prompts), capacity=prompts.shape[1] + max_new_tokens,
-                                **{**options, "return_logprobs": return_logprobs})
+        made = engine or Engine(
+            target,
+            draft,
+            batch=len(prompts),
+            capacity=prompts.shape[1] + max_new_tokens,
+            **{**options, "return_logprobs": return_logprobs},
+        )
         with torch.inference_mode(), tree_attention_of(target), skinny_linears_of(target, draft):
             decoding = Decoding(made, prompts, lengths, max_new_tokens, stopping_criteria)
             if streamer is not None:
@@ -140,8 +151,9 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None, target: Target) -
     ids = input_ids.to(target.device, torch.int64)
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)
     if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; "
-                         f"allowed: that of input_ids, {tuple(ids.shape)}")
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; allowed: that of input_ids, {tuple(ids.shape)}"
+        )
     mask = mask != 0
     lengths = mask.sum(1)
     if ids.numel() == 0 or not bool((lengths > 0).all()):

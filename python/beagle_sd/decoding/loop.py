@@ -22,8 +22,16 @@ class Decoding:
     not choose what the next one does: not with stopping criteria, nor with a tree that adapts.
     """
 
-    def __init__(self, engine: Engine, prompts: Tensor, lengths: Tensor, max_new_tokens: int,
-                 stopping_criteria: Sequence[StoppingCriteria] = (), *, ahead: bool | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Tensor,
+        lengths: Tensor,
+        max_new_tokens: int,
+        stopping_criteria: Sequence[StoppingCriteria] = (),
+        *,
+        ahead: bool | None = None,
+    ):
         self.engine, self.criteria = engine, stopping_criteria
         self.prompts, self.lengths, self.max_new_tokens = prompts, lengths, max_new_tokens
         self.counts, self.live = [0] * len(prompts), [True] * len(prompts)
@@ -48,8 +56,9 @@ class Decoding:
 
     def _more_after(self, rounds: int) -> bool:
         """Whether a row may still go on after so many rounds, each of which gives it a token or more."""
-        return any(live and self.max_new_tokens - count > rounds
-                   for live, count in zip(self.live, self.counts, strict=True))
+        return any(
+            live and self.max_new_tokens - count > rounds for live, count in zip(self.live, self.counts, strict=True)
+        )
 
     def _take(self, news: list[list[int]], shape: TreeShape | None = None) -> list[list[int]]:
         """The round's new tokens a row, cut where a criterion stops it; counted unless they are the prefill's."""

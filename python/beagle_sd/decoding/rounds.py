@@ -31,8 +31,18 @@ class Buffers:
     [B, NEWS + levels + 1] int64: the round for the host. A row that is not live keeps all of its values.
     """
 
-    def __init__(self, target: Target, draft: BeagleDraft | None, batch: int, tokens: int, shape: TreeShape, *,
-                 page_size: int | None = None, fixed: bool = False, logprobs: bool = False):
+    def __init__(
+        self,
+        target: Target,
+        draft: BeagleDraft | None,
+        batch: int,
+        tokens: int,
+        shape: TreeShape,
+        *,
+        page_size: int | None = None,
+        fixed: bool = False,
+        logprobs: bool = False,
+    ):
         device, behind = target.device, tokens - 1  # the last token of a row is never cached
         self.cache = target.new_cache(batch, behind + shape.num_nodes, page_size=page_size, fixed=fixed)
         slots = behind + max(shape.depth + 1, shape.branch * shape.depth)
@@ -101,8 +111,9 @@ def prefill(target: Target, draft: BeagleDraft | None, prompts: Tensor, lengths:
     _emit(buffers, Verdict(none[:, None], none, token, status), token[:, None], logits)
 
 
-def play_round(target: Target, draft: BeagleDraft | None, buffers: Buffers, shape: TreeShape,
-               timed: Timed = _untimed) -> None:
+def play_round(
+    target: Target, draft: BeagleDraft | None, buffers: Buffers, shape: TreeShape, timed: Timed = _untimed
+) -> None:
     """Draft a tree, let the target verify it, keep what it would have said itself: one to depth + 1 tokens a row."""
     with timed("draft"):
         tree = _draft_tree(draft, buffers, shape)
@@ -120,8 +131,9 @@ def _draft_tree(draft: BeagleDraft | None, buffers: Buffers, shape: TreeShape) -
     if draft is None or buffers.draft_cache is None or shape.num_nodes == 1:
         none = root[:, None][:, :0]
         return build_tree(root, none, none.float(), none.to(torch.int32), 1, 0)
-    candidates = propose(draft, buffers.draft_cache, buffers.cache.lengths, root, buffers.sampling, shape.depth,
-                         shape.branch)
+    candidates = propose(
+        draft, buffers.draft_cache, buffers.cache.lengths, root, buffers.sampling, shape.depth, shape.branch
+    )
     return build_tree(root, *candidates, shape.num_nodes, shape.depth)
 
 
@@ -130,8 +142,9 @@ def _keep(draft, buffers: Buffers, tree: DraftTree, verdict: Verdict, hidden: Te
     lengths, path = buffers.cache.lengths, verdict.path.long().clamp(min=0)
     step = torch.arange(path.shape[1], device=path.device)
     if path.shape[1] > 1:
-        compact_cache_(buffers.cache.states, verdict.path, verdict.num_accepted, lengths,
-                       block_table=buffers.cache.block_table)
+        compact_cache_(
+            buffers.cache.states, verdict.path, verdict.num_accepted, lengths, block_table=buffers.cache.block_table
+        )
     if buffers.draft_cache is not None:
         states = hidden.gather(1, path[:, :, None].expand(-1, -1, hidden.shape[2]))
         slots = lengths.long()[:, None] + step

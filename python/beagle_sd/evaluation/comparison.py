@@ -87,11 +87,20 @@ def compare_on(
     sets = {source: read_prompts(source, tokenizer, count) for source in dict.fromkeys(sources)}
     shapes = list(dict.fromkeys(shapes)) or [
         max(part, key=lambda shape: tree.costs.speedup(shape, tree.measured[shape]))
-        for part in ([s for s in tree.measured if s.branch == 1], [s for s in tree.measured if s.branch > 1]) if part
+        for part in ([s for s in tree.measured if s.branch == 1], [s for s in tree.measured if s.branch > 1])
+        if part
     ]
     longest = max(chain(*sets.values()), key=len)
-    runs = contenders(target, draft, shapes, tree.again, capacity=len(longest) + max_new_tokens,
-                      max_new_tokens=max_new_tokens, temperature=temperature, assistant=assistant)
+    runs = contenders(
+        target,
+        draft,
+        shapes,
+        tree.again,
+        capacity=len(longest) + max_new_tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        assistant=assistant,
+    )
     peaks = warm_up(runs, longest, target.device)
     _prefill_all(runs[PLAIN_LOOP], chain(*sets.values()), target.device)
     rows = []
@@ -114,8 +123,8 @@ def read_shape(text: str) -> TreeShape:
 
 
 def warm_up(runs: Runs, prompt: Sequence[int], device: torch.device) -> dict[str, int | None]:
-    """Each contender's peak memory in bytes (`beagle_sd.evaluation.memory`) while it answers `prompt` for the first time,
-    without the engines of the others; the answers are not timed."""
+    """Each contender's peak memory in bytes (`beagle_sd.evaluation.memory`) while it answers `prompt` for the first
+    time, without the engines of the others; the answers are not timed."""
     ids, peaks = torch.tensor([list(prompt)], device=device), {}
     for name, run in runs.items():
         peak = peak_bytes(partial(run, ids), device)
@@ -144,7 +153,10 @@ def compare(runs: Runs, prompts: Sequence[Sequence[int]], device: torch.device) 
 
 
 def rows_of(
-    name: str, answers: Sequence[Mapping[str, Answer]], shapes: Sequence[TreeShape], costs: Costs,
+    name: str,
+    answers: Sequence[Mapping[str, Answer]],
+    shapes: Sequence[TreeShape],
+    costs: Costs,
     peaks: Mapping[str, int | None],
 ) -> list[Row]:
     """A row a contender, over one set of prompts called `name`; peaks are those of `warm_up`."""
@@ -153,28 +165,32 @@ def rows_of(
     rows = []
     for contender in answers[0]:
         own = [answer[contender] for answer in answers]
-        ratios = sorted((answer[BASELINE].seconds / answer[BASELINE].tokens) / (one.seconds / one.tokens)
-                        for answer, one in zip(answers, own, strict=True))
+        ratios = sorted(
+            (answer[BASELINE].seconds / answer[BASELINE].tokens) / (one.seconds / one.tokens)
+            for answer, one in zip(answers, own, strict=True)
+        )
         cuts = statistics.quantiles(ratios, n=10, method="inclusive") if len(ratios) > 1 else ratios * 9
         reports = [one.report for one in own if one.report is not None]
         rounds = sum(report.row_rounds for report in reports)
         tokens = sum(report.tokens_per_round * report.row_rounds for report in reports) / rounds if rounds else None
         speeds = [before / after for before, after in zip(plain, map(_decode_seconds, reports)) if before and after]
         shape = by_name.get(contender)
-        rows.append(Row(
-            prompts=name,
-            contender=contender,
-            answers=len(own),
-            ms_per_token=round(statistics.median(1e3 * one.seconds / one.tokens for one in own), 3),
-            tokens_per_round=1.0 if contender == BASELINE else tokens and round(tokens, 4),
-            low=round(cuts[1], 4),
-            median=round(cuts[4], 4),
-            high=round(cuts[7], 4),
-            bound=lower_bound(ratios),
-            decode=round(statistics.median(speeds), 4) if speeds else None,
-            predicted=round(costs.speedup(shape, tokens), 4) if shape and tokens else None,
-            peak_bytes=peaks[contender],
-        ))
+        rows.append(
+            Row(
+                prompts=name,
+                contender=contender,
+                answers=len(own),
+                ms_per_token=round(statistics.median(1e3 * one.seconds / one.tokens for one in own), 3),
+                tokens_per_round=1.0 if contender == BASELINE else tokens and round(tokens, 4),
+                low=round(cuts[1], 4),
+                median=round(cuts[4], 4),
+                high=round(cuts[7], 4),
+                bound=lower_bound(ratios),
+                decode=round(statistics.median(speeds), 4) if speeds else None,
+                predicted=round(costs.speedup(shape, tokens), 4) if shape and tokens else None,
+                peak_bytes=peaks[contender],
+            )
+        )
     return rows
 
 
@@ -205,8 +221,10 @@ def read_prompts(source: str, tokenizer: PreTrainedTokenizerBase, count: int) ->
     if source in EVALUATION_SETS:
         chats = [[{"role": "user", "content": prompt["turns"][0]}] for prompt in evaluation_prompts(source)]
     elif not Path(source).is_file():
-        raise ValueError(f"{source!r} is no set of prompts and no file; allowed: {', '.join(EVALUATION_SETS)}, or a "
-                         ".jsonl or .txt file")
+        raise ValueError(
+            f"{source!r} is no set of prompts and no file; allowed: {', '.join(EVALUATION_SETS)}, or a "
+            ".jsonl or .txt file"
+        )
     elif Path(source).suffix == ".txt":
         lines = Path(source).read_text(encoding="utf-8").splitlines()
         chats = [[{"role": "user", "content": line}] for line in lines if line.strip()]

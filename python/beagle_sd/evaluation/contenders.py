@@ -59,8 +59,9 @@ class EngineRun:
         tree, known = self.adaptive() if self.adaptive else None, self.engine
         engine = known or Engine(self.target, self.draft, batch=1, capacity=self.capacity, adaptive=tree, **self.shape)
         engine.adaptive = tree
-        report = generate(self.target, self.draft, ids, max_new_tokens=max_new_tokens, temperature=self.temperature,
-                          engine=engine).report
+        report = generate(
+            self.target, self.draft, ids, max_new_tokens=max_new_tokens, temperature=self.temperature, engine=engine
+        ).report
         if known is None:
             engine.capture()
             self.engine = engine
@@ -90,8 +91,9 @@ def contenders(
     def theirs(**more):
         def run(ids: Tensor):
             torch.manual_seed(0)
-            out = own_generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-                               **sampling, **more)
+            out = own_generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **sampling, **more
+            )
             return out.shape[1] - ids.shape[1], None
 
         return run

@@ -42,8 +42,12 @@ def plot_run(run: str | Path, out: str | Path) -> None:
     losses.legend()
     evaluated = [line for line in lines if "acceptance_by_depth" in line]
     for depth in range(len(evaluated[0]["acceptance_by_depth"]) if evaluated else 0):
-        acceptance.plot([line["step"] for line in evaluated],
-                        [line["acceptance_by_depth"][depth] for line in evaluated], marker=".", label=f"depth {depth}")
+        acceptance.plot(
+            [line["step"] for line in evaluated],
+            [line["acceptance_by_depth"][depth] for line in evaluated],
+            marker=".",
+            label=f"depth {depth}",
+        )
     acceptance.set(xlabel="step", ylim=(0, 1), title="Held-out acceptance, given the parent's")
     if evaluated:
         acceptance.legend()
@@ -70,6 +74,7 @@ def blank_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("a plot needs matplotlib; allowed: without it no plot, or pip install 'beagle-kernels[bench]'"
-                         ) from error
+        raise ValueError(
+            "a plot needs matplotlib; allowed: without it no plot, or pip install 'beagle-kernels[bench]'"
+        ) from error
     return Figure(figsize=(width, height), layout="constrained")

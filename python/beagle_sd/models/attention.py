@@ -53,8 +53,15 @@ def _beagle_tree(module, query, key, value, attention_mask, scaling, dropout=0.0
         raise ValueError("beagle_tree needs the mask that the decoding loop gives it")
     if attention_mask is not None and attention_mask.dtype == torch.int64:
         cache = _read.cache
-        return tree_attention(query.transpose(1, 2), key, value, cache.lengths, attention_mask[:, 0], scale=scaling,
-                              block_table=cache.block_table), None
+        return tree_attention(
+            query.transpose(1, 2),
+            key,
+            value,
+            cache.lengths,
+            attention_mask[:, 0],
+            scale=scaling,
+            block_table=cache.block_table,
+        ), None
     return grouped_attention(query, key, value, attention_mask, scaling).transpose(1, 2), None
 
 

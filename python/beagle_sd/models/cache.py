@@ -20,8 +20,19 @@ class TreeCache(Cache):
 
     block_table: Tensor | None = None
 
-    def __init__(self, layers: int, batch: int, heads: int, slots: int, width: int, dtype, device, *,
-                 page_size: int | None = None, fixed: bool = False):
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        slots: int,
+        width: int,
+        dtype,
+        device,
+        *,
+        page_size: int | None = None,
+        fixed: bool = False,
+    ):
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.fixed = fixed or page_size is not None or self.lengths.is_cuda
@@ -58,8 +69,10 @@ class TreeCache(Cache):
         keys, values = self.states[layer_idx]
         for name, new, buffer in (("keys", key_states, keys), ("values", value_states, values)):
             if (new.shape[1], new.shape[3]) != (buffer.shape[1], buffer.shape[3]):
-                raise ValueError(f"layer {layer_idx} gives {new.shape[1]} heads of {new.shape[3]} {name}; allowed: "
-                                 f"{buffer.shape[1]} of {buffer.shape[3]}, as the target's config has it")
+                raise ValueError(
+                    f"layer {layer_idx} gives {new.shape[1]} heads of {new.shape[3]} {name}; allowed: "
+                    f"{buffer.shape[1]} of {buffer.shape[3]}, as the target's config has it"
+                )
         if self.fixed:
             rows, slots = self._at
             keys[rows, :, slots] = key_states.transpose(1, 2)

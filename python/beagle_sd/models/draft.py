@@ -66,8 +66,10 @@ class BeagleConfig(PretrainedConfig):
         self.target_type = target_type
         self.initializer_range = initializer_range
         if num_key_value_heads < 1 or num_attention_heads % num_key_value_heads:
-            raise ValueError(f"num_key_value_heads is {num_key_value_heads}; allowed: divisors of the "
-                             f"{num_attention_heads} query heads")
+            raise ValueError(
+                f"num_key_value_heads is {num_key_value_heads}; allowed: divisors of the "
+                f"{num_attention_heads} query heads"
+            )
         super().__init__(**kwargs)
 
     @classmethod
@@ -189,12 +191,16 @@ class BeagleDraft(PreTrainedModel):
         try:
             loaded: Any = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
-            raise ValueError(f"{place}: model.safetensors is damaged or cut short ({error}); "
-                             "allowed: a whole file written by save_pretrained") from error
+            raise ValueError(
+                f"{place}: model.safetensors is damaged or cut short ({error}); "
+                "allowed: a whole file written by save_pretrained"
+            ) from error
         draft, info = loaded
         if info["missing_keys"]:
-            raise ValueError(f"{place}: model.safetensors lacks {sorted(info['missing_keys'])}; "
-                             "allowed: all weights of a draft, as written by save_pretrained")
+            raise ValueError(
+                f"{place}: model.safetensors lacks {sorted(info['missing_keys'])}; "
+                "allowed: all weights of a draft, as written by save_pretrained"
+            )
         return (draft, info) if output_loading_info else draft
 
     @classmethod
@@ -221,8 +227,10 @@ class BeagleDraft(PreTrainedModel):
         for name in ("hidden_size", "vocab_size"):
             have, want = getattr(target.config, name), getattr(self.config, name)
             if have != want:
-                raise ValueError(f"this draft is for a {self.config.target_type} target with {name}={want}; "
-                                 f"given a {target.config.model_type} with {name}={have}")
+                raise ValueError(
+                    f"this draft is for a {self.config.target_type} target with {name}={want}; "
+                    f"given a {target.config.model_type} with {name}={have}"
+                )
         head = target.head.weight.detach()
         if self.draft_vocab is not None:
             _check_draft_vocab(self.draft_vocab, target.config.vocab_size)
@@ -286,8 +294,10 @@ class BeagleDraft(PreTrainedModel):
 
 def _check_draft_vocab(ids: Tensor, vocab_size: int) -> None:
     if len(ids) == 0 or int(ids[0]) < 0 or int(ids[-1]) >= vocab_size or not bool((ids[1:] > ids[:-1]).all()):
-        raise ValueError(f"draft_vocab has {len(ids)} ids from {ids[:1].tolist()} to {ids[-1:].tolist()}; "
-                         f"allowed: at least one, ascending without repeats, in [0, {vocab_size})")
+        raise ValueError(
+            f"draft_vocab has {len(ids)} ids from {ids[:1].tolist()} to {ids[-1:].tolist()}; "
+            f"allowed: at least one, ascending without repeats, in [0, {vocab_size})"
+        )
 
 
 def _final_norm(target: Target) -> Tensor | None:

@@ -63,8 +63,10 @@ def head_of(model: PreTrainedModel) -> Head:
         if _explains(head, model):
             _found[model] = head
             return head
-    raise UnsupportedTarget(f"the logits of {type(model).__name__} are not its LM head's over its top hidden states; "
-                            "allowed: heads with at most logit_scale, logits_scaling and final_logit_softcapping")
+    raise UnsupportedTarget(
+        f"the logits of {type(model).__name__} are not its LM head's over its top hidden states; "
+        "allowed: heads with at most logit_scale, logits_scaling and final_logit_softcapping"
+    )
 
 
 @torch.inference_mode()

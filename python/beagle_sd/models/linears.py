@@ -22,8 +22,14 @@ MOST_ROWS = {torch.float32: 32, torch.bfloat16: 8}
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear for inference: by skinny_linear where x [..., K] has few rows on a CPU."""
     rows = x.shape[:-1].numel()
-    if not (0 < rows <= MOST_ROWS.get(weight.dtype, 0) and x.dtype == weight.dtype and x.device.type == "cpu"
-            and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu") and _served()):
+    if not (
+        0 < rows <= MOST_ROWS.get(weight.dtype, 0)
+        and x.dtype == weight.dtype
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and _served()
+    ):
         return F.linear(x, weight, bias)
     # the op itself: the public function's checks would cost a small model a percent
     out = torch.ops.beagle.skinny_linear.default(x, weight, "cpu")
@@ -40,8 +46,13 @@ def _plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
     weight = module.weight
-    return (type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype in MOST_ROWS
-            and weight.layout == torch.strided and weight.stride(-1) == 1)
+    return (
+        type(weight) is nn.Parameter
+        and weight.device.type == "cpu"
+        and weight.dtype in MOST_ROWS
+        and weight.layout == torch.strided
+        and weight.stride(-1) == 1
+    )
 
 
 _lock = threading.Lock()

@@ -47,8 +47,9 @@ def load_target(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     path = smollm2.converted() if str(name) == smollm2.NAME else name
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise FileNotFoundError(f"{path} has no config.json; allowed: a folder that save_pretrained wrote, a hub name, "
-                                f"or {smollm2.NAME}")
+        raise FileNotFoundError(
+            f"{path} has no config.json; allowed: a folder that save_pretrained wrote, a hub name, or {smollm2.NAME}"
+        )
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers' wrapper hides the signature

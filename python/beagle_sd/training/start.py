@@ -36,8 +36,10 @@ def passing_start(draft: BeagleDraft, tokens: Tensor, states: Tensor) -> BeagleD
     tenth of it in W_O). Returns `draft`.
     """
     if len(states) == 0 or states.shape != (len(tokens), draft.config.hidden_size):
-        raise ValueError(f"tokens are {tuple(tokens.shape)} and states {tuple(states.shape)}; allowed: [n] and "
-                         f"[n, {draft.config.hidden_size}], n at least 1")
+        raise ValueError(
+            f"tokens are {tuple(tokens.shape)} and states {tuple(states.shape)}; allowed: [n] and "
+            f"[n, {draft.config.hidden_size}], n at least 1"
+        )
     config, device = draft.config, draft.q_proj.weight.device
     keys = draft.norm_state(states.to(device, torch.float32))
     queries = draft.norm_query(draft.embed(tokens.to(device)).float())

@@ -84,8 +84,16 @@ class Trainer:
     tensorboard: also write the metrics for TensorBoard.
     """
 
-    def __init__(self, draft: BeagleDraft, dataset: PackedDataset, folder: str | Path, config: TrainingConfig, *,
-                 states: Callable[..., Tensor] = draft_states, tensorboard: bool = False):
+    def __init__(
+        self,
+        draft: BeagleDraft,
+        dataset: PackedDataset,
+        folder: str | Path,
+        config: TrainingConfig,
+        *,
+        states: Callable[..., Tensor] = draft_states,
+        tensorboard: bool = False,
+    ):
         self.draft, self.dataset, self.config, self.states = draft, dataset, config, states
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,14 +102,18 @@ class Trainer:
         # In autocast the loss's products are in bf16, as the draft's are.
         self.head = draft.head.to(torch.bfloat16 if config.autocast else torch.float32)
         fused = {"fused": True} if self.device.type == "cuda" else {}
-        self.optimizer = torch.optim.AdamW(draft.parameters(), lr=config.lr, betas=config.betas,
-                                           weight_decay=config.weight_decay, **fused)
+        self.optimizer = torch.optim.AdamW(
+            draft.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, **fused
+        )
         if not dataset.train:
-            raise ValueError(f"no sequence to train on: all {len(dataset.evaluation)} are held out "
-                             f"(held_out={config.held_out}; 0 holds none out)")
+            raise ValueError(
+                f"no sequence to train on: all {len(dataset.evaluation)} are held out "
+                f"(held_out={config.held_out}; 0 holds none out)"
+            )
         if dataset.width != draft.config.hidden_size:
-            raise ValueError(f"the states are {dataset.width} wide; allowed: the draft's hidden_size, "
-                             f"{draft.config.hidden_size}")
+            raise ValueError(
+                f"the states are {dataset.width} wide; allowed: the draft's hidden_size, {draft.config.hidden_size}"
+            )
         per_epoch = len(dataset.epoch(0, config.tokens_per_step, config.seed))
         self.block_steps = round(config.block_epochs * per_epoch)
         self.total_steps = self.block_steps + round(config.simulation_epochs * per_epoch)
@@ -194,15 +206,16 @@ class Trainer:
         loss, weight, tokens, norm = torch.cat([sums, norm.double()[None]]).tolist()
         loss /= max(weight, 1e-9)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingStopped(f"step {self.step}: loss is {loss}, gradient norm {norm}; "
-                                  f"the last good checkpoint is kept in {self.folder}; lower lr (now {config.lr})?")
+            raise TrainingStopped(
+                f"step {self.step}: loss is {loss}, gradient norm {norm}; "
+                f"the last good checkpoint is kept in {self.folder}; lower lr (now {config.lr})?"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.tokens_seen += int(tokens)
-        return {"stage": stage, "loss": loss, "gradient_norm": norm, "lr": self._lr(),
-                "tokens_seen": self.tokens_seen}
+        return {"stage": stage, "loss": loss, "gradient_norm": norm, "lr": self._lr(), "tokens_seen": self.tokens_seen}
 
     def _backward(self, batch: Batch, offset: Tensor, noise: Tensor | None, stage: int, window: int) -> Tensor:
         """Add a micro-batch's gradients; returns (sum of losses, their weight, tokens) float64."""
@@ -211,8 +224,9 @@ class Trainer:
             keys_of = keys_of + noise.to(self.device, non_blocking=True)
         weights = row_weights(batch, window, offset, simulated=stage == 2)
         with self._autocast():
-            states = self.states(self.draft, batch, keys_of, window, offset, simulated=stage == 2,
-                                 detach_states=config.detach_states)
+            states = self.states(
+                self.draft, batch, keys_of, window, offset, simulated=stage == 2, detach_states=config.detach_states
+            )
         made, wanted = states.to(self.head.dtype), batch.states.to(self.head.dtype)
         loss = distill_loss(made, wanted, self.head, weights, regression=config.regression, tf32=True)
         loss.backward()
@@ -302,8 +316,10 @@ class Trainer:
             try:
                 write(partial)
             except (OSError, RuntimeError, SafetensorError) as error:  # as the writers of tensors report a full disk
-                raise OSError(f"{final} could not be written ({error}); is the disk full? What was written before is "
-                              "kept, and the same command goes on from there") from error
+                raise OSError(
+                    f"{final} could not be written ({error}); is the disk full? What was written before is "
+                    "kept, and the same command goes on from there"
+                ) from error
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
         finally:
@@ -312,8 +328,18 @@ class Trainer:
     def _settings(self) -> dict:
         """All that a resumed run must share with the one before."""
         shape = self.draft.config.to_dict()
-        names = ("model_type", "target_type", "hidden_size", "vocab_size", "draft_vocab_size", "num_key_value_heads",
-                 "append_states", "norm_query", "norm_state", "norm_output")
+        names = (
+            "model_type",
+            "target_type",
+            "hidden_size",
+            "vocab_size",
+            "draft_vocab_size",
+            "num_key_value_heads",
+            "append_states",
+            "norm_query",
+            "norm_state",
+            "norm_output",
+        )
         data = {"sequences": len(self.dataset.train), "tokens": self.dataset.tokens_of(self.dataset.train)}
         return asdict(self.config) | {"betas": list(self.config.betas)} | data | {name: shape[name] for name in names}
 
@@ -333,12 +359,14 @@ class Trainer:
             weights = load_file(folder / "model.safetensors")
             moments = torch.load(folder / "optimizer.pt", map_location=self.device)
         except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{folder} is not a whole checkpoint ({error}); delete it to go on from the one before") \
-                from error
+            raise ValueError(
+                f"{folder} is not a whole checkpoint ({error}); delete it to go on from the one before"
+            ) from error
         was, now = state["settings"], self._settings()
         if differing := [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]:
-            raise ValueError(f"{folder} was trained with other settings ({', '.join(differing)}); use the same, or a "
-                             "new folder")
+            raise ValueError(
+                f"{folder} was trained with other settings ({', '.join(differing)}); use the same, or a new folder"
+            )
         if self.draft.draft_vocab is not None and not torch.equal(weights["draft_vocab"], self.draft.draft_vocab.cpu()):
             raise ValueError(f"{folder} was trained with another draft_vocab; use the same, or a new folder")
         self.draft.load_state_dict(weights)

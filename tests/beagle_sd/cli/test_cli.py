@@ -49,11 +49,30 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
     prompts, states, out = write_prompts(tmp_path / "prompts.jsonl"), tmp_path / "states", tmp_path / "run"
     said = run("prepare", prompts, states, "--target", target, "--regenerate", "--batch", 8, "--max-new-tokens", 20)
     assert "30 of 30 conversations" in said and (states / "answers.npz").is_file()
-    assert "0 of 30 conversations" in run("prepare", prompts, states, "--target", target, "--regenerate", "--batch", 8,
-                                          "--max-new-tokens", 20)
-    trained = run("train", states, out, "--target", target, "--draft-vocab", 40, "--block-epochs", 2,
-                  "--simulation-epochs", 2, "--tokens-per-step", 512, "--lr", 1e-3, "--warmup-steps", 2,
-                  "--key-value-heads", 4)
+    assert "0 of 30 conversations" in run(
+        "prepare", prompts, states, "--target", target, "--regenerate", "--batch", 8, "--max-new-tokens", 20
+    )
+    trained = run(
+        "train",
+        states,
+        out,
+        "--target",
+        target,
+        "--draft-vocab",
+        40,
+        "--block-epochs",
+        2,
+        "--simulation-epochs",
+        2,
+        "--tokens-per-step",
+        512,
+        "--lr",
+        1e-3,
+        "--warmup-steps",
+        2,
+        "--key-value-heads",
+        4,
+    )
     assert json.loads((out / "final" / "config.json").read_text())["num_key_value_heads"] == 4
     assert "acceptance by depth" in trained and (out / "final" / "model.safetensors").is_file()
     shown = run("generate", "ab", "--target", target, "--draft", out / "final", "--max-new-tokens", 12)
@@ -61,8 +80,23 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
     assert "calibrations: 1 in" in run("info")
     again = run("generate", "ab", "--target", target, "--draft", out / "final", "--max-new-tokens", 12, "--calibrate")
     assert "Same tokens as plain decoding." in again
-    live = run("train", states / "answers.npz", tmp_path / "live", "--target", target, "--draft-vocab", 40,
-               "--block-epochs", 1, "--simulation-epochs", 1, "--tokens-per-step", 512, "--lr", 1e-3)
+    live = run(
+        "train",
+        states / "answers.npz",
+        tmp_path / "live",
+        "--target",
+        target,
+        "--draft-vocab",
+        40,
+        "--block-epochs",
+        1,
+        "--simulation-epochs",
+        1,
+        "--tokens-per-step",
+        512,
+        "--lr",
+        1e-3,
+    )
     assert trained.splitlines()[0].split(";")[0] == live.splitlines()[0].split(";")[0]
     assert (tmp_path / "live" / "final" / "model.safetensors").is_file()
     again = "prepare", states / "answers.npz", tmp_path / "again", "--target", target
@@ -114,18 +148,21 @@ def test_what_is_waited_for_is_said_where_somebody_looks(target, tmp_path, capsy
     assert capsys.readouterr().err.count("converting smollm2-135m for transformers: once") == 1
 
 
-@pytest.mark.parametrize("args,message", [
-    (("generate", " "), "the prompt is empty"),
-    (("generate", "a", "--temperature", "-1"), "temperature is -1.0; allowed: 0"),
-    (("generate", "a", "--top-p", "0"), "top_p is 0.0; allowed: above 0"),
-    (("generate", "a", "--num-nodes", "0"), "num_nodes is 0; allowed: 1 to 1024"),
-    (("generate", "a", "--dtype", "int3"), "dtype is 'int3'; allowed: auto"),
-    (("generate", "a", "--draft", "{nowhere}"), "{nowhere}"),
-    (("generate", "a", "--depth", "2", "--calibrate"), "--calibrate was given with a tree's shape; allowed"),
-    (("bench", "--shape", "4,4"), "the shape is '4,4'; allowed: depth,branch,num_nodes"),
-    (("bench", "--prompts", "mt-bank"), "'mt-bank' is no set of prompts and no file; allowed: mt-bench"),
-    (("bench", "--count", "0"), "count is 0; allowed: 1 or more"),
-])
+@pytest.mark.parametrize(
+    "args,message",
+    [
+        (("generate", " "), "the prompt is empty"),
+        (("generate", "a", "--temperature", "-1"), "temperature is -1.0; allowed: 0"),
+        (("generate", "a", "--top-p", "0"), "top_p is 0.0; allowed: above 0"),
+        (("generate", "a", "--num-nodes", "0"), "num_nodes is 0; allowed: 1 to 1024"),
+        (("generate", "a", "--dtype", "int3"), "dtype is 'int3'; allowed: auto"),
+        (("generate", "a", "--draft", "{nowhere}"), "{nowhere}"),
+        (("generate", "a", "--depth", "2", "--calibrate"), "--calibrate was given with a tree's shape; allowed"),
+        (("bench", "--shape", "4,4"), "the shape is '4,4'; allowed: depth,branch,num_nodes"),
+        (("bench", "--prompts", "mt-bank"), "'mt-bank' is no set of prompts and no file; allowed: mt-bench"),
+        (("bench", "--count", "0"), "count is 0; allowed: 1 or more"),
+    ],
+)
 def test_wrong_arguments(target, tmp_path, args, message):
     from beagle_sd import BeagleDraft
 
@@ -144,9 +181,27 @@ def test_the_comparison_as_a_table_csv_and_plot(target, tmp_path):
     BeagleDraft.from_target(small_target()).save_pretrained(tmp_path / "draft")
     (tmp_path / "questions.txt").write_text("ab\ncd\n")
     pytest.importorskip("matplotlib")
-    said = run("bench", "--target", target, "--draft", tmp_path / "draft", "--prompts", tmp_path / "questions.txt",
-               "--count", 1, "--max-new-tokens", 6, "--shape", "2,1,3", "--shape", "3,2,6", "--csv",
-               tmp_path / "rows.csv", "--plot", tmp_path / "rows.png")
+    said = run(
+        "bench",
+        "--target",
+        target,
+        "--draft",
+        tmp_path / "draft",
+        "--prompts",
+        tmp_path / "questions.txt",
+        "--count",
+        1,
+        "--max-new-tokens",
+        6,
+        "--shape",
+        "2,1,3",
+        "--shape",
+        "3,2,6",
+        "--csv",
+        tmp_path / "rows.csv",
+        "--plot",
+        tmp_path / "rows.png",
+    )
     for contender in ("target.generate", "prompt lookup", "beagle, plain", "beagle, chain of 2", "adaptive tree"):
         assert contender in said and contender in (tmp_path / "rows.csv").read_text()
     assert "questions.txt, 1 prompts" in said.replace("\n", "") and (tmp_path / "rows.png").stat().st_size > 1000

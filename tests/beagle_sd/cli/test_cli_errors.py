@@ -49,45 +49,59 @@ def run(place, line: str):
         os.chdir(before)
 
 
-@pytest.mark.parametrize("line, message", [
-    ("prepare nowhere.txt out", "nowhere.txt is not a file; allowed: .jsonl, .txt or .npz"),
-    ("prepare folder out", "folder is not a file; allowed"),
-    ("prepare empty.txt out", "empty.txt holds nothing to learn from: it is empty"),
-    ("prepare empty.jsonl out", "empty.jsonl holds nothing to learn from: it is empty"),
-    ("prepare empty.jsonl out --regenerate", "empty.jsonl holds nothing to learn from: it is empty"),
-    ("prepare long.jsonl out --regenerate", "all 1 conversations are too short or too long"),
-    ("prepare bytes.txt out", "bytes.txt is not UTF-8 text"),
-    ("prepare bytes.jsonl out", "bytes.jsonl: line 1 is not a conversation"),
-    ("prepare empty.txt out --regenerate", "ends in '.txt'; allowed with --regenerate: .jsonl"),
-    ("prepare answers.jsonl out --regenerate", "line 1 has no user turn to answer"),
-    ("prepare chats.jsonl out --context 0", "context is 0; allowed: 1 or more"),
-    ("prepare chats.jsonl out --regenerate --batch 0", "batch is 0; allowed: 1 or more"),
-    ("prepare chats.jsonl out --regenerate --max-new-tokens -1", "max_new_tokens is -1; allowed: 1 or more"),
-    ("prepare chats.jsonl out --dtype int8", "dtype is 'int8'; allowed: auto, float32"),
-    ("prepare chats.jsonl out --device gpu", "device is 'gpu'; allowed here: cpu"),
-    ("prepare chats.jsonl out --device cuda:99", "device is 'cuda:99', which torch does not see; allowed here: cpu"),
-    ("prepare chats.jsonl out --target folder", "folder has no config.json; allowed: a folder that save_pretrained"),
-    ("prepare chats.jsonl out --target file", "file has no config.json; allowed: a folder that save_pretrained"),
-    ("prepare chats.jsonl file", "File exists: 'file'"),
-    ("train nowhere out", "nowhere/manifest.json is missing: nowhere is not a folder made by `beagle-sd prepare`"),
-    ("train folder out", "folder is not a folder made by"),
-    ("train folder out --lr -1", "lr is -1.0; allowed: 0 or more"),
-    ("train folder out --schedule linear", "schedule is 'linear'; allowed: 'constant', 'cosine'"),
-    ("generate a --draft nowhere", "nowhere has no config.json; allowed: a folder that `beagle-sd train` wrote"),
-    ("generate a --draft folder", "folder has no config.json; allowed: a folder that `beagle-sd train` wrote"),
-    ("generate a --draft cut", "model.safetensors is damaged or cut short"),
-    ("generate a --draft unmeasured", "acceptance.json is damaged (a shape lacks one of branch, depth,"),
-    ("generate a --draft draft --seed 99999999999999999999", "seed is 99999999999999999999 for 1 rows; allowed"),
-    ("generate a --draft draft --max-new-tokens 0", "max_new_tokens is 0; allowed: at least 1"),
-    ("plot folder", "metrics.jsonl is not there; allowed: a folder that `beagle-sd train` wrote"),
-    ("prompts folder --count 0", "Is a directory: 'folder'"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("prepare nowhere.txt out", "nowhere.txt is not a file; allowed: .jsonl, .txt or .npz"),
+        ("prepare folder out", "folder is not a file; allowed"),
+        ("prepare empty.txt out", "empty.txt holds nothing to learn from: it is empty"),
+        ("prepare empty.jsonl out", "empty.jsonl holds nothing to learn from: it is empty"),
+        ("prepare empty.jsonl out --regenerate", "empty.jsonl holds nothing to learn from: it is empty"),
+        ("prepare long.jsonl out --regenerate", "all 1 conversations are too short or too long"),
+        ("prepare bytes.txt out", "bytes.txt is not UTF-8 text"),
+        ("prepare bytes.jsonl out", "bytes.jsonl: line 1 is not a conversation"),
+        ("prepare empty.txt out --regenerate", "ends in '.txt'; allowed with --regenerate: .jsonl"),
+        ("prepare answers.jsonl out --regenerate", "line 1 has no user turn to answer"),
+        ("prepare chats.jsonl out --context 0", "context is 0; allowed: 1 or more"),
+        ("prepare chats.jsonl out --regenerate --batch 0", "batch is 0; allowed: 1 or more"),
+        ("prepare chats.jsonl out --regenerate --max-new-tokens -1", "max_new_tokens is -1; allowed: 1 or more"),
+        ("prepare chats.jsonl out --dtype int8", "dtype is 'int8'; allowed: auto, float32"),
+        ("prepare chats.jsonl out --device gpu", "device is 'gpu'; allowed here: cpu"),
+        (
+            "prepare chats.jsonl out --device cuda:99",
+            "device is 'cuda:99', which torch does not see; allowed here: cpu",
+        ),
+        (
+            "prepare chats.jsonl out --target folder",
+            "folder has no config.json; allowed: a folder that save_pretrained",
+        ),
+        ("prepare chats.jsonl out --target file", "file has no config.json; allowed: a folder that save_pretrained"),
+        ("prepare chats.jsonl file", "File exists: 'file'"),
+        ("train nowhere out", "nowhere/manifest.json is missing: nowhere is not a folder made by `beagle-sd prepare`"),
+        ("train folder out", "folder is not a folder made by"),
+        ("train folder out --lr -1", "lr is -1.0; allowed: 0 or more"),
+        ("train folder out --schedule linear", "schedule is 'linear'; allowed: 'constant', 'cosine'"),
+        ("generate a --draft nowhere", "nowhere has no config.json; allowed: a folder that `beagle-sd train` wrote"),
+        ("generate a --draft folder", "folder has no config.json; allowed: a folder that `beagle-sd train` wrote"),
+        ("generate a --draft cut", "model.safetensors is damaged or cut short"),
+        ("generate a --draft unmeasured", "acceptance.json is damaged (a shape lacks one of branch, depth,"),
+        ("generate a --draft draft --seed 99999999999999999999", "seed is 99999999999999999999 for 1 rows; allowed"),
+        ("generate a --draft draft --max-new-tokens 0", "max_new_tokens is 0; allowed: at least 1"),
+        ("plot folder", "metrics.jsonl is not there; allowed: a folder that `beagle-sd train` wrote"),
+        ("prompts folder --count 0", "Is a directory: 'folder'"),
+    ],
+)
 def test_wrong_arguments(place, line, message, monkeypatch):
     monkeypatch.setitem(prompts.MIX, "templates", 1.0)
     for name in set(prompts.MIX) - {"templates"}:
         monkeypatch.delitem(prompts.MIX, name)
-    result = run(place, line + (" --target target" if line.split()[0] in ("prepare", "train", "generate")
-                                and "--target" not in line else ""))
+    result = run(
+        place,
+        line
+        + (
+            " --target target" if line.split()[0] in ("prepare", "train", "generate") and "--target" not in line else ""
+        ),
+    )
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), (result.output, result.exception)
     assert result.output.splitlines()[-1].startswith("error: ") and message in result.output, result.output
 

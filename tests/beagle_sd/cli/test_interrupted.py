@@ -61,8 +61,10 @@ def small_shards(monkeypatch):
 def source(tmp_path_factory):
     """Conversations of different lengths, with a blank line among them."""
     path = tmp_path_factory.mktemp("source") / "chats.jsonl"
-    said = [[{"role": "user", "content": "abcdef"[: 1 + i % 6]},
-             {"role": "assistant", "content": "hello " * (1 + i % 4)}] for i in range(COUNT)]
+    said = [
+        [{"role": "user", "content": "abcdef"[: 1 + i % 6]}, {"role": "assistant", "content": "hello " * (1 + i % 4)}]
+        for i in range(COUNT)
+    ]
     lines = [json.dumps({"messages": turns}) + "\n" for turns in said]
     path.write_text("".join([*lines[:5], "\n", *lines[5:]]), encoding="utf-8")
     return path
@@ -151,8 +153,22 @@ def test_interrupted_training_goes_on_where_it_was(target, source, tmp_path, mon
     from beagle_sd.training.trainer import Trainer
 
     prepare(target, source, tmp_path / "states")
-    options = ["--draft-vocab", "40", "--block-epochs", "2", "--simulation-epochs", "1", "--tokens-per-step", "128",
-               "--lr", "1e-3", "--warmup-steps", "2", "--target", str(target)]
+    options = [
+        "--draft-vocab",
+        "40",
+        "--block-epochs",
+        "2",
+        "--simulation-epochs",
+        "1",
+        "--tokens-per-step",
+        "128",
+        "--lr",
+        "1e-3",
+        "--warmup-steps",
+        "2",
+        "--target",
+        str(target),
+    ]
 
     def train(out):
         return CliRunner().invoke(app, ["train", str(tmp_path / "states"), str(out), *options], env={"COLUMNS": "300"})
@@ -194,8 +210,14 @@ def starting(tmp_path):
     path = os.pathsep.join(map(str, (tmp_path, ROOT / "python", ROOT)))
 
     def run(*arguments) -> tuple[int, str]:
-        done = subprocess.run([sys.executable, *map(str, arguments)], env={**os.environ, "PYTHONPATH": path},
-                              cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": path},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         return done.returncode, done.stderr
 
     return run

@@ -51,8 +51,15 @@ def test_sampled_answers_are_plain_decodings_with_their_seed(longest):
     model, asked = small_target(), requests(12, (0.7, 1.0))
     found = answers(model, asked, batch=5, max_new_tokens=longest, seed=3, states=False)
     for request in asked:
-        plain = generate(model, None, torch.tensor([request.ids]), max_new_tokens=longest, eos_token_id=END,
-                         temperature=request.temperature, seed=torch.tensor([seed_of(3, request)]))
+        plain = generate(
+            model,
+            None,
+            torch.tensor([request.ids]),
+            max_new_tokens=longest,
+            eos_token_id=END,
+            temperature=request.temperature,
+            seed=torch.tensor([seed_of(3, request)]),
+        )
         assert whole(found[request.index]) == plain.sequences[0].tolist()
         assert found[request.index].states.numel() == 0
 
@@ -62,7 +69,8 @@ def test_the_batch_and_the_order_change_nothing():
     one = answers(model, asked, batch=3, max_new_tokens=9)
     other = answers(model, asked[::-1], batch=10, max_new_tokens=9)
     assert {index: whole(sequence) for index, sequence in one.items()} == {
-        index: whole(sequence) for index, sequence in other.items()}
+        index: whole(sequence) for index, sequence in other.items()
+    }
 
 
 def test_temperatures_go_round_and_long_prompts_are_skipped():

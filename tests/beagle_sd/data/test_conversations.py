@@ -56,8 +56,16 @@ def test_jsonl_in_both_forms(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"messages": [', '{"text": "x"}', '{"messages": [{"role": "robot", "content": "x"}]}', '"x"', "[1]",
-             '{"messages": [{"role": "user"}]}', '{"messages": [], "conversations": []}'],
+    "line",
+    [
+        '{"messages": [',
+        '{"text": "x"}',
+        '{"messages": [{"role": "robot", "content": "x"}]}',
+        '"x"',
+        "[1]",
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [], "conversations": []}',
+    ],
 )
 def test_a_bad_line_is_named(tmp_path, line):
     path = tmp_path / "bad.jsonl"

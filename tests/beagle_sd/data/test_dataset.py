@@ -68,8 +68,10 @@ def test_held_out_sequences_are_never_trained_on(folder):
     assert [entry.rows for entry in dataset.evaluation] == [LENGTHS[number] for number in held]
     assert len(dataset.train) == 35
     batches = [dataset.load(pack) for pack in dataset.evaluation_packs(30)]
-    assert torch.equal(torch.cat([batch.tokens for batch in batches]),
-                       torch.cat([random_sequence(number, LENGTHS[number]).tokens for number in held]))
+    assert torch.equal(
+        torch.cat([batch.tokens for batch in batches]),
+        torch.cat([random_sequence(number, LENGTHS[number]).tokens for number in held]),
+    )
 
 
 def test_an_empty_folder_is_refused(tmp_path):

@@ -51,12 +51,22 @@ def test_flipped_and_cut_bytes_of_a_shard(shard):
     damaged()
 
 
-@pytest.mark.parametrize("name, change", [
-    ("lengths", lambda x: x * -1), ("lengths", lambda x: x + torch.tensor([-20, 20, 0, 0, 0], dtype=x.dtype)),
-    ("lengths", lambda x: x.float()), ("loss_mask", lambda x: x[:-1]), ("states", lambda x: x[:-3]),
-    ("states", lambda x: x[:, 0]), ("tokens", lambda x: x.float()), ("tokens", lambda x: x[None]),
-    ("index", lambda x: x[:-1]), ("final_token", lambda x: x[:0]), ("temperature", lambda x: x[:2]),
-])
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("lengths", lambda x: x * -1),
+        ("lengths", lambda x: x + torch.tensor([-20, 20, 0, 0, 0], dtype=x.dtype)),
+        ("lengths", lambda x: x.float()),
+        ("loss_mask", lambda x: x[:-1]),
+        ("states", lambda x: x[:-3]),
+        ("states", lambda x: x[:, 0]),
+        ("tokens", lambda x: x.float()),
+        ("tokens", lambda x: x[None]),
+        ("index", lambda x: x[:-1]),
+        ("final_token", lambda x: x[:0]),
+        ("temperature", lambda x: x[:2]),
+    ],
+)
 def test_a_shard_whose_parts_do_not_fit_is_named(shard, name, change):
     data = load_file(shard)
     save_file({**data, name: change(data[name]).contiguous()}, shard)
@@ -65,10 +75,20 @@ def test_a_shard_whose_parts_do_not_fit_is_named(shard, name, change):
 
 
 @property_test
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-                        st.sampled_from(["messages", "conversations", "role", "from", "content", "value", "x"]),
-                        inner, max_size=4), max_leaves=12))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["messages", "conversations", "role", "from", "content", "value", "x"]),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    )
+)
 def test_any_json_line_is_a_conversation_or_named(tmp_path_factory, record):
     path = tmp_path_factory.mktemp("lines") / "lines.jsonl"
     path.write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -80,8 +100,11 @@ def test_any_json_line_is_a_conversation_or_named(tmp_path_factory, record):
         assert all(set(message) == {"role", "content"} for _, messages in found for message in messages)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe{", b'{"messages": [{"role": "user", "content": "a"}]', b"[" * 100_000],
-                         ids=["not utf-8", "cut short", "deeply nested"])
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe{", b'{"messages": [{"role": "user", "content": "a"}]', b"[" * 100_000],
+    ids=["not utf-8", "cut short", "deeply nested"],
+)
 def test_lines_that_are_no_json_are_named(tmp_path, content):
     path = tmp_path / "lines.jsonl"
     path.write_bytes(content)
@@ -89,16 +112,27 @@ def test_lines_that_are_no_json_are_named(tmp_path, content):
         list(read_messages(path))
 
 
-@pytest.mark.parametrize("change", [
-    {"lengths": np.array([-3, 8], dtype=np.int32)}, {"lengths": np.array([9, 9], dtype=np.int32)},
-    {"lengths": np.array([2.5, 2.5])}, {"prompt_lengths": np.array([1], dtype=np.int32)},
-    {"ids": np.array(["a"] * 5)}, {"index": np.array([[0], [1]])},
-], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lengths": np.array([-3, 8], dtype=np.int32)},
+        {"lengths": np.array([9, 9], dtype=np.int32)},
+        {"lengths": np.array([2.5, 2.5])},
+        {"prompt_lengths": np.array([1], dtype=np.int32)},
+        {"ids": np.array(["a"] * 5)},
+        {"index": np.array([[0], [1]])},
+    ],
+    ids=str,
+)
 def test_answers_whose_parts_do_not_fit_are_named(tmp_path, change):
     path = tmp_path / "answers.npz"
-    parts = {"ids": np.arange(5) % VOCAB, "lengths": np.array([2, 3], dtype=np.int32),
-             "prompt_lengths": np.array([1, 1], dtype=np.int32), "temperature": np.zeros(2, dtype=np.float32),
-             "index": np.arange(2, dtype=np.int32)}
+    parts = {
+        "ids": np.arange(5) % VOCAB,
+        "lengths": np.array([2, 3], dtype=np.int32),
+        "prompt_lengths": np.array([1, 1], dtype=np.int32),
+        "temperature": np.zeros(2, dtype=np.float32),
+        "index": np.arange(2, dtype=np.int32),
+    }
     np.savez(path, **parts)
     assert len(list(read_answers(path, 100))) == 2
     np.savez(path, **{**parts, **change})

@@ -15,24 +15,44 @@ from beagle_sd.data.live import Corpus, LiveDataset
 from beagle_sd.data.shards import Sequence, ShardWriter
 from beagle_sd.training.trainer import Trainer, TrainingConfig
 
-CONFIG = TrainingConfig(window=3, steps=2, block_epochs=1.0, simulation_epochs=1.0, tokens_per_step=100, lr=1e-2,
-                        warmup_steps=2, held_out=6, eval_steps=5, save_steps=2, seed=3)
+CONFIG = TrainingConfig(
+    window=3,
+    steps=2,
+    block_epochs=1.0,
+    simulation_epochs=1.0,
+    tokens_per_step=100,
+    lr=1e-2,
+    warmup_steps=2,
+    held_out=6,
+    eval_steps=5,
+    save_steps=2,
+    seed=3,
+)
 
 
 def conversations(count: int = 20) -> list[Conversation]:
     pick = torch.Generator().manual_seed(5)
     lengths = [1, 2, *(5 + (11 * number) % 29 for number in range(count - 2))]
-    return [Conversation(number, torch.randint(VOCAB, (length,), generator=pick).tolist(),
-                         [place >= length // 3 for place in range(length)], 0.0)
-            for number, length in enumerate(lengths)]
+    return [
+        Conversation(
+            number,
+            torch.randint(VOCAB, (length,), generator=pick).tolist(),
+            [place >= length // 3 for place in range(length)],
+            0.0,
+        )
+        for number, length in enumerate(lengths)
+    ]
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """The conversations as a file of answers."""
     path = tmp_path_factory.mktemp("answers") / "answers.npz"
-    sequences = [Sequence(torch.tensor(c.ids[:-1]), torch.tensor(c.learn[1:]), torch.empty(0), c.ids[-1], c.index, 0.0)
-                 for c in conversations() if len(c.ids) > 1]
+    sequences = [
+        Sequence(torch.tensor(c.ids[:-1]), torch.tensor(c.learn[1:]), torch.empty(0), c.ids[-1], c.index, 0.0)
+        for c in conversations()
+        if len(c.ids) > 1
+    ]
     write_answer_file(path, sequences, {})
     return path
 
@@ -100,5 +120,6 @@ def test_a_stopped_live_run_resumes_bit_for_bit(keep, tmp_path):
     resumed = trainer(tmp_path / "parts")
     assert resumed.step == 2 < whole.total_steps
     resumed.run()
-    assert all(torch.equal(weight, whole.draft.state_dict()[name])
-               for name, weight in resumed.draft.state_dict().items())
+    assert all(
+        torch.equal(weight, whole.draft.state_dict()[name]) for name, weight in resumed.draft.state_dict().items()
+    )

@@ -21,10 +21,16 @@ def test_measured_shapes_cost_what_was_measured():
     assert COSTS.speedup(CHAIN, 1.8) == 1.8 * 10 / 15
 
 
-@pytest.mark.parametrize("shape,verify,draft", [
-    (TreeShape(4, 1, 3), 11.0, 3.0), (TreeShape(2, 1, 3), 11.0, 1.5), (TreeShape(4, 4, 27), 28.0, 4.0),
-    (TreeShape(7, 4, 16), 20.0, 4.0 + 12 / 9),
-], ids=str)
+@pytest.mark.parametrize(
+    "shape,verify,draft",
+    [
+        (TreeShape(4, 1, 3), 11.0, 3.0),
+        (TreeShape(2, 1, 3), 11.0, 1.5),
+        (TreeShape(4, 4, 27), 28.0, 4.0),
+        (TreeShape(7, 4, 16), 20.0, 4.0 + 12 / 9),
+    ],
+    ids=str,
+)
 def test_other_shapes_are_estimated_by_nodes_and_levels(shape, verify, draft):
     """4 levels of a chain compute 4 nodes of the draft, of a tree with branch 4 13, none none."""
     assert COSTS.round_ms(shape) == pytest.approx(verify + draft)
@@ -104,12 +110,20 @@ def test_another_machine_or_model_has_costs_of_its_own(measured, tmp_path, chang
     assert len(measured) == 2 and len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("harm", [
-    lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[]", lambda text: "\0\xff",
-    lambda text: text.replace("12.0", "-1.0"), lambda text: text.replace('"1":', '"one":'),
-    lambda text: text.replace('"1":', '"2":'), lambda text: text.replace('"llama"', '"qwen2"'),
-    lambda text: json.dumps({**json.loads(text), "draft_ms": [[4, 1, 0, 2.0]]}),
-])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: "\0\xff",
+        lambda text: text.replace("12.0", "-1.0"),
+        lambda text: text.replace('"1":', '"one":'),
+        lambda text: text.replace('"1":', '"2":'),
+        lambda text: text.replace('"llama"', '"qwen2"'),
+        lambda text: json.dumps({**json.loads(text), "draft_ms": [[4, 1, 0, 2.0]]}),
+    ],
+)
 def test_a_damaged_file_is_written_anew(measured, tmp_path, harm):
     target = small_target()
     draft = small_draft(target)

@@ -43,8 +43,12 @@ def test_greedy_equals_the_targets_own(pair):
     settings = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
     want = target.generate(ids, **settings)
     assert torch.equal(target.generate(ids, custom_generate=custom_generate(draft), **settings), want)
-    whole = target.generate(ids, custom_generate=custom_generate(draft, depth=4, branch=1, num_nodes=5),
-                            return_dict_in_generate=True, **settings)
+    whole = target.generate(
+        ids,
+        custom_generate=custom_generate(draft, depth=4, branch=1, num_nodes=5),
+        return_dict_in_generate=True,
+        **settings,
+    )
     assert isinstance(whole, SpeculativeOutput) and torch.equal(whole.sequences, want)
     assert whole.report.tokens_per_round > 1.1
     assert whole.logprobs is None
@@ -69,14 +73,21 @@ def test_an_engine_or_an_adaptive_tree_is_used(pair):
         target.generate(prompts(1), custom_generate=custom_generate(draft, engine=small), **settings)
 
 
-@pytest.mark.parametrize("settings", [
-    {"temperature": 0.7, "top_k": 0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}, {"min_p": 0.1, "top_k": 0},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7, "top_k": 0},
+        {"temperature": 1.0, "top_k": 5, "top_p": 0.9},
+        {"min_p": 0.1, "top_k": 0},
+    ],
+    ids=str,
+)
 def test_sampling_settings_arrive_once(pair, settings):
     target, draft = pair
     ids = prompts(2)
-    made = target.generate(ids, do_sample=True, max_new_tokens=NEW, custom_generate=custom_generate(draft, seed=3),
-                           **settings)
+    made = target.generate(
+        ids, do_sample=True, max_new_tokens=NEW, custom_generate=custom_generate(draft, seed=3), **settings
+    )
     want = generate(target, None, ids, max_new_tokens=NEW, seed=3, **{"temperature": 1.0, **settings})
     assert torch.equal(made, want.sequences)
 
@@ -86,8 +97,13 @@ def test_manual_seed_governs_and_returned_sequences_differ(pair):
 
     def sample():
         torch.manual_seed(4)
-        return target.generate(prompts(1), do_sample=True, num_return_sequences=3, max_new_tokens=NEW,
-                               custom_generate=custom_generate(draft))
+        return target.generate(
+            prompts(1),
+            do_sample=True,
+            num_return_sequences=3,
+            max_new_tokens=NEW,
+            custom_generate=custom_generate(draft),
+        )
 
     first = sample()
     assert first.shape == (3, 11 + NEW) and len(set(map(tuple, first.tolist()))) == 3
@@ -127,8 +143,9 @@ def test_token_0_can_be_the_end(pair):
 def test_a_streamer_is_given_every_token_once(pair):
     target, draft = pair
     recorder = Recorder()
-    made = target.generate(prompts(1), do_sample=False, max_new_tokens=NEW,
-                           custom_generate=custom_generate(draft, streamer=recorder))
+    made = target.generate(
+        prompts(1), do_sample=False, max_new_tokens=NEW, custom_generate=custom_generate(draft, streamer=recorder)
+    )
     assert sum(recorder.runs, []) == made[0].tolist() and recorder.ended == 1
 
 
@@ -153,8 +170,9 @@ def test_chats_of_unequal_length_and_stop_strings():
     target, tokenizer = agreeable_target(), small_tokenizer()
     tokenizer.padding_side = "left"
     chats = [[{"role": "user", "content": text}] for text in ("a", "Name rivers", "why?")]
-    given = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True, return_tensors="pt",
-                                          padding=True)
+    given = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+    )
     assert (given["attention_mask"] == 0).any()
     settings = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": 0}
     by = custom_generate(small_draft(target))
@@ -172,15 +190,19 @@ class Ban(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("settings, named", [
-    ({"num_beams": 2}, "beam_search"),
-    ({"repetition_penalty": 1.2}, "RepetitionPenalty"),
-    ({"min_new_tokens": 3, "eos_token_id": 1}, "Min.*LogitsProcessor"),
-    ({"logits_processor": LogitsProcessorList([Ban()])}, "Ban"),
-    ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
-    ({"cache_implementation": "static"}, "cache_implementation"),
-    ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"num_beams": 2}, "beam_search"),
+        ({"repetition_penalty": 1.2}, "RepetitionPenalty"),
+        ({"min_new_tokens": 3, "eos_token_id": 1}, "Min.*LogitsProcessor"),
+        ({"logits_processor": LogitsProcessorList([Ban()])}, "Ban"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+        ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_what_would_change_the_text_is_refused_by_name(pair, settings, named):
     target, draft = pair
     with pytest.raises(ValueError, match=f"(?s){named}.*allowed"):

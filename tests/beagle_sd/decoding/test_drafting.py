@@ -46,8 +46,11 @@ def proposed(draft, temperature, depth, branch):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("settings", [{}, {"append_states": False}, {"draft_vocab": torch.arange(1, VOCAB, 2)}],
-                         ids=["plain", "no states appended", "reduced vocabulary"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"append_states": False}, {"draft_vocab": torch.arange(1, VOCAB, 2)}],
+    ids=["plain", "no states appended", "reduced vocabulary"],
+)
 def test_candidates_are_the_definitions(settings, temperature):
     depth, branch = 4, 3
     draft = small_draft(agreeable_target(), initializer_range=0.2, **settings)

@@ -95,8 +95,12 @@ def test_ragged_rows_are_each_decoded_as_if_alone(kind, side):
     target = agreeable_target(kind)
     draft = small_draft(target)
     ids, mask = ragged(side)
-    want = torch.cat([greedy(target, row[keep.bool()][None], max_new_tokens=NEW)[:, -NEW:]
-                      for row, keep in zip(ids, mask, strict=True)])
+    want = torch.cat(
+        [
+            greedy(target, row[keep.bool()][None], max_new_tokens=NEW)[:, -NEW:]
+            for row, keep in zip(ids, mask, strict=True)
+        ]
+    )
     for shape in [(4, 1, 5), (6, 10, 60)]:
         made = generate(target, draft, ids, mask, max_new_tokens=NEW, **shape_of(*shape))
         assert torch.equal(made.sequences[:, :11], ids)
@@ -153,10 +157,20 @@ def test_sampling_does_not_depend_on_the_batch(kind):
     draft = small_draft(target)
     ids, mask = ragged("left")
     seeds = torch.tensor([11, -4, 2**40, 0])
-    made = lambda rows: generate(  # noqa: E731
-        target, draft, ids[rows], mask[rows], max_new_tokens=NEW, temperature=1.0, top_p=0.95, seed=seeds[rows],
-        **shape_of(4, 4, 16),
-    ).sequences
+
+    def made(rows):
+        return generate(
+            target,
+            draft,
+            ids[rows],
+            mask[rows],
+            max_new_tokens=NEW,
+            temperature=1.0,
+            top_p=0.95,
+            seed=seeds[rows],
+            **shape_of(4, 4, 16),
+        ).sequences
+
     together = made([0, 1, 2, 3])
     assert torch.equal(made([2, 0, 3, 1]), together[[2, 0, 3, 1]])
     for row in range(4):
@@ -202,8 +216,9 @@ def test_end_tokens_inside_an_accepted_run(temperature):
     assert len(set(lengths(end))) > 1, "all rows end together: finished rows are not tested"
     for ends in (end, [end], [end, VOCAB + 5]):
         made = generate(target, draft, ids, **settings, eos_token_id=ends, pad_token_id=96)
-        want = [row[:length] + [96] * (max(lengths(end)) - length)
-                for row, length in zip(free, lengths(end), strict=True)]
+        want = [
+            row[:length] + [96] * (max(lengths(end)) - length) for row, length in zip(free, lengths(end), strict=True)
+        ]
         assert made.sequences[:, 11:].tolist() == want
         assert made.report.new_tokens == sum(lengths(end))
     target.generation_config.eos_token_id = end
@@ -296,27 +311,30 @@ def test_after_any_round_both_caches_hold_true_states_only(shape):
                 torch.testing.assert_close(ours[row, :, :count], theirs.transpose(0, 1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("wrong,message", [
-    ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "empty prompt"),
-    ({"attention_mask": torch.zeros(2, 11)}, r"empty prompt \(rows \[0, 1\]\)"),
-    ({"attention_mask": torch.ones(2, 3)}, r"shape \(2, 3\); allowed: that of input_ids, \(2, 11\)"),
-    ({"attention_mask": torch.ones(2, 11).index_fill(1, torch.tensor([4]), 0)}, "gap"),
-    ({"input_ids": torch.full((2, 11), VOCAB)}, "input_ids has 97; allowed: 0 to 96"),
-    ({"input_ids": torch.full((2, 11), -1)}, "input_ids has -1"),
-    ({"input_ids": torch.zeros(11, dtype=torch.int64)}, r"\(11,\); allowed"),
-    ({"input_ids": [[1, 2]]}, "list; allowed"),
-    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-    ({"temperature": -0.1}, "temperature is -0.1"),
-    ({"top_p": 0.0}, "top_p is 0.0"),
-    ({"top_p": 1.1}, "top_p is 1.1"),
-    ({"top_k": -1}, "top_k is -1"),
-    ({"min_p": 2.0}, "min_p is 2.0"),
-    ({"seed": torch.tensor([1])}, r"seed has shape \(1,\)"),
-    ({"depth": 0}, "depth is 0"),
-    ({"branch": 65}, "branch is 65"),
-    ({"num_nodes": 0}, "num_nodes is 0"),
-    ({"streamer": Recorder()}, "2 rows; allowed: 1 row"),
-])
+@pytest.mark.parametrize(
+    "wrong,message",
+    [
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "empty prompt"),
+        ({"attention_mask": torch.zeros(2, 11)}, r"empty prompt \(rows \[0, 1\]\)"),
+        ({"attention_mask": torch.ones(2, 3)}, r"shape \(2, 3\); allowed: that of input_ids, \(2, 11\)"),
+        ({"attention_mask": torch.ones(2, 11).index_fill(1, torch.tensor([4]), 0)}, "gap"),
+        ({"input_ids": torch.full((2, 11), VOCAB)}, "input_ids has 97; allowed: 0 to 96"),
+        ({"input_ids": torch.full((2, 11), -1)}, "input_ids has -1"),
+        ({"input_ids": torch.zeros(11, dtype=torch.int64)}, r"\(11,\); allowed"),
+        ({"input_ids": [[1, 2]]}, "list; allowed"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"min_p": 2.0}, "min_p is 2.0"),
+        ({"seed": torch.tensor([1])}, r"seed has shape \(1,\)"),
+        ({"depth": 0}, "depth is 0"),
+        ({"branch": 65}, "branch is 65"),
+        ({"num_nodes": 0}, "num_nodes is 0"),
+        ({"streamer": Recorder()}, "2 rows; allowed: 1 row"),
+    ],
+)
 def test_bad_arguments(wrong, message):
     target = small_target()
     with pytest.raises(ValueError, match=message):

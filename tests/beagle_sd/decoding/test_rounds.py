@@ -48,10 +48,17 @@ def pair():
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("batch,settings", [
-    (1, {}), (16, {}), (3, {"temperature": 0.7}), (5, {"temperature": 1.0, "top_p": 0.9}),
-    (2, {"temperature": 1.5, "top_k": 20, "min_p": 0.05}),
-], ids=str)
+@pytest.mark.parametrize(
+    "batch,settings",
+    [
+        (1, {}),
+        (16, {}),
+        (3, {"temperature": 0.7}),
+        (5, {"temperature": 1.0, "top_p": 0.9}),
+        (2, {"temperature": 1.5, "top_k": 20, "min_p": 0.05}),
+    ],
+    ids=str,
+)
 def test_every_path_gives_the_text_of_plain_decoding(pair, path, batch, settings):
     target, draft = pair
     ids, mask = rows(batch)
@@ -74,7 +81,9 @@ def test_words_see_what_the_4d_mask_shows(pair, backend, monkeypatch):
     ids, mask = rows(3, 150)
     monkeypatch.setattr("beagle_sd.models.target._PREFILL_CHUNK", 70)
     op = __import__("beagle_kernels").tree_attention
-    monkeypatch.setattr("beagle_sd.models.attention.tree_attention", lambda *args, **more: op(*args, backend=backend, **more))
+    monkeypatch.setattr(
+        "beagle_sd.models.attention.tree_attention", lambda *args, **more: op(*args, backend=backend, **more)
+    )
     want = generate(target, draft, ids, mask, max_new_tokens=12, **SHAPE).sequences
     for pages in (None, 16):
         engine = fixed_engine(target, draft, 3, 162, page_size=pages, **SHAPE)
@@ -126,10 +135,18 @@ def test_a_small_forward_on_the_cpu_leaves_pytorch_s_threads_asleep(count, by):
 
 
 READS = {
-    "item": lambda x: x[0].item(), "tolist": lambda x: x.tolist(), "bool": lambda x: bool(x.any()),
-    "int": lambda x: int(x.max()), "nonzero": lambda x: x.nonzero(), "where": lambda x: torch.where(x),
-    "mask": lambda x: x[x > 0], "cpu": lambda x: x.cpu(), "numpy": lambda x: x.numpy(), "unique": lambda x: x.unique(),
-    "repeats": lambda x: x.repeat_interleave(x), "select": lambda x: x.masked_select(x > 0),
+    "item": lambda x: x[0].item(),
+    "tolist": lambda x: x.tolist(),
+    "bool": lambda x: bool(x.any()),
+    "int": lambda x: int(x.max()),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x),
+    "mask": lambda x: x[x > 0],
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: x.numpy(),
+    "unique": lambda x: x.unique(),
+    "repeats": lambda x: x.repeat_interleave(x),
+    "select": lambda x: x.masked_select(x > 0),
 }
 
 
@@ -168,8 +185,14 @@ def test_buffers_stay_where_they_are(pair):
         assert {"states", "lengths", "block_table", "draft_keys", "output", "logprobs", "news", "seed"} <= set(places)
         for _ in range(3):
             play_round(engine.target, draft, engine.buffers, engine.shape)
-        engine.begin(prompts(3, 5), torch.tensor([5, 2, 3], dtype=torch.int32), Sampling.of(3), 4, [], Clock(
-            engine.target.device))
+        engine.begin(
+            prompts(3, 5),
+            torch.tensor([5, 2, 3], dtype=torch.int32),
+            Sampling.of(3),
+            4,
+            [],
+            Clock(engine.target.device),
+        )
         assert {name: tensor.data_ptr() for name, tensor in engine.buffers.tensors().items()} == places
 
 
@@ -263,12 +286,22 @@ def test_rows_at_rest_keep_their_text(pair):
         play_round(engine.target, draft, engine.buffers, engine.shape)
         buffers = engine.buffers
         lengths = buffers.cache.lengths.tolist()
-        kept = lambda: [  # noqa: E731
-            part.clone() for row, length in enumerate(lengths)
-            for part in (buffers.cache.states[:, :, row, :, :length], buffers.draft_cache.keys[row, :, :length],
-                         buffers.output[row, : buffers.emitted[row]], buffers.emitted, buffers.live, buffers.pending,
-                         buffers.cache.lengths)
-        ]
+
+        def kept():
+            return [
+                part.clone()
+                for row, length in enumerate(lengths)
+                for part in (
+                    buffers.cache.states[:, :, row, :, :length],
+                    buffers.draft_cache.keys[row, :, :length],
+                    buffers.output[row, : buffers.emitted[row]],
+                    buffers.emitted,
+                    buffers.live,
+                    buffers.pending,
+                    buffers.cache.lengths,
+                )
+            ]
+
         before = kept()
         with buffers.at_rest():
             for _ in range(3):
@@ -304,8 +337,19 @@ def test_logprobs_are_those_of_scoring_the_text(pair, settings):
     assert free.logprobs is None
     ends = [int(free.sequences[1, 20])]
     for paged in (None, 4):
-        made = generate(target, draft, ids, mask, max_new_tokens=18, eos_token_id=ends, pad_token_id=0,
-                        return_logprobs=True, page_size=paged, **settings, **SHAPE)
+        made = generate(
+            target,
+            draft,
+            ids,
+            mask,
+            max_new_tokens=18,
+            eos_token_id=ends,
+            pad_token_id=0,
+            return_logprobs=True,
+            page_size=paged,
+            **settings,
+            **SHAPE,
+        )
         assert made.logprobs.shape == (3, made.sequences.shape[1] - 11) and made.logprobs.dtype == torch.float32
         for row in range(3):
             new = made.sequences[row, 11:].tolist()
@@ -328,13 +372,16 @@ def test_a_tree_that_adapts_takes_its_shape_a_round(pair):
     assert torch.equal(made.sequences, want) and made.report.rounds < 23
 
 
-@pytest.mark.parametrize("wrong,message", [
-    ({"engine": (2, 40), "input_ids": prompts(3)}, "3 rows were given to an engine for 2"),
-    ({"engine": (2, 20)}, "need room for 23; allowed: the engine's capacity, 20"),
-    ({"engine": (2, 40), "depth": 3, "return_logprobs": True}, "depth, return_logprobs given with an engine"),
-    ({"engine": (2, 40), "draft": None}, "made for another target or draft"),
-    ({"page_size": 0}, "page_size is 0"),
-])
+@pytest.mark.parametrize(
+    "wrong,message",
+    [
+        ({"engine": (2, 40), "input_ids": prompts(3)}, "3 rows were given to an engine for 2"),
+        ({"engine": (2, 20)}, "need room for 23; allowed: the engine's capacity, 20"),
+        ({"engine": (2, 40), "depth": 3, "return_logprobs": True}, "depth, return_logprobs given with an engine"),
+        ({"engine": (2, 40), "draft": None}, "made for another target or draft"),
+        ({"page_size": 0}, "page_size is 0"),
+    ],
+)
 def test_bad_requests(pair, wrong, message):
     target, draft = pair
     options = {"input_ids": prompts(2), "draft": draft, "max_new_tokens": 12, **wrong}
@@ -383,9 +430,16 @@ def test_out_of_memory_frees_the_buffers_and_leaves_all_usable(pair, own, monkey
 def test_draft_and_buffers_add_less_than_5_percent_to_an_8b_target():
     """By count, in bf16 at 4096 tokens: what a graph keeps besides is measured on a GPU."""
     with torch.device("meta"):
-        target = small_target(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                              num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-                              tie_word_embeddings=False).to(torch.bfloat16)
+        target = small_target(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            tie_word_embeddings=False,
+        ).to(torch.bfloat16)
         draft = small_draft(target).to(torch.bfloat16)
     size = lambda model: sum(p.numel() * p.element_size() for p in model.parameters())  # noqa: E731
     assert size(target) == 2 * 8_030_261_248

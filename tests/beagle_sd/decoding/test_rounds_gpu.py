@@ -61,8 +61,16 @@ def test_captured_equals_eager_and_the_host(pair, path, temperature, batch):
 @pytest.mark.parametrize("drafting", [True, False], ids=["draft", "plain"])
 def test_a_round_never_waits_for_the_host(pair, path, drafting):
     target, draft, _ = pair
-    engine = Engine(target, draft if drafting else None, batch=2, capacity=40, return_logprobs=True, graph=False,
-                    **PATHS[path], **(SHAPE if drafting else {}))
+    engine = Engine(
+        target,
+        draft if drafting else None,
+        batch=2,
+        capacity=40,
+        return_logprobs=True,
+        graph=False,
+        **PATHS[path],
+        **(SHAPE if drafting else {}),
+    )
     with torch.inference_mode(), tree_attention_of(target):
         lengths = torch.tensor([11, 4], dtype=torch.int32, device="cuda")
         engine.begin(prompts(2).cuda(), lengths, Sampling.of(2, device="cuda"), 20, [], Clock(engine.target.device))
@@ -166,9 +174,17 @@ def test_draft_buffers_and_graph_add_less_than_5_percent_to_an_8b_target():
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            target = small_target(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                                  num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-                                  tie_word_embeddings=False, max_position_embeddings=8192)
+            target = small_target(
+                vocab_size=128256,
+                hidden_size=4096,
+                intermediate_size=14336,
+                num_hidden_layers=32,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                head_dim=128,
+                tie_word_embeddings=False,
+                max_position_embeddings=8192,
+            )
             gc.collect()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()  # more than the weights: the allocator rounds each up

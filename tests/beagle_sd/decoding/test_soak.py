@@ -20,7 +20,10 @@ from beagle_sd import generate
 
 BATCHES = int(os.environ.get("BEAGLE_SOAK", "12"))
 SETTINGS = (
-    {}, {"temperature": 0.8}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.2, "top_p": 0.9, "min_p": 0.05},
+    {},
+    {"temperature": 0.8},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.2, "top_p": 0.9, "min_p": 0.05},
 )
 
 
@@ -37,8 +40,10 @@ def random_request(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, dict
     mask = (torch.arange(12) >= 12 - torch.tensor(lengths)[:, None]).long()
     depth, branch = rng.randint(1, 5), rng.randint(1, 4)
     options = {
-        "max_new_tokens": rng.randint(1, 40), "eos_token_id": rng.sample(range(VOCAB), rng.randint(0, 6)),
-        "seed": rng.randrange(2**40), **rng.choice(SETTINGS),
+        "max_new_tokens": rng.randint(1, 40),
+        "eos_token_id": rng.sample(range(VOCAB), rng.randint(0, 6)),
+        "seed": rng.randrange(2**40),
+        **rng.choice(SETTINGS),
     }
     return ids, mask, {**options, "depth": depth, "branch": branch, "num_nodes": rng.randint(1, 20)}
 

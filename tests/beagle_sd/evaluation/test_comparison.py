@@ -39,13 +39,25 @@ def test_every_contender_answers_every_prompt(tmp_path, temperature):
     texts.write_text("ab\n\ncd e\nf\n")
     told = []
     rows, _ = compare_on(
-        [str(texts)], target, small_tokenizer(), small_draft(target), AdaptiveTree(COSTS, {CHAIN: 1.5, TREE: 1.8}),
-        count=2, max_new_tokens=8, temperature=temperature, assistant=small_target(seed=3),
+        [str(texts)],
+        target,
+        small_tokenizer(),
+        small_draft(target),
+        AdaptiveTree(COSTS, {CHAIN: 1.5, TREE: 1.8}),
+        count=2,
+        max_new_tokens=8,
+        temperature=temperature,
+        assistant=small_target(seed=3),
         told=lambda *now: told.append(now),
     )
     assert [row.contender for row in rows] == [
-        BASELINE, "transformers, prompt lookup", "transformers, assisted", "beagle, plain", "beagle, chain of 2",
-        "beagle, tree of 6 (depth 3, branch 2)", "beagle, adaptive tree",
+        BASELINE,
+        "transformers, prompt lookup",
+        "transformers, assisted",
+        "beagle, plain",
+        "beagle, chain of 2",
+        "beagle, tree of 6 (depth 3, branch 2)",
+        "beagle, adaptive tree",
     ]
     assert told == [(str(texts), 1, 2), (str(texts), 2, 2)] and {row.answers for row in rows} == {2}
     baseline, plain, chain = rows[0], rows[3], rows[4]
@@ -62,11 +74,16 @@ def test_every_contender_answers_every_prompt(tmp_path, temperature):
 
 def test_ratios_are_paired_and_per_token():
     def answer(seconds, tokens, decode):
-        return Answer(seconds, tokens, Report(4, tokens, 2.0, seconds={"prefill": 9.0, "target": decode},
-                                              row_rounds=4))
+        return Answer(seconds, tokens, Report(4, tokens, 2.0, seconds={"prefill": 9.0, "target": decode}, row_rounds=4))
 
-    answers = [{BASELINE: Answer(2.0 * slow, 10, None), "beagle, plain": answer(2.0, 11, 4.0),
-                "beagle, chain of 2": answer(2.0 * slow, 20, 1.0 * slow)} for slow in (1, 1, 2)]
+    answers = [
+        {
+            BASELINE: Answer(2.0 * slow, 10, None),
+            "beagle, plain": answer(2.0, 11, 4.0),
+            "beagle, chain of 2": answer(2.0 * slow, 20, 1.0 * slow),
+        }
+        for slow in (1, 1, 2)
+    ]
     chain = rows_of("set", answers, [CHAIN], COSTS, dict.fromkeys(answers[0], 5))[2]
     assert (chain.low, chain.median, chain.high) == (2.0, 2.0, 2.0), "slow prompts are slow for both"
     assert chain.ms_per_token == 100.0 and chain.tokens_per_round == 2.0
@@ -131,8 +148,9 @@ def test_a_kept_engine_writes_what_a_new_one_would(graphed, temperature, monkeyp
             texts.clear()
             for ids in prompts:
                 run(ids)
-            fresh = [generate(target, None, ids, max_new_tokens=12, temperature=temperature).sequences
-                     for ids in prompts]
+            fresh = [
+                generate(target, None, ids, max_new_tokens=12, temperature=temperature).sequences for ids in prompts
+            ]
             assert all(map(torch.equal, texts, fresh)) and len(texts) == 4, name
     assert len(graphed) == 4, "an engine a contender, however many answers"
 
@@ -166,6 +184,7 @@ def test_the_others_engines_are_no_contenders_memory(graphed, monkeypatch):
 
 def test_the_warm_up_tells_each_contenders_memory():
     """The second holds 64 MiB more than the others, whatever ran before it."""
+
     def holding(megabytes):
         return lambda ids: (len(torch.ones(megabytes, 2**18).add_(1.0)), None)
 
@@ -187,8 +206,16 @@ def test_the_lower_bound_is_the_sign_tests():
 def test_prompts_of_a_file(tmp_path):
     tokenizer = small_tokenizer()
     chats = tmp_path / "chats.jsonl"
-    lines = [{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": text},
-                           {"role": "assistant", "content": "no"}]} for text in "abcd"]
+    lines = [
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": "no"},
+            ]
+        }
+        for text in "abcd"
+    ]
     chats.write_text("".join(json.dumps(line) + "\n" for line in lines))
     read = [tokenizer.decode(ids) for ids in read_prompts(str(chats), tokenizer, 2)]
     assert ["a<" in text or "c<" in text for text in read] == [True, True] and not any("no<" in text for text in read)
@@ -197,8 +224,11 @@ def test_prompts_of_a_file(tmp_path):
 
 def test_what_is_wrong_is_named(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
-    for source, count, message in [("nothing", 1, "'nothing' is no set.*allowed: mt-bench"),
-                                   (str(tmp_path / "empty.txt"), 1, "holds no prompt"), ("gsm8k", 0, "count is 0")]:
+    for source, count, message in [
+        ("nothing", 1, "'nothing' is no set.*allowed: mt-bench"),
+        (str(tmp_path / "empty.txt"), 1, "holds no prompt"),
+        ("gsm8k", 0, "count is 0"),
+    ]:
         with pytest.raises(ValueError, match=message):
             read_prompts(source, small_tokenizer(), count)
     for text in ("4,4", "4,4,x", "4;4;8"):

@@ -14,8 +14,13 @@ from beagle_sd.training.objective import Batch, block_states, simulated_states
 
 
 def make_batch(count: int = 12, width: int = 64) -> Batch:
-    return Batch(torch.randint(VOCAB, (count,)), torch.randn(count, width), torch.ones(count, dtype=torch.bool),
-                 torch.tensor([0, count], dtype=torch.int32), torch.arange(count))
+    return Batch(
+        torch.randint(VOCAB, (count,)),
+        torch.randn(count, width),
+        torch.ones(count, dtype=torch.bool),
+        torch.tensor([0, count], dtype=torch.int32),
+        torch.arange(count),
+    )
 
 
 def outputs(draft: BeagleDraft) -> torch.Tensor:
@@ -37,9 +42,17 @@ def test_a_draft_has_its_targets_shape(kind):
     assert config.rope_parameters["rope_theta"] == target.config.rope_parameters["rope_theta"]
     shapes = {name: tuple(parameter.shape) for name, parameter in draft.named_parameters()}
     assert shapes == {
-        "q_proj.weight": (64, 64), "k_proj.weight": (32, 64), "v_proj.weight": (32, 64), "o_proj.weight": (64, 64),
-        "gate_proj.weight": (96, 64), "up_proj.weight": (96, 64), "down_proj.weight": (64, 96),
-        "norm_query.weight": (64,), "norm_state.weight": (64,), "norm_mlp.weight": (64,), "norm_output.weight": (64,),
+        "q_proj.weight": (64, 64),
+        "k_proj.weight": (32, 64),
+        "v_proj.weight": (32, 64),
+        "o_proj.weight": (64, 64),
+        "gate_proj.weight": (96, 64),
+        "up_proj.weight": (96, 64),
+        "down_proj.weight": (64, 96),
+        "norm_query.weight": (64,),
+        "norm_state.weight": (64,),
+        "norm_mlp.weight": (64,),
+        "norm_output.weight": (64,),
     }
     tokens, positions = torch.arange(5), torch.arange(5)
     embedded = draft.embed(tokens)
@@ -83,8 +96,9 @@ def test_the_output_norm_begins_as_the_targets_final_norm(kind):
     torch.testing.assert_close(small_draft(target).norm_output.weight, want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"append_states": False, "norm_state": False},
-                                      {"draft_vocab": torch.arange(1, VOCAB, 3)}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"append_states": False, "norm_state": False}, {"draft_vocab": torch.arange(1, VOCAB, 3)}], ids=str
+)
 def test_saving_and_loading(settings, tmp_path):
     target = small_target()
     draft = small_draft(target, **settings)
@@ -114,8 +128,15 @@ def test_casting_keeps_the_angles_exact(tmp_path):
 
 
 def test_a_config_survives_its_file(tmp_path):
-    config = BeagleConfig(hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-                          append_states=False, draft_vocab_size=7, rope_theta=5e5)
+    config = BeagleConfig(
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        append_states=False,
+        draft_vocab_size=7,
+        rope_theta=5e5,
+    )
     config.save_pretrained(tmp_path)
     assert BeagleConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
@@ -131,8 +152,11 @@ def test_a_draft_is_for_one_target_only():
 def test_a_draft_needs_a_target(tmp_path):
     small_draft(small_target()).save_pretrained(tmp_path)
     draft = BeagleDraft.from_pretrained(tmp_path)
-    for use in (lambda: draft.target, lambda: draft.embed(torch.zeros(1, dtype=torch.int64)),
-                lambda: draft.logits(torch.zeros(1, 64))):
+    for use in (
+        lambda: draft.target,
+        lambda: draft.embed(torch.zeros(1, dtype=torch.int64)),
+        lambda: draft.logits(torch.zeros(1, 64)),
+    ):
         with pytest.raises(RuntimeError, match=r"no target yet: call draft.bind\(target\)"):
             use()
 
@@ -197,9 +221,18 @@ def test_a_draft_state_is_seen_by_later_rows_of_its_window_only():
 
 def test_a_draft_for_partly_turned_heads():
     """Targets that turn only part of each head (nemotron: half) get drafts that turn all of it."""
-    target = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        "nemotron", vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16))
+    target = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "nemotron",
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+        )
+    )
     assert target.config.rope_parameters["partial_rotary_factor"] == 0.5
     draft = small_draft(target)
     assert draft.queries(torch.randn(3, 64), torch.arange(3)).shape == (3, 4, 16)

@@ -24,16 +24,25 @@ class Mine(nn.Linear):
 
 
 def model() -> nn.ModuleDict:
-    return nn.ModuleDict({
-        "plain": nn.Linear(48, 32, bias=False), "bias": nn.Linear(48, 32), "subclass": Mine(48, 32),
-        "float64": nn.Linear(48, 32).double(), "hooked": add_hook_to_module(nn.Linear(48, 32), ModelHook()),
-        "convolution": nn.Conv1d(4, 4, 1),
-    })
+    return nn.ModuleDict(
+        {
+            "plain": nn.Linear(48, 32, bias=False),
+            "bias": nn.Linear(48, 32),
+            "subclass": Mine(48, 32),
+            "float64": nn.Linear(48, 32).double(),
+            "hooked": add_hook_to_module(nn.Linear(48, 32), ModelHook()),
+            "convolution": nn.Conv1d(4, 4, 1),
+        }
+    )
 
 
 def changed(model: nn.ModuleDict) -> set[str]:
-    return {name for name, module in model.items() if getattr(module.__dict__.get("forward"), "func", None) is not None
-            and "linears" in module.__dict__["forward"].func.__module__}
+    return {
+        name
+        for name, module in model.items()
+        if getattr(module.__dict__.get("forward"), "func", None) is not None
+        and "linears" in module.__dict__["forward"].func.__module__
+    }
 
 
 def test_plain_layers_alone_and_only_inside():

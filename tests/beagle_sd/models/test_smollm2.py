@@ -156,12 +156,20 @@ def _truncated(data: bytes, share: float) -> bytes:
     return data[: int(len(data) * share)]
 
 
-@pytest.mark.parametrize("damage", [
-    lambda data: b"", lambda data: b"not a model" * 100, lambda data: _truncated(data, 0.001),
-    lambda data: _truncated(data, 0.02), lambda data: _truncated(data, 0.5), lambda data: data[:-1],
-    lambda data: data.replace(b"llama.attention.head_count_kv", b"llama.attention.head_tount_kv"),
-    lambda data: data.replace(b"blk.1.attn_q.weight", b"blk.1.attn_X.weight"),
-], ids=["empty", "text", "no header", "tokens cut", "half", "last byte", "other key", "other tensor"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"not a model" * 100,
+        lambda data: _truncated(data, 0.001),
+        lambda data: _truncated(data, 0.02),
+        lambda data: _truncated(data, 0.5),
+        lambda data: data[:-1],
+        lambda data: data.replace(b"llama.attention.head_count_kv", b"llama.attention.head_tount_kv"),
+        lambda data: data.replace(b"blk.1.attn_q.weight", b"blk.1.attn_X.weight"),
+    ],
+    ids=["empty", "text", "no header", "tokens cut", "half", "last byte", "other key", "other tensor"],
+)
 def test_a_damaged_file_is_named(damage, made, tmp_path, monkeypatch):
     path = tmp_path / "broken.gguf"
     whole = made[0].read_bytes()

@@ -28,22 +28,32 @@ def unknown_scale():
 
 REFUSED = {
     "sliding window": (lambda: small_target("mistral", sliding_window=32), "mistral has .*sliding"),
-    "some sliding layers": (lambda: small_target("qwen2", use_sliding_window=True, sliding_window=8,
-                                                 max_window_layers=1), "layers of type .*sliding_attention"),
+    "some sliding layers": (
+        lambda: small_target("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1),
+        "layers of type .*sliding_attention",
+    ),
     "recurrent": (lambda: tiny("mamba"), "mamba has layers of type .*linear_attention"),
-    "soft-capping in attention": (lambda: tiny("gemma2", layer_types=["full_attention"] * 2, head_dim=16),
-                                  "attn_logit_softcapping=50.0"),
+    "soft-capping in attention": (
+        lambda: tiny("gemma2", layer_types=["full_attention"] * 2, head_dim=16),
+        "attn_logit_softcapping=50.0",
+    ),
     "Gemma 3": (lambda: tiny("gemma3_text", head_dim=16, sliding_window=8), "layers of type .*sliding_attention"),
     "an unknown scale of the logits": (unknown_scale, "logits of LlamaForCausalLM are not its LM head's"),
     "learned positions": (lambda: tiny("gpt2"), "gpt2 has no rotary positions"),
     "ALiBi": (lambda: tiny("bloom"), "bloom has no rotary positions"),
     "its own attention": (lambda: tiny("falcon"), "FalconForCausalLM does not take registered attention"),
-    "angles that change": (lambda: small_target(rope_parameters={"rope_type": "dynamic", "factor": 2.0,
-                                                                 "rope_theta": 1e4}), "rope_type='dynamic'"),
+    "angles that change": (
+        lambda: small_target(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "rope_type='dynamic'",
+    ),
     "head with a bias": (lambda: tiny("phi"), "LM head has a bias"),
     "no head": (lambda: tiny("llama", AutoModel), "has no LM head"),
-    "encoder-decoder": (lambda: AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(
-        "t5", vocab_size=VOCAB, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16)), "t5 is an encoder-decoder"),
+    "encoder-decoder": (
+        lambda: AutoModelForSeq2SeqLM.from_config(
+            AutoConfig.for_model("t5", vocab_size=VOCAB, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16)
+        ),
+        "t5 is an encoder-decoder",
+    ),
 }
 
 
@@ -108,8 +118,9 @@ def test_scales_and_caps_are_the_models_own(kind, tied):
     model = other_target(kind, tie_word_embeddings=tied)
     draft = small_draft(model, draft_vocab=torch.arange(1, VOCAB, 3))
     target, ids, seen = Target(model), torch.randint(VOCAB, (2, 7)), []
-    model.base_model.layers[0].register_forward_pre_hook(lambda layer, args, kwargs: seen.append(args[0]),
-                                                         with_kwargs=True)
+    model.base_model.layers[0].register_forward_pre_hook(
+        lambda layer, args, kwargs: seen.append(args[0]), with_kwargs=True
+    )
     with torch.no_grad():
         want = model(ids).logits
         states = model.base_model(ids).last_hidden_state
@@ -205,8 +216,10 @@ def test_the_users_model_comes_back_as_it_was(implementation):
         assert [module.training for module in model.modules()] == modes
         assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
         assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-    assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False),
-                       generate(model, draft, ids, max_new_tokens=6).sequences)
+    assert torch.equal(
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False),
+        generate(model, draft, ids, max_new_tokens=6).sequences,
+    )
 
 
 def test_training_goes_on_after_generating():

@@ -30,8 +30,12 @@ def literal_passes(draft, batch, window, offset) -> list[torch.Tensor]:
             attended = dense_attention(queries, keys, values, true_visible)
         else:
             more_keys, more_values = draft.keys_values(passes[-1], place)
-            attended = dense_attention(queries, torch.cat((keys, more_keys)), torch.cat((values, more_values)),
-                                       torch.cat((true_visible, draft_visible), 1))
+            attended = dense_attention(
+                queries,
+                torch.cat((keys, more_keys)),
+                torch.cat((values, more_values)),
+                torch.cat((true_visible, draft_visible), 1),
+            )
         passes.append(draft.block(embedded, attended))
     return passes
 

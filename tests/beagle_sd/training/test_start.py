@@ -73,8 +73,13 @@ def test_training_from_here_loses_less():
         draft = BeagleDraft.from_target(target, num_key_value_heads=4)
         states = torch.randn(8, target.config.hidden_size).repeat_interleave(32, 0)
         tokens = torch.randint(target.config.vocab_size, (256,))
-        batch = Batch(tokens, states, torch.ones(256, dtype=torch.bool),
-                      torch.arange(0, 257, 32, dtype=torch.int32), torch.arange(256) % 32)
+        batch = Batch(
+            tokens,
+            states,
+            torch.ones(256, dtype=torch.bool),
+            torch.arange(0, 257, 32, dtype=torch.int32),
+            torch.arange(256) % 32,
+        )
         if passing:
             passing_start(draft, tokens, states)
         optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-3)
@@ -102,8 +107,11 @@ def test_every_process_starts_as_the_main_one():
 def test_what_is_wrong_is_named():
     draft = BeagleDraft.from_target(small_target())
     width = draft.config.hidden_size
-    for tokens, states in [(torch.zeros(0), torch.zeros(0, width)), (torch.zeros(3), torch.zeros(2, width)),
-                           (torch.zeros(2), torch.zeros(2, width + 1))]:
+    for tokens, states in [
+        (torch.zeros(0), torch.zeros(0, width)),
+        (torch.zeros(3), torch.zeros(2, width)),
+        (torch.zeros(2), torch.zeros(2, width + 1)),
+    ]:
         with pytest.raises(ValueError, match=rf"allowed: \[n\] and \[n, {width}\]"):
             passing_start(draft, tokens.long(), states)
     with pytest.raises(ValueError, match="num_key_value_heads is 3; allowed: divisors of the 4 query heads"):

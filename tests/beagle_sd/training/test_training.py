@@ -99,8 +99,10 @@ def test_training_raises_acceptance(tmp_path):
     data = write_states(tmp_path / "data", target, count=60)
     draft = small_draft(target)
     ids = StateDataset(data, held_out=0).load([Entry(0, 0, 8)]).tokens[None]
-    tokens_per_round = lambda: generate(target, draft, ids, max_new_tokens=32, depth=4, branch=1,  # noqa: E731
-                                        num_nodes=5).report.tokens_per_round
+
+    def tokens_per_round():
+        return generate(target, draft, ids, max_new_tokens=32, depth=4, branch=1, num_nodes=5).report.tokens_per_round
+
     before = tokens_per_round()
     config = replace(CONFIG, block_epochs=30, simulation_epochs=20, save_steps=1000, eval_steps=1000, held_out=0)
     Trainer(draft, StateDataset(data, held_out=0), tmp_path / "out", config).run()
@@ -110,6 +112,7 @@ def test_training_raises_acceptance(tmp_path):
 @pytest.mark.parametrize("stop", [1, 4, 6, 13])
 def test_a_stopped_run_resumes_bit_for_bit(stop, data, whole, tmp_path):
     """Before the first checkpoint, at one, after one, and in stage 2."""
+
     def interrupt(step, metrics):
         if step == stop:
             raise Stop
@@ -152,10 +155,16 @@ def test_a_finished_run_does_nothing_more(data, whole, tmp_path):
     assert_same_run(tmp_path / "copy", whole)
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"lr": 1e-3}, "lr 0.01 -> 0.001"), ({"steps": 2}, "steps 3 -> 2"), ({"betas": (0.9, 0.99)}, "betas"),
-    ({"held_out": 0}, "held_out 6 -> 0, sequences 10 -> 12"),
-], ids=str)
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"lr": 1e-3}, "lr 0.01 -> 0.001"),
+        ({"steps": 2}, "steps 3 -> 2"),
+        ({"betas": (0.9, 0.99)}, "betas"),
+        ({"held_out": 0}, "held_out 6 -> 0, sequences 10 -> 12"),
+    ],
+    ids=str,
+)
 def test_other_settings_are_refused(change, message, data, whole):
     with pytest.raises(ValueError, match=f"trained with other settings .*{message}.*use the same, or a new folder"):
         trainer_of(data, whole[1], replace(CONFIG, **change))
@@ -203,6 +212,7 @@ def test_states_that_are_not_numbers_stop_the_run(data, tmp_path):
 @pytest.mark.parametrize("most", [20_000, 150_000], ids=["no room for weights", "no room for the optimizer"])
 def test_a_full_disk_keeps_the_last_checkpoint(most, data, whole, tmp_path):
     with ExitStack() as disk:
+
         def fill(step, metrics):
             if step == 6:
                 disk.enter_context(full_disk(most))
@@ -294,8 +304,10 @@ def test_two_processes_resume_as_they_were(data, tmp_path):
         run_shared(data, tmp_path / folder, 2, 2, stop)
     run_shared(data, tmp_path / "stopped", 2, 2)
     assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "straight")
-    assert all(torch.equal(weight, weights_of(tmp_path / "straight")[name])
-               for name, weight in weights_of(tmp_path / "stopped").items())
+    assert all(
+        torch.equal(weight, weights_of(tmp_path / "straight")[name])
+        for name, weight in weights_of(tmp_path / "stopped").items()
+    )
 
 
 def run_shared(data: Path, folder: Path, processes: int, micro_batches: int, stop: int = 0) -> None:
