@@ -11,6 +11,7 @@ import torch
 
 import beagle_kernels
 from beagle_kernels import DraftTree, Sampling, choose_tokens
+from bench.__main__ import MODULES
 from bench.gpu import check as gpu_check
 from bench.loops import bench_round
 from bench.ops import bench_block_attention, bench_distill_loss, bench_tree_attention
