@@ -26,7 +26,7 @@ def test_gpu_check_without_a_gpu(tmp_path):
     out = tmp_path / "folder" / "gpu.json"
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "BEAGLE_COMMIT": "abc"}
     done = subprocess.run(
-        [ROOT / "bench" / "gpu_check.sh", out], env=hidden, capture_output=True, text=True, timeout=120
+        [ROOT / "bench" / "gpu" / "check.sh", out], env=hidden, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert "no GPU" in done.stdout
@@ -291,7 +291,7 @@ def test_a_dry_run_walks_the_steps(tmp_path):
     out = tmp_path / "gpu.json"
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "GIT_CEILING_DIRECTORIES": "/"}
     environment.pop("BEAGLE_COMMIT", None)
-    command = [copy / "bench" / "gpu_check.sh", out, "--dry-run", "tests", "tune", "bench:tree_attention", "round"]
+    command = [copy / "bench" / "gpu" / "check.sh", out, "--dry-run", "tests", "tune", "bench:tree_attention", "round"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(out.read_text())

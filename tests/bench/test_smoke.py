@@ -121,7 +121,8 @@ def test_what_is_not_allowed(script, arguments, said, capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_no_check_outlives_the_script(number):
     mark = f"64.{number:02d}"
-    program = f"from bench import smoke; import sys; smoke.COMMAND = [sys.executable, '-c', {WORK.format(mark)!r}]\n"
+    program = "import sys\nfrom bench.smoke import __main__ as smoke\n"
+    program += f"smoke.COMMAND = [sys.executable, '-c', {WORK.format(mark)!r}]\n"
     command = [sys.executable, "-c", program + "sys.exit(smoke.main(['--device', 'cpu', 'trees']))"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not subprocess.run(["pgrep", "-fx", f"sleep {mark}"], capture_output=True).stdout:
