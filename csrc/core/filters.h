@@ -1,0 +1,148 @@
+// What top-k, top-p and min-p keep of a row of logits, by radix descent: the row is never sorted.
+#pragma once
+
+#include <math.h>
+
+#include "logits.h"
+#include "ops.h"
+#include "philox.h"
+
+namespace beagle {
+
+// Scratch of threshold(): 2^kRadix bins, then what the finder tells the team.
+constexpr int kRadix = 11;
+constexpr int kBins = 1 << kRadix;
+struct Scratch { uint64_t bins[kBins + 2]; };
+
+// The largest bin whose sum from the top reaches `need`; `above` gains the sum of the bins over it.
+template <class Team>
+BEAGLE_FN uint32_t find_from_top(Team& team, uint64_t* bins, int count, uint64_t need, uint64_t& above) {
+  const int per = (count + team.size() - 1) / team.size();
+  const int first = count - 1 - team.rank() * per, last = first - per < -1 ? -1 : first - per;
+  uint64_t own = 0;
+  for (int b = first; b > last; --b) own += bins[b];
+  uint64_t sum = team.scan(own);
+  if (sum < need && need <= sum + own) {
+    int b = first;
+    while (sum + bins[b] < need) sum += bins[b--];
+    bins[count] = uint64_t(b), bins[count + 1] = sum;
+  }
+  team.sync();
+  above += bins[count + 1];
+  const uint32_t found = uint32_t(bins[count]);
+  team.sync();
+  return found;
+}
+
+// The least key t such that items with key > t weigh less than limit, by radix descent; limit is 1 to the total weight.
+// item.load(i, key) gives the keys of a tile, item.weigh(i, key, weight) their weights, 0 beyond the end.
+template <class Team, class Item>
+BEAGLE_FN uint32_t threshold(Team& team, int64_t n, const Item& item, uint64_t limit, Scratch& scratch) {
+  constexpr int kTile = Team::kTile;
+  alignas(64) uint32_t key[kTile], weight[kTile];
+  // few items: clearing and searching bins would cost more than passes over them
+  const int radix = n < 4096 ? 6 : kRadix;
+  uint32_t prefix = 0;
+  uint64_t above = 0;
+  for (int shift = 32; shift > 0;) {
+    const int bits = least(radix, shift), count = 1 << bits;
+    // keys of the range found so far: their distance from its first is below its width
+    const uint32_t first = shift < 32 ? prefix << shift : 0, width = shift < 32 ? (1u << shift) - 1 : ~0u;
+    shift -= bits;
+    for (int b = team.rank(); b < count; b += team.size()) scratch.bins[b] = 0;
+    team.sync();
+    for (int64_t i = team.rank() * kTile; i < n; i += int64_t(team.size()) * kTile) {
+      item.load(i, key);
+      uint32_t alive = 0;
+      for (int j = 0; j < kTile; ++j) alive |= uint32_t(key[j] - first <= width);
+      if (!alive) continue;
+      item.weigh(i, key, weight);
+      for (int j = 0; j < kTile; ++j) {
+        if (key[j] - first <= width) team.add(&scratch.bins[(key[j] - first) >> shift], uint64_t(weight[j]));
+      }
+    }
+    team.sync();
+    prefix = prefix << bits | find_from_top(team, scratch.bins, count, limit - above, above);
+  }
+  return prefix;
+}
+
+template <class T>
+struct CountItem {
+  const T* row;
+  int64_t count;
+  template <int N>
+  BEAGLE_FN void load(int64_t i, uint32_t (&key)[N]) const {
+    alignas(64) float z[N];
+    load_tile(row, i, count, z);
+    BEAGLE_UNROLL
+    for (int j = 0; j < N; ++j) key[j] = order(z[j]);
+  }
+  template <int N>
+  BEAGLE_FN void weigh(int64_t i, const uint32_t (&)[N], uint32_t (&weight)[N]) const {
+    BEAGLE_UNROLL
+    for (int j = 0; j < N; ++j) weight[j] = i + j < count;
+  }
+};
+
+template <class T>
+struct MassItem : CountItem<T> {
+  uint32_t cut;
+  float top, temperature;
+  BEAGLE_FN MassItem(const T* row, int64_t count, uint32_t cut, float top, float temperature)
+      : CountItem<T>{row, count}, cut(cut), top(top), temperature(temperature) {}
+  template <int N>
+  BEAGLE_FN void weigh(int64_t i, const uint32_t (&key)[N], uint32_t (&weight)[N]) const {
+    const int32_t room = int32_t(least<int64_t>(this->count - i, N));
+    BEAGLE_UNROLL
+    for (int j = 0; j < N; ++j) {
+      const uint32_t mass = exp_fixed((unorder(key[j]) - top) / temperature);
+      weight[j] = mass & -uint32_t(key[j] >= cut) & -uint32_t(j < room);
+    }
+  }
+  template <class Team>
+  BEAGLE_FN uint64_t total(Team& team) const {
+    constexpr int kTile = Team::kTile;
+    alignas(64) uint32_t key[kTile], weight[kTile];
+    uint64_t sum = 0;
+    for (int64_t i = team.rank() * kTile; i < this->count; i += int64_t(team.size()) * kTile) {
+      this->load(i, key);
+      weigh(i, key, weight);
+      BEAGLE_UNROLL
+      for (int j = 0; j < kTile; ++j) sum += weight[j];
+    }
+    return team.sum(sum);
+  }
+};
+
+// The least logit that top-k, then top-p, then min-p keep. top is the row's largest, above -inf.
+template <class Team, class T>
+BEAGLE_FN float filter_cut(Team& team, const T* row, int64_t vocab, const Knobs& knobs, float top, Scratch& scratch) {
+  uint32_t cut = 0;
+  if (knobs.top_k > 0 && knobs.top_k < vocab) {
+    cut = threshold(team, vocab, CountItem<T>{row, vocab}, uint64_t(knobs.top_k), scratch);
+  }
+  if (knobs.top_p < 1.0f) {
+    const MassItem<T> mass(row, vocab, cut, top, knobs.temperature);
+    const uint64_t limit = uint64_t(ceil(double(knobs.top_p) * double(mass.total(team))));
+    cut = most(cut, threshold(team, vocab, mass, most<uint64_t>(limit, 1), scratch));
+  }
+  if (knobs.min_p > 0.0f) {
+    const float floor = float(log(double(knobs.min_p)));
+    uint32_t inverse = 0;
+    constexpr int kTile = Team::kTile;
+    alignas(64) float z[kTile];
+    for (int64_t i = team.rank() * kTile; i < vocab; i += int64_t(team.size()) * kTile) {
+      load_tile(row, i, vocab, z);
+      BEAGLE_UNROLL
+      for (int j = 0; j < kTile; ++j) {
+        const uint32_t below = ~order(z[j]);
+        inverse = most(inverse, below & -uint32_t((z[j] - top) / knobs.temperature >= floor));
+      }
+    }
+    cut = most(cut, ~uint32_t(team.max(uint64_t(inverse))));
+  }
+  return cut == 0 ? -kInf : unorder(cut);
+}
+
+}  // namespace beagle
