@@ -5,7 +5,7 @@
 #                     beagle-sd prepare FOLDER/prompts.jsonl FOLDER/states --regenerate --dtype bfloat16
 set -euo pipefail
 work=${1:?"usage: bench/recipes/bundled.sh FOLDER (checkpoints and states go there, about 6 GB)"}
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 # The first 9,216 of 25,217 stored answers, at about 1,000 tokens a second on two cores.
 beagle-sd prepare bench/data/smollm2-135m-answers.npz "$work/states" --dtype bfloat16 --limit 9216
 beagle-sd train "$work/states" "$work/run" --draft-vocab 8192 --key-value-heads 9 --window 1 --steps 4 \

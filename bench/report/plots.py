@@ -23,7 +23,6 @@ PLOTS = {
     ],
     "tree-attention": [("tree_attention", "keys"), ("tree_attention", "batch")],
     "round": [("decode round", "cached"), ("decode round", "batch")],
-    "tree-size": [("whole answer", "nodes")],
     "linear": [("skinny_linear", "rows")],
 }
 """Figure -> its panels: an op's series, and what of its sizes the horizontal axis is."""
@@ -92,7 +91,7 @@ def draw(device: str, rows: list[dict], folder: Path) -> list[Path]:
             for peer, points in sorted(lines.items(), key=lambda item: item[0] != "beagle"):
                 ours = peer == "beagle"
                 place.plot(*zip(*points), marker="o", markersize=3, linewidth=2.2 if ours else 1.1, label=peer)
-            tokens = figure in ("round", "tree-size")
+            tokens = figure == "round"
             place.set(
                 xscale="log",
                 yscale="linear" if tokens else "log",

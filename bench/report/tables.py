@@ -67,6 +67,18 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def result() -> str:
+    """The README's few rows: greedy answers to MT-Bench, without the fixed tree."""
+    lines = ["| | ms a token | tokens a round | x `target.generate`, median (20%, 80%) |", "|---|---|---|---|"]
+    for measured, row in speed_rows():
+        if (row["prompts"], measured["temperature"]) != ("mt-bench", 0) or "tree of" in row["contender"]:
+            continue
+        tokens = "" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.2f}"
+        ratio = f"{row['median']:.2f} ({row['low']:.2f}, {row['high']:.2f})"
+        lines.append(f"| {row['contender']} | {row['ms_per_token']:.1f} | {tokens} | {ratio} |")
+    return "\n".join(lines)
+
+
 def speed_rows() -> Iterator[tuple[dict, dict]]:
     """(run, row) of every contender in the CPU's files."""
     for path in sorted(RESULTS.glob("cpu-speed*.json"), key=lambda path: path.stem):
@@ -293,6 +305,7 @@ def _head_size(entry: dict) -> int:
 MEASURED = {
     "acceptance": acceptance,
     "speed": speed,
+    "result": result,
     "lossless": lossless,
     "ops": ops,
     "gpu": gpu,
