@@ -14,7 +14,8 @@ import torch
 import transformers
 
 import beagle_kernels
-from beagle_sd.decoding.generate import TreeShape, generate
+from beagle_sd.decoding.generate import generate
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 from bench.answers.real_prompts import batches, encoded_prompts
 
@@ -34,18 +35,14 @@ def measure(target, draft, prompts, pad, shape: TreeShape, temperature: float, a
             max_new_tokens=args.max_new_tokens,
             temperature=temperature,
             seed=args.seed,
-            depth=shape.depth,
-            branch=shape.branch,
-            num_nodes=shape.num_nodes,
+            tree=shape,
         ).report
         tokens += report.tokens_per_round * report.row_rounds
         rounds += report.row_rounds
         reached.append(report.reached)
     depths = [sum(column) for column in zip(*reached, strict=True)]
     return {
-        "depth": shape.depth,
-        "branch": shape.branch,
-        "num_nodes": shape.num_nodes,
+        **vars(shape),
         "temperature": temperature,
         "tokens_per_round": round(tokens / rounds, 4),
         "acceptance_by_depth": [round(b / a, 4) for a, b in zip(depths, depths[1:]) if a],

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from beagle_kernels.reference.philox import gumbel
 from beagle_sd.decoding.generate import generate
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 from bench.answers.real_prompts import batches, encoded_prompts
 
 TIE = 1e-3
-SHAPES = {"chain of 4": dict(depth=4, branch=1, num_nodes=5), "tree of 16": dict(depth=4, branch=6, num_nodes=16)}
+TREES = {"chain of 4": TreeShape(4, 1, 5), "tree of 16": TreeShape(4, 6, 16)}
 SAMPLINGS = {
     "greedy": {},
     "T=0.7": dict(temperature=0.7),
@@ -98,7 +99,7 @@ def compare(
     prompts,
     pad: int,
     batch: int,
-    shape: dict,
+    tree: TreeShape,
     max_new_tokens: int,
     sampling: dict,
     truth: list[Tensor] | None = None,
@@ -108,7 +109,7 @@ def compare(
     truth = truth or truths(model, prompts, pad, batch, max_new_tokens, sampling)
     for number, (ids, mask) in enumerate(batches(prompts, batch, pad)):
         seeds = seeds_of(number, len(ids))
-        found = generate(model, draft, ids, mask, max_new_tokens=max_new_tokens, seed=seeds, **shape, **sampling)
+        found = generate(model, draft, ids, mask, max_new_tokens=max_new_tokens, seed=seeds, tree=tree, **sampling)
         width = ids.shape[1]
         rows = zip(new_tokens(found.sequences, width, pad), new_tokens(truth[number], width, pad), strict=True)
         for row, (ours, theirs) in enumerate(rows):
@@ -137,11 +138,9 @@ def main() -> None:
         for batch in (1, 4):
             common = tokenizer.pad_token_id, batch
             truth = truths(model, prompts, *common, args.max_new_tokens, SAMPLINGS[sampling])
-            for shape in SHAPES:
-                result = compare(
-                    model, draft, prompts, *common, SHAPES[shape], args.max_new_tokens, SAMPLINGS[sampling], truth
-                )
-                rows.append({"sampling": sampling, "shape": shape, "batch": batch, **asdict(result)})
+            for name, tree in TREES.items():
+                result = compare(model, draft, prompts, *common, tree, args.max_new_tokens, SAMPLINGS[sampling], truth)
+                rows.append({"sampling": sampling, "shape": name, "batch": batch, **asdict(result)})
                 print(json.dumps(rows[-1]), flush=True)
                 if args.out:
                     args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

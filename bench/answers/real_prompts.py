@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from beagle_sd.data.answers import encode_chat
+from beagle_sd.data.conversations import encode_chat
 from beagle_sd.data.evaluation_sets import evaluation_prompts
 
 

@@ -16,9 +16,9 @@ import transformers
 from rich.console import Console
 
 from beagle_sd.cli.bench import comparison_table
-from beagle_sd.decoding.adaptive import adaptive_tree
-from beagle_sd.decoding.calibration import processor
-from beagle_sd.evaluation.comparison import compare_on, read_shape
+from beagle_sd.decoding.calibration import adaptive_tree, processor
+from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.evaluation.comparison import compare_on
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 
 SHAPES = ["2,1,3", "4,1,5", "4,4,8", "4,6,16"]
@@ -49,10 +49,10 @@ def main() -> None:
         draft,
         tree,
         count=args.count,
-        shapes=[*map(read_shape, args.shapes)],
+        shapes=[*map(TreeShape.parse, args.shapes)],
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
-        told=lambda source, done, total: print(f"{source}: {done} of {total}", flush=True),
+        on_progress=lambda source, done, total: print(f"{source}: {done} of {total}", flush=True),
     )
     for source in args.prompts:
         Console(width=160).print(comparison_table(source, [row for row in rows if row.prompts == source]))

@@ -24,7 +24,8 @@ import beagle_kernels
 from beagle_kernels import Verdict
 from beagle_kernels.reference.build_tree import unpack
 from beagle_sd import BeagleDraft
-from beagle_sd.decoding.generate import TreeShape, generate
+from beagle_sd.decoding.generate import generate
+from beagle_sd.decoding.tree import TreeShape
 from bench.registry import Case, drive, label, parameters
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -195,12 +196,13 @@ class Rounds:
         self.lengths = accepted_lengths(len(prompt), tree.depth).to(model.device)
 
     def ours(self, name: str, draft: BeagleDraft | None, tree: TreeShape) -> float:
-        shape = vars(tree) if draft is not None else {}
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         timer = ForwardTimer(self.model.base_model, tree.num_nodes, self.device)
         with replayed(self.lengths):
-            report = generate(self.model, draft, self.prompt, max_new_tokens=self.new, eos_token_id=[], **shape).report
+            report = generate(
+                self.model, draft, self.prompt, max_new_tokens=self.new, eos_token_id=[], tree=tree
+            ).report
         seconds = sum(spent for phase, spent in report.seconds.items() if phase not in ("prefill", "capture"))
         a_round = seconds / report.rounds
         notes = {

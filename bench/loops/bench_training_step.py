@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from beagle_kernels import distill_loss
+from beagle_sd.data.batch import Batch
 from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.training.objective import Batch, block_states, row_weights, simulated_states
+from beagle_sd.training.objective import block_states, row_weights, simulated_states
 from bench.ops.bench_distill_loss import peak_memory
 from bench.peers.eagle2 import EagleDraft, eagle_states
 from bench.registry import Case

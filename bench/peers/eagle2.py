@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from beagle_kernels import Sampling, block_attention, extend_attention, top_candidates, tree_attention
+from beagle_sd.data.batch import Batch
 from beagle_sd.decoding.drafting import Candidates, DraftCache
 from beagle_sd.models.draft import BeagleConfig, BeagleDraft
-from beagle_sd.training.objective import Batch, rows_by_step
+from beagle_sd.training.objective import rows_by_step
 
 
 class EagleConfig(BeagleConfig):

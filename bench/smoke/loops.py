@@ -16,8 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from beagle_sd.data.answers import Request, seed_of, write_answers
 from beagle_sd.data.live import Corpus, LiveDataset
 from beagle_sd.decoding.generate import generate
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.training.trainer import Trainer, TrainingConfig
+from beagle_sd.training.config import TrainingConfig
+from beagle_sd.training.trainer import Trainer
 from bench.answers.lossless import Comparison
 
 VOCAB, NEW = 2000, 20
@@ -59,9 +61,14 @@ def rounds(device: str, page_size: int | None) -> str:
     host, target, draft = models(device)
     ids, said = torch.randint(VOCAB, (3, 40)), []
     options: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": []}
-    for shape, temperature in (((6, 10, 60), 0.0), ((6, 10, 60), 1.0), ((4, 1, 5), 0.7), ((), 0.0)):
+    for shape, temperature in (
+        (TreeShape(6, 10, 60), 0.0),
+        (TreeShape(6, 10, 60), 1.0),
+        (TreeShape(4, 1, 5), 0.7),
+        (None, 0.0),
+    ):
         want = generate(host, None, ids, temperature=temperature, **options).sequences[:, 40:].tolist()
-        more = options | dict(zip(("depth", "branch", "num_nodes"), shape)) | {"temperature": temperature}
+        more = options | {"tree": shape, "temperature": temperature}
         made = [
             generate(target, draft if shape else None, ids.to(device), graph=graph, page_size=page_size, **more)
             for graph in ((None, False) if device == "cuda" else (False,))

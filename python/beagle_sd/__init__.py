@@ -5,12 +5,14 @@ from beagle_sd.cli.interrupt import end_at_interrupt
 
 end_at_interrupt()  # before torch is imported, which takes seconds
 
-from beagle_sd.decoding.adaptive import AdaptiveTree, adaptive_tree
+from beagle_sd.decoding.adaptive import AdaptiveTree
+from beagle_sd.decoding.calibration import adaptive_tree
 from beagle_sd.decoding.custom_generate import custom_generate
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.generate import Generated, generate
 from beagle_sd.decoding.graph import GraphError
 from beagle_sd.decoding.report import Report
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleConfig, BeagleDraft
 from beagle_sd.models.head import UnsupportedTarget
 from beagle_sd.models.loading import load_bundled
@@ -23,6 +25,7 @@ __all__ = [
     "Generated",
     "GraphError",
     "Report",
+    "TreeShape",
     "UnsupportedTarget",
     "adaptive_tree",
     "custom_generate",

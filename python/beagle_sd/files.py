@@ -40,7 +40,7 @@ def whole(path: str | Path, *, keep: Callable[[Path], bool] = lambda _: False) -
     try:
         yield partial
         if not (path.exists() and keep(path)):
-            _replace(partial, path)
+            _replace(partial, path, keep)
     finally:
         _remove(partial)
 
@@ -59,15 +59,21 @@ def remove_remains(folder: Path) -> None:
             _remove(path)
 
 
-def _replace(new: Path, path: Path) -> None:
+def _replace(new: Path, path: Path, keep: Callable[[Path], bool]) -> None:
     """Give `new` the name `path`; a folder there goes first, since a rename replaces files and empty folders only."""
-    if new.is_dir() and path.is_dir():
+    try:
+        os.replace(new, path)
+    except OSError as error:
+        if path.is_dir() and not new.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; allowed: the name of a file") from error
+        if not (path.is_dir() and new.is_dir()):
+            raise
+        if keep(path):  # another process put it there just now
+            return
         old = path.with_name(f"{new.name}.old")
         os.replace(path, old)
         os.replace(new, path)
         _remove(old)
-    else:
-        os.replace(new, path)
 
 
 def _remove(path: Path) -> None:

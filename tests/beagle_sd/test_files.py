@@ -54,7 +54,7 @@ def test_what_another_process_finished_first_may_stay(tmp_path):
 
 def test_a_file_where_a_folder_stands_is_an_error_that_names_it(tmp_path):
     (tmp_path / "name").mkdir()
-    with pytest.raises(OSError, match="name"):
+    with pytest.raises(OSError, match="name is a folder; allowed: the name of a file"):
         write_json(tmp_path / "name", 1)
     assert list(tmp_path.iterdir()) == [tmp_path / "name"]
 

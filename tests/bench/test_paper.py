@@ -12,6 +12,7 @@ from shard_cases import MANIFEST, write_states
 
 from beagle_sd import generate
 from beagle_sd.data.shards import Sequence, ShardWriter
+from beagle_sd.decoding.tree import TreeShape
 from bench.peers.eagle2 import EagleDraft
 from bench.recipes.paper import __main__ as command
 from bench.recipes.paper.figures import FIGURES, make
@@ -96,9 +97,7 @@ def test_a_replay_gives_what_decoding_reports(kind, shape, target, states):
             draft,
             text[None, :prompt],
             max_new_tokens=len(text) - prompt,
-            depth=shape[0],
-            branch=shape[1],
-            num_nodes=shape[2],
+            tree=TreeShape(*shape),
             eos_token_id=[],
         )
         assert out.sequences[0].equal(text)

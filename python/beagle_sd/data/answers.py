@@ -8,7 +8,7 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from beagle_kernels import STATUS_NO_FINITE, Sampling, choose_tokens
 from beagle_sd.data import shards
@@ -30,12 +30,6 @@ class Request(NamedTuple):
     index: int  # type: ignore[assignment]  # tuple.index is not needed
     ids: list[int]
     temperature: float
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
-    """The chat template's ids, ready for the assistant's turn."""
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def requests_of(

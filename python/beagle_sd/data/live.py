@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from beagle_sd.data.batch import Batch
 from beagle_sd.data.conversations import Conversation, stored_answers
-from beagle_sd.data.dataset import Entry, PackedDataset, most_frequent
+from beagle_sd.data.dataset import Entry, PackedDataset
+from beagle_sd.data.states import target_states
 from beagle_sd.models.target import Target
-from beagle_sd.training.objective import Batch
-
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
-"""Tokens of a forward of the target, with padding."""
 
 
 class Corpus(NamedTuple):
@@ -66,10 +64,6 @@ class Corpus(NamedTuple):
         learn = place >= torch.repeat_interleave(torch.from_numpy(parts["prompt_lengths"][:count]), lengths)
         return cls(torch.from_numpy(parts["ids"][:total]), learn, lengths, index, temperature)
 
-    def frequent_tokens(self, count: int, vocab_size: int) -> Tensor:
-        """The `count` most frequent of the tokens to learn, ascending; ties and the rest by lowest id."""
-        return most_frequent(torch.bincount(self.ids[self.learn].long(), minlength=vocab_size), count)
-
 
 class LiveDataset(PackedDataset):
     """The conversations of a corpus, with states that `target` computes: in bf16, as shards hold them.
@@ -100,6 +94,9 @@ class LiveDataset(PackedDataset):
             self.states = self._empty(len(corpus.ids))
             self._compute(every, self.states, [entry.start for entry in every])
 
+    def _counts(self, vocab_size: int) -> Tensor:
+        return torch.bincount(self.corpus.ids[self.corpus.learn].long(), minlength=vocab_size)
+
     def load(self, entries: list[Entry]) -> Batch:
         """These sequences as one packed batch; tokens on the CPU, states on the target's device."""
         lengths = torch.tensor([self._rows(entry) for entry in entries])
@@ -117,25 +114,9 @@ class LiveDataset(PackedDataset):
     def _empty(self, rows: int) -> Tensor:
         return torch.zeros(rows, self.width, dtype=torch.bfloat16, device=self.target.device)
 
-    @torch.no_grad()
-    def _compute(self, entries: list[Entry], states: Tensor, places: list[int]) -> None:
-        """Write the sequences' states into `states`, each from its place on; run together by length."""
-        room = _BATCH_TOKENS[self.target.device.type]
-        order = sorted(range(len(entries)), key=lambda number: -self._rows(entries[number]))
-        while order:
-            longest = self._rows(entries[order[0]])
-            count = max(1, room // longest)
-            self._forward([(entries[number], places[number]) for number in order[:count]], longest, states)
-            order = order[count:]
-
-    def _forward(self, group: list[tuple[Entry, int]], longest: int, states: Tensor) -> None:
-        """One forward over right-padded sequences: causal, so that padding is never seen."""
-        device = self.target.device
-        lengths = torch.tensor([self._rows(entry) for entry, _ in group])[:, None]
-        step = torch.arange(longest)
-        inside = step < lengths
-        first = torch.tensor([entry.start for entry, _ in group])[:, None]
-        tokens = self.corpus.ids[torch.where(inside, first + step, first)].long()
-        hidden = self.target.decoder(input_ids=tokens.to(device), use_cache=False).last_hidden_state
-        place = torch.tensor([place for _, place in group])[:, None] + step
-        states[place[inside].to(device)] = hidden[inside.to(device)].to(torch.bfloat16)
+    def _compute(self, entries: list[Entry], states: Tensor, starts: list[int]) -> None:
+        """Write the sequences' states into `states`, those of each from its start on."""
+        sequences = [self.corpus.ids[entry.start : entry.start + self._rows(entry)].long() for entry in entries]
+        for which, found in target_states(self.target, sequences):
+            rows = [torch.arange(starts[index], starts[index] + len(sequences[index])) for index in which]
+            states.index_copy_(0, torch.cat(rows).to(states.device), found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from beagle_sd.files import remove_remains, whole, write_json
 
 FORMAT = 1
 _NAMES = ("tokens", "loss_mask", "states", "lengths", "final_token", "index", "temperature")
@@ -54,8 +55,7 @@ class ShardWriter:
     ):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for partial in self.folder.glob("*.partial"):
-            partial.unlink()
+        remove_remains(self.folder)
         self.tokens_per_shard, self.process, self.processes = tokens_per_shard, process, processes
         self._open: list[Sequence] = []
         self._tokens = 0
@@ -84,16 +84,14 @@ class ShardWriter:
         number = 1 + max((int(path.stem.split("-")[1]) for path in shard_paths(self.folder)), default=-1)
         number += (self.process - number) % self.processes  # no other process takes it
         path = self.folder / f"states-{number:05d}.safetensors"
-        partial = path.with_suffix(".partial")
         try:
-            save_file(tensors, partial, metadata={"format": str(FORMAT)})
+            with whole(path) as partial:
+                save_file(tensors, partial, metadata={"format": str(FORMAT)})
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise OSError(
                 f"{path} could not be written ({error}); is the disk full? The shards before are kept, and "
                 "the same command goes on from there"
             ) from error
-        os.replace(partial, path)
         self._open, self._tokens = [], 0
 
 
@@ -188,6 +186,4 @@ def _merge_manifest(path: Path, manifest: dict) -> None:
                     "use a new folder, or the same arguments to go on"
                 )
         return
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, manifest)

@@ -4,20 +4,53 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import dataclass
 
-from transformers import PreTrainedModel
-
-from beagle_sd.decoding.calibration import PLAIN, Costs, calibrated_costs
-from beagle_sd.decoding.drafting import TreeShape
-from beagle_sd.models import smollm2
-from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.models.loading import bundled_folder, measured_acceptance
+from beagle_sd.decoding.tree import PLAIN, TreeShape
 
 _CLIP = 2.0
 """A round that took longer or shorter by more than this says something of the machine's other work, not of its cost."""
 _PACE_ROUNDS, _TRIAL_ROUNDS = 16, 4
 """Rounds in which a pace follows, of what runs now, and of what is only tried now and then."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds at batch 1: draft[shape], drafting its levels; verify[n], all the rest of a round with n nodes.
+
+    scatter: how many times as long a shape's rounds took in its slowest pass as in its fastest, of the worst shape.
+    """
+
+    verify: dict[int, float]
+    draft: dict[TreeShape, float]
+    scatter: float = 1.0
+
+    def round_ms(self, shape: TreeShape) -> float:
+        """A round with this shape: as measured, else between or beyond the measured node counts and levels."""
+        verify = _line(self.verify, shape.num_nodes)
+        if shape.num_nodes == 1:
+            return verify
+        if (known := self.draft.get(shape)) is not None:
+            return verify + known
+        # a level after the first computes `branch` nodes
+        levels = {1 + (other.depth - 1) * other.branch: cost for other, cost in self.draft.items()}
+        return verify + _line({0: 0.0, **levels}, 1 + (shape.depth - 1) * shape.branch)
+
+    def speedup(self, shape: TreeShape, tokens_per_round: float) -> float:
+        """Over plain decoding: tokens a round / (cost of a round / cost of a plain one)."""
+        return tokens_per_round * self.round_ms(PLAIN) / self.round_ms(shape)
+
+
+def _line(known: dict[int, float], at: int) -> float:
+    """Linear between the nearest known points, flat before the first, along the last two after the last."""
+    if at in known:
+        return known[at]
+    places = sorted(known)
+    if at < places[0] or len(places) == 1:
+        return known[places[0]]
+    right = next((i for i, place in enumerate(places) if place > at), len(places) - 1)
+    low, high = places[right - 1], places[right]
+    return known[low] + (known[high] - known[low]) * (at - low) / (high - low)
 
 
 class AdaptiveTree:
@@ -109,27 +142,3 @@ class AdaptiveTree:
             keep = 1.0 - 1.0 / self.memory
             self.accepted = keep * self.accepted + accepted
             self.expected = keep * self.expected + self.measured[shape] - 1.0
-
-
-def adaptive_tree(
-    target: PreTrainedModel,
-    draft: BeagleDraft,
-    *,
-    measured: Mapping[TreeShape, float] | None = None,
-    calibrate: bool = False,
-) -> AdaptiveTree:
-    """The tree for `generate(..., adaptive=...)` on this machine: costs from the cache, or measured on first use (some
-    seconds) and kept there; `calibrate` measures them anew.
-
-    measured: tokens a round by shape; None takes the acceptance.json beside the draft's weights or, without one, the
-    bundled draft's as a first guess, which the text soon corrects.
-    """
-    if measured is None:
-        rows = measured_acceptance(Path(draft.name_or_path)) if draft.name_or_path else []
-        rows = rows or measured_acceptance(bundled_folder(smollm2.NAME))
-        measured = {
-            TreeShape(row["depth"], row["branch"], row["num_nodes"]): row["tokens_per_round"]
-            for row in rows
-            if row["temperature"] == 0.0
-        }
-    return AdaptiveTree(calibrated_costs(target, draft, measured, anew=calibrate), measured)

@@ -8,11 +8,9 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,12 +19,14 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import beagle_kernels
-from beagle_sd.decoding.drafting import TreeShape
+from beagle_sd.decoding.adaptive import AdaptiveTree, Costs
 from beagle_sd.decoding.generate import generate
+from beagle_sd.decoding.tree import PLAIN, TreeShape
+from beagle_sd.files import cache_folder, write_json
+from beagle_sd.models import smollm2
 from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.models.smollm2 import cache_folder
+from beagle_sd.models.loading import bundled_folder, measured_acceptance
 
-PLAIN = TreeShape(1, 1, 1)
 _PASSES = 3
 _ROUNDS = 8
 """Of each shape in a pass: shapes take turns, so that what else the machine does hits all alike."""
@@ -34,43 +34,28 @@ _STEADY = 2.0
 """The most scatter of costs that are kept: 1.3 to 1.4 was seen on two quiet cores of a shared host."""
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Milliseconds at batch 1: draft[shape], drafting its levels; verify[n], all the rest of a round with n nodes.
+def adaptive_tree(
+    target: PreTrainedModel,
+    draft: BeagleDraft,
+    *,
+    measured: Mapping[TreeShape, float] | None = None,
+    calibrate: bool = False,
+) -> AdaptiveTree:
+    """The tree for `generate(..., tree=...)` on this machine: costs from the cache, or measured on first use (some
+    seconds) and kept there; `calibrate` measures them anew.
 
-    scatter: how many times as long a shape's rounds took in its slowest pass as in its fastest, of the worst shape.
+    measured: tokens a round by shape; None takes the acceptance.json beside the draft's weights or, without one, the
+    bundled draft's as a first guess, which the text soon corrects.
     """
-
-    verify: dict[int, float]
-    draft: dict[TreeShape, float]
-    scatter: float = 1.0
-
-    def round_ms(self, shape: TreeShape) -> float:
-        """A round with this shape: as measured, else between or beyond the measured node counts and levels."""
-        verify = _line(self.verify, shape.num_nodes)
-        if shape.num_nodes == 1:
-            return verify
-        if (known := self.draft.get(shape)) is not None:
-            return verify + known
-        # a level after the first computes `branch` nodes
-        levels = {1 + (other.depth - 1) * other.branch: cost for other, cost in self.draft.items()}
-        return verify + _line({0: 0.0, **levels}, 1 + (shape.depth - 1) * shape.branch)
-
-    def speedup(self, shape: TreeShape, tokens_per_round: float) -> float:
-        """Over plain decoding: tokens a round / (cost of a round / cost of a plain one)."""
-        return tokens_per_round * self.round_ms(PLAIN) / self.round_ms(shape)
-
-
-def _line(known: dict[int, float], at: int) -> float:
-    """Linear between the nearest known points, flat before the first, along the last two after the last."""
-    if at in known:
-        return known[at]
-    places = sorted(known)
-    if at < places[0] or len(places) == 1:
-        return known[places[0]]
-    right = next((i for i, place in enumerate(places) if place > at), len(places) - 1)
-    low, high = places[right - 1], places[right]
-    return known[low] + (known[high] - known[low]) * (at - low) / (high - low)
+    if measured is None:
+        rows = measured_acceptance(Path(draft.name_or_path)) if draft.name_or_path else []
+        rows = rows or measured_acceptance(bundled_folder(smollm2.NAME))
+        measured = {
+            TreeShape(row["depth"], row["branch"], row["num_nodes"]): row["tokens_per_round"]
+            for row in rows
+            if row["temperature"] == 0.0
+        }
+    return AdaptiveTree(calibrated_costs(target, draft, measured, anew=calibrate), measured)
 
 
 def calibrated_costs(
@@ -103,7 +88,7 @@ def calibrated_costs(
         )
         return costs
     try:
-        _write(path, key, costs)
+        write_json(path, _kept(key, costs))
     except OSError as error:
         warnings.warn(f"measured costs could not be kept in {path} ({error}); they serve this process", stacklevel=2)
     return costs
@@ -136,9 +121,7 @@ def measure_costs(
                 eos_token_id=[],
                 pad_token_id=0,
                 streamer=clock,
-                depth=shape.depth,
-                branch=shape.branch,
-                num_nodes=shape.num_nodes,
+                tree=shape,
             ).report
             rounds[shape].append(clock.milliseconds)
             phases = {name: took for name, took in report.seconds.items() if name not in ("prefill", "capture")}
@@ -244,19 +227,7 @@ def _read(path: Path, key: dict) -> Costs | None:
     return costs if sound and whole else None
 
 
-def _write(path: Path, key: dict, costs: Costs) -> None:
-    """Whole or not at all: another process may read or write the same file."""
-    kept = {
-        "key": key,
-        "verify_ms": costs.verify,
-        "draft_ms": [[*vars(shape).values(), cost] for shape, cost in costs.draft.items()],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.stem}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(kept, indent=1) + "\n")
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+def _kept(key: dict, costs: Costs) -> dict:
+    """What a file holds."""
+    drafts = [[*vars(shape).values(), cost] for shape, cost in costs.draft.items()]
+    return {"key": key, "verify_ms": costs.verify, "draft_ms": drafts}

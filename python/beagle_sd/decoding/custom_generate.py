@@ -25,6 +25,7 @@ from beagle_sd.decoding.adaptive import AdaptiveTree
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.generate import generate
 from beagle_sd.decoding.report import Report
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 
 _WARPERS = {
@@ -53,10 +54,7 @@ def custom_generate(
     draft: BeagleDraft | None,
     *,
     seed: int | Tensor | None = None,
-    depth: int | None = None,
-    branch: int | None = None,
-    num_nodes: int | None = None,
-    adaptive: AdaptiveTree | None = None,
+    tree: TreeShape | AdaptiveTree | None = None,
     streamer: BaseStreamer | None = None,
     return_logprobs: bool = False,
     graph: bool | None = None,
@@ -92,10 +90,7 @@ def custom_generate(
             model_kwargs.get("attention_mask"),
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             seed=torch.randint(2**62, (rows,)).to(input_ids.device) if seed is None else seed,
-            depth=depth,
-            branch=branch,
-            num_nodes=num_nodes,
-            adaptive=adaptive,
+            tree=tree,
             eos_token_id=[] if generation_config.eos_token_id is None else generation_config.eos_token_id,
             pad_token_id=generation_config.pad_token_id,
             streamer=streamer,

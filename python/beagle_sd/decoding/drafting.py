@@ -1,8 +1,7 @@
-"""The draft's side of a round: the tree's shape, its key-value cache, and candidates level by level."""
+"""The draft's side of a round: its key-value cache, and candidates level by level."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,29 +9,6 @@ from torch import Tensor
 
 from beagle_kernels import Sampling, top_candidates, tree_attention
 from beagle_sd.models.draft import Angles, BeagleDraft
-
-
-@dataclass(frozen=True)
-class TreeShape:
-    """How a round drafts: `depth` levels, `branch` expansions a level with `branch` children each, the best
-    `num_nodes` kept, root counted. branch 1 is a chain; num_nodes 1 is plain decoding."""
-
-    depth: int
-    branch: int
-    num_nodes: int
-
-    def __post_init__(self):
-        for name, most in (("depth", 64), ("branch", 64), ("num_nodes", 1024)):
-            value = getattr(self, name)
-            if not 1 <= value <= most:
-                raise ValueError(f"{name} is {value}; allowed: 1 to {most}")
-
-    @classmethod
-    def default(cls, device: torch.device, *given: int | None) -> TreeShape:
-        """The paper's tree on a GPU; a small one on the CPU, where every verified node costs time. given: depth, branch
-        and num_nodes, in their places where they are not None."""
-        usual = (6, 10, 60) if device.type == "cuda" else (4, 4, 8)
-        return cls(*(b if a is None else a for a, b in zip(given or (None,) * 3, usual, strict=True)))
 
 
 class Candidates(NamedTuple):

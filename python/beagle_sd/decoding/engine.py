@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from beagle_kernels import Sampling
-from beagle_sd.decoding.drafting import TreeShape
+from beagle_sd.decoding.adaptive import AdaptiveTree
 from beagle_sd.decoding.graph import RoundGraph, check_capturable
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import Buffers, play_round, prefill
+from beagle_sd.decoding.tree import PLAIN, TreeShape
 from beagle_sd.models.attention import tree_attention_of
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.linears import skinny_linears_of
 from beagle_sd.models.target import Target
 
-if TYPE_CHECKING:
-    from beagle_sd.decoding.adaptive import AdaptiveTree
-
 
 class Engine:
     """Buffers for `batch` rows of at most `capacity` prompt and new tokens each, and the graphs captured over them.
 
-    generate makes one a call; keep one, and give it to generate, to allocate and capture once. depth, branch,
-    num_nodes, adaptive as in generate. graph None: on CUDA every round is a graph's replay, on the CPU rounds run
-    eagerly; False: eagerly; True: as on CUDA, or GraphError. page_size: the target's cache in pages of so
-    many slots. return_logprobs: room for them. fixed: on the CPU, too, take the path of a GPU, which reads nothing on
-    the host. One call at a time, and the weights must stay as and where they are. The draft is bound to the
-    target.
+    generate makes one a call; keep one, and give it to generate, to allocate and capture once. tree as in generate.
+    graph None: on CUDA every round is a graph's replay, on the CPU rounds run eagerly; False: eagerly; True: as on
+    CUDA, or GraphError. page_size: the target's cache in pages of so many slots. return_logprobs: room for them. fixed:
+    on the CPU, too, take the path of a GPU, which reads nothing on the host. One call at a time, and the weights must
+    stay as and where they are. The draft is bound to the target.
 
-    Raises ValueError for arguments out of range and for a draft that does not fit, UnsupportedTarget, and GraphError
-    where a round could not be captured.
+    `tree` may be replaced between calls by one whose shapes are among those of the tree the engine was made with.
+
+    Raises ValueError for arguments out of range and for a draft that does not fit, TypeError for a tree that is none,
+    UnsupportedTarget, and GraphError where a round could not be captured.
     """
 
     def __init__(
@@ -44,10 +42,7 @@ class Engine:
         *,
         batch: int,
         capacity: int,
-        depth: int | None = None,
-        branch: int | None = None,
-        num_nodes: int | None = None,
-        adaptive: AdaptiveTree | None = None,
+        tree: TreeShape | AdaptiveTree | None = None,
         graph: bool | None = None,
         page_size: int | None = None,
         return_logprobs: bool = False,
@@ -64,8 +59,9 @@ class Engine:
         # graphs read this head even where another call has bound the draft anew
         self._head = draft.bind(target).head if draft is not None else None
         self.batch, self.capacity = batch, capacity
-        self.adaptive = adaptive if draft is not None else None
-        self.shape = _shape(draft, device, depth, branch, num_nodes, adaptive)
+        tree = _checked(tree, device)
+        self.tree = PLAIN if draft is None else tree
+        self.shape = self.tree.largest if isinstance(self.tree, AdaptiveTree) else self.tree
         self.buffers = Buffers(
             self.target, draft, batch, capacity, self.shape, page_size=page_size, fixed=fixed, logprobs=return_logprobs
         )
@@ -115,7 +111,7 @@ class Engine:
         if not self.graph:
             return
         with torch.inference_mode(), tree_attention_of(self.model), skinny_linears_of(self.model, self.draft):
-            for shape in [self.shape] if self.adaptive is None else self.adaptive.shapes:
+            for shape in self.tree.shapes if isinstance(self.tree, AdaptiveTree) else [self.tree]:
                 if shape not in self._graphs:
                     self._capture(shape)
 
@@ -155,14 +151,9 @@ class Engine:
         self._sent.clear()
 
 
-def _shape(draft, device, depth, branch, num_nodes, adaptive) -> TreeShape:
-    if draft is None:
-        return TreeShape(1, 1, 1)
-    if adaptive is not None:
-        if (depth, branch, num_nodes) != (None, None, None):
-            raise ValueError(
-                f"depth {depth}, branch {branch}, num_nodes {num_nodes} were given with adaptive; "
-                "allowed: one or the other"
-            )
-        return adaptive.largest
-    return TreeShape.default(device, depth, branch, num_nodes)
+def _checked(tree: TreeShape | AdaptiveTree | None, device: torch.device) -> TreeShape | AdaptiveTree:
+    if tree is None:
+        return TreeShape.default(device)
+    if not isinstance(tree, TreeShape | AdaptiveTree):
+        raise TypeError(f"tree is {tree!r}; allowed: a TreeShape, an AdaptiveTree or None, the device's default")
+    return tree

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,19 +13,15 @@ from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from beagle_kernels import Sampling
-from beagle_sd.decoding.drafting import TreeShape
+from beagle_sd.decoding.adaptive import AdaptiveTree
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.loop import Decoding
 from beagle_sd.decoding.report import Report
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.attention import tree_attention_of
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.linears import skinny_linears_of
 from beagle_sd.models.target import Target
-
-if TYPE_CHECKING:
-    from beagle_sd.decoding.adaptive import AdaptiveTree
-
-__all__ = ["Generated", "Report", "TreeShape", "generate"]
 
 
 @dataclass
@@ -50,10 +46,7 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int | Tensor = 0,
-    depth: int | None = None,
-    branch: int | None = None,
-    num_nodes: int | None = None,
-    adaptive: AdaptiveTree | None = None,
+    tree: TreeShape | AdaptiveTree | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     streamer: BaseStreamer | None = None,
@@ -67,19 +60,21 @@ def generate(
 
     input_ids [B, T] int64, padded on either side with attention_mask [B, T]; draft None decodes plainly, with the
     same sampler. temperature 0 is greedy. An int seed s means s + b for row b, a tensor [B] is taken as it is.
-    depth, branch, num_nodes shape the tree (see TreeShape; None: the device's default), or adaptive chooses each
-    round's. eos_token_id None takes the target's generation config's; an empty list never stops early. streamer (one
-    row only) is given the prompt, then each round's tokens. stopping_criteria are asked after each token, with one
-    unpadded row [1, length] and no scores: a row ends with the first token at which one says so. return_logprobs gives
-    log softmax of the target's own logits for each new token, at temperature 1 and without filters: what scoring the
-    text would give, so that calls with different settings compare, and no emitted token is at -inf.
+    tree: every round's TreeShape, or an AdaptiveTree, which chooses each round's; None: the device's default. Draft and
+    tree decide the speed alone. eos_token_id None takes the target's generation config's; an empty list never stops
+    early. streamer (one row only) is given the prompt, then each round's tokens. stopping_criteria are asked after each
+    token, with one unpadded row [1, length] and no scores: a row ends with the first token at which one says so.
+    return_logprobs gives log softmax of the target's own logits for each new token, at temperature 1 and without
+    filters: what scoring the text would give, so that calls with different settings compare, and no emitted token is at
+    -inf.
 
     On CUDA each round is one graph's replay (graph=False: eagerly); page_size keeps the target's cache in pages. An
-    engine keeps buffers and graphs from call to call; what shapes them (depth to adaptive, return_logprobs to
-    page_size) is then given to it, not here.
+    engine keeps buffers and graphs from call to call; what shapes them (tree, return_logprobs, graph, page_size) is
+    then given to it, not here.
 
     Raises ValueError for bad arguments, for targets or drafts that do not fit, and where the request does not fit the
-    engine; RuntimeError where the target gives a row no finite logit; GraphError where a round cannot be captured.
+    engine; TypeError for a tree that is none; RuntimeError where the target gives a row no finite logit; GraphError
+    where a round cannot be captured.
     Paper: section 3.4; DESIGN: section 4.
     """
     if max_new_tokens < 1:
@@ -90,10 +85,7 @@ def generate(
             "the target is in training mode, where dropout makes its tokens random; allowed: target.eval()"
         )
     options: dict[str, Any] = {
-        "depth": depth,
-        "branch": branch,
-        "num_nodes": num_nodes,
-        "adaptive": adaptive,
+        "tree": tree,
         "graph": graph,
         "page_size": page_size,
         "return_logprobs": return_logprobs or None,

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from beagle_kernels import STATUS_BAD_TREE, STATUS_NO_FINITE, Sampling
-from beagle_sd.decoding.drafting import TreeShape
+from beagle_sd.decoding.adaptive import AdaptiveTree
 from beagle_sd.decoding.engine import Engine
-from beagle_sd.decoding.report import Clock, Report, Tally, levels
+from beagle_sd.decoding.report import Clock, Report, Tally
+from beagle_sd.decoding.tree import TreeShape
 
 
 class Decoding:
@@ -35,8 +36,8 @@ class Decoding:
         self.engine, self.criteria = engine, stopping_criteria
         self.prompts, self.lengths, self.max_new_tokens = prompts, lengths, max_new_tokens
         self.counts, self.live = [0] * len(prompts), [True] * len(prompts)
-        self.clock, self.tally = Clock(engine.target.device), Tally(levels(engine.shape))
-        host_decides = bool(stopping_criteria) or engine.adaptive is not None
+        self.clock, self.tally = Clock(engine.target.device), Tally(engine.shape.levels)
+        host_decides = bool(stopping_criteria) or isinstance(engine.tree, AdaptiveTree)
         self.most_playing = 2 if (engine.graph if ahead is None else ahead) and not host_decides else 1
 
     def run(self, sampling: Sampling, ends: list[int]) -> Iterator[list[list[int]]]:
@@ -48,7 +49,7 @@ class Decoding:
         while any(self.live):
             with clock.rest("rounds" if engine.graph else None):
                 while len(playing) < self.most_playing and self._more_after(len(playing)):
-                    shape = engine.shape if engine.adaptive is None else engine.adaptive.choose()
+                    shape = engine.tree.choose() if isinstance(engine.tree, AdaptiveTree) else engine.tree
                     engine.play(shape, clock)
                     playing.append(shape)
                 news = engine.receive()
@@ -75,8 +76,8 @@ class Decoding:
             runs.append(run)
         if shape is not None:
             self.tally.add(shape, accepted, sum(map(len, runs)))
-            if self.engine.adaptive is not None:
-                self.engine.adaptive.learn(shape, sum(accepted) / len(accepted))
+            if isinstance(self.engine.tree, AdaptiveTree):
+                self.engine.tree.learn(shape, sum(accepted) / len(accepted))
         return runs
 
     def _until_stopped(self, row: int, run: list[int]) -> list[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from beagle_sd.decoding.drafting import TreeShape
+from beagle_sd.decoding.tree import TreeShape
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Tally:
         for count in accepted:
             for depth in range(count + 1):
                 self.reached[depth] += 1
-                self.tried[depth] += depth < levels(shape)
+                self.tried[depth] += depth < shape.levels
 
     def report(self, new_tokens: int, seconds: dict[str, float]) -> Report:
         pairs = zip(self.tried, self.reached[1:], strict=False)
@@ -71,11 +71,6 @@ class Tally:
             row_rounds=self.row_rounds,
             reached=list(self.reached),
         )
-
-
-def levels(shape: TreeShape) -> int:
-    """Drafted levels that a tree of this shape can keep."""
-    return min(shape.depth, shape.num_nodes - 1)
 
 
 class Clock:

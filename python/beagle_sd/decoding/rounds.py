@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from beagle_kernels import DraftTree, Sampling, Verdict, build_tree, choose_tokens, compact_cache_, verify_tree
-from beagle_sd.decoding.drafting import DraftCache, TreeShape, propose
+from beagle_sd.decoding.drafting import DraftCache, propose
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.target import Target
 

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from beagle_sd.data.answers import encode_chat
-from beagle_sd.data.conversations import read_messages
+from beagle_sd.data.conversations import encode_chat, read_messages
 from beagle_sd.data.evaluation_sets import EVALUATION_SETS, evaluation_prompts
-from beagle_sd.decoding.adaptive import AdaptiveTree
-from beagle_sd.decoding.calibration import Costs
-from beagle_sd.decoding.generate import Report, TreeShape
+from beagle_sd.decoding.adaptive import AdaptiveTree, Costs
+from beagle_sd.decoding.report import Report
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.evaluation.contenders import BASELINE, PLAIN_LOOP, EngineRun, Runs, contenders, shape_name
 from beagle_sd.evaluation.memory import peak_bytes
 from beagle_sd.models.draft import BeagleDraft
@@ -80,10 +79,11 @@ def compare_on(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     assistant: PreTrainedModel | None = None,
-    told: Callable[[str, int, int], object] | None = None,
+    on_progress: Callable[[str, int, int], object] | None = None,
 ) -> Comparison:
     """Compare on `count` prompts of each source (see `read_prompts`). shapes: which trees of fixed shape take part;
-    none given, the chain and the tree that `tree` expects most of. told(source, done, total) is called as it goes."""
+    none given, the chain and the tree that `tree` expects most of. on_progress(source, done, total) is called as it
+    goes."""
     sets = {source: read_prompts(source, tokenizer, count) for source in dict.fromkeys(sources)}
     shapes = list(dict.fromkeys(shapes)) or [
         max(part, key=lambda shape: tree.costs.speedup(shape, tree.measured[shape]))
@@ -95,7 +95,7 @@ def compare_on(
         target,
         draft,
         shapes,
-        tree.again,
+        tree,
         capacity=len(longest) + max_new_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -108,18 +108,10 @@ def compare_on(
         answers: list[dict[str, Answer]] = []
         for answer in compare(runs, prompts, target.device):
             answers.append(answer)
-            if told is not None:
-                told(source, len(answers), len(prompts))
+            if on_progress is not None:
+                on_progress(source, len(answers), len(prompts))
         rows += rows_of(source, answers, shapes, tree.costs, peaks)
     return Comparison(rows, tree.costs)
-
-
-def read_shape(text: str) -> TreeShape:
-    """The shape written "depth,branch,num_nodes"."""
-    parts = text.split(",")
-    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"the shape is {text!r}; allowed: depth,branch,num_nodes, as 4,4,8")
-    return TreeShape(*map(int, parts))
 
 
 def warm_up(runs: Runs, prompt: Sequence[int], device: torch.device) -> dict[str, int | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from beagle_sd.decoding.adaptive import AdaptiveTree
 from beagle_sd.decoding.engine import Engine
-from beagle_sd.decoding.generate import Report, TreeShape, generate
+from beagle_sd.decoding.generate import generate
+from beagle_sd.decoding.report import Report
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 
 BASELINE = "target.generate"
@@ -28,8 +30,8 @@ Runs = Mapping[str, Callable[[Tensor], tuple[int, Report | None]]]
 class EngineRun:
     """Beagle's loop as a contender: its engine is made and its graphs are captured with the first answer, then kept.
 
-    draft None decodes plainly; shape: depth, branch, num_nodes; adaptive: gives each answer a tree of its own, which
-    has learnt nothing yet; capacity: the most prompt and new tokens of an answer.
+    draft None decodes plainly; where the tree adapts each answer begins with one that has learnt nothing yet; capacity:
+    the most prompt and new tokens of an answer.
     """
 
     target: PreTrainedModel
@@ -37,8 +39,7 @@ class EngineRun:
     capacity: int
     max_new_tokens: int
     temperature: float
-    shape: dict[str, Any] = field(default_factory=dict)
-    adaptive: Callable[[], AdaptiveTree] | None = None
+    tree: TreeShape | AdaptiveTree | None = None
     engine: Engine | None = None
 
     def __call__(self, ids: Tensor) -> tuple[int, Report]:
@@ -56,9 +57,10 @@ class EngineRun:
         return self.engine.nbytes if self.engine else 0
 
     def _generate(self, ids: Tensor, max_new_tokens: int) -> Report:
-        tree, known = self.adaptive() if self.adaptive else None, self.engine
-        engine = known or Engine(self.target, self.draft, batch=1, capacity=self.capacity, adaptive=tree, **self.shape)
-        engine.adaptive = tree
+        known = self.engine
+        engine = known or Engine(self.target, self.draft, batch=1, capacity=self.capacity, tree=self.tree)
+        if isinstance(self.tree, AdaptiveTree):
+            engine.tree = self.tree.again()
         report = generate(
             self.target, self.draft, ids, max_new_tokens=max_new_tokens, temperature=self.temperature, engine=engine
         ).report
@@ -72,7 +74,7 @@ def contenders(
     target: PreTrainedModel,
     draft: BeagleDraft,
     shapes: Sequence[TreeShape],
-    adaptive: Callable[[], AdaptiveTree],
+    adaptive: AdaptiveTree,
     *,
     capacity: int,
     max_new_tokens: int = 128,
@@ -80,7 +82,7 @@ def contenders(
     assistant: PreTrainedModel | None = None,
 ) -> Runs:
     """name -> run(input_ids [1, T]) -> (new tokens, report): BASELINE, prompt lookup, assisted generation if there is
-    an assistant, Beagle's loop without a draft, with each of the shapes, and with a new adaptive tree each answer.
+    an assistant, Beagle's loop without a draft, with each of the shapes, and with a tree that adapts.
     capacity: prompt and new tokens that an answer may have."""
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -107,8 +109,8 @@ def contenders(
         runs["transformers, assisted"] = theirs(assistant_model=assistant)
     runs[PLAIN_LOOP] = ours(None)
     for shape in dict.fromkeys(shapes):
-        runs[shape_name(shape)] = ours(draft, shape=asdict(shape))
-    runs["beagle, adaptive tree"] = ours(draft, adaptive=adaptive)
+        runs[shape_name(shape)] = ours(draft, tree=shape)
+    runs["beagle, adaptive tree"] = ours(draft, tree=adaptive)
     return runs
 
 

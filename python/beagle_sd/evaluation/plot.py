@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from beagle_sd.training.log import read_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from beagle_sd.evaluation.comparison import Row
-
-
-def read_log(run: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a last line cut short is left out. ValueError where there is none."""
-    path = Path(run) / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{path} is not there; allowed: a folder that `beagle-sd train` wrote")
-    lines = whole_lines(path)
-    if not lines:
-        raise ValueError(f"{path} is empty: no step has ended yet")
-    return lines
-
-
-def whole_lines(path: Path) -> list[dict]:
-    """The lines of a log, without a last one that a killed run cut short."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 def plot_run(run: str | Path, out: str | Path) -> None:

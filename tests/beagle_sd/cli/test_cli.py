@@ -130,20 +130,20 @@ def test_processes_share_what_is_prepared(regenerate, target, tmp_path):
 
 def test_what_is_waited_for_is_said_where_somebody_looks(target, tmp_path, capsys, monkeypatch):
     from beagle_sd import BeagleDraft
-    from beagle_sd.cli import session
+    from beagle_sd.cli.console import Console, loading
     from beagle_sd.models import smollm2
 
     BeagleDraft.from_target(small_target()).save_pretrained(tmp_path / "draft")
     args = ["generate", "ab", "--target", target, "--draft", str(tmp_path / "draft"), "--max-new-tokens", "2"]
     looked_at = CliRunner().invoke(app, args, env={"COLUMNS": "200", "FORCE_COLOR": "1"})
-    for what in ("loading", "measuring what rounds cost", "warming up", "decoding the same plainly"):
+    for what in ("loading", "measuring what rounds cost", "warming up", "decoding the same without the draft"):
         assert what in looked_at.stderr and what not in looked_at.stdout
     assert CliRunner().invoke(app, args, env={"COLUMNS": "200"}).stderr == ""
 
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with session.loading(session.Console(), smollm2.NAME):
+    with loading(Console(), smollm2.NAME):
         pass
-    with session.loading(session.Console(quiet=True), smollm2.NAME):
+    with loading(Console(quiet=True), smollm2.NAME):
         pass
     assert capsys.readouterr().err.count("converting smollm2-135m for transformers: once") == 1
 
@@ -154,11 +154,11 @@ def test_what_is_waited_for_is_said_where_somebody_looks(target, tmp_path, capsy
         (("generate", " "), "the prompt is empty"),
         (("generate", "a", "--temperature", "-1"), "temperature is -1.0; allowed: 0"),
         (("generate", "a", "--top-p", "0"), "top_p is 0.0; allowed: above 0"),
-        (("generate", "a", "--num-nodes", "0"), "num_nodes is 0; allowed: 1 to 1024"),
+        (("generate", "a", "--tree", "4,4,0"), "num_nodes is 0; allowed: 1 to 1024"),
         (("generate", "a", "--dtype", "int3"), "dtype is 'int3'; allowed: auto"),
         (("generate", "a", "--draft", "{nowhere}"), "{nowhere}"),
-        (("generate", "a", "--depth", "2", "--calibrate"), "--calibrate was given with a tree's shape; allowed"),
-        (("bench", "--shape", "4,4"), "the shape is '4,4'; allowed: depth,branch,num_nodes"),
+        (("generate", "a", "--tree", "2,1,3", "--calibrate"), "--calibrate was given with --tree; allowed"),
+        (("bench", "--tree", "4,4"), "the tree is '4,4'; allowed: depth,branch,num_nodes"),
         (("bench", "--prompts", "mt-bank"), "'mt-bank' is no set of prompts and no file; allowed: mt-bench"),
         (("bench", "--count", "0"), "count is 0; allowed: 1 or more"),
     ],
@@ -193,9 +193,9 @@ def test_the_comparison_as_a_table_csv_and_plot(target, tmp_path):
         1,
         "--max-new-tokens",
         6,
-        "--shape",
+        "--tree",
         "2,1,3",
-        "--shape",
+        "--tree",
         "3,2,6",
         "--csv",
         tmp_path / "rows.csv",

@@ -88,7 +88,7 @@ def run(place, line: str):
         ("generate a --draft draft --seed 99999999999999999999", "seed is 99999999999999999999 for 1 rows; allowed"),
         ("generate a --draft draft --max-new-tokens 0", "max_new_tokens is 0; allowed: at least 1"),
         ("plot folder", "metrics.jsonl is not there; allowed: a folder that `beagle-sd train` wrote"),
-        ("prompts folder --count 0", "Is a directory: 'folder'"),
+        ("prompts folder --count 0", "folder is a folder; allowed: the name of a file"),
     ],
 )
 def test_wrong_arguments(place, line, message, monkeypatch):
@@ -117,7 +117,7 @@ def test_a_failed_beginning_does_not_bar_the_folder(place):
 
 def test_regenerated_answers_answer_the_last_user(place):
     """What stood there as an answer is not what the target continues."""
-    from beagle_sd.data.answers import encode_chat
+    from beagle_sd.data.conversations import encode_chat
     from beagle_sd.data.shards import read_sequences
 
     result = run(place, "prepare chats.jsonl rewritten --regenerate --batch 1 --max-new-tokens 5 --target target")

@@ -20,8 +20,8 @@ from tokenizers_for_tests import small_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from beagle_sd.cli import session
-from beagle_sd.cli.app import _clear_errors, app
+from beagle_sd.cli.app import app
+from beagle_sd.cli.console import clear_errors
 from beagle_sd.data import shards
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,7 +54,7 @@ class Writer(shards.ShardWriter):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(session.shards, "ShardWriter", Writer)
+    monkeypatch.setattr(shards, "ShardWriter", Writer)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def _ctrl_c_counts():
 def test_killed_at_random_moments(target, source, more, tmp_path, monkeypatch):
     model, began = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32), []
     loaded = model.eval(), AutoTokenizer.from_pretrained(target)
-    monkeypatch.setattr(session, "load_target", lambda *args, **options: loaded)
+    monkeypatch.setattr("beagle_sd.cli.prepare.load_target", lambda *args, **options: loaded)
     monkeypatch.setattr(Writer, "begins", staticmethod(lambda: began.append(time.process_time())))
     for name in ("warm", "whole"):
         assert prepare(target, source, tmp_path / name, *more).exit_code == 0
@@ -115,7 +115,7 @@ def test_killed_at_random_moments(target, source, more, tmp_path, monkeypatch):
     assert last.exit_code == 0, last.output
     found, wanted = sequences_of(out), sequences_of(tmp_path / "whole")
     assert found.keys() == wanted.keys() and len(found) == COUNT
-    assert not list(out.glob("*.partial"))
+    assert not list(out.glob("*.partial.*"))
     assert (out / "manifest.json").read_text() == (tmp_path / "whole" / "manifest.json").read_text()
     for index, sequence in found.items():
         with torch.no_grad():
@@ -139,7 +139,7 @@ def test_interrupted_between_sequences(target, source, tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
             super().add(sequence)
 
-    monkeypatch.setattr(session.shards, "ShardWriter", Interrupting)
+    monkeypatch.setattr(shards, "ShardWriter", Interrupting)
     stopped = prepare(target, source, tmp_path / "out")
     assert stopped.exit_code == 130 and "run the same command again to go on" in stopped.output, stopped.output
     assert sorted(sequences_of(tmp_path / "out")) == sorted(taken) and len(taken) == 5
@@ -234,5 +234,5 @@ def test_interrupted_while_torch_is_imported(starting, tmp_path):
 
 def test_what_has_something_to_keep_hears_of_it():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as a command starts
-    with _clear_errors():
+    with clear_errors():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -7,7 +7,8 @@ from tokenizers_for_tests import small_tokenizer
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from beagle_sd import generate
-from beagle_sd.data.answers import Request, _Writer, encode_chat, requests_of, seed_of, write_answers
+from beagle_sd.data.answers import Request, _Writer, requests_of, seed_of, write_answers
+from beagle_sd.data.conversations import encode_chat
 from beagle_sd.models.attention import tree_attention_of
 from beagle_sd.models.target import Target
 

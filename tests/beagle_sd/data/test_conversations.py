@@ -8,14 +8,8 @@ from models import small_target
 from tokenizers_for_tests import small_tokenizer
 
 from beagle_sd.data import shards
-from beagle_sd.data.conversations import (
-    HUMAN,
-    encode_conversation,
-    export_answers,
-    read_conversations,
-    read_messages,
-    states_of,
-)
+from beagle_sd.data.conversations import HUMAN, encode_conversation, export_answers, read_conversations, read_messages
+from beagle_sd.data.states import sequences_with_states
 
 TURNS = [
     {"role": "user", "content": "hi"},
@@ -102,7 +96,7 @@ def test_states_are_those_of_each_conversation_alone(tmp_path):
     model, tokenizer = small_target(), small_tokenizer()
     path = write_lines(tmp_path / "chats.jsonl", {"messages": TURNS}, {"messages": TURNS[:2]})
     items = list(read_conversations(path, tokenizer, 2048))
-    found = {sequence.index: sequence for sequence in states_of(model, items)}
+    found = {sequence.index: sequence for sequence in sequences_with_states(model, items)}
     assert list(found) == [1, 0], "the shorter one first"
     for item in items:
         sequence = found[item.index]

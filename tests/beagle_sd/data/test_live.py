@@ -9,11 +9,13 @@ import torch
 from models import VOCAB, small_draft, small_target
 from shard_cases import MANIFEST
 
-from beagle_sd.data.conversations import Conversation, read_answers, states_of, write_answer_file
+from beagle_sd.data.conversations import Conversation, read_answers, write_answer_file
 from beagle_sd.data.dataset import StateDataset
 from beagle_sd.data.live import Corpus, LiveDataset
 from beagle_sd.data.shards import Sequence, ShardWriter
-from beagle_sd.training.trainer import Trainer, TrainingConfig
+from beagle_sd.data.states import sequences_with_states
+from beagle_sd.training.config import TrainingConfig
+from beagle_sd.training.trainer import Trainer
 
 CONFIG = TrainingConfig(
     window=3,
@@ -62,7 +64,7 @@ def answers(tmp_path_factory):
 def test_batches_are_those_of_shards(keep, context, tmp_path):
     target = small_target()
     writer = ShardWriter(tmp_path, MANIFEST, tokens_per_shard=10**6)
-    for sequence in sorted(states_of(target, conversations()), key=lambda sequence: sequence.index):
+    for sequence in sorted(sequences_with_states(target, conversations()), key=lambda sequence: sequence.index):
         writer.add(sequence)
     writer.flush()
     stored = StateDataset(tmp_path, context=context, held_out=6)
@@ -88,9 +90,10 @@ def test_a_file_of_answers_is_its_conversations(answers):
 
 def test_frequent_tokens_are_those_to_learn():
     corpus = Corpus.of([Conversation(0, [5, 5, 7, 7, 7, 9, 2], [False, False, True, True, True, True, True], 0.0)])
-    assert corpus.frequent_tokens(2, VOCAB).tolist() == [2, 7]
+    live = LiveDataset(small_target(), corpus, held_out=0)
+    assert live.frequent_tokens(2, VOCAB).tolist() == [2, 7]
     with pytest.raises(ValueError, match="draft_vocab is 98; allowed: 1 to 97"):
-        corpus.frequent_tokens(98, VOCAB)
+        live.frequent_tokens(98, VOCAB)
 
 
 def test_another_targets_tokens_are_refused():

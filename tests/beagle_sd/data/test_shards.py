@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_what_is_written_is_read(tmp_path):
         assert_same(sequence, random_sequence(number, LENGTHS[number]))
     bare = list(shards.read_sequences(tmp_path, with_states=False))
     assert all(torch.equal(a.tokens, b.tokens) and a.states.numel() == 0 for a, b in zip(bare, found, strict=True))
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.partial.*"))
 
 
 def test_half_precision_is_kept(tmp_path):
@@ -52,10 +53,10 @@ def test_half_precision_is_kept(tmp_path):
 
 def test_a_second_writer_goes_on_after_the_first(tmp_path):
     write(tmp_path, range(3))
-    (tmp_path / "states-00001.partial").write_bytes(b"left by a killed run")
+    (tmp_path / f".{platform.node()}~{2**22 + 1}~0.partial.states-00001.safetensors").write_bytes(b"of a killed run")
     before = {path: path.read_bytes() for path in shards.shard_paths(tmp_path)}
     write(tmp_path, range(3, 6))
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.partial.*"))
     assert all(path.read_bytes() == data for path, data in before.items())
     assert [sequence.index for sequence in shards.read_sequences(tmp_path)] == list(range(6))
 

@@ -11,8 +11,8 @@ from test_generate import NEW, prompts, ragged
 
 from beagle_sd import AdaptiveTree, BeagleDraft, adaptive_tree, generate
 from beagle_sd.decoding import calibration
-from beagle_sd.decoding.calibration import PLAIN, Costs
-from beagle_sd.decoding.generate import TreeShape
+from beagle_sd.decoding.adaptive import Costs
+from beagle_sd.decoding.tree import PLAIN, TreeShape
 from beagle_sd.models.loading import bundled_folder, measured_acceptance
 
 CHAIN, TREE = TreeShape(2, 1, 3), TreeShape(4, 4, 16)
@@ -84,7 +84,7 @@ def test_the_text_is_that_of_plain_decoding(make, temperature):
     tree = AdaptiveTree(Costs({1: 10.0, 3: 11.0, 16: 12.0}, {CHAIN: 0.5, TREE: 0.6}), MEASURED, memory=2, probe=3)
     settings = {"max_new_tokens": NEW, "temperature": temperature, "seed": 5}
     want = generate(target, None, ids, mask, **settings)
-    made = generate(target, small_draft(target), ids, mask, adaptive=tree, **settings)
+    made = generate(target, small_draft(target), ids, mask, tree=tree, **settings)
     assert torch.equal(made.sequences, want.sequences)
     assert all(0.0 <= share <= 1.0 for share in made.report.acceptance_by_depth)
 
@@ -117,16 +117,13 @@ def test_a_measured_draft_brings_its_own_acceptance(kept):
     tree = adaptive_tree(target, draft)
     assert tree.measured == {CHAIN: 1.4} and tree.largest == CHAIN
     assert tree.costs == usual.costs, "the costs were kept"
-    assert generate(target, draft, prompts(1), max_new_tokens=8, adaptive=tree).report.new_tokens == 8
+    assert generate(target, draft, prompts(1), max_new_tokens=8, tree=tree).report.new_tokens == 8
     assert adaptive_tree(target, draft, measured=MEASURED).measured == MEASURED
 
 
 def test_bad_settings_are_named():
-    target = small_target()
     with pytest.raises(ValueError, match="no shape is measured.*allowed"):
         AdaptiveTree(CHEAP, {})
     for name, value in (("memory", 0), ("probe", 1)):
         with pytest.raises(ValueError, match=f"{name} (is )?{value}.*allowed"):
             AdaptiveTree(CHEAP, MEASURED, **{name: value})
-    with pytest.raises(ValueError, match="num_nodes 9 .*adaptive.*allowed"):
-        generate(target, small_draft(target), prompts(1), num_nodes=9, adaptive=AdaptiveTree(CHEAP, MEASURED))

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from beagle_sd import AdaptiveTree, Engine, custom_generate, generate
-from beagle_sd.decoding.calibration import Costs
+from beagle_sd.decoding.adaptive import Costs
 from beagle_sd.decoding.custom_generate import SpeculativeOutput
-from beagle_sd.decoding.drafting import TreeShape
+from beagle_sd.decoding.tree import TreeShape
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_greedy_equals_the_targets_own(pair):
     assert torch.equal(target.generate(ids, custom_generate=custom_generate(draft), **settings), want)
     whole = target.generate(
         ids,
-        custom_generate=custom_generate(draft, depth=4, branch=1, num_nodes=5),
+        custom_generate=custom_generate(draft, tree=TreeShape(4, 1, 5)),
         return_dict_in_generate=True,
         **settings,
     )
@@ -64,11 +64,11 @@ def test_an_engine_or_an_adaptive_tree_is_used(pair):
     settings = {"max_new_tokens": NEW, "do_sample": False}
     want = target.generate(prompts(1), **settings)
     tree = AdaptiveTree(Costs({1: 10.0, 6: 10.0}, {TreeShape(3, 2, 6): 0.1}), {TreeShape(3, 2, 6): 1.8})
-    engine = Engine(target, draft, batch=1, capacity=want.shape[1], depth=3, branch=2, num_nodes=6)
-    for by in (custom_generate(draft, adaptive=tree, graph=False), custom_generate(draft, engine=engine)):
+    engine = Engine(target, draft, batch=1, capacity=want.shape[1], tree=TreeShape(3, 2, 6))
+    for by in (custom_generate(draft, tree=tree, graph=False), custom_generate(draft, engine=engine)):
         made = target.generate(prompts(1), custom_generate=by, return_dict_in_generate=True, **settings)
         assert torch.equal(made.sequences, want) and made.report.tokens_per_round > 1.1
-    small = Engine(target, draft, batch=1, capacity=8, depth=3, branch=2, num_nodes=6)
+    small = Engine(target, draft, batch=1, capacity=8, tree=TreeShape(3, 2, 6))
     with pytest.raises(ValueError, match="the engine's capacity, 8"):
         target.generate(prompts(1), custom_generate=custom_generate(draft, engine=small), **settings)
 

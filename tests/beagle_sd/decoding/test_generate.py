@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from models import ARCHITECTURES, VOCAB, agreeable_target, small_draft, small_target
@@ -9,17 +11,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from beagle_kernels import Sampling
 from beagle_kernels.reference.sampling import perturb
-from beagle_sd import generate
+from beagle_sd import TreeShape, generate
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.loop import Decoding
 from beagle_sd.models.attention import tree_attention_of
 
 SHAPES = [(1, 1, 2), (4, 1, 5), (3, 2, 7), (4, 4, 16), (6, 10, 60), (5, 8, 100)]
 NEW = 32
-
-
-def shape_of(depth: int, branch: int, num_nodes: int) -> dict:
-    return {"depth": depth, "branch": branch, "num_nodes": num_nodes}
 
 
 def prompts(batch: int, length: int = 11, seed: int = 5) -> torch.Tensor:
@@ -83,7 +81,7 @@ def test_greedy_equals_the_targets_own_generate(kind, make):
     assert_same_text(target, generate(target, None, ids, max_new_tokens=NEW).sequences, want, 11)
     best = 0.0
     for shape in SHAPES:
-        made = generate(target, draft, ids, max_new_tokens=NEW, **shape_of(*shape))
+        made = generate(target, draft, ids, max_new_tokens=NEW, tree=TreeShape(*shape))
         assert_same_text(target, made.sequences, want, 11)
         best = max(best, made.report.tokens_per_round)
     assert make is small_target or best > 1.5, "the draft never agreed: acceptance was not tested"
@@ -102,7 +100,7 @@ def test_ragged_rows_are_each_decoded_as_if_alone(kind, side):
         ]
     )
     for shape in [(4, 1, 5), (6, 10, 60)]:
-        made = generate(target, draft, ids, mask, max_new_tokens=NEW, **shape_of(*shape))
+        made = generate(target, draft, ids, mask, max_new_tokens=NEW, tree=TreeShape(*shape))
         assert torch.equal(made.sequences[:, :11], ids)
         assert torch.equal(made.sequences[:, 11:], want), shape
         assert made.report.new_tokens == 4 * NEW
@@ -123,7 +121,7 @@ def test_any_draft_gives_the_same_text(case):
     for temperature in (0.0, 1.0):
         want = generate(target, None, ids, max_new_tokens=NEW, temperature=temperature).sequences
         for shape in [(4, 1, 5), (4, 4, 16), (5, 8, 100)]:
-            made = generate(target, draft, ids, max_new_tokens=NEW, temperature=temperature, **shape_of(*shape))
+            made = generate(target, draft, ids, max_new_tokens=NEW, temperature=temperature, tree=TreeShape(*shape))
             assert torch.equal(made.sequences, want), (temperature, shape)
 
 
@@ -143,7 +141,7 @@ def test_sampling_equals_plain_sampling_with_the_same_seed(settings):
     want = generate(target, None, ids, max_new_tokens=NEW, seed=7, **settings).sequences
     sampling = Sampling.of(2, 7, **settings)
     for shape in SHAPES:
-        made = generate(target, draft, ids, max_new_tokens=NEW, seed=7, **settings, **shape_of(*shape))
+        made = generate(target, draft, ids, max_new_tokens=NEW, seed=7, **settings, tree=TreeShape(*shape))
         assert_same_text(target, made.sequences, want, 11, sampling)
     assert made.report.tokens_per_round > 1.5
     other = generate(target, None, ids, max_new_tokens=NEW, seed=8, **settings).sequences
@@ -168,7 +166,7 @@ def test_sampling_does_not_depend_on_the_batch(kind):
             temperature=1.0,
             top_p=0.95,
             seed=seeds[rows],
-            **shape_of(4, 4, 16),
+            tree=TreeShape(4, 4, 16),
         ).sequences
 
     together = made([0, 1, 2, 3])
@@ -203,7 +201,7 @@ def test_sampling_follows_the_targets_distribution():
 def test_end_tokens_inside_an_accepted_run(temperature):
     target = agreeable_target()
     draft, ids = small_draft(target), prompts(4)
-    settings = {"max_new_tokens": 48, "temperature": temperature, **shape_of(4, 4, 24)}
+    settings = {"max_new_tokens": 48, "temperature": temperature, "tree": TreeShape(4, 4, 24)}
     free = generate(target, draft, ids, **settings, eos_token_id=[]).sequences[:, 11:].tolist()
     inside = set()
     for row in range(4):
@@ -235,7 +233,7 @@ def test_rows_that_ended_with_a_deep_run_leave_room_for_the_others():
     for depth, temperature in ((8, 0.0), (24, 0.0), (12, 1.0)):
         settings = {"max_new_tokens": 6, "temperature": temperature}
         want = generate(target, None, ids, **settings).sequences
-        made = generate(target, draft, ids, **settings, **shape_of(depth, 1, depth + 1))
+        made = generate(target, draft, ids, **settings, tree=TreeShape(depth, 1, depth + 1))
         assert torch.equal(made.sequences, want)
 
 
@@ -244,7 +242,7 @@ def test_the_length_limit_cuts_inside_a_run(new):
     target = agreeable_target()
     draft, ids = small_draft(target), prompts(2)
     whole = generate(target, draft, ids, max_new_tokens=40, temperature=1.0).sequences
-    made = generate(target, draft, ids, max_new_tokens=new, temperature=1.0, **shape_of(6, 10, 60))
+    made = generate(target, draft, ids, max_new_tokens=new, temperature=1.0, tree=TreeShape(6, 10, 60))
     assert torch.equal(made.sequences, whole[:, : 11 + new])
     assert made.report.new_tokens == 2 * new
 
@@ -253,7 +251,7 @@ def test_the_length_limit_cuts_inside_a_run(new):
 def test_the_report_counts_what_the_streamer_saw(shape):
     target = agreeable_target()
     draft, ids = small_draft(target), prompts(1)
-    settings = {"temperature": 1.0, **shape_of(*shape)}
+    settings = {"temperature": 1.0, "tree": TreeShape(*shape)}
     longer, seen = Recorder(), Recorder()
     generate(target, draft, ids, max_new_tokens=70, streamer=longer, **settings)
     new = sum(map(len, longer.runs[1:-4]))  # a limit that cuts no run
@@ -279,7 +277,7 @@ def test_prompts_of_more_than_one_prefill_chunk():
     mask = torch.ones_like(ids)
     mask[1, :500] = 0
     want = [greedy(target, row, max_new_tokens=16)[0, -16:] for row in (ids[:1], ids[1:, 500:])]
-    made = generate(target, draft, ids, mask, max_new_tokens=16, **shape_of(4, 4, 16))
+    made = generate(target, draft, ids, mask, max_new_tokens=16, tree=TreeShape(4, 4, 16))
     assert torch.equal(made.sequences[:, 1100:], torch.stack(want))
 
 
@@ -289,7 +287,7 @@ def test_after_any_round_both_caches_hold_true_states_only(shape):
     target = agreeable_target("qwen3")
     draft, ids = small_draft(target), prompts(3)
     lengths = torch.tensor([11, 4, 7], dtype=torch.int32)
-    engine = Engine(target, draft, batch=3, capacity=41, **shape_of(*shape))
+    engine = Engine(target, draft, batch=3, capacity=41, tree=TreeShape(*shape))
     with torch.inference_mode(), tree_attention_of(target):
         decoding = Decoding(engine, ids, lengths, 30)
         accepted = sum(len(run) for runs in decoding.run(Sampling.of(3, 3, temperature=1.0), []) for run in runs)
@@ -329,9 +327,6 @@ def test_after_any_round_both_caches_hold_true_states_only(shape):
         ({"top_k": -1}, "top_k is -1"),
         ({"min_p": 2.0}, "min_p is 2.0"),
         ({"seed": torch.tensor([1])}, r"seed has shape \(1,\)"),
-        ({"depth": 0}, "depth is 0"),
-        ({"branch": 65}, "branch is 65"),
-        ({"num_nodes": 0}, "num_nodes is 0"),
         ({"streamer": Recorder()}, "2 rows; allowed: 1 row"),
     ],
 )
@@ -339,6 +334,14 @@ def test_bad_arguments(wrong, message):
     target = small_target()
     with pytest.raises(ValueError, match=message):
         generate(target, small_draft(target), **{"input_ids": prompts(2), **wrong})
+
+
+@pytest.mark.parametrize("tree", ["4,4,8", (4, 4, 8), 8])
+def test_a_tree_is_a_shape_or_adapts(tree):
+    target = small_target()
+    for draft in (small_draft(target), None):
+        with pytest.raises(TypeError, match=re.escape(f"tree is {tree!r}; allowed: a TreeShape")):
+            generate(target, draft, prompts(1), tree=tree)
 
 
 def test_a_target_in_training_mode_is_refused():

@@ -6,14 +6,14 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 from models import agreeable_target, small_draft
-from test_rounds import SHAPE, begun
+from test_rounds import TREE, begun
 
 from beagle_sd import GraphError
 from beagle_sd.decoding import graph
-from beagle_sd.decoding.drafting import TreeShape
 from beagle_sd.decoding.graph import RoundGraph
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import play_round
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.attention import tree_attention_of
 
 DEVICE = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_an_engine_tries_again_with_a_pool_of_its_own(cuda, monkeypatch):
     target = agreeable_target()
     draft = small_draft(target)
     with tree_attention_of(target):
-        engine = begun(target, draft, **SHAPE)
+        engine = begun(target, draft, tree=TREE)
         engine.graph, engine._pool = True, cuda.new_pool()
         live, small, clock = engine.buffers.live.clone(), TreeShape(2, 1, 3), Clock(DEVICE)
         engine.play(small, clock)

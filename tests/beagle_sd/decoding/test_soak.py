@@ -17,6 +17,7 @@ from models import VOCAB, agreeable_target, small_draft
 from pool_work import chosen, put_chosen
 
 from beagle_sd import generate
+from beagle_sd.decoding.tree import TreeShape
 
 BATCHES = int(os.environ.get("BEAGLE_SOAK", "12"))
 SETTINGS = (
@@ -45,11 +46,11 @@ def random_request(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, dict
         "seed": rng.randrange(2**40),
         **rng.choice(SETTINGS),
     }
-    return ids, mask, {**options, "depth": depth, "branch": branch, "num_nodes": rng.randint(1, 20)}
+    return ids, mask, {**options, "tree": TreeShape(depth, branch, rng.randint(1, 20))}
 
 
 def plainly(options: dict) -> dict:
-    return {name: value for name, value in options.items() if name not in ("depth", "branch", "num_nodes")}
+    return {name: value for name, value in options.items() if name != "tree"}
 
 
 def test_soak():

@@ -11,9 +11,11 @@ from models import agreeable_target, small_draft, small_target
 from tokenizers_for_tests import small_tokenizer
 
 from beagle_sd import AdaptiveTree
-from beagle_sd.decoding.calibration import Costs
+from beagle_sd.decoding.adaptive import Costs
 from beagle_sd.decoding.engine import Engine
-from beagle_sd.decoding.generate import Report, TreeShape, generate
+from beagle_sd.decoding.generate import generate
+from beagle_sd.decoding.report import Report
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.evaluation.comparison import (
     BASELINE,
     Answer,
@@ -21,7 +23,6 @@ from beagle_sd.evaluation.comparison import (
     compare_on,
     lower_bound,
     read_prompts,
-    read_shape,
     rows_of,
     warm_up,
     write_csv,
@@ -127,7 +128,7 @@ def graphed(monkeypatch):
 
 def runs_of(target, draft, **settings):
     tree = AdaptiveTree(COSTS, {CHAIN: 1.5, TREE: 1.8})
-    return contenders(target, draft, [CHAIN, TREE], tree.again, capacity=40, max_new_tokens=12, **settings)
+    return contenders(target, draft, [CHAIN, TREE], tree, capacity=40, max_new_tokens=12, **settings)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -231,8 +232,3 @@ def test_what_is_wrong_is_named(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             read_prompts(source, small_tokenizer(), count)
-    for text in ("4,4", "4,4,x", "4;4;8"):
-        with pytest.raises(ValueError, match="allowed: depth,branch,num_nodes"):
-            read_shape(text)
-    with pytest.raises(ValueError, match="num_nodes is 0; allowed"):
-        read_shape("1,1,0")

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from beagle_sd.evaluation.plot import plot_run, read_log
+from beagle_sd.evaluation.plot import plot_run
+from beagle_sd.training.log import read_log
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from beagle_sd import BeagleConfig, BeagleDraft
-from beagle_sd.training.objective import Batch, block_states, simulated_states
+from beagle_sd.data.batch import Batch
+from beagle_sd.training.objective import block_states, simulated_states
 
 
 def make_batch(count: int = 12, width: int = 64) -> Batch:

@@ -127,7 +127,7 @@ def test_a_killed_conversion_leaves_nothing_under_the_final_name(made, tmp_path,
         halfway.setattr(smollm2, "_write_tokenizer", forks.die)
         assert forks.run(lambda: smollm2.converted(folder)) == -signal.SIGKILL
     (remains,) = tmp_path.iterdir()
-    assert remains.name.startswith(".model.") and (remains / "model.safetensors").is_file()
+    assert remains.name.endswith(".partial.model") and (remains / "model.safetensors").is_file()
     assert smollm2.converted(folder) == folder
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "the remains are gone"
     AutoModelForCausalLM.from_pretrained(folder)
@@ -190,10 +190,7 @@ def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch):
 
 def test_where_conversions_are_kept(monkeypatch):
     monkeypatch.setenv("BEAGLE_CACHE", "/somewhere")
-    assert smollm2.cache_folder() == Path("/somewhere")
-    monkeypatch.delenv("BEAGLE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert smollm2.cache_folder() == Path("/elsewhere/beagle_sd")
+    assert smollm2.converted_folder() == Path("/somewhere/SmolLM2-135M-Instruct")
 
 
 @pytest.mark.slow

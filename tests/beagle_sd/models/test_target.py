@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from beagle_kernels.reference.build_tree import pack
 from beagle_sd import UnsupportedTarget, generate
+from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.target import Target
 
 _SIZES = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
@@ -104,7 +105,7 @@ def test_other_architectures_decode_as_transformers_does(kind):
     draft, ids = small_draft(target), torch.randint(VOCAB, (1, 9))
     want = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
     assert torch.equal(generate(target, None, ids, max_new_tokens=16).sequences, want)
-    tree = {"max_new_tokens": 16, "depth": 3, "branch": 3, "num_nodes": 12}
+    tree = {"max_new_tokens": 16, "tree": TreeShape(3, 3, 12)}
     assert torch.equal(generate(target, draft, ids, **tree).sequences, want)
     sampled = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
     want = generate(target, None, ids, max_new_tokens=16, **sampled).sequences

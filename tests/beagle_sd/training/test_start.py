@@ -8,8 +8,9 @@ import torch
 from accelerate import PartialState
 from models import small_target
 
+from beagle_sd.data.batch import Batch
 from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.training.objective import Batch, block_states
+from beagle_sd.training.objective import block_states
 from beagle_sd.training.parallel import same_everywhere
 from beagle_sd.training.start import passing_start
 

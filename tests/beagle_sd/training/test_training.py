@@ -19,7 +19,9 @@ from training_cases import CONFIG, Stop, metrics_of, trainer_of
 from beagle_sd import BeagleDraft, generate
 from beagle_sd.data.dataset import Entry, StateDataset
 from beagle_sd.data.shards import ShardWriter
-from beagle_sd.training.trainer import Trainer, TrainingStopped, checkpoints
+from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.training.checkpoint import checkpoints
+from beagle_sd.training.trainer import Trainer, TrainingStopped
 from bench.peers.eagle2 import EagleDraft, eagle_states
 
 
@@ -101,7 +103,7 @@ def test_training_raises_acceptance(tmp_path):
     ids = StateDataset(data, held_out=0).load([Entry(0, 0, 8)]).tokens[None]
 
     def tokens_per_round():
-        return generate(target, draft, ids, max_new_tokens=32, depth=4, branch=1, num_nodes=5).report.tokens_per_round
+        return generate(target, draft, ids, max_new_tokens=32, tree=TreeShape(4, 1, 5)).report.tokens_per_round
 
     before = tokens_per_round()
     config = replace(CONFIG, block_epochs=30, simulation_epochs=20, save_steps=1000, eval_steps=1000, held_out=0)
@@ -136,7 +138,8 @@ def test_a_killed_run_resumes_bit_for_bit(where, data, whole, tmp_path):
 
     assert forks.run(lambda: trainer_of(data, tmp_path).run(progress)) == -9
     if where == "in a checkpoint":
-        assert (tmp_path / ".checkpoint-0000012.partial" / "model.safetensors").is_file(), "killed halfway"
+        (half,) = tmp_path.glob(".*.partial.checkpoint-0000012")
+        assert (half / "model.safetensors").is_file(), "killed halfway"
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')
     resumed = trainer_of(data, tmp_path)
@@ -251,13 +254,13 @@ def test_reduced_vocabulary_and_detached_states_train(data, tmp_path):
 def test_evaluation_counts_as_figure_3_does(data, tmp_path):
     """A draft that always agrees is always right; one that never does, never."""
     trainer = trainer_of(data, tmp_path)
-    right = trainer._agreement
-    trainer._agreement = lambda states, choices, counted: counted.clone()
+    right = trainer.held_out.agreement
+    trainer.held_out.agreement = lambda states, choices, counted: counted.clone()
     assert trainer.evaluate(depth=3) == [1.0, 1.0, 1.0]
-    trainer._agreement = lambda states, choices, counted: torch.zeros_like(counted)
+    trainer.held_out.agreement = lambda states, choices, counted: torch.zeros_like(counted)
     assert trainer.evaluate(depth=3) == [0.0, 0.0, 0.0]
     batch = trainer.dataset.load(trainer.dataset.evaluation_packs(200)[0])
-    choices = trainer._target_choices(batch)
+    choices = trainer.held_out.target_choices(batch)
     assert right(batch.states, choices, batch.loss_mask).equal(batch.loss_mask)
     assert not right(-batch.states, choices, torch.ones_like(batch.loss_mask)).any()
 

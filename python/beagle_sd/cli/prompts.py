@@ -1,0 +1,32 @@
+"""`beagle-sd prompts`: training prompts for `prepare --regenerate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from beagle_sd.cli.console import Seed, clear_errors, console, waiting
+from beagle_sd.data.prompts import build_prompts
+from beagle_sd.files import whole
+
+
+def prompts(
+    out: Annotated[Path, typer.Argument(help="JSONL file to write.")],
+    count: Annotated[int, typer.Option(help="How many.")] = 12000,
+    seed: Seed = 0,
+) -> None:
+    """Write training prompts from licence-clean sources, for `prepare --regenerate`."""
+    with clear_errors():
+        missing: list[str] = []
+        with waiting(console, "gathering prompts"):
+            made = build_prompts(count, seed, left_out=missing.append)
+        for reason in missing:
+            console.print(f"left out: {escape(reason)}", soft_wrap=True)
+        with whole(out) as partial:
+            lines = [json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in made]
+            partial.write_text("".join(lines), encoding="utf-8")
+    console.print(f"{len(made)} prompts in {out}")

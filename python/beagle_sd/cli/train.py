@@ -1,0 +1,117 @@
+"""`beagle-sd train`: a draft in two stages, on stored or live states."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import fields
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+import torch
+import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from beagle_sd.cli.console import Device, TargetName, clear_errors, joined_processes, loading, progress_bar
+from beagle_sd.cli.interrupt import deferred_interrupt
+from beagle_sd.data import conversations, shards
+from beagle_sd.data.dataset import PackedDataset, StateDataset
+from beagle_sd.data.live import Corpus, LiveDataset
+from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.loading import load_target
+from beagle_sd.training.config import TrainingConfig
+from beagle_sd.training.parallel import same_everywhere
+from beagle_sd.training.start import passing_start_on
+from beagle_sd.training.trainer import Trainer
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for every field of TrainingConfig, given to it as `settings`."""
+    hints = get_type_hints(TrainingConfig)
+
+    @wraps(command)
+    def wrapped(**options) -> None:
+        settings = {field.name: options.pop(field.name) for field in fields(TrainingConfig)}
+        command(**options, settings=settings)
+
+    signature = inspect.signature(command, eval_str=True)
+    given = [parameter for name, parameter in signature.parameters.items() if name != "settings"]
+    options = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=Annotated[hints[field.name], typer.Option(help=field.metadata["help"])],
+        )
+        for field in fields(TrainingConfig)
+    ]
+    wrapped.__signature__ = signature.replace(parameters=given + options)  # type: ignore[attr-defined]
+    return wrapped
+
+
+@with_settings
+def train(
+    data: Annotated[Path, typer.Argument(help="Folder from `prepare`, or a file it takes: states live, none stored.")],
+    out: Annotated[Path, typer.Argument(help="Folder for checkpoints; an unfinished run is gone on with.")],
+    target: TargetName = "smollm2-135m",
+    draft_vocab: Annotated[int, typer.Option(help="Most frequent tokens the draft may propose; 0: all.")] = 8192,
+    key_value_heads: Annotated[int, typer.Option(help="The draft's; more carry more of a state. 0: the target's.")] = 0,
+    append_states: Annotated[bool, typer.Option(help="Let nodes see their ancestors' draft states.")] = True,
+    tensorboard: Annotated[bool, typer.Option(help="Also log for TensorBoard, in OUT/tensorboard.")] = False,
+    device: Device = None,
+    *,
+    settings: dict,
+) -> None:
+    """Train a draft in two stages: block attention, then one-pass simulation. Safe to kill and run again.
+
+    Under `torchrun` or `accelerate launch` each process does its share.
+    """
+    with clear_errors(f"; the last checkpoint is in {out}: run the same command again to go on"):
+        config = TrainingConfig(**settings)
+        processes, console = joined_processes(device)
+        with processes.main_process_first(), loading(console, target):
+            model, tokenizer = load_target(target, device=device or processes.device)
+        dataset = _dataset(data, model, tokenizer, config)
+        ids = dataset.frequent_tokens(draft_vocab, model.config.vocab_size) if draft_vocab else None
+        torch.manual_seed(config.seed)
+        heads = {"num_key_value_heads": key_value_heads} if key_value_heads else {}
+        draft = BeagleDraft.from_target(model, ids, append_states=append_states, **heads)
+        trainer = Trainer(draft, dataset, out, config, tensorboard=tensorboard)
+        if trainer.step == 0:
+            same_everywhere(passing_start_on(draft, dataset, config.seed).parameters())
+        console.print(
+            f"{len(dataset.train)} sequences, {dataset.tokens_of(dataset.train)} tokens; {trainer.block_steps} steps "
+            f"of stage 1, {trainer.total_steps - trainer.block_steps} of stage 2; at step {trainer.step}"
+        )
+        _run(trainer, console, alone=processes.num_processes == 1)
+        console.print(f"the draft is in {out / 'final'}")
+
+
+def _dataset(
+    data: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig
+) -> PackedDataset:
+    """The shards of a folder, or the conversations of a file, whose states the target computes."""
+    sizes = {"context": config.context, "held_out": config.held_out}
+    if data.is_file():
+        corpus = Corpus.of(conversations.read_conversations(data, tokenizer, config.context))
+        return LiveDataset(target, corpus, **sizes)
+    shards.check_manifest(data, hidden_size=target.config.hidden_size, vocab_size=target.config.vocab_size)
+    return StateDataset(data, **sizes)
+
+
+def _run(trainer: Trainer, console, alone: bool) -> None:
+    """Train with a progress bar; Ctrl-C takes effect after a step, with a checkpoint, unless other processes would not
+    hear of it at the same step."""
+    interruptible = deferred_interrupt() if alone else nullcontext(lambda first: None)
+    with progress_bar(console) as progress, interruptible as check_interrupt:
+        bar = progress.add_task("train", total=trainer.total_steps, completed=trainer.step)
+
+        def show(step: int, metrics: dict) -> None:
+            progress.update(bar, completed=step, description=f"stage {metrics['stage']} loss {metrics['loss']:.3f}")
+            if "acceptance_by_depth" in metrics:
+                console.print(f"step {step}: acceptance by depth {metrics['acceptance_by_depth']}")
+            check_interrupt(trainer.save)
+
+        trainer.run(show)
