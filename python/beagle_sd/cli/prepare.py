@@ -124,7 +124,7 @@ def _answers(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[tuple[int, list[dict]]],
-    settings: dict[str, int],
+    settings: dict[str, Any],
 ) -> Iterator[shards.Sequence]:
     encoded = ((index, conversations.encode_chat(tokenizer, messages)) for index, messages in prompts)
     return write_answers(target, requests_of(encoded), end=tokenizer.eos_token_id, **settings)

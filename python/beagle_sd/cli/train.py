@@ -93,12 +93,11 @@ def _dataset(
     data: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig
 ) -> PackedDataset:
     """The shards of a folder, or the conversations of a file, whose states the target computes."""
-    sizes = {"context": config.context, "held_out": config.held_out}
     if data.is_file():
         corpus = Corpus.of(conversations.read_conversations(data, tokenizer, config.context))
-        return LiveDataset(target, corpus, **sizes)
+        return LiveDataset(target, corpus, context=config.context, held_out=config.held_out)
     shards.check_manifest(data, hidden_size=target.config.hidden_size, vocab_size=target.config.vocab_size)
-    return StateDataset(data, **sizes)
+    return StateDataset(data, context=config.context, held_out=config.held_out)
 
 
 def _run(trainer: Trainer, console, alone: bool) -> None:

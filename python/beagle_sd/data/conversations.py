@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -149,7 +149,7 @@ def write_answer_file(path: str | Path, sequences: list[shards.Sequence], source
     """Write sequences' token ids, without states, to a compressed .npz, which appears whole or not at all."""
     names = sorted({sources.get(sequence.index, "") for sequence in sequences})
     ids = np.concatenate([np.append(sequence.tokens.numpy(), sequence.final_token) for sequence in sequences])
-    parts = {
+    parts: dict[str, Any] = {
         "ids": ids.astype(np.uint16 if ids.max() < 65536 else np.uint32),
         "lengths": np.array([len(sequence.tokens) + 1 for sequence in sequences], dtype=np.int32),
         "prompt_lengths": np.array([int((~sequence.loss_mask).sum()) + 1 for sequence in sequences], dtype=np.int32),

@@ -97,7 +97,7 @@ def test_states_are_those_of_each_conversation_alone(tmp_path):
     path = write_lines(tmp_path / "chats.jsonl", {"messages": TURNS}, {"messages": TURNS[:2]})
     items = list(read_conversations(path, tokenizer, 2048))
     found = {sequence.index: sequence for sequence in sequences_with_states(model, items)}
-    assert list(found) == [1, 0], "the shorter one first"
+    assert list(found) == [0, 1], "the longer one first"
     for item in items:
         sequence = found[item.index]
         with torch.no_grad():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from shard_cases import MANIFEST, random_sequence
 
+from beagle_sd.data import shards
 from beagle_sd.data.dataset import StateDataset
 from beagle_sd.data.shards import ShardError, ShardWriter
 
@@ -84,3 +85,18 @@ def test_a_truncated_shard_is_named_at_once(folder):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ShardError, match=f"{path} is not a whole shard"):
         StateDataset(folder)
+
+
+def test_frequent_tokens_are_the_assistants_and_need_no_second_reading(folder, monkeypatch):
+    dataset, counts = StateDataset(folder, held_out=3), [0] * 97
+    for sequence in shards.read_sequences(folder):
+        following = [*sequence.tokens[1:].tolist(), sequence.final_token]
+        for token, learnt in zip(following, sequence.loss_mask.tolist(), strict=True):
+            counts[token] += learnt and token >= 0
+    best = sorted(range(97), key=lambda token: (-counts[token], token))
+    monkeypatch.setattr(shards, "read_shard", lambda *args, **options: pytest.fail("read again"))
+    for count in (1, 10, 97):
+        assert dataset.frequent_tokens(count, 97).tolist() == sorted(best[:count])
+    for count in (0, 98):
+        with pytest.raises(ValueError, match=f"draft_vocab is {count}; allowed: 1 to 97"):
+            dataset.frequent_tokens(count, 97)

@@ -49,7 +49,7 @@ def test_every_contender_answers_every_prompt(tmp_path, temperature):
         max_new_tokens=8,
         temperature=temperature,
         assistant=small_target(seed=3),
-        told=lambda *now: told.append(now),
+        on_progress=lambda *now: told.append(now),
     )
     assert [row.contender for row in rows] == [
         BASELINE,
