@@ -76,14 +76,14 @@ def generate(
         with waiting(console, "warming up"):
             decode(model, loaded, ids, **{**options, "max_new_tokens": 4}, tree=chosen)
         found = decode(model, loaded, ids, streamer=RunStreamer(console, tokenizer), tree=chosen, **options)
-        kind = "adaptive tree" if shape is None else f"tree {shape}"
-        answers = {f"speculative, {kind}": Answer.of(found.report)}
+        answers = {"speculative": Answer.of(found.report)}
         if compare:
             with waiting(console, "decoding the same without the draft"):
                 plain = decode(model, None, ids, **options)
-                answers["plain, the same loop"] = Answer.of(plain.report)
+                answers["plain, same loop"] = Answer.of(plain.report)
                 answers[TARGET_GENERATE] = target_generate(model, ids, max_new_tokens, seed, sampling)
         console.print(table(answers))
+        console.print(footnote(found.report, shape), style="dim", highlight=False)
         if compare:
             same = torch.equal(found.sequences, plain.sequences)
             equal = "Same tokens as plain decoding."
@@ -172,21 +172,26 @@ def target_generate(
 
 
 def table(answers: Mapping[str, Answer]) -> Table:
-    """A row an answer; the last column is the speed in tokens a second over target.generate's, if it is among them."""
-    titles = ["", "tokens", "seconds", "tokens/s", "tokens a round", "accepted, by depth"]
+    """A row an answer; speedup is tokens a second over target.generate's, if it is there. Fits 80 columns."""
     baseline = answers.get(TARGET_GENERATE)
-    result = Table(*titles, *(["x target.generate"] if baseline else []))
+    result = Table("", "tokens", "seconds", "tokens/s", "tokens a round", *(["speedup"] if baseline else []))
     for name, answer in answers.items():
         speed = answer.tokens / max(answer.seconds, 1e-9)
-        report = answer.report
-        rounds = "" if report is None else f"{report.tokens_per_round:.2f}"
-        by_depth = "" if report is None else " ".join(f"{share:.2f}" for share in report.acceptance_by_depth)
-        row = [name, str(answer.tokens), f"{answer.seconds:.2f}", f"{speed:.1f}", rounds, by_depth]
+        rounds = "" if answer.report is None else f"{answer.report.tokens_per_round:.2f}"
+        row = [name, str(answer.tokens), f"{answer.seconds:.2f}", f"{speed:.1f}", rounds]
         if baseline:
-            row.append(f"{speed * baseline.seconds / max(baseline.tokens, 1):.2f}")
+            row.append(f"{speed * baseline.seconds / max(baseline.tokens, 1):.2f}x")
         result.add_row(*row)
-    result.caption = "prefill included" + ("; one text: beagle-sd bench compares on many" if baseline else "")
     return result
+
+
+def footnote(report: Report, shape: TreeShape | None) -> str:
+    """What the table does not say; shape None: the tree adapted."""
+    by_depth = " ".join(f"{share:.2f}" for share in report.acceptance_by_depth)
+    return (
+        f"Prefill included. Tree: {shape or 'adaptive'}; drafted tokens accepted, by depth: {by_depth or 'none'}. "
+        "One text says little: beagle-sd bench compares on many."
+    )
 
 
 def first_difference(found: Tensor, plain: Tensor, prompt: int) -> str:

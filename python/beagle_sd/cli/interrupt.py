@@ -34,16 +34,16 @@ def deferred_interrupt() -> Iterator[Callable[..., None]]:
     """Inside the block the first Ctrl-C is noted, and raises KeyboardInterrupt where the function given is called,
     after what that is given to do; a second one raises at once. In other threads than the main one, which alone is
     interrupted, and where Ctrl-C is ignored, as under nohup, nothing changes."""
-    asked = False
+    interrupted = False
 
     def note(number, frame) -> None:
-        nonlocal asked
-        asked = True
+        nonlocal interrupted
+        interrupted = True
         signal.signal(signal.SIGINT, before)
         print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def check(first: Callable[[], object] = lambda: None) -> None:
-        if asked:
+        if interrupted:
             first()
             raise KeyboardInterrupt
 

@@ -135,22 +135,22 @@ class _Writer:
         padded = [request.ids + [0] * (longest - len(request.ids)) for request in requests]
         tokens = torch.tensor(padded, device=device)
         lengths = torch.tensor([len(request.ids) for request in requests], device=device)
-        place = torch.tensor(rows, device=device)
+        into = torch.tensor(rows, device=device)
         prompt = self.target.new_cache(*tokens.shape)
         hidden = self.target.prefill(tokens, lengths, prompt)
-        self.cache.states[:, :, place, :, :longest] = prompt.states
-        self.cache.lengths[place] = prompt.lengths
+        self.cache.states[:, :, into, :, :longest] = prompt.states
+        self.cache.lengths[into] = prompt.lengths
         if self.states is not None:
-            self.states[place, :longest] = hidden.to(torch.bfloat16)
+            self.states[into, :longest] = hidden.to(torch.bfloat16)
         seeds = [seed_of(self.seed, request) for request in requests]
-        self.sampling.seed[place] = torch.tensor(seeds, device=device)
-        self.sampling.temperature[place] = torch.tensor([request.temperature for request in requests], device=device)
+        self.sampling.seed[into] = torch.tensor(seeds, device=device)
+        self.sampling.temperature[into] = torch.tensor([request.temperature for request in requests], device=device)
         last = hidden[torch.arange(len(rows), device=device), lengths - 1]
-        settings = Sampling(*(field[place] for field in self.sampling))
+        settings = Sampling(*(field[into] for field in self.sampling))
         chosen, status = choose_tokens(self.target.head(last), lengths, settings)
-        self.token[place], self.answer[place, 0] = chosen, chosen
-        self.count[place], self.status[place] = 1, status
-        self.done[place] = (chosen == self.end) | (self.longest == 1)
+        self.token[into], self.answer[into, 0] = chosen, chosen
+        self.count[into], self.status[into] = 1, status
+        self.done[into] = (chosen == self.end) | (self.longest == 1)
         for row, request in zip(rows, requests, strict=True):
             self.rows[row] = request
 
@@ -187,8 +187,8 @@ class _Writer:
         ended = [row for row, done in enumerate(self.done.tolist()) if done and self.rows[row] is not None]
         if not ended:
             return
-        place = torch.tensor(ended, device=self.done.device)
-        answers, counts, status = (part[place].cpu() for part in (self.answer, self.count, self.status))
+        which = torch.tensor(ended, device=self.done.device)
+        answers, counts, status = (part[which].cpu() for part in (self.answer, self.count, self.status))
         for row, answer, count, bits in zip(ended, answers, counts.tolist(), status.tolist(), strict=True):
             request = self.rows[row]
             assert request is not None

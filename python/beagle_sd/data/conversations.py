@@ -90,7 +90,7 @@ def read_messages(path: str | Path) -> Iterator[tuple[int, list[dict]]]:
 def read_prompts(path: str | Path) -> Iterator[tuple[int, list[dict]]]:
     """Each line's messages up to its last user turn, for the target to answer, with the line's index."""
     for index, messages in read_messages(path):
-        turns = [place for place, message in enumerate(messages) if message["role"] == "user"]
+        turns = [number for number, message in enumerate(messages) if message["role"] == "user"]
         if not turns:
             raise ValueError(f"{path}: line {index + 1} has no user turn to answer; allowed: at least one")
         yield index, messages[: turns[-1] + 1]
@@ -127,10 +127,10 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict]
                 "this chat template rewrites earlier turns, so the assistant's tokens cannot be found; "
                 "allowed: templates that only append"
             )
-        for place, (start, stop) in enumerate(offsets):
+        for position, (start, stop) in enumerate(offsets):
             if begin <= start and stop <= end:
-                learn[place] = True
-                if ids[place] == tokenizer.eos_token_id:
+                learn[position] = True
+                if ids[position] == tokenizer.eos_token_id:
                     break
     return ids, learn
 
@@ -192,7 +192,7 @@ def read_answers(path: str | Path, context: int) -> Iterator[Conversation]:
     for number, length in enumerate(stored["lengths"].tolist()):
         ids = stored["ids"][start : start + length].astype(np.int64).tolist()
         start += length
-        learn = [place >= int(stored["prompt_lengths"][number]) for place in range(length)]
+        learn = [position >= int(stored["prompt_lengths"][number]) for position in range(length)]
         yield Conversation(
             int(stored["index"][number]), ids[:context], learn[:context], float(stored["temperature"][number])
         )

@@ -31,15 +31,15 @@ class Corpus(NamedTuple):
     @classmethod
     def of(cls, conversations: Iterable[Conversation]) -> Corpus:
         """Of conversations as `read_conversations` gives them."""
-        said = list(conversations)
-        ids = [torch.tensor(one.ids, dtype=torch.int32) for one in said]
-        learn = [torch.tensor(one.learn, dtype=torch.bool) for one in said]
+        items = list(conversations)
+        ids = [torch.tensor(one.ids, dtype=torch.int32) for one in items]
+        learn = [torch.tensor(one.learn, dtype=torch.bool) for one in items]
         return cls(
             torch.cat([torch.empty(0, dtype=torch.int32), *ids]),
             torch.cat([torch.empty(0, dtype=torch.bool), *learn]),
-            torch.tensor([len(one.ids) for one in said], dtype=torch.int64),
-            torch.tensor([one.index for one in said], dtype=torch.int64),
-            torch.tensor([one.temperature for one in said], dtype=torch.float32),
+            torch.tensor([len(one.ids) for one in items], dtype=torch.int64),
+            torch.tensor([one.index for one in items], dtype=torch.int64),
+            torch.tensor([one.temperature for one in items], dtype=torch.float32),
         )
 
     @classmethod
@@ -60,8 +60,8 @@ class Corpus(NamedTuple):
         lengths, index, temperature = (
             torch.from_numpy(parts[name][:count]) for name in ("lengths", "index", "temperature")
         )
-        place = torch.arange(total) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        learn = place >= torch.repeat_interleave(torch.from_numpy(parts["prompt_lengths"][:count]), lengths)
+        position = torch.arange(total) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        learn = position >= torch.repeat_interleave(torch.from_numpy(parts["prompt_lengths"][:count]), lengths)
         return cls(torch.from_numpy(parts["ids"][:total]), learn, lengths, index, temperature)
 
 

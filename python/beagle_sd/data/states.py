@@ -50,6 +50,6 @@ def sequences_with_states(model: PreTrainedModel, conversations: Iterable[Conver
         for which, states in target_states(target, ids):
             parts = states.cpu().split([len(ids[index]) for index in which])
             for index, part in zip(which, parts, strict=True):
-                said = pool[index]
-                learn = torch.tensor(said.learn[1:])
-                yield shards.Sequence(ids[index], learn, part.clone(), said.ids[-1], said.index, said.temperature)
+                _, text, learn, temperature = pool[index]
+                mask = torch.tensor(learn[1:])
+                yield shards.Sequence(ids[index], mask, part.clone(), text[-1], pool[index].index, temperature)

@@ -45,11 +45,11 @@ def _line(known: dict[int, float], at: int) -> float:
     """Linear between the nearest known points, flat before the first, along the last two after the last."""
     if at in known:
         return known[at]
-    places = sorted(known)
-    if at < places[0] or len(places) == 1:
-        return known[places[0]]
-    right = next((i for i, place in enumerate(places) if place > at), len(places) - 1)
-    low, high = places[right - 1], places[right]
+    points = sorted(known)
+    if at < points[0] or len(points) == 1:
+        return known[points[0]]
+    right = next((i for i, point in enumerate(points) if point > at), len(points) - 1)
+    low, high = points[right - 1], points[right]
     return known[low] + (known[high] - known[low]) * (at - low) / (high - low)
 
 

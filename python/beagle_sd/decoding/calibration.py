@@ -167,7 +167,7 @@ def _key(target: PreTrainedModel, draft: BeagleDraft) -> dict:
         "num_experts",
         "num_experts_per_tok",
     )
-    own = (
+    of_the_draft = (
         "hidden_size",
         "intermediate_size",
         "num_attention_heads",
@@ -186,7 +186,7 @@ def _key(target: PreTrainedModel, draft: BeagleDraft) -> dict:
             "dtype": str(target.dtype),
             **{name: getattr(config, name, None) for name in sizes},
         },
-        "draft": {"dtype": str(draft.dtype), **{name: getattr(draft.config, name) for name in own}},
+        "draft": {"dtype": str(draft.dtype), **{name: getattr(draft.config, name) for name in of_the_draft}},
         "versions": {
             "beagle_kernels": beagle_kernels.__version__,
             "built": _built(),

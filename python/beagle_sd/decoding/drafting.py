@@ -70,8 +70,8 @@ def propose(
         if level + 1 == depth:
             break
         if draft.config.append_states:
-            own = torch.arange(slot, slot + width, device=device)
-            cache.append(draft, state, start + own, turn)
+            slots = torch.arange(slot, slot + width, device=device)
+            cache.append(draft, state, start + slots, turn)
             visible = visible | bits[slot : slot + width]
             slot += width
         score, best = total.flatten(1).topk(branch, dim=1)

@@ -29,8 +29,8 @@ def check_capturable(device: torch.device, dtype: torch.dtype) -> None:
     for op in OPS:
         if backends.resolve(op, "auto", device, dtype) == "reference":
             reasons = {name: backends.why_not(op, name, device, dtype) for name in ("cuda", "triton")}
-            told = ", ".join(f"{name}: {why}" for name, why in reasons.items())
-            raise GraphError(f"{op} has only its reference here ({told}), which a graph cannot hold; {_INSTEAD}")
+            why_not = ", ".join(f"{name}: {why}" for name, why in reasons.items())
+            raise GraphError(f"{op} has only its reference here ({why_not}), which a graph cannot hold; {_INSTEAD}")
 
 
 class RoundGraph:

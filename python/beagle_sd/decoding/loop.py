@@ -103,8 +103,8 @@ class Decoding:
 
     def _rows(self, values: Tensor, padding: float) -> Tensor:
         counts = torch.tensor(self.counts, device=values.device)
-        place = torch.arange(max(self.counts), device=values.device)
-        return torch.where(place < counts[:, None], values[:, : len(place)], padding)
+        index = torch.arange(max(self.counts), device=values.device)
+        return torch.where(index < counts[:, None], values[:, : len(index)], padding)
 
     def report(self) -> Report:
         return self.tally.report(sum(self.counts), dict(self.clock.seconds))

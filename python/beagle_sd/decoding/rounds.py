@@ -70,8 +70,8 @@ class Buffers:
 
     def begin(self, sampling: Sampling, max_new_tokens: int, ends: list[int]) -> None:
         """Set up for a new text in every row."""
-        for own, given in zip(self.sampling, sampling, strict=True):
-            own.copy_(given)
+        for buffer, given in zip(self.sampling, sampling, strict=True):
+            buffer.copy_(given)
         self.live.fill_(True)
         self.emitted.zero_()
         self.limit.fill_(max_new_tokens)
@@ -100,10 +100,10 @@ def _untimed(phase: str) -> AbstractContextManager[None]:
 def prefill(target: Target, draft: BeagleDraft | None, prompts: Tensor, lengths: Tensor, buffers: Buffers) -> None:
     """Run right-padded prompts [B, T] with `lengths` [B] int32 and emit each row's first token."""
     hidden = target.prefill(prompts, lengths, buffers.cache)
-    place = lengths.long()
-    last = hidden.gather(1, (place - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
+    position = lengths.long()
+    last = hidden.gather(1, (position - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
     logits = target.head(last)
-    token, status = choose_tokens(logits[:, 0], place, buffers.sampling)
+    token, status = choose_tokens(logits[:, 0], position, buffers.sampling)
     if draft is not None and buffers.draft_cache is not None:
         slots = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
         buffers.draft_cache.append(draft, hidden, slots, slots)
@@ -162,10 +162,10 @@ def _emit(buffers: Buffers, verdict: Verdict, run: Tensor, logits: Tensor) -> Te
     at its limit; returns how many were appended [B] int64."""
     count, live = run.shape[1], buffers.live
     step = torch.arange(count, device=run.device)
-    place = buffers.emitted[:, None] + step
-    buffers.output.scatter_(1, place, run)
+    index = buffers.emitted[:, None] + step
+    buffers.output.scatter_(1, index, run)
     if buffers.logprobs is not None:
-        buffers.logprobs.scatter_(1, place, _logprobs(logits, verdict.path, run))
+        buffers.logprobs.scatter_(1, index, _logprobs(logits, verdict.path, run))
     end = torch.where(buffers.ends[run], step, count).amin(1)
     taken = torch.minimum(torch.minimum(verdict.num_accepted, end) + 1, buffers.limit - buffers.emitted) * live
     status = verdict.status * live

@@ -156,13 +156,13 @@ def rows_of(
     plain = [_decode_seconds(answer[PLAIN_LOOP].report) for answer in answers]
     rows = []
     for contender in answers[0]:
-        own = [answer[contender] for answer in answers]
+        answered = [answer[contender] for answer in answers]
         ratios = sorted(
             (answer[BASELINE].seconds / answer[BASELINE].tokens) / (one.seconds / one.tokens)
-            for answer, one in zip(answers, own, strict=True)
+            for answer, one in zip(answers, answered, strict=True)
         )
         cuts = statistics.quantiles(ratios, n=10, method="inclusive") if len(ratios) > 1 else ratios * 9
-        reports = [one.report for one in own if one.report is not None]
+        reports = [one.report for one in answered if one.report is not None]
         rounds = sum(report.row_rounds for report in reports)
         tokens = sum(report.tokens_per_round * report.row_rounds for report in reports) / rounds if rounds else None
         speeds = [before / after for before, after in zip(plain, map(_decode_seconds, reports)) if before and after]
@@ -171,8 +171,8 @@ def rows_of(
             Row(
                 prompts=name,
                 contender=contender,
-                answers=len(own),
-                ms_per_token=round(statistics.median(1e3 * one.seconds / one.tokens for one in own), 3),
+                answers=len(answered),
+                ms_per_token=round(statistics.median(1e3 * one.seconds / one.tokens for one in answered), 3),
                 tokens_per_round=1.0 if contender == BASELINE else tokens and round(tokens, 4),
                 low=round(cuts[1], 4),
                 median=round(cuts[4], 4),

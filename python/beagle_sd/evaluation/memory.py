@@ -25,11 +25,11 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
     _give_back()
     try:
         (_PROCESS / "clear_refs").write_text(_FORGET_THE_PEAK, encoding="ascii")
-        told = True
+        resets = True
     except OSError:
-        told = False
+        resets = False
     work()
-    return _resident_peak() if told else None
+    return _resident_peak() if resets else None
 
 
 def _give_back() -> None:

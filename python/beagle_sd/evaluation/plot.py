@@ -44,12 +44,12 @@ def plot_comparison(rows: Sequence[Row], out: str | Path) -> None:
     sets = list(dict.fromkeys(row.prompts for row in rows))
     figure = blank_figure(1 + 4 * len(sets), 1 + 0.35 * len({row.contender for row in rows}))
     for axes, name in zip(figure.subplots(1, len(sets), sharey=True, squeeze=False)[0], sets, strict=True):
-        own = [row for row in rows if row.prompts == name]
-        places = range(len(own), 0, -1)
-        axes.barh(places, [row.median for row in own], color="tab:blue", alpha=0.6)
-        axes.hlines(places, [row.low for row in own], [row.high for row in own], color="black")
+        chosen = [row for row in rows if row.prompts == name]
+        heights = range(len(chosen), 0, -1)
+        axes.barh(heights, [row.median for row in chosen], color="tab:blue", alpha=0.6)
+        axes.hlines(heights, [row.low for row in chosen], [row.high for row in chosen], color="black")
         axes.axvline(1.0, color="gray", linewidth=0.8)
-        axes.set_yticks(places, [row.contender for row in own])
+        axes.set_yticks(heights, [row.contender for row in chosen])
         axes.set(xlabel="times target.generate", title=name)
     figure.savefig(out, dpi=120)
 

@@ -97,10 +97,10 @@ def visible_keys(lengths: Tensor, mask: Tensor, limit: int) -> Tensor:
     among = (mask[:, :, node // 64] >> (node % 64) & 1).bool()
     slots = torch.arange(limit, device=lengths.device)
     lengths = lengths.long()[:, None]
-    own = (slots - lengths).clamp(0, count - 1)
-    own = torch.gather(among, 2, own[:, None].expand(-1, count, -1))
+    new = (slots - lengths).clamp(0, count - 1)
+    new = torch.gather(among, 2, new[:, None].expand(-1, count, -1))
     inside = (slots >= lengths) & (slots < lengths + count)
-    return ((slots < lengths)[:, None] | (own & inside[:, None]))[:, None]
+    return ((slots < lengths)[:, None] | (new & inside[:, None]))[:, None]
 
 
 def causal(batch: int, count: int, device: torch.device) -> Tensor:

@@ -187,18 +187,18 @@ class BeagleDraft(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers; ValueError for weights that are cut short or incomplete. `bind` the draft after."""
-        place = pretrained_model_name_or_path
+        name = pretrained_model_name_or_path
         try:
-            loaded: Any = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(
-                f"{place}: model.safetensors is damaged or cut short ({error}); "
+                f"{name}: model.safetensors is damaged or cut short ({error}); "
                 "allowed: a whole file written by save_pretrained"
             ) from error
         draft, info = loaded
         if info["missing_keys"]:
             raise ValueError(
-                f"{place}: model.safetensors lacks {sorted(info['missing_keys'])}; "
+                f"{name}: model.safetensors lacks {sorted(info['missing_keys'])}; "
                 "allowed: all weights of a draft, as written by save_pretrained"
             )
         return (draft, info) if output_loading_info else draft

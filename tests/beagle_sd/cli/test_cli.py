@@ -76,7 +76,8 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
     assert json.loads((out / "final" / "config.json").read_text())["num_key_value_heads"] == 4
     assert "acceptance by depth" in trained and (out / "final" / "model.safetensors").is_file()
     shown = run("generate", "ab", "--target", target, "--draft", out / "final", "--max-new-tokens", 12)
-    assert "Same tokens as plain decoding." in shown and "speculative, adaptive" in shown
+    assert "Same tokens as plain decoding." in shown and "Tree: adaptive" in shown
+    assert all(row in shown for row in ("speculative", "plain, same loop", "target.generate"))
     assert "calibrations: 1 in" in run("info")
     again = run("generate", "ab", "--target", target, "--draft", out / "final", "--max-new-tokens", 12, "--calibrate")
     assert "Same tokens as plain decoding." in again
