@@ -24,7 +24,7 @@ sys.path.append(str(ROOT / "docs"))
 
 import figures  # noqa: E402
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
@@ -90,10 +90,13 @@ def test_the_messages_of_troubleshooting_are_in_the_code():
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The shell lines of a page's unmarked and sh blocks, without comments."""
-    text = "".join(blocks(page, "") + blocks(page, "sh")).replace("\\\n", " ")
-    known = re.compile(r"(beagle-sd|python|make|pip|torchrun) ")
-    return [shlex.split(line, comments=True) for line in text.splitlines() if known.match(line)]
+    """The shell lines of a page's unmarked and sh blocks, without comments, and the commands within its text."""
+    text = page.read_text(encoding="utf-8")
+    lines = "".join(blocks(page, "") + blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    known = re.compile(r"([A-Z_]+=\S+ )*((beagle-sd|python|make|pip|torchrun) \S|(bench|csrc)/\S+\.sh)")
+    found = [shlex.split(line, comments=True) for line in lines if known.match(line)]
+    return [[word for word in words if not re.match(r"[A-Z_]+=", word)] for words in found]
 
 
 def check_beagle_sd(arguments: list[str]) -> None:
@@ -106,6 +109,17 @@ def check_beagle_sd(arguments: list[str]) -> None:
     assert not unknown, (arguments, unknown)
 
 
+def check_module(module: str, arguments: list[str]) -> None:
+    """The module exists, and its sources, those of its whole folder if it is one, know every option given."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    path = Path(spec.origin)
+    files = path.parent.glob("*.py") if path.name == "__init__.py" else [path]
+    code = "".join(file.read_text(encoding="utf-8") for file in files)
+    unknown = [word for word in arguments if word.startswith("--") and f'"{word}"' not in code]
+    assert module.startswith("pytest") or not unknown, (module, unknown)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
 def test_commands_and_their_flags_exist(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
@@ -114,13 +128,25 @@ def test_commands_and_their_flags_exist(page):
             assert words[1] in targets, words
         elif words[0] == "pip":
             assert words[1] in ("install", "uninstall"), words
+        elif words[0].endswith(".sh"):
+            script = (ROOT / words[0]).read_text(encoding="utf-8")
+            for module in re.findall(r"-m (bench\S+)", script)[:1]:
+                check_module(module, words[1:])
         elif "-m" in words:
-            module = words[words.index("-m") + 1]
-            assert importlib.util.find_spec(module) is not None, words
-            if module == "beagle_sd":
-                check_beagle_sd(words[words.index("beagle_sd") + 1 :])
+            module, *arguments = words[words.index("-m") + 1 :]
+            check_beagle_sd(arguments) if module == "beagle_sd" else check_module(module, arguments)
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), words
         elif words[0] == "beagle-sd":
             check_beagle_sd(words[1:])
+
+
+def test_the_readme_is_for_the_first_minute():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 105
+    assert "```python" in text.splitlines()[:25]
+    said = {name_of(page): len(re.findall("no GPU has", page.read_text(encoding="utf-8"), re.I)) for page in PAGES}
+    assert said.pop("README.md") == 1 and not any(said.values()), "said once, in the README; elsewhere: not measured"
 
 
 def test_every_op_has_a_page():
