@@ -35,7 +35,7 @@ def block_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the true keys before each query's window (paper section 3.2; DESIGN section 1, stage 1).
+    """Attention to the true keys before each query's window (paper section 3.2; docs/design.md: Training).
 
     q [T, Hq, D]; k, v [T, Hkv, D] of one dtype, Hkv dividing Hq; offset int32 [num_seqs], the position of each
     sequence's first window; cu_seqlens int32 [num_seqs + 1], ascending row bounds of the packed sequences (None:

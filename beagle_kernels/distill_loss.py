@@ -31,7 +31,7 @@ def distill_loss(
     tf32: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Weighted sum over rows of soft cross-entropy plus regression (paper section 3.3; DESIGN section 1).
+    """Weighted sum over rows of soft cross-entropy plus regression (paper section 3.3; docs/design.md: Training).
 
     student, teacher [T, d] hidden states that `weight` [V, d], the frozen LM head, maps to logits, all of one dtype;
     row_weight float32 [T] (float64 for float64 inputs): rows of weight 0 cost nothing and may hold anything.

@@ -29,7 +29,7 @@ def extend_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Merge each row's own m extra keys into its attention (DESIGN section 1, stage 2 in one pass).
+    """Merge each row's own m extra keys into its attention (docs/design.md: Training).
 
     out, q [R, Hq, D]; lse [R, Hq] float32 (float64 for float64 inputs), -inf where the row had no key, whose out is
     then ignored; k, v [R, m, Hkv, D], m >= 0, Hkv dividing Hq; scale defaults to D ** -0.5. Returns the merged out

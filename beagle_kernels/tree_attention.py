@@ -29,7 +29,7 @@ def tree_attention(
     block_table: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of draft-tree nodes to a cache that holds the prefix and the tree (DESIGN section 3).
+    """Attention of draft-tree nodes to a cache that holds the prefix and the tree (docs/design.md: The tree).
 
     q [B, N, Hq, D]; k, v [B, Hkv, S, D] or, with block_table int32 [B, max_pages], pages [P, Hkv, page, D] of which
     row b's slot s is in page block_table[b, s // page]; lengths int32 [B], the prefix; mask int64 [B, N, W]: slot

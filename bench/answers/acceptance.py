@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="depth,branch,num_nodes")
+    parser.add_argument("--tree", nargs="+", default=SHAPES, help="depth,branch,num_nodes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, required=True)
@@ -91,7 +91,7 @@ def main() -> None:
     prompts = encoded_prompts(args.prompts, tokenizer, args.count)
     rows = []
     for temperature in args.temperatures:
-        for text in args.shapes:
+        for text in args.tree:
             shape = TreeShape(*map(int, text.split(",")))
             rows.append(measure(target, draft, prompts, tokenizer.pad_token_id, shape, temperature, args))
             print(json.dumps(rows[-1]), flush=True)

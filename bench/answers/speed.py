@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20, help="prompts of each")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--shapes", nargs="*", default=SHAPES, help="depth,branch,num_nodes")
+    parser.add_argument("--tree", nargs="*", default=SHAPES, help="depth,branch,num_nodes")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -49,7 +49,7 @@ def main() -> None:
         draft,
         tree,
         count=args.count,
-        shapes=[*map(TreeShape.parse, args.shapes)],
+        shapes=[*map(TreeShape.parse, args.tree)],
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         on_progress=lambda source, done, total: print(f"{source}: {done} of {total}", flush=True),

@@ -27,7 +27,7 @@ def test_known_answers(counter, key, output):
 
 
 def scalar_gumbel(seed: int, position: int, token: int, stream: int = 0, rounds: int = 0) -> float:
-    """DESIGN's definition in Python integers and floats."""
+    """The definition (docs/design.md: Coupled sampling) in Python integers and floats."""
     c, k = [token // 4, position % 2**32, stream, rounds % 2**32], [seed % 2**32, (seed >> 32) % 2**32]
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]

@@ -24,7 +24,10 @@ sys.path.append(str(ROOT / "docs"))
 
 import figures  # noqa: E402
 
-PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
@@ -102,6 +105,8 @@ def commands(page: Path) -> list[list[str]]:
 def check_beagle_sd(arguments: list[str]) -> None:
     """The subcommand exists and every option given is one of its own."""
     group = typer.main.get_command(app)
+    if not arguments:
+        return
     command = group.get_command(click.Context(group), arguments[0])
     assert command is not None, f"no command beagle-sd {arguments[0]}"
     options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}

@@ -41,7 +41,7 @@ class DraftCache:
 def propose(
     draft: BeagleDraft, cache: DraftCache, lengths: Tensor, root: Tensor, sampling: Sampling, depth: int, branch: int
 ) -> Candidates:
-    """`depth` levels of candidates below root [B], the token at position lengths[b] (DESIGN: sections 1 and 3).
+    """`depth` levels of candidates below root [B], the token at position lengths[b] (docs/design.md: The tree).
 
     The best `branch` candidates of a level by cumulative score are expanded by `branch` children each. Nothing is read
     on the host, and all shapes follow from B, depth and branch.

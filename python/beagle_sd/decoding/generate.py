@@ -75,7 +75,7 @@ def generate(
     Raises ValueError for bad arguments, for targets or drafts that do not fit, and where the request does not fit the
     engine; TypeError for a tree that is none; RuntimeError where the target gives a row no finite logit; GraphError
     where a round cannot be captured.
-    Paper: section 3.4; DESIGN: section 4.
+    Paper: section 3.4; docs/design.md: A round of decoding.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; allowed: at least 1")

@@ -1,4 +1,4 @@
-"""A round of decoding as one function over fixed buffers: nothing in it is read on the host (DESIGN: section 4).
+"""A round as one function over fixed buffers, read nowhere on the host (docs/design.md: A round of decoding).
 
 What a round writes, it writes in place; every shape follows from the batch and the tree's. So a CUDA graph of one round
 replays as any later one, and on the CPU the same function runs eagerly.

@@ -1,4 +1,4 @@
-"""The draft model: one cross-attention block over the target's states (DESIGN: section 1; paper: section 3)."""
+"""The draft model: one cross-attention block over the target's states (docs/design.md: The draft; paper: section 3)."""
 
 from __future__ import annotations
 

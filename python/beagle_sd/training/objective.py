@@ -1,4 +1,4 @@
-"""The two training passes: block attention, and the one-pass simulation of drafting (DESIGN: section 1)."""
+"""The two training passes: block attention, and the one-pass simulation of drafting (docs/design.md: Training)."""
 
 from __future__ import annotations
 
