@@ -17,7 +17,7 @@ from .reference import skinny_linear as _reference  # noqa: F401
 
 
 def skinny_linear(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
-    """F.linear(x, weight) for 1 to 32 rows, where reading the weight is what costs (docs/design.md: A round of decoding).
+    """F.linear(x, weight) for few rows, where reading the weight is what costs (docs/design.md: A round of decoding).
 
     x [..., K] and weight [N, K] of one dtype, float32, float16 or bfloat16, any strides (a weight whose rows are not
     contiguous is copied). Returns [..., N] in that dtype. The "cpu" backend works at any number of rows, but from some
