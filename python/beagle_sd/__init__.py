@@ -1,9 +1,16 @@
 """Beagle: lossless speculative decoding with a cross-attention draft (arXiv 2505.24544)."""
 
 # ruff: noqa: E402
-from beagle_sd.cli.interrupt import end_at_interrupt
+from beagle_sd import needs
+from beagle_sd.cli.interrupt import end_at_interrupt, is_command
 
 end_at_interrupt()  # before torch is imported, which takes seconds
+try:
+    needs.check()
+except ImportError as error:
+    if is_command():  # whoever typed it wants the line alone
+        raise SystemExit(f"error: {error}") from None
+    raise
 
 from beagle_sd.decoding.adaptive import AdaptiveTree
 from beagle_sd.decoding.calibration import adaptive_tree

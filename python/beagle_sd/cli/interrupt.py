@@ -14,9 +14,14 @@ def end_at_interrupt() -> None:
     """If this process is a command of this package, Ctrl-C ends it at once, without a traceback (a shell sees status
     130), until `raise_at_interrupt`. Nothing changes in a program that imports the package, and where Ctrl-C is
     ignored."""
-    as_module = sys.argv[0] == "-m" and any(word.partition(".")[0] == "beagle_sd" for word in sys.orig_argv)
-    if as_module or Path(sys.argv[0]).stem == "beagle-sd":
+    if is_command():
         _exchange(signal.default_int_handler, signal.SIG_DFL)
+
+
+def is_command() -> bool:
+    """Whether this process was started as `beagle-sd` or `python -m beagle_sd`, and is still importing it."""
+    as_module = sys.argv[0] == "-m" and any(word.partition(".")[0] == "beagle_sd" for word in sys.orig_argv)
+    return as_module or Path(sys.argv[0]).stem == "beagle-sd"
 
 
 def raise_at_interrupt() -> None:
