@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class BeagleConfig(PretrainedConfig):
     """Shape of the block, all of it taken from the target by `BeagleDraft.from_target`.
 
-    draft_vocab_size: tokens the draft can propose (None: all of the target's); norm_query, norm_state,
-    norm_output: RMSNorms that can be switched off; append_states: whether a node sees its ancestors' draft
-    states (the paper's "-concate" is False).
+    rope_parameters: as transformers 5 has them; draft_vocab_size: tokens the draft can propose (None: all of the
+    target's); norm_query, norm_state, norm_output: RMSNorms that can be switched off; append_states: whether a node
+    sees its ancestors' draft states (the paper's "-concate" is False).
     """
 
     model_type = "beagle"
@@ -41,6 +41,7 @@ class BeagleConfig(PretrainedConfig):
         hidden_act: str = "silu",
         rms_norm_eps: float = 1e-5,
         max_position_embeddings: int = 8192,
+        rope_parameters: dict | None = None,
         norm_query: bool = True,
         norm_state: bool = True,
         norm_output: bool = True,
@@ -59,6 +60,7 @@ class BeagleConfig(PretrainedConfig):
         self.hidden_act = hidden_act
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
+        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         self.norm_query = norm_query
         self.norm_state = norm_state
         self.norm_output = norm_output
@@ -89,18 +91,23 @@ class BeagleConfig(PretrainedConfig):
             "target_type": config.model_type,
             "tie_word_embeddings": False,
         }
-        if rope := getattr(config, "rope_parameters", None):  # the draft turns whole heads
-            fields["rope_parameters"] = {name: rope[name] for name in rope if name != "partial_rotary_factor"}
-        else:
-            names = ("rope_theta", "rope_scaling")
-            fields |= {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+        rope = getattr(config, "rope_parameters", None)
+        if not rope:  # a model of its own code, in transformers 4's names
+            rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+            rope |= getattr(config, "rope_scaling", None) or {}
+        # the draft turns whole heads
+        fields["rope_parameters"] = {name: rope[name] for name in rope if name != "partial_rotary_factor"}
         return cls(**{**fields, **overrides})
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> BeagleConfig:
-        """As in transformers; ValueError for the config of another kind of model."""
+        """As in transformers; ValueError for the config of another kind of model, or one written by transformers 4."""
         if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"the config is of a {kind} model; allowed: {cls.model_type}, a draft's")
+        if not config_dict.get("rope_parameters"):
+            raise ValueError(
+                "the config has no rope_parameters, as transformers 4 wrote it; allowed: by transformers 5"
+            )
         return super().from_dict(config_dict, **kwargs)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from models import ARCHITECTURES, VOCAB, small_draft, small_target
@@ -136,10 +138,27 @@ def test_a_config_survives_its_file(tmp_path):
         head_dim=16,
         append_states=False,
         draft_vocab_size=7,
-        rope_theta=5e5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
     )
     config.save_pretrained(tmp_path)
     assert BeagleConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_a_config_of_transformers_4_is_refused(tmp_path):
+    """It has rope_theta alone, which transformers 5 would not read."""
+    config = BeagleConfig().to_dict()
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no rope_parameters, as transformers 4 wrote it; allowed: by transformers 5"):
+        BeagleConfig.from_pretrained(tmp_path)
+
+
+def test_a_target_with_rope_theta_alone_gives_the_draft_its_angles():
+    """As models of their own code have it."""
+    config = small_target().config
+    want, config.rope_parameters = dict(config.rope_parameters), None
+    config.rope_theta = want["rope_theta"]
+    assert BeagleConfig.of_target(config).rope_parameters == want
 
 
 def test_a_draft_is_for_one_target_only():
