@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 
-MODULES = ("transformers", "accelerate", "gguf", "numpy", "rich", "safetensors", "tokenizers", "typer")
+MODULES = ("transformers", "accelerate", "numpy", "rich", "safetensors", "tokenizers", "typer")
+LATER = ("gguf",)
+"""Of the extra too, but imported only where SmolLM2 is converted: a GPU machine may get it after its first import."""
 
 
 def check() -> None:

@@ -45,12 +45,17 @@ def test_the_kernels_need_torch_alone():
     assert done.returncode == 0 and "[0, 1, 2]" in done.stdout and "LOSSLESS" in done.stdout, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("hidden", [("transformers",), ("typer", "gguf"), needs.MODULES], ids=", ".join)
+@pytest.mark.parametrize("hidden", [("transformers",), ("typer", "rich"), needs.MODULES], ids=", ".join)
 def test_beagle_sd_says_what_is_missing(hidden):
     done = without(hidden, "import beagle_sd")
     missing = ", ".join(name for name in needs.MODULES if name in hidden)
     wanted = f'ImportError: beagle_sd needs {missing}, not installed here: pip install "beagle-kernels[sd]"'
     assert done.returncode == 1 and wanted in done.stderr, done.stderr[-2000:]
+
+
+def test_what_converts_smollm2_can_come_later():
+    done = without(needs.LATER, "import beagle_sd")
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("start", ["sys.argv[0] = '/somewhere/bin/beagle-sd'; import beagle_sd.cli.app"])
@@ -64,5 +69,5 @@ def test_the_extra_installs_what_is_asked_for():
     tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {re.split(r"[<>=;\[ ]", line)[0] for line in project["optional-dependencies"]["sd"]}
-    assert names == set(needs.MODULES)
+    assert names == {*needs.MODULES, *needs.LATER}
     assert {re.split(r"[<>=; ]", line)[0] for line in project["dependencies"]} == {"torch", "triton"}
