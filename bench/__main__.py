@@ -1,7 +1,7 @@
 """`python -m bench [NAME ...]`: every op on the CPU or on a GPU beside its peers, ratios in one run.
 
 Names select benchmark files (choose_tokens, tree_attention, ...); `pytest bench/ops/bench_tree_attention.py` runs one
-under pytest-benchmark.
+under pytest-benchmark. `--base REF` instead compares our own rows with those of another commit.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-import beagle_kernels
 from beagle_kernels.__main__ import end_with_reader
+from bench import base
+from bench.environment import device_name, versions
 from bench.peers import table as peers
-from bench.registry import SIZES, Case, measured
+from bench.registry import SIZES, Case, is_ours, measured
 
 MODULES = {
     file.stem.removeprefix("bench_"): f"bench.{folder}.{file.stem}"
@@ -30,48 +31,68 @@ MODULES = {
 
 def main(arguments: list[str]) -> int:
     """Run the cases of the files named, all without a name; 1 where a case was refused its numbers."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MODULES))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    sizes = "; ".join(f"{size}: {what}" for size, what in SIZES.items())
-    parser.add_argument("--size", choices=SIZES, help=f"{sizes}; default: small, full on a GPU")
-    parser.add_argument("--tuned", type=Path, help="tile sizes that python -m bench.tuning found, for Triton's kernels")
-    parser.add_argument("--json", type=Path, help="also write the results there, each as it is there")
-    parser.add_argument("--go-on", action="store_true", help="keep what is there, and measure what is not")
-    options = parser.parse_args(arguments)
-    for name in options.names:
-        if name not in MODULES:
-            parser.error(f"{name!r}; allowed: {', '.join(MODULES)}")
-    on_gpu = options.device == "cuda"
-    size = options.size or ("full" if on_gpu else "small")
+    options = parsed(arguments)
+    if options.base:
+        try:
+            return base.compare(options.base, options.names, options.device, options.size, options.tuned, options.json)
+        except base.BaseError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     if options.tuned:
         from bench.tuning import use
 
         use(json.loads(options.tuned.read_text()))
-    versions = f"beagle_kernels {beagle_kernels.__version__}, torch {torch.__version__}"
-    print(f"{versions}, {torch.cuda.get_device_name() if on_gpu else f'CPU {torch.get_num_threads()} threads'}")
+    used = ", ".join(f"{name} {version}" for name, version in versions("beagle_kernels", "torch").items())
+    print(f"{used}, {device_name(options.device)}")
     print("20, 50 and 80 percentiles; x: how many times ours is faster")
     kept = options.go_on and options.json and options.json.exists()
     results = json.loads(options.json.read_text()) if kept else []
-    for name in options.names or MODULES:
-        for row in rows_of(name, options.device, size, results):
+    for name in options.names:
+        for row in rows_of(name, options.device, options.size, results):
             results.append(row | ({"tuned": True} if options.tuned else {}))
             if options.json:
-                written(options.json, results)
+                # not above: transformers imports Triton, which may have to be asked for its interpreter first
+                from beagle_sd.files import write_json
+
+                write_json(options.json, results)
     print("\nnot compared:")
     print(*(f"  {name}: {why}" for name, why in peers(options.device).items() if why), sep="\n")
     return int(any("error" in row for row in results))
 
 
-def rows_of(name: str, device: str, size: str, results: list[dict]) -> Iterator[dict]:
-    """The rows of one file as they are there, but for cases that `results` has whole; the rows of one that it has in
-    part are taken from it."""
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """The options; what is not allowed ends the process as argparse does."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(MODULES)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    sizes = "; ".join(f"{size}: {what}" for size, what in SIZES.items())
+    parser.add_argument("--size", choices=SIZES, help=f"{sizes}; default: small, full on a GPU")
+    parser.add_argument("--tuned", type=Path, help="tile sizes that python -m bench.tuning found, for Triton's kernels")
+    parser.add_argument("--json", type=Path, help="also write the results there, each as soon as it is known")
+    parser.add_argument("--go-on", action="store_true", help="keep the results in the --json file, measure the others")
+    parser.add_argument("--base", metavar="REF", help="compare with this commit, built in a temporary worktree of git")
+    options = parser.parse_args(arguments)
+    for name in options.names:
+        if name not in MODULES:
+            parser.error(f"{name!r}; allowed: {', '.join(MODULES)}")
+    if options.base and options.go_on:
+        parser.error("--base and --go-on were given; allowed: one of them")
+    options.names = options.names or list(MODULES)
+    options.size = options.size or ("full" if options.device == "cuda" else "small")
+    return options
+
+
+def rows_of(name: str, device: str, size: str, results: list[dict], only_ours: bool = False) -> Iterator[dict]:
+    """The rows of one file, each as soon as it is measured, except for cases that are complete in `results`; the rows
+    of a case that is incomplete there are removed from it. only_ours: no peer is timed."""
     torch.manual_seed(0)
     try:
         for case in importlib.import_module(MODULES[name]).cases(device, size):
-            if whole(case, results):
+            if only_ours:
+                case = replace(case, peers={peer: run for peer, run in case.peers.items() if is_ours(peer)})
+            if is_complete(case, results):
                 continue
             results[:] = [row for row in results if row["group"] not in (case.name, name)]
             yield from measured(case)
@@ -80,17 +101,10 @@ def rows_of(name: str, device: str, size: str, results: list[dict]) -> Iterator[
         yield {"group": name, "peer": "beagle", "error": f"{type(error).__name__}: {error}"}
 
 
-def whole(case: Case, results: list[dict]) -> bool:
+def is_complete(case: Case, results: list[dict]) -> bool:
     """Whether each of the case's peers has a row there, and none an error."""
     rows = [row for row in results if row["group"] == case.name]
     return {row["peer"] for row in rows} >= set(case.peers) and not any("error" in row for row in rows)
-
-
-def written(file: Path, value: object) -> None:
-    """The value as JSON in the file, whole at any moment."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, file)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import pytest
 import torch
 
 from bench.timing import device_times, host_times, row_of
@@ -129,6 +128,11 @@ class Case:
             reasons[name] = {"refused": f"{type(error).__name__}: {error}"}
 
 
+def is_ours(peer: str) -> bool:
+    """Whether a peer's name is one of our own: "beagle", or "beagle plain"."""
+    return peer.split()[0] == "beagle"
+
+
 def line(row: dict, ours: dict) -> str:
     """20, 50 and 80 percentiles in microseconds, how many times ours is faster, memory, and how it was timed where
     that is not as ours was."""
@@ -183,6 +187,8 @@ def assert_near(name: str, found: torch.Tensor, truth: torch.Tensor, most: float
 
 def drive(benchmark, case: Case, peer: str) -> None:
     """One peer of a case under pytest-benchmark: it gets no number before it was compared with the truth."""
+    import pytest  # not above: only pytest-benchmark comes here
+
     run = case.peers[peer]
     if isinstance(run, str):
         pytest.skip(run)

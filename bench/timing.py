@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-import beagle_kernels
+from bench.environment import device_name, versions
 
 WARM_UP = 3
 SHORT = 300e-6
@@ -177,10 +177,9 @@ def host_times(
 def row_of(times: torch.Tensor, device: str, work: dict[str, float], **labels) -> dict:
     """A result: percentiles in seconds, the amounts of `work` a call and a second, and the environment."""
     p20, p50, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=times.dtype)).tolist()
-    name = torch.cuda.get_device_name(device) if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    versions = {"torch": torch.__version__, "beagle_kernels": beagle_kernels.__version__}
     rates = {f"{unit}/s": amount / p50 for unit, amount in work.items()}
-    return {"p20": p20, "p50": p50, "p80": p80, **work, **rates, "device": name, **labels, **versions}
+    found = {"p20": p20, "p50": p50, "p80": p80, **work, **rates}
+    return {**found, "device": device_name(device), **labels, **versions("torch", "beagle_kernels")}
 
 
 def limits() -> dict[str, float]:

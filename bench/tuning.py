@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from bench.__main__ import written
 from bench.ops import bench_block_attention, bench_tree_attention
 from bench.processes import started
 
@@ -279,7 +278,10 @@ def tune_all(size: str, device: str, out: Path | None, entries: list[dict]) -> l
                 flush=True,
             )
             if out:
-                written(out, entries)
+                # not above: transformers imports Triton, which may have to be asked for its interpreter first
+                from beagle_sd.files import write_json
+
+                write_json(out, entries)
         block_calls.cache_clear()
         tree_call.cache_clear()
     return failed

@@ -11,19 +11,19 @@ import json
 from pathlib import Path
 
 import torch
-import transformers
 
-import beagle_kernels
 from beagle_sd.decoding.generate import generate
 from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.files import write_json
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 from bench.answers.real_prompts import batches, encoded_prompts
+from bench.environment import versions
 
-SHAPES = ["2,1,3", "4,1,5", "3,3,6", "4,4,8", "4,6,16"]
+TREES = ["2,1,3", "4,1,5", "3,3,6", "4,4,8", "4,6,16"]
 """depth,branch,num_nodes"""
 
 
-def measure(target, draft, prompts, pad, shape: TreeShape, temperature: float, args) -> dict:
+def measure(target, draft, prompts, pad, tree: TreeShape, temperature: float, args) -> dict:
     """One row: tokens a round over all prompts, weighted by rounds."""
     tokens, rounds, reached = 0.0, 0, []
     for ids, mask in batches(prompts, args.batch, pad):
@@ -35,14 +35,14 @@ def measure(target, draft, prompts, pad, shape: TreeShape, temperature: float, a
             max_new_tokens=args.max_new_tokens,
             temperature=temperature,
             seed=args.seed,
-            tree=shape,
+            tree=tree,
         ).report
         tokens += report.tokens_per_round * report.row_rounds
         rounds += report.row_rounds
         reached.append(report.reached)
     depths = [sum(column) for column in zip(*reached, strict=True)]
     return {
-        **vars(shape),
+        **vars(tree),
         "temperature": temperature,
         "tokens_per_round": round(tokens / rounds, 4),
         "acceptance_by_depth": [round(b / a, 4) for a, b in zip(depths, depths[1:]) if a],
@@ -60,11 +60,7 @@ def described(target_name: str, prompts_name: str, count: int, target, args) -> 
         "dtype": str(target.dtype).removeprefix("torch."),
         "seed": args.seed,
         "device": str(target.device),
-        "versions": {
-            "beagle_kernels": beagle_kernels.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions("beagle_kernels", "torch", "transformers"),
     }
 
 
@@ -81,7 +77,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--tree", nargs="+", default=SHAPES, help="depth,branch,num_nodes")
+    parser.add_argument("--trees", nargs="+", default=TREES, help="each depth,branch,num_nodes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, required=True)
@@ -91,12 +87,11 @@ def main() -> None:
     prompts = encoded_prompts(args.prompts, tokenizer, args.count)
     rows = []
     for temperature in args.temperatures:
-        for text in args.tree:
-            shape = TreeShape(*map(int, text.split(",")))
-            rows.append(measure(target, draft, prompts, tokenizer.pad_token_id, shape, temperature, args))
+        for tree in map(TreeShape.parse, args.trees):
+            rows.append(measure(target, draft, prompts, tokenizer.pad_token_id, tree, temperature, args))
             print(json.dumps(rows[-1]), flush=True)
     result = described(args.target, args.prompts, len(prompts), target, args) | {"shapes": rows}
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out, result)
 
 
 if __name__ == "__main__":

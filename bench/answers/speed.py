@@ -7,21 +7,21 @@ Each prompt is decoded by every contender, in turn and in a rotating order; a ro
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 
 from beagle_sd.cli.bench import comparison_table
 from beagle_sd.decoding.calibration import adaptive_tree, processor
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.evaluation.comparison import compare_on
+from beagle_sd.files import write_json
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
+from bench.environment import versions
 
-SHAPES = ["2,1,3", "4,1,5", "4,4,8", "4,6,16"]
+TREES = ["2,1,3", "4,1,5", "4,4,8", "4,6,16"]
 """depth,branch,num_nodes"""
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20, help="prompts of each")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--tree", nargs="*", default=SHAPES, help="depth,branch,num_nodes")
+    parser.add_argument("--trees", nargs="*", default=TREES, help="each depth,branch,num_nodes")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -49,7 +49,7 @@ def main() -> None:
         draft,
         tree,
         count=args.count,
-        shapes=[*map(TreeShape.parse, args.tree)],
+        shapes=[*map(TreeShape.parse, args.trees)],
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         on_progress=lambda source, done, total: print(f"{source}: {done} of {total}", flush=True),
@@ -66,12 +66,11 @@ def main() -> None:
         "processor": processor(),
         "verify_ms": costs.verify,
         "draft_ms": [[*vars(shape).values(), ms] for shape, ms in costs.draft.items()],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions("torch", "transformers"),
         "rows": [asdict(row) for row in rows],
     }
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":

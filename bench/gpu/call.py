@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
 import tarfile
@@ -27,6 +26,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
+from beagle_sd.files import whole
+from bench.gpu import HEADLINES
 from bench.processes import ROOT, end_on_signals, run
 
 SECONDS = 570.0
@@ -48,14 +49,6 @@ TOGETHER = ("checkpoint.part*",)
 LEFT = ("in", "out/kit", "out/scratch")
 """Folders of the work folder that are not brought back."""
 RESULTS_FILE = "results.tgz"
-HEADLINES = (
-    "round",
-    "bench:verify_tree",
-    "bench:tree_attention",
-    "bench:block_attention",
-    "bench:training_step",
-    "bench:top_candidates",
-)
 ANSWER_MINUTES, TRAIN_MINUTES = 4.8, 6.6
 
 
@@ -129,7 +122,7 @@ def calls(work: Path, dry: bool) -> dict[str, Call]:
                 Step("build", check("build"), 165),
                 Step("smoke", check("smoke"), 165, lines=45),
                 Step("tests", check("tests"), 205, lines=25),
-                Step("bench", check(*HEADLINES), lines=20),
+                Step("bench", check("round", *(f"bench:{name}" for name in HEADLINES)), lines=20),
             ]
         ),
         "answers": Call(
@@ -218,20 +211,18 @@ def take_in(carried: Path, work: Path) -> Iterator[str]:
                 tar.extractall(work, new, filter="data")
             yield f"{len(new)} files of {path.name}"
         elif places and not places[0].exists():
-            _copied(path, places[0])
+            _copy(path, places[0])
             yield path.name
 
 
 def bring_back(work: Path, results: Path, patterns: tuple[str, ...]) -> None:
     """Fill RESULTS: all small files as one, then those of `patterns`, as many as may be."""
-    partial = results / f".{RESULTS_FILE}.partial"
-    with tarfile.open(partial, "w:gz") as tar:
+    with whole(results / RESULTS_FILE) as partial, tarfile.open(partial, "w:gz") as tar:
         for path in sorted(path for path in work.rglob("*") if path.is_file()):
             name = path.relative_to(work)
             placed = any(fnmatch(path.name, pattern) for pattern in PLACES)
             if not placed and not any(name.is_relative_to(folder) for folder in LEFT):
                 tar.add(path, name)
-    os.replace(partial, results / RESULTS_FILE)
     room = FILES - 1
     for pattern in patterns:
         found = sorted((work / PLACES[pattern]).glob(pattern))
@@ -240,15 +231,13 @@ def bring_back(work: Path, results: Path, patterns: tuple[str, ...]) -> None:
             print(f"{len(found) - len(fit)} of {len(found)} files {pattern} stay in {work / PLACES[pattern]}")
         room -= len(fit)
         for path in fit:
-            _copied(path, results / path.name)
+            _copy(path, results / path.name)
 
 
-def _copied(path: Path, to: Path) -> None:
+def _copy(path: Path, to: Path) -> None:
     """Whole or not at all."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    partial = to.with_name(f".{to.name}.partial")
-    shutil.copyfile(path, partial)
-    os.replace(partial, to)
+    with whole(to) as partial:
+        shutil.copyfile(path, partial)
 
 
 if __name__ == "__main__":

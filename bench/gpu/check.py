@@ -11,89 +11,28 @@ rows that are there, so calling it again goes on. --dry-run walks every step on 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.__main__ import MODULES, written
-from bench.gpu import pytest_plugin as gpu_pytest
-from bench.processes import GRACE, ROOT, end_on_signals, run
+from beagle_sd.files import write_json
+from bench.__main__ import MODULES
+from bench.environment import environment, native_arch
+from bench.gpu import HEADLINES, run_tests
+from bench.processes import GRACE, end_on_signals, run
 
 SECONDS = {"build": 240, "smoke": 150, "tests": 240, "round": 180, "bench": 150, "tune": 240, "speed": 120}
 """A step's time limit."""
 OPS = tuple(name for name in MODULES if name != "round")
-HEADLINES = ("verify_tree", "tree_attention", "block_attention", "training_step", "top_candidates")
-"""Benchmarks that come before tuning."""
 ALL = 530
 """Seconds after which no step goes on, unless told otherwise: a run ends within nine minutes."""
 LEAST = 15
 """A step that has fewer seconds left does not begin."""
-SOURCES = (
-    "setup.py",
-    "pyproject.toml",
-    "csrc/**/*",
-    "beagle_kernels/**/*.py",
-    "python/**/*.py",
-    "bench/**/*.py",
-    "tests/**/*.py",
-)
-
-
-def command_output(*command: str) -> str | None:
-    """What a command prints, None where it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def commit() -> str | None:
-    """The checkout's commit, "-dirty" where files differ from it."""
-    return os.environ.get("BEAGLE_COMMIT") or command_output("git", "describe", "--always", "--abbrev=40", "--dirty")
-
-
-def sources(root: Path = ROOT) -> str:
-    """A hash of all that a step runs: it says what was measured where there is no git, and where files were edited."""
-    found = hashlib.sha256()
-    for file in sorted({file for pattern in SOURCES for file in root.glob(pattern) if file.is_file()}):
-        content = file.read_bytes()
-        found.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
-    return found.hexdigest()[:16]
-
-
-def environment() -> dict:
-    """What the numbers were taken on."""
-    found: dict = {"commit": commit(), "sources": sources(), "gpu": None}
-    found |= {"python": sys.version.split()[0], "torch": torch.__version__}
-    for package in ("triton", "transformers"):
-        try:
-            found[package] = importlib.import_module(package).__version__
-        except ImportError:
-            found[package] = None
-    found["nvcc"] = command_output(f"{os.environ['CUDA_HOME']}/bin/nvcc" if "CUDA_HOME" in os.environ else "nvcc", "-V")
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        found |= {"gpu": gpu.name, "arch": native_arch(), "memory": gpu.total_memory, "l2": gpu.L2_cache_size}
-        found["driver"] = command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found
-
-
-def native_arch() -> str:
-    """The GPU's architecture as nvcc writes it, with Hopper's own instructions."""
-    major, minor = torch.cuda.get_device_capability()
-    return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
 
 
 class Steps:
@@ -119,15 +58,15 @@ class Steps:
         """The tests that need a GPU, counted by file, also where they were stopped; dry, they are only collected."""
         report = self.logs / "tests.xml"
         report.unlink(missing_ok=True)
-        options, missing = gpu_pytest.options()
+        options, missing = run_tests.options()
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-rfE", "--durations=20", "-m", "gpu", *options]
         command += ["--collect-only"] if self.dry else [f"--junitxml={report}"]
-        done = run([*command, *gpu_pytest.files()], seconds, self.logs / "tests.txt")
+        done = run([*command, *run_tests.files()], seconds, self.logs / "tests.txt")
         if missing:
             done["left out"] = missing
         if report.exists():
-            done["files"] = gpu_pytest.counted(report)
-            done["counts"] = {kind: sum(file[kind] for file in done["files"].values()) for kind in gpu_pytest.KINDS}
+            done["files"] = run_tests.counted(report)
+            done["counts"] = {kind: sum(file[kind] for file in done["files"].values()) for kind in run_tests.KINDS}
             if done["status"] == "passed" and not done["counts"]["passed"]:
                 done["status"] = "failed: nothing ran"
         return done
@@ -146,7 +85,7 @@ class Steps:
         file, tiles = self.logs / f"bench-{name}.json", self.logs / "tiles.json"
         command = [sys.executable, "-m", "bench", name, *self.device, "--json", str(file), "--go-on"]
         if configs := self.record["steps"].get("tune", {}).get("configs"):
-            written(tiles, configs)
+            write_json(tiles, configs)
             command += ["--tuned", str(tiles)]
         done = run([*command, *(["--size", "tiny"] if self.dry else [])], seconds, self.logs / f"bench-{name}.txt")
         rows = read(file, [])
@@ -222,7 +161,7 @@ def main(arguments: list[str]) -> int:
         before = set_aside(out, logs)
     record = {**before, "environment": now, "steps": before.get("steps", {})}
     logs.mkdir(parents=True, exist_ok=True)
-    written(out, record)
+    write_json(out, record)
     wanted, make = steps(options.parts), Steps(options.dry_run, record, logs)
     done: dict[str, Any]
     for step in wanted:
@@ -239,7 +178,7 @@ def main(arguments: list[str]) -> int:
         record["steps"][step] = done
         counts = ", ".join(f"{count} {kind}" for kind, count in done.get("counts", {}).items() if count)
         print(f"{step}: {done['status']}, {done.get('seconds', 0):.0f} s {done.get('why', counts)}", flush=True)
-        written(out, record)
+        write_json(out, record)
         if "signal" in done:
             return 128 + done["signal"]
     if now["gpu"] is None and not options.dry_run:

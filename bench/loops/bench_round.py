@@ -1,61 +1,28 @@
 """Whole rounds: drafting, the target's forward over the tree, verification and all that is kept, beside plain decoding.
 
 The targets have random weights, so how many drafted tokens a round accepts is not theirs: it is REPLAYED from the
-paper's acceptance by depth. Everything is computed as it would be, verification too; only its verdict is replaced. A
-row says "replayed" wherever that is so. `python -m bench round` times it; with --size scaling also the bundled draft's
-real trees on SmolLM2-135M, chains beside trees.
+paper's acceptance by depth (`replayed_acceptance.py`). A row says "replayed" wherever that is so. `python -m bench
+round` times it; with --size scaling also the bundled draft's real trees on SmolLM2-135M, chains beside trees.
 """
 
 from __future__ import annotations
 
-import math
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-import beagle_kernels
-from beagle_kernels import Verdict
-from beagle_kernels.reference.build_tree import unpack
 from beagle_sd import BeagleDraft
 from beagle_sd.decoding.generate import generate
 from beagle_sd.decoding.tree import TreeShape
+from bench.loops.random_models import random_model, weight_bytes
+from bench.loops.replayed_acceptance import accepted_lengths, replayed
 from bench.registry import Case, drive, label, parameters
 
-MODELS: dict[str, dict[str, Any]] = {
-    "tiny": dict(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        vocab_size=200,
-    ),
-    "135M": dict(
-        hidden_size=576,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    ),
-    "8B": dict(
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        intermediate_size=14336,
-        vocab_size=128256,
-    ),
-}
-DRAFT_VOCAB = {"tiny": 100, "135M": 8192, "8B": 16384}
 SMALL_TREE, TREE = TreeShape(4, 4, 8), TreeShape.default(torch.device("cuda"))
 SHAPES = {
     # size -> (model, batch, cached tokens, new tokens, tree)
@@ -65,81 +32,8 @@ SHAPES = {
     "scaling": [("135M", 1, cached, 24, SMALL_TREE) for cached in (64, 128, 512, 1024)]
     + [("135M", batch, 128, 24, SMALL_TREE) for batch in (2, 4, 8)],
 }
-ACCEPTANCE = (0.92, 0.83, 0.75, 0.70, 0.69, 0.69)
-"""By depth, given the parent: the paper's curve, .90 .81 .73 .68 .67 read off its figure, raised by .02 so that the 4.1
-tokens a round of its Table 1 come out; the sixth depth as the fifth."""
-REPLAYED = 64
-"""Rounds after which the replay begins anew; over as many its mean is exact."""
 SIZES = (2, 3, 5, 8, 16, 32)
 """Node counts of the real trees."""
-
-
-def accepted_lengths(batch: int, depth: int) -> Tensor:
-    """[REPLAYED, batch] int64: how many drafted tokens each round accepts, in a random order a row."""
-    reached = torch.tensor(ACCEPTANCE[:depth], dtype=torch.float64).cumprod(0)
-    even = (torch.arange(REPLAYED) + 0.5) / REPLAYED
-    counts = (even[:, None] < reached).sum(1)
-    order = torch.Generator().manual_seed(0)
-    return torch.stack([counts[torch.randperm(REPLAYED, generator=order)] for _ in range(batch)], 1)
-
-
-@contextmanager
-def replayed(lengths: Tensor) -> Iterator[None]:
-    """Inside, generate's verify_tree does its work, and accepts what `lengths` [rounds, B] says: down to that depth,
-    or to the tree's own, along the first deepest path. Without a read on the host, so that a graph can capture it.
-    """
-    real, turn = beagle_kernels.verify_tree, torch.zeros(1, dtype=torch.int64, device=lengths.device)
-
-    def verify(logits, tree, positions, sampling, **options) -> Verdict:
-        verdict = real(logits, tree, positions, sampling, **options)
-        wanted = lengths.index_select(0, turn % len(lengths))[0]
-        turn.add_(1)
-        batch, nodes = tree.depth.shape
-        depth, place = tree.depth.long(), torch.arange(nodes, device=lengths.device)
-        usable = (place < tree.size[:, None]) & (depth <= wanted[:, None])
-        last = torch.where(usable, depth * nodes + nodes - 1 - place, -1).argmax(1, keepdim=True)
-        above = unpack(tree.mask, nodes).gather(1, last[:, :, None].expand(-1, -1, nodes))[:, 0]
-        path = depth.new_full((batch, tree.max_depth + 2), -1)
-        path = path.scatter(1, torch.where(above, depth, tree.max_depth + 1), place.expand(batch, -1))
-        count = depth.gather(1, last)[:, 0]
-        return verdict._replace(path=path[:, :-1].int(), num_accepted=count.int())
-
-    users = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("beagle_sd") and getattr(module, "verify_tree", None) is real
-    ]
-    if not users:
-        raise RuntimeError("no module of beagle_sd uses beagle_kernels.verify_tree: nothing can be replayed")
-    for module in users:
-        module.verify_tree = verify  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for module in users:
-            module.verify_tree = real  # type: ignore[attr-defined]
-
-
-def random_model(name: str, device: str) -> tuple[PreTrainedModel, BeagleDraft]:
-    """A Llama of this shape and a draft for it, random weights: bf16 on a GPU, fp32 on a CPU."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    config = LlamaConfig(
-        **MODELS[name], max_position_embeddings=8192, eos_token_id=None, bos_token_id=None, pad_token_id=0
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-    vocabulary = torch.arange(DRAFT_VOCAB[name], device=device) * (config.vocab_size // DRAFT_VOCAB[name])
-    draft: Any = BeagleDraft.from_target(model, vocabulary)
-    draft = draft.to(dtype).eval()
-    with torch.no_grad():
-        # as sure of itself as a trained one, whose trees are deep: logits with a deviation of 10
-        draft.norm_output.weight.fill_(10.0 / (float(draft.head.float().std()) * math.sqrt(config.hidden_size)))
-    return model, draft
 
 
 class ForwardTimer:
@@ -180,10 +74,6 @@ class ForwardTimer:
             torch.cuda.synchronize()
             return self.events[0].elapsed_time(self.events[1]) / 1e3
         return float(torch.tensor(self.calls).median())
-
-
-def weight_bytes(model: torch.nn.Module | None) -> int:
-    return sum(x.nbytes for x in model.parameters()) if model is not None else 0
 
 
 class Rounds:
@@ -260,7 +150,7 @@ class Rounds:
         assert abs(promised - expected) < 0.35 * expected, f"{promised:.2f} tokens a round, {expected:.2f} replayed"
         if self.model.dtype == torch.float32:
             speculative = generate(
-                self.model, self.draft, self.prompt, max_new_tokens=new, eos_token_id=[], **vars(self.tree)
+                self.model, self.draft, self.prompt, max_new_tokens=new, eos_token_id=[], tree=self.tree
             ).sequences
             plain = self.model.generate(
                 self.prompt,
@@ -336,8 +226,8 @@ def of_real(model: PreTrainedModel, draft: BeagleDraft, prompt: Tensor, nodes: i
         return sum(spent for phase, spent in report.seconds.items() if phase != "prefill")
 
     def answer(name: str):
-        options = vars(shapes[name]) if name != "beagle plain" else {}
-        return generate(model, draft if options else None, prompt, max_new_tokens=new, eos_token_id=[], **options)
+        used = None if name == "beagle plain" else draft
+        return generate(model, used, prompt, max_new_tokens=new, eos_token_id=[], tree=shapes[name])
 
     def check_peer(name: str) -> None:
         same = name == "beagle plain" or torch.equal(answer(name).sequences, plain)

@@ -13,7 +13,7 @@ import beagle_kernels
 from beagle_kernels import DraftTree, Sampling, choose_tokens
 from bench.__main__ import MODULES
 from bench.gpu import check as gpu_check
-from bench.loops import bench_round
+from bench.loops import bench_round, replayed_acceptance
 from bench.ops import bench_block_attention, bench_distill_loss, bench_tree_attention
 from bench.ops.bench_verify_tree import of_logits, trees
 from bench.peers import eagle2_tree, sglang, table
@@ -221,8 +221,8 @@ def test_sglang_links():
 
 def test_replayed_acceptance():
     """Its mean is Table 1's, a round accepts what it says, and afterwards the loop verifies as before."""
-    lengths = bench_round.accepted_lengths(3, 6)
-    assert lengths.shape == (bench_round.REPLAYED, 3) and abs(lengths.double().mean().item() + 1 - 4.1) < 0.05
+    lengths = replayed_acceptance.accepted_lengths(3, 6)
+    assert lengths.shape == (replayed_acceptance.REPLAYED, 3) and abs(lengths.double().mean().item() + 1 - 4.1) < 0.05
     case = next(bench_round.cases(size="tiny"))
     case.rounds = 1
     rows = {row["peer"]: row for row in measured(case)}
@@ -230,7 +230,7 @@ def test_replayed_acceptance():
     assert 2.0 < rows["beagle"]["tokens_per_round"] <= 4.0 and 0 < rows["beagle"]["share_beside_target"] < 1
     assert rows["beagle"]["token/s"] > 0 and rows["beagle"]["draft_bytes"] < rows["beagle"]["target_bytes"] * 2
     tree = trees(2, 9)
-    with bench_round.replayed(torch.tensor([[1, 2], [0, 8]])):
+    with replayed_acceptance.replayed(torch.tensor([[1, 2], [0, 8]])):
         users = [
             module
             for name, module in sys.modules.items()

@@ -19,7 +19,7 @@ def script(text: str):
     return lambda seconds: [sys.executable, "-c", text]
 
 
-def told(folder: Path) -> set[str]:
+def packed(folder: Path) -> set[str]:
     with tarfile.open(folder / "results.tgz") as tar:
         return set(tar.getnames())
 
@@ -38,7 +38,7 @@ def test_a_step_that_fails_or_hangs_stops_nothing(tmp_path, monkeypatch, capfd):
     said = capfd.readouterr().out
     assert "== crash: failed with -6" in said and "== hang: stopped after 1 s" in said
     assert "== last: passed" in said and "said" in said
-    assert told(results) == {"made.json", "log/crash.txt", "log/hang.txt", "log/last.txt"}
+    assert packed(results) == {"made.json", "log/crash.txt", "log/hang.txt", "log/last.txt"}
     assert main(["all", str(results), "--work", str(work), "--seconds", "0.1"]) == 1
     assert capfd.readouterr().out.count("not begun") == 3
 

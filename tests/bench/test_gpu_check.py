@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from beagle_sd.files import write_json
 from bench import processes, tuning
+from bench.__main__ import is_complete, rows_of
 from bench.__main__ import main as bench_main
-from bench.__main__ import rows_of, whole, written
+from bench.gpu import HEADLINES, run_tests
 from bench.gpu import check as gpu_check
-from bench.gpu import pytest_plugin as gpu_pytest
 from bench.registry import Case
 from bench.report import tables as report
 
@@ -68,7 +69,7 @@ def test_gpu_check_goes_on_and_resumes(tmp_path, with_gpu):
 def test_what_matters_most_comes_before_tuning():
     order = gpu_check.steps([])
     assert order[:4] == ["build", "smoke", "tests", "round"] and order[-1] == "speed"
-    assert sorted(order[4 : order.index("tune")]) == sorted(f"bench:{name}" for name in gpu_check.HEADLINES)
+    assert sorted(order[4 : order.index("tune")]) == sorted(f"bench:{name}" for name in HEADLINES)
     benches = [f"bench:{name}" for name in gpu_check.OPS]
     assert sorted(order) == sorted([*(set(gpu_check.SECONDS) - {"bench"}), *benches])
 
@@ -85,23 +86,6 @@ def test_another_run_is_set_aside(tmp_path, with_gpu, name, other):
     assert (tmp_path / "gpu.before.logs" / "round.txt").read_text() == "before"
     assert not (tmp_path / "gpu.logs" / "round.txt").exists()
     assert gpu_check.main([str(out), "round"]) == 0 and ran == ["", ""]
-
-
-def test_sources_are_what_is_run(tmp_path):
-    """A hash that needs no git: of contents and names, not of what a build or a run leaves."""
-    for name in ("setup.py", "bench/a.py", "csrc/cuda/k.cu", "tests/test_a.py", "python/beagle_sd/b.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("1")
-    found = [gpu_check.sources(tmp_path)]
-    (tmp_path / "bench" / "results.json").write_text("{}")
-    (tmp_path / "python" / "beagle_sd" / "__pycache__").mkdir()
-    (tmp_path / "python" / "beagle_sd" / "__pycache__" / "b.pyc").write_text("2")
-    assert gpu_check.sources(tmp_path) == found[0]
-    for name, text in (("csrc/cuda/k.cu", "2"), ("bench/a.py", "2"), ("tests/test_c.py", "1")):
-        (tmp_path / name).write_text(text)
-        found.append(gpu_check.sources(tmp_path))
-    (tmp_path / "bench" / "a.py").rename(tmp_path / "bench" / "b.py")
-    assert len({*found, gpu_check.sources(tmp_path)}) == 5
 
 
 def test_gpu_check_keeps_its_time(tmp_path, with_gpu):
@@ -167,8 +151,8 @@ def step_of_tests(tmp_path, monkeypatch, text: str, options: tuple[list[str], li
     file.write_text(text)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: of a GPU\n")
     logs.mkdir()
-    monkeypatch.setattr(gpu_pytest, "files", lambda: [str(file)])
-    monkeypatch.setattr(gpu_pytest, "options", lambda: options)
+    monkeypatch.setattr(run_tests, "files", lambda: [str(file)])
+    monkeypatch.setattr(run_tests, "options", lambda: options)
     done = gpu_check.Steps(False, {}, logs).tests("", seconds)
     assert "test_quick[3]" in (logs / "tests.txt").read_text() and (logs / "tests.xml").exists()
     return done
@@ -186,7 +170,7 @@ def test_a_stopped_pytest_leaves_its_counts(tmp_path, monkeypatch, workers):
 
 @pytest.mark.slow
 def test_a_test_that_hangs_is_ended_alone(tmp_path, monkeypatch):
-    """As gpu_pytest.options has it: its worker is killed, and the others' tests are run."""
+    """As run_tests.options has it: its worker is killed, and the others' tests are run."""
     pytest.importorskip("pytest_timeout")
     options = ["-n", "2", "--dist", "worksteal", "--timeout", "4", "--timeout-method", "thread"]
     done = step_of_tests(tmp_path, monkeypatch, TESTS + HANGS, (options, []), 60)
@@ -195,15 +179,22 @@ def test_a_test_that_hangs_is_ended_alone(tmp_path, monkeypatch):
 
 
 def test_a_missing_plugin_is_left_out_and_named(monkeypatch):
-    monkeypatch.setattr(gpu_pytest.os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(gpu_pytest, "find_spec", lambda name: name)
+    monkeypatch.setattr(run_tests.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(run_tests, "find_spec", lambda name: name)
     there = ["-n", "14", "--dist", "worksteal", "--timeout", "150", "--timeout-method", "thread"]
-    assert gpu_pytest.options() == (there, [])
-    monkeypatch.setattr(gpu_pytest, "find_spec", lambda name: None if name == "pytest_timeout" else name)
-    assert gpu_pytest.options() == (there[:4], ["pytest_timeout"])
-    monkeypatch.setattr(gpu_pytest, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu_pytest.os, "cpu_count", lambda: 1)
-    assert gpu_pytest.options() == ([], ["xdist", "pytest_timeout"])
+    assert run_tests.options() == (there, [])
+    monkeypatch.setattr(run_tests, "find_spec", lambda name: None if name == "pytest_timeout" else name)
+    assert run_tests.options() == (there[:4], ["pytest_timeout"])
+    monkeypatch.setattr(run_tests, "find_spec", lambda name: None)
+    monkeypatch.setattr(run_tests.os, "cpu_count", lambda: 1)
+    assert run_tests.options() == ([], ["xdist", "pytest_timeout"])
+
+
+def test_every_file_with_a_gpu_test_is_run():
+    """They lie in folders below tests/."""
+    files = run_tests.files()
+    assert {"tests/beagle_kernels/test_triton_ops.py", "tests/beagle_sd/decoding/test_rounds_gpu.py"} <= set(files)
+    assert all((ROOT / file).is_file() for file in files) and "tests/bench/test_bundles.py" not in files
 
 
 def test_tests_that_all_skip_are_no_pass(tmp_path, monkeypatch):
@@ -257,7 +248,7 @@ def test_a_benchmark_goes_on(tmp_path, monkeypatch):
         ("two", "beagle"),
         ("two", "peer"),
     ]
-    written(file, rows[:-1])
+    write_json(file, rows[:-1])
     ran.clear()
     broken.check = lambda: ran.append("mended")
     assert bench_main(["verify_tree", "--size", "tiny", "--json", str(file), "--go-on"]) == 0
@@ -275,7 +266,7 @@ def test_a_case_that_cannot_be_made_is_one_file_s_loss(monkeypatch):
     monkeypatch.setattr(bench_verify_tree, "cases", cases)
     rows = list(rows_of("verify_tree", "cpu", "tiny", results := []))
     assert [row["group"] for row in rows] == ["one", "one", "verify_tree"] and "MemoryError" in rows[-1]["error"]
-    assert not results and whole(a_case("one", []), rows) and not whole(a_case("two", []), rows)
+    assert not results and is_complete(a_case("one", []), rows) and not is_complete(a_case("two", []), rows)
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def test_every_candidate_is_dealt_once(stage, workers):
 def test_the_fastest_wins_and_is_written_at_once(stubs, monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "compiled", compiled_here)
     out, seen = tmp_path / "found.json", []
-    monkeypatch.setattr(tuning, "written", lambda file, entries: seen.append((file, [*entries])))
+    monkeypatch.setattr("beagle_sd.files.write_json", lambda file, entries: seen.append((file, [*entries])))
     entries: list[dict] = []
     assert tuning.tune_all("tiny", "cpu", out, entries) == []
     assert [len(found) for _, found in seen] == [*range(1, len(entries) + 1)] and seen[-1] == (out, entries)

@@ -81,37 +81,43 @@ def in_a_process(arguments: list[str], seconds: float) -> int | None:
 
 def one(options: argparse.Namespace, began: float) -> int:
     """The only part named, in this process. began: when the process did."""
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from beagle_sd.training.trainer import TrainingStopped
-    from bench.recipes.one_gpu import parts as gpu_parts
+    from bench.recipes.one_gpu.answers import answers
     from bench.recipes.one_gpu.eagle2 import eagle2
+    from bench.recipes.one_gpu.evaluate import evaluate
+    from bench.recipes.one_gpu.job import Budget, Job, OutFolder
+    from bench.recipes.one_gpu.recipe import TOY, Sizes
     from bench.recipes.one_gpu.search import search
-    from bench.recipes.one_gpu.work import TOY, Budget, Sizes, Work
+    from bench.recipes.one_gpu.setup import setup
+    from bench.recipes.one_gpu.train import train
 
     sizes = TOY if options.toy else Sizes()
     if options.batch is not None:
         sizes = replace(sizes, batch=options.batch)
     os.environ["BEAGLE_CACHE"] = str(options.out / "scratch")  # target and prompts stay out of the user's cache
     sys.path.insert(0, str(options.out / "kit" / "site"))
-    run: dict[str, Callable[[Work], bool]] = {
-        "setup": lambda work: gpu_parts.setup(work, options.kit.resolve()),
-        "answers": lambda work: gpu_parts.answers(work, graph=not options.no_graph),
+    run: dict[str, Callable[[Job], bool]] = {
+        "setup": lambda job: setup(job, options.kit.resolve()),
+        "answers": lambda job: answers(job, graph=not options.no_graph),
         "search": search,
-        "train": lambda work: gpu_parts.train(work, options.train_minutes),
-        "evaluate": gpu_parts.evaluate,
+        "train": lambda job: train(job, options.train_minutes),
+        "evaluate": evaluate,
         "eagle2": eagle2,
     }
     disable_progress_bar()
     part = options.parts[0]
-    work = Work(options.out, sizes, Budget(options.minutes, time.monotonic() - began), options.device)
+    budget = Budget(options.minutes, time.monotonic() - began)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        done = run[part](work)
+        done = run[part](Job(OutFolder(options.out), sizes, budget, device))
     except (FileNotFoundError, ValueError, TrainingStopped) as error:
         print(f"{part}: {error}", file=sys.stderr)
         return WRONG
     end = "done" if done else "out of time: run it again to go on"
-    print(f"{part}: {end} ({work.budget.spent:.0f} s)")
+    print(f"{part}: {end} ({budget.spent:.0f} s)")
     return DONE if done else MORE
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import tarfile
 from pathlib import Path
+
+from beagle_sd.files import whole, write_json
 
 
 def pack(source: Path, folder: Path, name: str, part_bytes: int) -> list[Path]:
@@ -21,21 +21,20 @@ def pack(source: Path, folder: Path, name: str, part_bytes: int) -> list[Path]:
     (folder / f"{name}.json").unlink(missing_ok=True)
     for old in folder.glob(f"{name}.part*"):
         old.unlink()
-    whole = folder / f".{name}.tar"
-    with tarfile.open(whole, "w") as tar:
+    archive = folder / f".{name}.tar"
+    with tarfile.open(archive, "w") as tar:
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             tar.add(path, path.relative_to(source))
-    total, digest = whole.stat().st_size, hashlib.sha256()
+    total, digest = archive.stat().st_size, hashlib.sha256()
     count = -(-total // part_bytes)
     parts = [folder / f"{name}.part{number}" for number in range(count)]
-    with whole.open("rb") as file:
+    with archive.open("rb") as file:
         for part in parts:
             data = file.read(-(-total // count))
             digest.update(data)
             part.write_bytes(data)
-    about = {"parts": count, "bytes": total, "sha256": digest.hexdigest()}
-    whole.unlink()
-    (folder / f"{name}.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+    archive.unlink()
+    write_json(folder / f"{name}.json", {"parts": count, "bytes": total, "sha256": digest.hexdigest()})
     return [*parts, folder / f"{name}.json"]
 
 
@@ -51,25 +50,20 @@ def unpack(folder: Path, name: str, out: Path) -> Path:
     parts = [folder / f"{name}.part{number}" for number in range(about["parts"])]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)} of {name}'s {about['parts']} parts")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    whole, digest = partial / ".tar", hashlib.sha256()
-    with whole.open("wb") as file:
-        for part in parts:
-            data = part.read_bytes()
-            digest.update(data)
-            file.write(data)
-    if digest.hexdigest() != about["sha256"]:
-        size = whole.stat().st_size
-        shutil.rmtree(partial)
-        raise ValueError(
-            f"{name} in {folder} has {size} bytes of {about['bytes']} and another checksum than "
-            f"{head.name} says; copy its parts again"
-        )
-    with tarfile.open(whole) as tar:
-        tar.extractall(partial, filter="data")
-    whole.unlink()
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
+    with whole(out) as partial:
+        partial.mkdir()
+        archive, digest = partial / ".tar", hashlib.sha256()
+        with archive.open("wb") as file:
+            for part in parts:
+                data = part.read_bytes()
+                digest.update(data)
+                file.write(data)
+        if digest.hexdigest() != about["sha256"]:
+            raise ValueError(
+                f"{name} in {folder} has {archive.stat().st_size} bytes of {about['bytes']} and another checksum than "
+                f"{head.name} says; copy its parts again"
+            )
+        with tarfile.open(archive) as tar:
+            tar.extractall(partial, filter="data")
+        archive.unlink()
     return out

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from beagle_sd.data.live import Corpus, LiveDataset
 from beagle_sd.data.shards import Sequence, ShardWriter
+from beagle_sd.files import write_json
 from beagle_sd.models.draft import BeagleDraft
-from bench.recipes.one_gpu.work import OutOfTime, Work, chain_tokens, draft_of, seed_all, try_run, write_json
+from bench.recipes.one_gpu.job import Job, OutOfTime
+from bench.recipes.one_gpu.training import chain_tokens, dataset_of, draft_of, seed_all, target_of, try_run
 
 SHAPES = {"chain of 4": (4, 1, 5), "16 nodes": (4, 6, 16), "60 nodes": (6, 10, 60)}
 ANSWERS = 64
@@ -24,29 +27,29 @@ RUNS = {
 """Changes to the chosen settings. EAGLE-2 trains in one stage, on next tokens; 10 is its own weight."""
 
 
-def eagle2(work: Work) -> bool:
+def eagle2(job: Job) -> bool:
     """Train each for the same number of steps and replay held-out answers; the comparison is OUT/eagle2/runs.json."""
     try:
         from bench.peers.eagle2 import EagleDraft, eagle_states
         from bench.recipes.paper.replay import replay
     except ImportError as error:
         raise ValueError(f"EAGLE-2's head is not in this checkout ({error}); it is bench/peers/eagle2.py") from error
-    path, settings, sizes = work.folder("eagle2") / "runs.json", work.settings(), work.sizes
+    path, settings, sizes = job.out.part("eagle2") / "runs.json", job.out.settings(), job.sizes
     runs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    seed_all(work.device)
-    target, _ = work.target()
+    seed_all(job.device)
+    target, _ = target_of(job)
     steps = sizes.compared_steps
-    dataset = work.dataset(target, work.corpus(steps * sizes.tokens_per_step))
-    shards = held_out_answers(dataset, work.scratch / "held-out")
-    cpu = Work(work.out, sizes, work.budget, "cpu").target()[0]
+    dataset = dataset_of(job, target, steps * sizes.tokens_per_step)
+    shards = held_out_answers(dataset, job.out.scratch / "held-out")
+    on_cpu, _ = target_of(replace(job, device="cpu"))
     try:
         for name, change in RUNS.items():
             if name in runs:
                 continue
             kind, more = (BeagleDraft, {}) if name == "beagle" else (EagleDraft, {"states": eagle_states})
-            work.budget.need()
-            runs[name] = measured(work, target, dataset, {**settings, **change}, kind, more)
-            draft = kind.from_pretrained(work.scratch / "compared").bind(cpu)
+            job.budget.need()
+            runs[name] = measured(job, target, dataset, {**settings, **change}, kind, more)
+            draft = kind.from_pretrained(job.out.scratch / "compared").bind(on_cpu)
             for shape, numbers in SHAPES.items():
                 runs[name][shape] = replay(draft, shards, sizes.held_out, *numbers)
             write_json(path, runs)
@@ -55,24 +58,24 @@ def eagle2(work: Work) -> bool:
                 f"{runs[name]['16 nodes']['tokens_per_round']} with 16 nodes, {runs[name]['seconds']} s"
             )
     except OutOfTime:
-        work.record("eagle2", finished=False)
+        job.record("eagle2", finished=False)
         return False
-    work.record("eagle2", finished=True, seconds_to_eagle2=seconds_to(runs), answers=ANSWERS)
+    job.record("eagle2", finished=True, seconds_to_eagle2=seconds_to(runs), answers=ANSWERS)
     return True
 
 
-def measured(work: Work, target, dataset: LiveDataset, settings: dict, kind: type[BeagleDraft], more: dict) -> dict:
+def measured(job: Job, target, dataset: LiveDataset, settings: dict, kind: type[BeagleDraft], more: dict) -> dict:
     """One head: its course by training seconds, its end, and the most memory that training took beyond the data's."""
     before = 0
-    if work.device == "cuda":
+    if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     draft = draft_of(target, dataset, settings, kind)
-    steps = work.sizes.compared_steps
+    steps = job.sizes.compared_steps
     found = try_run(
-        work, draft, dataset, settings, steps, eval_steps=max(2, steps // 10), keep=work.scratch / "compared", **more
+        job, draft, dataset, settings, steps, eval_steps=max(2, steps // 10), keep=job.out.scratch / "compared", **more
     )
-    peak = torch.cuda.max_memory_allocated() - before if work.device == "cuda" else None
+    peak = torch.cuda.max_memory_allocated() - before if job.device == "cuda" else None
     return {"settings": settings, "course": course_of(found.pop("log")), **found, "peak_bytes": peak}
 
 
@@ -105,11 +108,11 @@ def held_out_answers(dataset: LiveDataset, folder: Path) -> Path:
     for entry in dataset.evaluation:
         if kept == ANSWERS:
             break
-        place = int(torch.searchsorted(ends, entry.start, right=True))
-        if corpus.temperature[place] == 0.0:
+        answer = int(torch.searchsorted(ends, entry.start, right=True))
+        if corpus.temperature[answer] == 0.0:
             batch = dataset.load([entry])
-            end = int(corpus.ids[ends[place] - 1])
-            writer.add(Sequence(batch.tokens, batch.loss_mask, batch.states.cpu(), end, int(corpus.index[place]), 0.0))
+            end = int(corpus.ids[ends[answer] - 1])
+            writer.add(Sequence(batch.tokens, batch.loss_mask, batch.states.cpu(), end, int(corpus.index[answer]), 0.0))
             kept += 1
     writer.flush()
     return folder

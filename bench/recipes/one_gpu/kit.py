@@ -5,7 +5,6 @@ Training prompts as token ids, the evaluation sets' files, and the target: the w
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from beagle_sd.data.conversations import encode_chat
 from beagle_sd.data.evaluation_sets import EVALUATION_SETS, prompts_folder, wheel_file
 from beagle_sd.data.prompt_sources import SOURCES
 from beagle_sd.data.prompts import MIX, build_prompts
+from beagle_sd.files import whole, write_json
 from beagle_sd.models import smollm2
 from bench.recipes.one_gpu.bundles import pack, unpack
 
@@ -63,7 +63,7 @@ def make(folder: Path, *, target: str, count: int, seed: int, part_mib: int, sou
             "sources": {name: SOURCES[name].licence for name in mix},
             "evaluation": {name: chosen.licence for name, chosen in EVALUATION_SETS.items()},
         }
-        (kit / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        write_json(kit / "about.json", about)
         for path in pack(kit, folder, "kit", part_mib << 20):
             print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
     print(f"{len(rows)} prompts from {', '.join(mix)}")
@@ -130,11 +130,10 @@ def _available_sources() -> list[str]:
 
 def _unzip(requirement: str, top: str) -> None:
     """The folder `top` of a wheel, into the cache, whole or not at all."""
-    prompts_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=prompts_folder()) as scratch:
+    with whole(prompts_folder() / top) as partial, tempfile.TemporaryDirectory(dir=partial.parent) as scratch:
         with zipfile.ZipFile(_download(requirement, Path(scratch))) as wheel:
             wheel.extractall(scratch, [name for name in wheel.namelist() if name.startswith(f"{top}/")])
-        (Path(scratch) / top).rename(prompts_folder() / top)
+        (Path(scratch) / top).rename(partial)
 
 
 def _download(requirement: str, folder: Path) -> Path:

@@ -6,8 +6,11 @@ import json
 import time
 
 from beagle_sd.data.live import LiveDataset
+from beagle_sd.files import write_json
 from beagle_sd.training.trainer import TrainingStopped
-from bench.recipes.one_gpu.work import BASE, OutOfTime, Work, draft_of, seed_all, try_run, write_json
+from bench.recipes.one_gpu.job import Job, OutOfTime
+from bench.recipes.one_gpu.recipe import BASE
+from bench.recipes.one_gpu.training import dataset_of, draft_of, seed_all, target_of, try_run
 
 CHOICES: list[tuple[float, list[dict]]] = [
     (1.003, [{"passing_start": False}]),
@@ -30,16 +33,15 @@ def name_of(change: dict) -> str:
     return " ".join(f"{name}={value}" for name, value in change.items()) or "base"
 
 
-def search(work: Work) -> bool:
+def search(job: Job) -> bool:
     """Run what is not in OUT/search/runs.json yet; write the best settings to OUT/search/best.json after each run.
     Returns whether all choices are settled."""
-    path = work.folder("search") / "runs.json"
+    path = job.out.part("search") / "runs.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     before = {json.dumps(row["settings"], sort_keys=True): row for row in known}
-    seed_all(work.device)
-    target, _ = work.target()
-    corpus = work.corpus(work.sizes.search_steps * work.sizes.tokens_per_step)
-    dataset = work.dataset(target, corpus)
+    seed_all(job.device)
+    target, _ = target_of(job)
+    dataset = dataset_of(job, target, job.sizes.search_steps * job.sizes.tokens_per_step)
     best, rows = None, []
     try:
         for factor, changes in [(0.0, [{}]), *CHOICES]:
@@ -49,7 +51,7 @@ def search(work: Work) -> bool:
                 settings = {**start, **change}
                 key = json.dumps(settings, sort_keys=True)
                 if key not in before:
-                    before[key] = measured(work, target, dataset, change, settings)
+                    before[key] = measured(job, target, dataset, change, settings)
                     write_json(path, list(before.values()))
                 group.append(before[key])
                 rows.append({**before[key], "kept": False})
@@ -60,9 +62,9 @@ def search(work: Work) -> bool:
             write_json(path.parent / "best.json", best)
             (path.parent / "table.md").write_text(table(rows), encoding="utf-8")
     except OutOfTime:
-        work.record("search", finished=False, runs=len(rows))
+        job.record("search", finished=False, runs=len(rows))
         return False
-    work.record("search", finished=True, runs=len(rows))
+    job.record("search", finished=True, runs=len(rows))
     return True
 
 
@@ -78,13 +80,13 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measured(work: Work, target, dataset: LiveDataset, change: dict, settings: dict) -> dict:
+def measured(job: Job, target, dataset: LiveDataset, change: dict, settings: dict) -> dict:
     """One run's line; a run that diverges counts as no token."""
     began = time.monotonic()
-    work.budget.need()
+    job.budget.need()
     try:
         draft = draft_of(target, dataset, settings)
-        found = try_run(work, draft, dataset, settings, work.sizes.search_steps)
+        found = try_run(job, draft, dataset, settings, job.sizes.search_steps)
         found["loss"] = round(found.pop("log")[-1]["loss"], 4)
     except TrainingStopped as error:
         found = {"seconds": round(time.monotonic() - began, 2), "chain_tokens": 0.0, "stopped": str(error)}

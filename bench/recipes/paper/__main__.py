@@ -8,15 +8,12 @@ and a plot into --out. The states come from `beagle-sd prepare` over answers tha
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
-import transformers
-
-import beagle_kernels
 from beagle_sd.data.shards import read_manifest
+from beagle_sd.files import write_json
+from bench.environment import versions
 from bench.recipes.paper.figures import FIGURES, make
 from bench.recipes.paper.runs import SHAPES, Runner, Settings
 from bench.report.tables import RESULTS
@@ -52,13 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
         "sequences": len(runner.dataset.train),
         "tokens": runner.tokens,
         "held_out_sequences": len(runner.dataset.evaluation),
-        "versions": {
-            "beagle_kernels": beagle_kernels.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions("beagle_kernels", "torch", "transformers"),
     }
-    (options.out / "settings.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(options.out / "settings.json", record)
 
 
 if __name__ == "__main__":

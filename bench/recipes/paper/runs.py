@@ -15,6 +15,7 @@ import torch
 
 from beagle_sd.data.dataset import StateDataset
 from beagle_sd.data.shards import check_manifest
+from beagle_sd.files import write_json
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.loading import load_target
 from beagle_sd.training.config import TrainingConfig
@@ -131,9 +132,7 @@ class Runner:
             found = {"run": name, "seed": seed, "settings": asdict(self.settings), "course": self._course(folder)}
             for kind, shape in SHAPES.items():
                 found[kind] = replay(draft, self.states, self.settings.held_out, *shape)
-            partial = done.with_suffix(".partial")
-            partial.write_text(json.dumps(found) + "\n", encoding="utf-8")
-            partial.replace(done)
+            write_json(done, found)
         found = json.loads(done.read_text(encoding="utf-8"))
         if found["settings"] != asdict(self.settings):
             raise ValueError(
@@ -150,7 +149,7 @@ class Runner:
         config = self.settings.config(run, seed, self.tokens)
         trainer = Trainer(draft, self.dataset, self.folder(name, seed), config, states=states)
 
-        def tell(step: int, metrics: dict) -> None:
+        def show(step: int, metrics: dict) -> None:
             if "acceptance_by_depth" in metrics:
                 print(
                     f"{name}, seed {seed}, step {step} of {trainer.total_steps}: loss {metrics['loss']:.3f}, "
@@ -158,7 +157,7 @@ class Runner:
                     flush=True,
                 )
 
-        trainer.run(tell)
+        trainer.run(show)
         return draft.eval()
 
     def _start(self, run: Run, seed: int) -> BeagleDraft:

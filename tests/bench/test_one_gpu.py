@@ -22,12 +22,10 @@ from tokenizers_for_tests import small_tokenizer
 from beagle_sd import BeagleDraft
 from beagle_sd.data.answers import write_answers
 from beagle_sd.data.conversations import stored_answers
-from bench.recipes.one_gpu.__main__ import PARTS, main, parsed, parsed_kit
-from bench.recipes.one_gpu.bundles import pack, unpack
+from bench.recipes.one_gpu.__main__ import PARTS, main
 from bench.recipes.one_gpu.eagle2 import RUNS, SHAPES
-from bench.recipes.one_gpu.parts import deviations
-from bench.recipes.one_gpu.search import CHOICES
-from bench.recipes.one_gpu.work import BASE, Budget, OutOfTime, chain_tokens
+from bench.recipes.one_gpu.job import Budget
+from bench.recipes.one_gpu.recipe import BASE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -165,7 +163,7 @@ def test_answers_are_kept_whatever_ends_them(answered, tmp_path, monkeypatch, st
                 raise stop
             yield answer
 
-    monkeypatch.setattr("bench.recipes.one_gpu.parts.write_answers", stopped)
+    monkeypatch.setattr("bench.recipes.one_gpu.answers.write_answers", stopped)
     with pytest.raises(type(stop)):
         toy(tmp_path, "answers")
     kept, whole = answers_of(tmp_path), answers_of(answered)
@@ -175,16 +173,10 @@ def test_answers_are_kept_whatever_ends_them(answered, tmp_path, monkeypatch, st
     assert toy(tmp_path, "answers") == 0 and answers_of(tmp_path) == whole
 
 
-def test_what_differs_from_the_cpu_is_told_and_no_more():
-    cpus = [2.0, 0.5, 3.0, 1.0]
-    assert deviations([2.05, 0.48, 3.1, 1.0], cpus) == {}
-    assert deviations([2.0, 0.6, float("nan"), 1.0], cpus).keys() == {"gradient norm of stage 1", "loss of stage 2"}
-
-
 def test_setup_warns_of_a_gpu_that_differs(answered, tmp_path, monkeypatch, capsys):
     (tmp_path / "kit").symlink_to(answered / "kit")
     found = {"answers": 8, "losses": [1.0], "deviations": {"loss of stage 1": (1.0, 2.0)}}
-    monkeypatch.setattr("bench.recipes.one_gpu.parts.tried", lambda work: found)
+    monkeypatch.setattr("bench.recipes.one_gpu.setup.tried", lambda work: found)
     assert toy(tmp_path, "setup", "--kit", "nowhere") == 0
     assert "WARNING: loss of stage 1: 1 on the GPU, 2 on the CPU; within 5%" in capsys.readouterr().err
     assert record(tmp_path, "setup")["deviations"] == {"loss of stage 1": [1.0, 2.0]}
@@ -206,31 +198,6 @@ def test_a_part_that_crashes_does_not_stop_the_next(answered, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 2 and "train: done" in done.stdout, done.stdout + done.stderr
     assert record(tmp_path, "train")["finished"]
-
-
-def test_the_status_of_several_parts(monkeypatch, tmp_path, capsys):
-    """Whatever one ends with, also by a signal (-11) or at its limit (None), the next begins, with the same options."""
-    begun: list[tuple] = []
-    codes: dict[str, int | None] = {}
-
-    def end(arguments, seconds):
-        begun.append((arguments[1], arguments[2:], seconds))
-        return codes[arguments[1]]
-
-    monkeypatch.setattr("bench.recipes.one_gpu.__main__.in_a_process", end)
-    for ends, status in (
-        ({"answers": 0, "train": 0}, 0),
-        ({"answers": 3, "train": 0}, 3),
-        ({"answers": 2, "train": 3}, 2),
-        ({"answers": -11, "train": 3}, 1),
-        ({"answers": None, "train": 0}, 1),
-    ):
-        begun.clear()
-        codes.update(ends)
-        assert main([str(tmp_path), "answers", "train", "--minutes", "2", "--toy"]) == status
-        assert begun == [(part, ["--minutes", "2.0", "--toy"], 180.0) for part in ("answers", "train")]
-    said = capsys.readouterr().err
-    assert "answers: it ended with -11" in said and "answers: its time ran out" in said
 
 
 @pytest.mark.slow
@@ -337,71 +304,3 @@ def test_a_part_without_its_input_says_which_comes_first(tmp_path, kit, answered
     (tmp_path / "kit").symlink_to(answered / "kit")
     assert toy(tmp_path, "train") == 2
     assert "answers-00.npz is not there: run" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["bake"], "part 'bake'; allowed: setup, answers, search, train, evaluate, eagle2"),
-        (["setup"], "setup needs --kit FOLDER"),
-        (["train", "--minutes", "0"], "--minutes is 0.0; allowed: above 0"),
-        (["train", "--batch", "-4"], "--batch is -4; allowed: above 0"),
-    ],
-)
-def test_wrong_arguments(tmp_path, arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "out"), *arguments])
-    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
-    assert main(["kit", str(tmp_path), "--sources", "novels"]) == 2
-    assert "sources ['novels'] and part_mib 46 were given; allowed: some of ['chatterbot" in capsys.readouterr().err
-
-
-def test_the_commands_of_the_page_are_the_scripts_own():
-    lines = re.findall(r"^(?:\| `)?bench/recipes/one_gpu.sh ([^`\n]*)", (ROOT / "docs" / "gpu.md").read_text(), re.M)
-    assert {part for words in map(str.split, lines) for part in words} >= {"kit", *PARTS}
-    for words in map(str.split, lines):
-        assert parsed_kit(words[1:]) if words[0] == "kit" else set(parsed(words).parts) <= set(PARTS)
-
-
-def test_a_folder_comes_out_of_its_parts_as_it_went_in(tmp_path):
-    source = tmp_path / "source"
-    (source / "deep").mkdir(parents=True)
-    (source / "deep" / "noise").write_bytes(os.urandom(300_000))
-    (source / "empty").write_bytes(b"")
-    paths = pack(source, tmp_path / "parts", "state", 100_000)
-    assert [path.name for path in paths][-2:] == ["state.part3", "state.json"]
-    assert all(path.stat().st_size <= 100_000 for path in paths)
-    out = unpack(tmp_path / "parts", "state", tmp_path / "out")
-    assert (out / "deep" / "noise").read_bytes() == (source / "deep" / "noise").read_bytes()
-    assert sorted(path.name for path in out.rglob("*")) == ["deep", "empty", "noise"]
-
-
-def test_missing_and_damaged_parts_are_named(tmp_path):
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "noise").write_bytes(os.urandom(3000))
-    paths = pack(tmp_path / "source", tmp_path, "state", 4000)
-    data = paths[1].read_bytes()
-    paths[1].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(ValueError, match="state in .* another checksum"):
-        unpack(tmp_path, "state", tmp_path / "out")
-    paths[1].unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks state.part1 of state's \d parts"):
-        unpack(tmp_path, "state", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="part_bytes is 0"):
-        pack(tmp_path / "source", tmp_path, "state", 0)
-
-
-def test_the_budget_and_the_measure():
-    with pytest.raises(OutOfTime):
-        Budget(1.0).need(60.0)
-    Budget(1.0).need(50.0)
-    assert chain_tokens([0.5, 0.5, 1.0]) == 2.0 and chain_tokens([]) == 1.0
-
-
-def test_the_choices_are_changes_of_the_recipe():
-    changes = [change for _, group in CHOICES for change in group]
-    assert all(
-        set(change) <= set(BASE) and any(BASE[name] != value for name, value in change.items()) for change in changes
-    )
-    assert len({json.dumps(change) for change in changes}) == len(changes)

@@ -17,7 +17,7 @@ KINDS = ("passed", "failures", "errors", "skipped", "unfinished")
 
 def files() -> list[str]:
     """Test files that hold a test for a GPU."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(file.relative_to(ROOT)) for file in files if re.search(r"pytest\.mark\.gpu\b", file.read_text())]
 
 
