@@ -1,4 +1,4 @@
-"""Commands in process groups of their own: all they say in a file, ended in time, and with whoever started them."""
+"""Commands in process groups of their own: all their output in a file, ended in time, and with whoever started them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GRACE = 8.0
 """Seconds that a command gets after SIGINT to write what it has, before SIGKILL."""
 GRACE_AT_END = 2.0
-"""As many where this process itself was told to end."""
+"""As many where this process itself is to end."""
 TAIL = 3000
 LARGEST = 2**19
 """Characters of a log that are kept: half from its start, half from its end."""
@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Ended(SystemExit):
-    """A signal told this process to end; its exit status is then a shell's."""
+    """A signal ends this process, with the exit status that a shell gives."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -89,7 +89,7 @@ def run(command: list[str], seconds: float, log: Path, **variables: str) -> dict
     """The command's status and seconds; the end of its output where it did not pass, all of it in `log`.
 
     One that takes longer than `seconds` gets SIGINT, and SIGKILL where it does not end then. "signal" is there where
-    one told this process to end meanwhile.
+    a signal ended this process meanwhile.
     """
     start = time.monotonic()
     ended: dict[str, int] = {}
@@ -100,11 +100,11 @@ def run(command: list[str], seconds: float, log: Path, **variables: str) -> dict
         except subprocess.TimeoutExpired:
             status = f"stopped after {seconds:.0f} s"
             interrupted(process, GRACE)
-        except Ended as told:
-            status, ended = f"stopped by {signal.Signals(told.number).name}", {"signal": told.number}
+        except Ended as end:
+            status, ended = f"stopped by {signal.Signals(end.number).name}", {"signal": end.number}
             interrupted(process, GRACE_AT_END)
     output = log.read_text(errors="replace")
     if len(output) > LARGEST:
         log.write_text(f"{output[: LARGEST // 2]}\n[...]\n{output[-LARGEST // 2 :]}")
-    said = {} if status == "passed" else {"output": output[-TAIL:]}
-    return {"status": status, "seconds": round(time.monotonic() - start, 1), **ended, **said}
+    shown = {} if status == "passed" else {"output": output[-TAIL:]}
+    return {"status": status, "seconds": round(time.monotonic() - start, 1), **ended, **shown}

@@ -42,9 +42,9 @@ class Case:
     Each is called with one of `inputs`, going round. `check` raises where ours is wrong: the whole case is refused.
     `check_peer` raises where the peer it is given is: that one is refused. `bounds` are no peers: they do less, and
     mark what the machine gives. `work` is how many bytes or floating point operations one call has to do, whoever
-    does it. `series`, the op, and `at`, its sizes by name, place the case on the plots. clock "device" is the GPU's own
-    where there is one; "own" has functions that return their seconds. `notes`, asked after the run, adds to a peer's
-    row.
+    does it. `series`, the op, and `at`, its sizes by name, are what the plots draw the case by. clock "device" is the
+    GPU's own where there is one; "own" has functions that return their seconds. `notes`, called after the run, adds to
+    a peer's row.
     """
 
     name: str

@@ -69,7 +69,7 @@ def kernels(shape: Shape) -> list[str]:
 
 
 def key_of(shape: Shape, kernel: str, device: str) -> tuple[str, int, int, torch.dtype]:
-    """The kernel's place in the tables."""
+    """The key of the kernel in the tables."""
     from beagle_kernels.triton import configs
     from beagle_kernels.triton.block_attention import block_d
 
@@ -202,7 +202,7 @@ def winner(shape: Shape, kernel: str, tried: dict[Config, str | None], device: s
 
     key, run = key_of(shape, kernel, device), call_of(shape, kernel, device)
     first, before = shipped(key), milliseconds(run)
-    # where no process told anything, the candidates are compiled here
+    # where no process noted anything, the candidates are compiled here
     able = [config for config in configs.candidates(*key) if tried.get(config, "not compiled") is None]
     best = configs.tune(*key, run, able if tried else None)
     return {
@@ -256,12 +256,12 @@ def tune_all(size: str, device: str, out: Path | None, entries: list[dict]) -> l
     failed: list[str] = []
     use(entries)
     for stage, shapes in enumerate(STAGES[size]):
-        places = {(entry["kernel"], entry["head_size"], entry["dtype"]) for entry in entries}
+        known = {(entry["kernel"], entry["head_size"], entry["dtype"]) for entry in entries}
         left = [
             (shape, kernel)
             for shape in shapes
             for kernel in kernels(shape)
-            if (kernel, key_of(shape, kernel, device)[2], str(shape.dtype)[6:]) not in places
+            if (kernel, key_of(shape, kernel, device)[2], str(shape.dtype)[6:]) not in known
         ]
         tried = compiled(size, stage, device) if left else {}
         for shape, kernel in left:

@@ -18,6 +18,7 @@ from torch import Tensor
 from beagle_kernels.reference.philox import gumbel
 from beagle_sd.decoding.generate import generate
 from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.files import write_json
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 from bench.answers.real_prompts import batches, encoded_prompts
 
@@ -32,8 +33,8 @@ SAMPLINGS = {
 
 
 @dataclass
-class Comparison:
-    """tokens compared (up to a tie, where texts may part), ties, and the gaps of those that are none."""
+class Agreement:
+    """How many tokens were compared (up to the first that differs), and how many texts part at a tie or by a fault."""
 
     tokens: int = 0
     ties: int = 0
@@ -41,11 +42,11 @@ class Comparison:
 
     def add(self, model, prompt: list[int], found: list[int], truth: list[int], temperature: float, seed: int) -> None:
         """Compare one row's new tokens."""
-        for place, (ours, theirs) in enumerate(zip(found, truth)):
+        for index, (ours, theirs) in enumerate(zip(found, truth)):
             self.tokens += 1
             if ours == theirs:
                 continue
-            gap = perturbed_gap(model, prompt + truth[:place], ours, theirs, temperature, seed)
+            gap = perturbed_gap(model, prompt + truth[:index], ours, theirs, temperature, seed)
             if gap < TIE:
                 self.ties += 1
             else:
@@ -103,9 +104,9 @@ def compare(
     max_new_tokens: int,
     sampling: dict,
     truth: list[Tensor] | None = None,
-) -> Comparison:
+) -> Agreement:
     """All prompts in batches of `batch`, against the truth for `sampling`."""
-    result = Comparison()
+    result = Agreement()
     truth = truth or truths(model, prompts, pad, batch, max_new_tokens, sampling)
     for number, (ids, mask) in enumerate(batches(prompts, batch, pad)):
         seeds = seeds_of(number, len(ids))
@@ -143,7 +144,7 @@ def main() -> None:
                 rows.append({"sampling": sampling, "shape": name, "batch": batch, **asdict(result)})
                 print(json.dumps(rows[-1]), flush=True)
                 if args.out:
-                    args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                    write_json(args.out, rows)
     if any(row["faults"] for row in rows):
         raise SystemExit("faults: speculative decoding differed from the truth beyond a tie")
 

@@ -37,7 +37,7 @@ FILES = 8
 """Of RESULTS."""
 SAVING = 20.0
 """Seconds of a step that are not its command's own: to end it and to save what it has."""
-PLACES = {
+FOLDERS = {
     "kit.*": "in",
     "answers-*.npz": "out/answers",
     "model.safetensors": "out/train/draft",
@@ -63,7 +63,7 @@ class Step(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The steps, and which files of PLACES are brought back."""
+    """The steps, and which files of FOLDERS are brought back."""
 
     steps: list[Step]
     brought: tuple[str, ...] = ()
@@ -188,8 +188,8 @@ def main(arguments: list[str]) -> int:
         log = work / "log" / f"{step.name}.txt"
         done = run(step.command(seconds), seconds, log, BEAGLE_CACHE=str(work / "out" / "scratch"))
         print(f"== {step.name}: {done['status']}, {done['seconds']:.0f} s")
-        for said in (work / "gpu.logs" / log.name, log):  # gpu_check's own log of a step, if it has one
-            print(*_lines(said)[-step.lines :], sep="\n", flush=True)
+        for output in (work / "gpu.logs" / log.name, log):  # the log of bench.gpu.check of a step, if it has one
+            print(*_lines(output)[-step.lines :], sep="\n", flush=True)
         bring_back(work, results, call.brought)
         passed &= done["status"] == "passed"
         if "signal" in done:
@@ -204,14 +204,14 @@ def _lines(path: Path) -> list[str]:
 def take_in(carried: Path, work: Path) -> Iterator[str]:
     """Put what came along where the steps look for it; what is there already stays as it is."""
     for path in sorted(carried.iterdir()) if carried.is_dir() else []:
-        places = [work / place / path.name for pattern, place in PLACES.items() if fnmatch(path.name, pattern)]
+        known = [work / folder / path.name for pattern, folder in FOLDERS.items() if fnmatch(path.name, pattern)]
         if path.name == RESULTS_FILE:
             with tarfile.open(path) as tar:
                 new = [member for member in tar if member.isfile() and not (work / member.name).exists()]
                 tar.extractall(work, new, filter="data")
             yield f"{len(new)} files of {path.name}"
-        elif places and not places[0].exists():
-            _copy(path, places[0])
+        elif known and not known[0].exists():
+            _copy(path, known[0])
             yield path.name
 
 
@@ -220,15 +220,15 @@ def bring_back(work: Path, results: Path, patterns: tuple[str, ...]) -> None:
     with whole(results / RESULTS_FILE) as partial, tarfile.open(partial, "w:gz") as tar:
         for path in sorted(path for path in work.rglob("*") if path.is_file()):
             name = path.relative_to(work)
-            placed = any(fnmatch(path.name, pattern) for pattern in PLACES)
-            if not placed and not any(name.is_relative_to(folder) for folder in LEFT):
+            separate = any(fnmatch(path.name, pattern) for pattern in FOLDERS)
+            if not separate and not any(name.is_relative_to(folder) for folder in LEFT):
                 tar.add(path, name)
     room = FILES - 1
     for pattern in patterns:
-        found = sorted((work / PLACES[pattern]).glob(pattern))
+        found = sorted((work / FOLDERS[pattern]).glob(pattern))
         fit = found[:room] if pattern not in TOGETHER or len(found) <= room else []
         if len(fit) < len(found):
-            print(f"{len(found) - len(fit)} of {len(found)} files {pattern} stay in {work / PLACES[pattern]}")
+            print(f"{len(found) - len(fit)} of {len(found)} files {pattern} stay in {work / FOLDERS[pattern]}")
         room -= len(fit)
         for path in fit:
             _copy(path, results / path.name)

@@ -3,8 +3,8 @@
 Run it as `bench/gpu/check.sh [OUT [PART ...]]`; parts: build, smoke, tests, round, bench, tune, speed, or a single
 benchmark as bench:verify_tree; without one all of them, the figures that matter most before tuning. A step that fails
 or takes too long is recorded with what it has until then, and the next one runs; none begins when the time is up. OUT
-is written after every step; what the steps said, whole, and their own files are in the folder OUT.logs beside it. A run
-into the same OUT with the same sources on the same GPU repeats no step that is there and passed, and no benchmark's
+is written after every step; the whole output of the steps and their own files are in the folder OUT.logs beside it. A
+run into the same OUT with the same sources on the same GPU repeats no step that is there and passed, and no benchmark's
 rows that are there, so calling it again goes on. --dry-run walks every step on the CPU at a tiny size.
 """
 
@@ -30,7 +30,7 @@ SECONDS = {"build": 240, "smoke": 150, "tests": 240, "round": 180, "bench": 150,
 """A step's time limit."""
 OPS = tuple(name for name in MODULES if name != "round")
 ALL = 530
-"""Seconds after which no step goes on, unless told otherwise: a run ends within nine minutes."""
+"""Seconds after which no step goes on, unless --seconds says otherwise: a run ends within nine minutes."""
 LEAST = 15
 """A step that has fewer seconds left does not begin."""
 
@@ -123,7 +123,7 @@ def read(file: Path, otherwise):
 
 
 def why_no_answers() -> str | None:
-    """What bench.answers.speed lacks here, None where nothing: it needs SmolLM2 and prompts; no network is asked."""
+    """What bench.answers.speed lacks here, None where nothing: it needs SmolLM2 and prompts; nothing is downloaded."""
     from beagle_sd.data.evaluation_sets import evaluation_prompts
     from beagle_sd.models.smollm2 import converted
 
@@ -188,7 +188,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
-    """The options; what cannot be is told as argparse tells it."""
+    """The options; what is not allowed ends the process as argparse does."""
     allowed = [*SECONDS, *(f"bench:{name}" for name in OPS)]
     parser = argparse.ArgumentParser(
         prog="bench/gpu/check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

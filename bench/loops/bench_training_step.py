@@ -63,11 +63,11 @@ class Setting:
     def _visible(self) -> Tensor:
         """[T, 2T] bool: the true keys before a row's window, then the draft keys of its window before it. Rows without
         a key are given the first one and counted nowhere."""
-        place, offset = self.batch.positions, int(self.offset)
-        start = place - (place - offset) % self.window
-        true = (place < start[:, None]) & (place >= 0) & (place[:, None] >= offset)
+        index, offset = self.batch.positions, int(self.offset)
+        start = index - (index - offset) % self.window
+        true = (index < start[:, None]) & (index >= 0) & (index[:, None] >= offset)
         true[:, 0] |= ~true.any(1)
-        inside = (place >= start[:, None]) & (place < place[:, None]) & (place >= offset) & (start[:, None] >= offset)
+        inside = (index >= start[:, None]) & (index < index[:, None]) & (index >= offset) & (start[:, None] >= offset)
         return torch.cat((true, inside), 1)
 
     def weights(self, simulated: bool, window: int | None = None) -> Tensor:
@@ -169,9 +169,9 @@ def by_steps(setting: Setting) -> Case:
 
 def one_step(setting: Setting) -> Case:
     """Beagle's stage 1 beside EAGLE-2's only stage."""
-    mine, theirs = [setting.weights(simulated=False)], [setting.weights(simulated=False, window=1)]
+    ours, theirs = [setting.weights(simulated=False)], [setting.weights(simulated=False, window=1)]
     peers = {
-        "beagle": setting.step(setting.stage_one, mine, True),
+        "beagle": setting.step(setting.stage_one, ours, True),
         "EAGLE-2": setting.step(setting.eagle_step, theirs, True),
     }
     return _case(setting, "training step without simulation", peers, lambda: _finite(peers))

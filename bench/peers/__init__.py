@@ -13,7 +13,7 @@ from collections.abc import Callable
 LEFT_OUT = {
     "vLLM rejection sampler": "internal to the engine, and its arguments changed between versions",
     "transformers, assisted generation": "no smaller model with SmolLM2's tokenizer can be had from a package "
-    "registry; prompt lookup, which needs none, is in bench/speed.py",
+    "registry; prompt lookup, which needs none, is in bench.answers.speed",
 }
 """Peers that no module adapts, and why."""
 

@@ -73,17 +73,17 @@ def eagle_states(
         earlier = block_attention(queries, keys, values, 1, torch.zeros_like(offset), batch.cu_seqlens)
         return draft.block(x, extend_attention(*earlier, queries, keys[:, None], values[:, None])[0])
     states = torch.zeros_like(x)
-    own: list[tuple[Tensor, Tensor]] = []
+    drafted: list[tuple[Tensor, Tensor]] = []
     state = before
     for step, rows in enumerate(rows_by_step(batch, window, offset)):
         state = state[rows] if step == 0 else state[: len(rows)]
-        mine = draft.pooled(embedded[rows], state.detach() if detach_states else state)
-        own.append(draft.keys_values(mine, batch.positions[rows]))
-        queries = draft.queries(mine, batch.positions[rows])
-        placed = queries.new_zeros(len(x), *queries.shape[1:]).index_copy(0, rows, queries)
-        out, lse = block_attention(placed, keys, values, window, offset, batch.cu_seqlens)
-        local = (torch.stack([part[: len(rows)] for part in parts], 1) for parts in zip(*own))
-        state = draft.block(mine, extend_attention(out[rows], lse[rows], queries, *local)[0])
+        pooled = draft.pooled(embedded[rows], state.detach() if detach_states else state)
+        drafted.append(draft.keys_values(pooled, batch.positions[rows]))
+        queries = draft.queries(pooled, batch.positions[rows])
+        all_queries = queries.new_zeros(len(x), *queries.shape[1:]).index_copy(0, rows, queries)
+        out, lse = block_attention(all_queries, keys, values, window, offset, batch.cu_seqlens)
+        local = (torch.stack([part[: len(rows)] for part in parts], 1) for parts in zip(*drafted))
+        state = draft.block(pooled, extend_attention(out[rows], lse[rows], queries, *local)[0])
         states = states.index_copy(0, rows, state)
     return states
 
@@ -113,9 +113,9 @@ def propose(
         width = tokens.shape[1]
         position = (lengths.long() + level)[:, None].expand(-1, width)
         x = draft.pooled(draft.embed(tokens), before)
-        own = torch.arange(slot, slot + width, device=device)
-        cache.append(draft, x, lengths.long()[:, None] + own, position)
-        visible = visible | _bits(own, words)
+        slots_of_level = torch.arange(slot, slot + width, device=device)
+        cache.append(draft, x, lengths.long()[:, None] + slots_of_level, position)
+        visible = visible | _bits(slots_of_level, words)
         slot += width
         queries = draft.queries(x.flatten(0, 1), position.flatten()).unflatten(0, tokens.shape)
         attended = tree_attention(queries, cache.keys[:, :, :limit], cache.values[:, :, :limit], lengths, visible)

@@ -29,8 +29,8 @@ class HostTree(NamedTuple):
 def build(root: Tensor, tokens: Tensor, scores: Tensor, parents: Tensor, num_nodes: int) -> HostTree:
     """The best num_nodes - 1 of one row's candidates [M], which stand in level order, below root []."""
     kept = scores.topk(min(num_nodes - 1, len(scores))).indices.sort().values
-    place = {candidate: node for node, candidate in enumerate(kept.tolist(), 1)} | {-1: 0}
-    above = [-1] + [place[parent] for parent in parents[kept].tolist()]
+    index = {candidate: node for node, candidate in enumerate(kept.tolist(), 1)} | {-1: 0}
+    above = [-1] + [index[parent] for parent in parents[kept].tolist()]
     return from_parents(torch.cat([root[None], tokens[kept]]), above)
 
 

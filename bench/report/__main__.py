@@ -2,6 +2,6 @@
 
 import sys
 
-from bench.report.tables import main
+from bench.report.pages import main
 
 sys.exit(main(sys.argv[1:]))

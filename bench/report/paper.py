@@ -1,4 +1,4 @@
-"""docs/paper.md's tables: our figures, from the files that hold them, beside the paper's (arXiv 2505.24544)."""
+"""Our figures, from the files that hold them, beside the paper's (arXiv 2505.24544): docs/paper.md and table 1."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import csv
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[1] / "results" / "paper"
+from bench.report import results
+
+FOLDER = results.RESULTS / "paper"
 COURSE = {
     "Beagle": (".83 .72 .59 .54 .53", ".90 .81 .73 .68 .67"),
     "EAGLE-2": (".74 .50 .32 .28 .26", ".90 .76 .67 .64 .62"),
@@ -94,5 +95,74 @@ def _by_depth(row: dict) -> str:
     return " ".join(f"{float(share):.2f}".lstrip("0") for share in shares if share is not None)
 
 
-TABLES: dict[str, Callable[[], str]] = {"paper_settings": settings, "paper_figure3": course}
+TABLE_1 = {
+    # target -> method -> tokens a second, speedup, tokens a round, peak GB (arXiv 2505.24544, table 1, MT-Bench)
+    "Vicuna-7B": {
+        "plain": (35.2, 1.0, 1.0, 13.7),
+        "Medusa": (71.2, 2.0, 2.1, 15.0),
+        "EAGLE-2": (103.4, 2.9, 4.0, 14.5),
+        "Beagle": (104.6, 3.0, 4.1, 13.5),
+    },
+    "LLaMA-2-7B": {"EAGLE-2": (104.9, 3.0, 4.0, 15.5), "Beagle": (106.2, 3.0, 4.1, 13.5)},
+    "LLaMA-3-8B": {"EAGLE-2": (80.2, 2.5, 3.6, 17.8), "Beagle": (79.2, 2.5, 3.5, 15.7)},
+}
+
+
+def table_1() -> str:
+    """The paper's table 1 on MT-Bench, beside whole answers on the CPU and whole rounds on a GPU."""
+    lines = [
+        "| where | target | method | tokens/s | speedup | tokens a round | peak GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for target, methods in TABLE_1.items():
+        lines += [
+            f"| the paper, A6000 Ada | {target} | {method} | " + " | ".join(f"{x:.1f}" for x in numbers) + " |"
+            for method, numbers in methods.items()
+        ]
+    for measured, row in results.speed_rows():
+        if row["prompts"] != "mt-bench" or measured["temperature"] != 0:
+            continue
+        tokens = "" if row["tokens_per_round"] is None else f"{row['tokens_per_round']:.1f}"
+        cells = (
+            f"{measured['threads']} CPU threads, {row['prompts']}",
+            f"{measured['target']} {measured['dtype']}",
+            row["contender"],
+            f"{1e3 / row['ms_per_token']:.1f}",
+            f"{row['median']:.2f}",
+            tokens,
+            _peak(row),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, *_rounds()])
+
+
+def _rounds() -> list[str]:
+    """Rows of the paper's table for whole rounds on a GPU: speedup over target.generate."""
+    record, lines = results.gpu_record(), []
+    for group, rows in results.grouped(record["steps"].get("round", {}).get("rows", [])).items():
+        if any("error" in row for row in rows):
+            lines.append(f"| {record['environment']['gpu']} | {group} | refused |  |  |  |  |")
+            continue
+        base = next((row["p50"] for row in rows if row["peer"] == "target.generate"), None)
+        for row in rows:
+            name = f"{row['peer']}{', replayed acceptance' if row['acceptance'] == 'replayed' else ''}"
+            cells = (
+                record["environment"]["gpu"],
+                f"{row['at']['model']}, batch {row['at']['batch']}",
+                name,
+                f"{row['token/s']:.1f}",
+                f"{base / row['p50']:.2f}" if base else "not measured",
+                f"{row['tokens_per_round']:.1f}",
+                _peak(row),
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines or ["| a GPU | 8B-shaped random bfloat16 | Beagle, replayed acceptance | not measured |  |  |  |"]
+
+
+def _peak(row: dict) -> str:
+    """Of memory, in GB."""
+    return "not measured" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e9:.2f}"
+
+
+TABLES: dict[str, Callable[[], str]] = {"paper": table_1, "paper_settings": settings, "paper_figure3": course}
 TABLES |= {f"paper_{name}": partial(ablation, name) for name in ABLATIONS}

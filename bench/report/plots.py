@@ -5,13 +5,13 @@ A figure is drawn for each device that has a file: cpu-scaling.json, and gpu.jso
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-RESULTS, FIGURES = ROOT / "bench" / "results", ROOT / "docs" / "figures"
+from bench.report import results
+
+FIGURES = results.ROOT / "docs" / "figures"
 PLOTS = {
     "attention": [("block_attention forward", "rows"), ("block_attention backward", "rows")],
     "loss": [("distill_loss", "rows")],
@@ -33,16 +33,16 @@ LEAST = 3
 def files() -> dict[str, list[dict]]:
     """Rows by device, of the files there are."""
     found = {}
-    if (path := RESULTS / "cpu-scaling.json").exists():
-        found["cpu"] = json.loads(path.read_text(encoding="utf-8"))
-    if (path := RESULTS / "gpu.json").exists():
-        steps = json.loads(path.read_text(encoding="utf-8"))["steps"].values()
-        found["gpu"] = [row for step in steps for row in step.get("rows", [])]
+    if (results.RESULTS / "cpu-scaling.json").exists():
+        found["cpu"] = results.read("cpu-scaling.json")
+    if steps := results.gpu_record()["steps"]:
+        found["gpu"] = [row for step in steps.values() for row in step.get("rows", [])]
     return found
 
 
-def placed(rows: list[dict]) -> Iterator[dict]:
-    """The rows with a number and a place on a plot; the loss's, whose file is pytest's, by the name of its group."""
+def with_sizes(rows: list[dict]) -> Iterator[dict]:
+    """The rows with a number and sizes to be drawn by. The loss's, whose file is that of pytest-benchmark, have them in
+    the name of their group."""
     for row in rows:
         if "p50" not in row or row.get("data", "").startswith("normal random, deviation"):
             continue
@@ -81,36 +81,36 @@ def draw(device: str, rows: list[dict], folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.hashsalt": "beagle", "svg.fonttype": "none", "font.size": 9})
-    rows, written = list(placed(rows)), []
+    rows, files_written = list(with_sizes(rows)), []
     for figure, panels in PLOTS.items():
         drawn = [(series, axis, *found) for series, axis in panels if (found := panel(rows, series, axis))[1]]
         if not drawn:
             continue
         sheet, axes = plt.subplots(1, len(drawn), figsize=(4.2 * len(drawn), 3.4), squeeze=False)
-        for place, (series, axis, fixed, lines) in zip(axes[0], drawn):
+        for axes_of_panel, (series, axis, fixed, lines) in zip(axes[0], drawn):
             for peer, points in sorted(lines.items(), key=lambda item: item[0] != "beagle"):
                 ours = peer == "beagle"
-                place.plot(*zip(*points), marker="o", markersize=3, linewidth=2.2 if ours else 1.1, label=peer)
+                axes_of_panel.plot(*zip(*points), marker="o", markersize=3, linewidth=2.2 if ours else 1.1, label=peer)
             tokens = figure == "round"
-            place.set(
+            axes_of_panel.set(
                 xscale="log",
                 yscale="linear" if tokens else "log",
                 xlabel=axis,
                 title=f"{series}\n{fixed}",
                 ylabel="tokens a second" if tokens else "ms",
             )
-            place.title.set_fontsize(8)
+            axes_of_panel.title.set_fontsize(8)
             ticks = sorted({x for points in lines.values() for x, _ in points})
-            place.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45, minor=False)
-            place.minorticks_off()
-            place.grid(alpha=0.3)
-            place.legend(fontsize=7)
+            axes_of_panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45, minor=False)
+            axes_of_panel.minorticks_off()
+            axes_of_panel.grid(alpha=0.3)
+            axes_of_panel.legend(fontsize=7)
         sheet.tight_layout()
         path = folder / f"{device}-{figure}.svg"
         sheet.savefig(path, metadata={"Date": None})
         plt.close(sheet)
-        written.append(path)
-    return written
+        files_written.append(path)
+    return files_written
 
 
 def main() -> list[Path]:

@@ -61,30 +61,30 @@ ONLY = {"limits": "cuda", "skinny_linear": "cpu"}
 
 
 class Check(NamedTuple):
-    """One under way; stdout is what it has to say, stderr what went wrong."""
+    """One under way; `output` is its stdout, `errors` its stderr."""
 
     name: str
     process: subprocess.Popen
     guard: ExitStack
-    said: IO[str]
-    wrong: IO[str]
+    output: IO[str]
+    errors: IO[str]
     began: float
 
     @classmethod
     def start(cls, name: str, device: str) -> Check:
-        said, wrong = (tempfile.TemporaryFile("w+", errors="replace") for _ in range(2))
+        output, errors = (tempfile.TemporaryFile("w+", errors="replace") for _ in range(2))
         process = subprocess.Popen(
             [*COMMAND, "--here", "--device", device, name],
             cwd=ROOT,
-            stdout=said,
-            stderr=wrong,
+            stdout=output,
+            stderr=errors,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             env=os.environ | {"PYTHONFAULTHANDLER": "1"},
         )
         guard = ExitStack()
         guard.enter_context(watched(process))
-        return cls(name, process, guard, said, wrong, time.monotonic())
+        return cls(name, process, guard, output, errors, time.monotonic())
 
     def end(self) -> None:
         """Kill it with all that it started; Python first writes where it stands."""
@@ -99,11 +99,11 @@ class Check(NamedTuple):
         passed = self.process.returncode == 0 and not note
         if not passed and not note and self.process.returncode < 0:
             note = f"ended by {signal.Signals(-self.process.returncode).name}"
-        said, wrong = (read(file) for file in (self.said, self.wrong))
-        before, dump, stack = wrong.partition("Fatal Python error")  # a stack has its end first, and a list behind it
-        wrong = before[-TAIL:] + dump + stack.partition("\nExtension modules")[0][:TAIL]
-        lines = [f"{'ok  ' if passed else 'FAIL'} {self.name}, {time.monotonic() - self.began:.0f} s", said[-TAIL:]]
-        print("\n".join(filter(None, lines if passed else [*lines, wrong, note])), flush=True)
+        output, errors = (read(file) for file in (self.output, self.errors))
+        before, dump, stack = errors.partition("Fatal Python error")  # a stack has its end first, and a list behind it
+        errors = before[-TAIL:] + dump + stack.partition("\nExtension modules")[0][:TAIL]
+        lines = [f"{'ok  ' if passed else 'FAIL'} {self.name}, {time.monotonic() - self.began:.0f} s", output[-TAIL:]]
+        print("\n".join(filter(None, lines if passed else [*lines, errors, note])), flush=True)
         return passed
 
 

@@ -20,7 +20,7 @@ from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.training.config import TrainingConfig
 from beagle_sd.training.trainer import Trainer
-from bench.answers.lossless import Comparison
+from bench.answers.lossless import Agreement
 
 VOCAB, NEW = 2000, 20
 APART = 2.0**-8
@@ -51,7 +51,7 @@ def models(device: str, layers: int = 2) -> tuple[LlamaForCausalLM, LlamaForCaus
 
 def same_text(host, prompt: list[int], found: list[int], truth: list[int], temperature: float, seed: int) -> None:
     """Equal up to where two tokens tie."""
-    compared = Comparison()
+    compared = Agreement()
     compared.add(host, prompt, found, truth, temperature, seed)
     assert not compared.faults, f"the text parts from plain decoding's on the host: {found} for {truth}"
 
@@ -59,7 +59,7 @@ def same_text(host, prompt: list[int], found: list[int], truth: list[int], tempe
 def rounds(device: str, page_size: int | None) -> str:
     """Captured and eager rounds give one text, drafted or not: the host's plain one."""
     host, target, draft = models(device)
-    ids, said = torch.randint(VOCAB, (3, 40)), []
+    ids, counts = torch.randint(VOCAB, (3, 40)), []
     options: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": []}
     for shape, temperature in (
         (TreeShape(6, 10, 60), 0.0),
@@ -77,9 +77,9 @@ def rounds(device: str, page_size: int | None) -> str:
         assert ("capture" in made[0].report.seconds) == (device == "cuda")
         for row, found in enumerate(made[0].sequences[:, 40:].tolist()):
             same_text(host, ids[row].tolist(), found, want[row], temperature, row)
-        said.append(made[0].report.tokens_per_round)
-    assert said[0] > 1.2, f"{said[0]} tokens a round: acceptance was not tested"
-    return "tokens a round " + ", ".join(f"{count:.2f}" for count in said)
+        counts.append(made[0].report.tokens_per_round)
+    assert counts[0] > 1.2, f"{counts[0]} tokens a round: acceptance was not tested"
+    return "tokens a round " + ", ".join(f"{count:.2f}" for count in counts)
 
 
 def answers(device: str) -> None:
@@ -87,16 +87,16 @@ def answers(device: str) -> None:
     warnings.simplefilter("error")
     host, target, _ = models(device)
     model: Any = target  # transformers' wrapper hides the signature of `to`
-    asked = [Request(n, torch.randint(VOCAB, (5 + n,)).tolist(), (0.0, 0.7, 1.0)[n % 3]) for n in range(12)]
+    requests = [Request(n, torch.randint(VOCAB, (5 + n,)).tolist(), (0.0, 0.7, 1.0)[n % 3]) for n in range(12)]
     for dtype in (torch.float32, torch.bfloat16):
         captured, eager = (
             sorted(
-                write_answers(model.to(dtype), asked, end=-1, batch=8, max_new_tokens=NEW, graph=graph),
+                write_answers(model.to(dtype), requests, end=-1, batch=8, max_new_tokens=NEW, graph=graph),
                 key=lambda one: one.index,
             )
             for graph in (True, False)
         )
-        for request, one, other in zip(asked, captured, eager, strict=True):
+        for request, one, other in zip(requests, captured, eager, strict=True):
             found, again = ([*each.tokens.tolist(), each.final_token] for each in (one, other))
             assert found == again and one.states.equal(other.states), f"captured is not eager in {dtype}"
             assert len(found) == len(request.ids) + NEW and one.states.isfinite().all()
@@ -126,14 +126,14 @@ def training(device: str) -> str:
     ids, lengths = torch.randint(VOCAB, (750,)).int(), torch.tensor([350, 250, 90, 60])
     corpus = Corpus(ids, torch.ones(750).bool(), lengths, torch.arange(4), -torch.ones(4))
     config = TrainingConfig(tokens_per_step=1000, block_epochs=1, simulation_epochs=1, lr=1e-4, warmup_steps=0)
-    said: list[list[float]] = []
+    measured: list[list[float]] = []
     for one, model, autocast in ((draft, target, True), (ours, host, False)):
         found: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(one, LiveDataset(model, corpus, held_out=4), folder, replace(config, autocast=autocast))
             trainer.run(lambda step, row: found.extend((row["loss"], row["gradient_norm"])))  # noqa: B023
             assert trainer.step == 2
-        said.append(found)
-    what = f"loss and gradient norm of either stage {said[0]}, on the host {said[1]}"
-    assert all(abs(have - want) <= APART * want for have, want in zip(*said, strict=True)), what
+        measured.append(found)
+    what = f"loss and gradient norm of either stage {measured[0]}, on the host {measured[1]}"
+    assert all(abs(have - want) <= APART * want for have, want in zip(*measured, strict=True)), what
     return what

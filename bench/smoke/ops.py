@@ -18,6 +18,7 @@ import beagle_kernels as bk
 from beagle_kernels import Sampling, backends
 from beagle_kernels.reference.block_attention import visible_keys
 from beagle_kernels.reference.tree_attention import visible_slots
+from bench.registry import moved
 
 NODES = 60
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -25,14 +26,6 @@ ROUNDING = {BF16: 2.0**-8, FP32: 2.0**-21}
 """Half a unit in the last place of bf16; what three TF32 products lose of one in fp32."""
 EDGES = {"byte/s": (1e11, 2e13), "flop/s": (1e13, 1e16)}
 """Rates outside are a clock's fault."""
-
-
-def moved(value, device: str):
-    """Tensors and tuples of them on the device."""
-    if isinstance(value, tuple):
-        parts = [moved(part, device) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 @contextmanager
@@ -51,9 +44,9 @@ def as_on_the_host(device: str, op: Callable, *args, **options) -> None:
     want = op(*args, **options)
     with poisoned():
         have = op(*moved(args, device), **options)
-    for place, (one, other) in enumerate(zip(want, have, strict=True)):
+    for number, (one, other) in enumerate(zip(want, have, strict=True)):
         if isinstance(one, Tensor):
-            assert torch.equal(one, other.cpu()), f"{op.__name__} {options}: result {place} is not the host's"
+            assert torch.equal(one, other.cpu()), f"{op.__name__} {options}: result {number} is not the host's"
 
 
 def close(what: str, have: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, factor: float) -> None:
@@ -67,8 +60,8 @@ def close(what: str, have: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dt
 def as_good_as_eager(device: str, op: Callable, eager: Callable, given: list[Tensor]) -> None:
     """An op's result and its gradient in every tensor given, beside those of the same in eager PyTorch."""
     results = []
-    for function, place, kind in ((op, device, None), (eager, device, None), (eager, "cpu", torch.float64)):
-        leaves = [x.to(place, kind, copy=True).requires_grad_() for x in given]
+    for function, where, kind in ((op, device, None), (eager, device, None), (eager, "cpu", torch.float64)):
+        leaves = [x.to(where, kind, copy=True).requires_grad_() for x in given]
         with poisoned():
             out = function(*leaves)
             up = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -143,8 +136,8 @@ def compact_cache_(device: str) -> None:
         for dtype in (BF16, FP32):
             before = torch.randn(shape).to(dtype)
             host, there = before.clone(), before.to(device, copy=True)
-            for one, place in ((host, "cpu"), (there, device)):
-                bk.compact_cache_(one, *moved((path, count, lengths), place), block_table=moved(pages, place))
+            for one, where in ((host, "cpu"), (there, device)):
+                bk.compact_cache_(one, *moved((path, count, lengths), where), block_table=moved(pages, where))
             assert not torch.equal(host, before)
             assert torch.equal(there.cpu(), host), f"{dtype}, paged: {pages is not None}: not the host's"
 
@@ -177,10 +170,10 @@ def extend_attention(device: str) -> None:
     given.insert(1, torch.randn(200, 9))
 
     def eager(out, lse, q, k, v):
-        mine, own = dense(q[:, None], k, v, torch.ones(200, 1, 3, dtype=torch.bool, device=q.device))
-        total = torch.logaddexp(lse, own[:, 0].to(lse))
-        old, new = (torch.exp(part - total)[..., None].to(out) for part in (lse, own[:, 0]))
-        return old * out + new * mine[:, 0]
+        local, local_lse = dense(q[:, None], k, v, torch.ones(200, 1, 3, dtype=torch.bool, device=q.device))
+        total = torch.logaddexp(lse, local_lse[:, 0].to(lse))
+        old, new = (torch.exp(part - total)[..., None].to(out) for part in (lse, local_lse[:, 0]))
+        return old * out + new * local[:, 0]
 
     as_good_as_eager(device, lambda *leaves: bk.extend_attention(*leaves)[0], eager, given)
 
@@ -192,8 +185,8 @@ def tree_attention(device: str, width: int, heads: tuple[int, int], dtype: torch
     seen = visible_slots(640, lengths, mask)
     slots = k.transpose(1, 2), v.transpose(1, 2)
     eager, exact = (
-        dense(q.to(place, kind), slots[0].to(place, kind), slots[1].to(place, kind), seen.to(place))[0]
-        for place, kind in ((device, dtype), ("cpu", torch.float64))
+        dense(q.to(where, kind), slots[0].to(where, kind), slots[1].to(where, kind), seen.to(where))[0]
+        for where, kind in ((device, dtype), ("cpu", torch.float64))
     )
     for x in (k, v):
         x.masked_fill_(~seen.any(1)[:, None, :, None], float("nan"))

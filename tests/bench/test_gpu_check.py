@@ -18,7 +18,7 @@ from bench.__main__ import main as bench_main
 from bench.gpu import HEADLINES, run_tests
 from bench.gpu import check as gpu_check
 from bench.registry import Case
-from bench.report import tables as report
+from bench.report import tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -291,7 +291,7 @@ def test_a_dry_run_walks_the_steps(tmp_path):
     assert {entry["kernel"] for entry in tuned} == set(tuning.TIMED_BY)
     assert all("cpu" in row["device"] and row["tuned"] for row in rows if "p50" in row)
     assert any(row.get("acceptance") == "replayed" for row in record["steps"]["round"]["rows"])
-    lines = report.configs(tuned).splitlines()
+    lines = tiles.lines_of(tuned).splitlines()
     assert len(lines) == len(tuned) and lines[0].startswith('"block_dkv": 90: {16: Config(')
     assert "test_triton_ops" in (tmp_path / "gpu.logs" / "tests.txt").read_text()
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)

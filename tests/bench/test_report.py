@@ -5,24 +5,23 @@ import re
 
 import pytest
 
-from bench.report import plots
-from bench.report import tables as report
+from bench.report import pages, paper, plots, results, tables, tiles
 
 
-@pytest.mark.parametrize("page", report.PAGES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda path: path.parent.name)
 def test_pages_are_up_to_date(page):
     text = page.read_text(encoding="utf-8")
-    assert report.filled(text) == text, "run python -m bench.report"
+    assert pages.filled(text) == text, "run python -m bench.report"
 
 
 def test_an_edited_figure_is_replaced():
     page = "before\n<!-- acceptance -->\n| 9.99 |\n<!-- end -->\nafter"
-    assert report.filled(page) == f"before\n<!-- acceptance -->\n{report.acceptance()}\n<!-- end -->\nafter"
+    assert pages.filled(page) == f"before\n<!-- acceptance -->\n{tables.acceptance()}\n<!-- end -->\nafter"
 
 
 def test_an_unknown_table_is_named():
     with pytest.raises(ValueError, match="nonsense.*allowed: acceptance"):
-        report.filled("<!-- nonsense -->\n<!-- end -->")
+        pages.filled("<!-- nonsense -->\n<!-- end -->")
 
 
 def test_what_was_not_measured_says_so(tmp_path, monkeypatch):
@@ -35,16 +34,16 @@ def test_what_was_not_measured_says_so(tmp_path, monkeypatch):
         "acceptance_by_depth": [0.5, 0.25],
     }
     (tmp_path / "acceptance.json").write_text(json.dumps({"shapes": [row]}))
-    monkeypatch.setattr(report, "BUNDLED", tmp_path)
-    assert "| chain of 4 | 1.50 | not measured | 0.50 0.25 |" in report.acceptance()
+    monkeypatch.setattr(results, "BUNDLED", tmp_path)
+    assert "| chain of 4 | 1.50 | not measured | 0.50 0.25 |" in tables.acceptance()
 
 
 def test_every_op_row_names_a_peer_and_every_slower_one_a_reason():
-    rows = json.loads((report.RESULTS / "cpu-ops.json").read_text(encoding="utf-8"))
-    page = (report.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = json.loads((results.RESULTS / "cpu-ops.json").read_text(encoding="utf-8"))
+    page = (results.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     (reasons,) = re.findall(r"What stands in the way.*?(?=\n## )", page, flags=re.DOTALL)
-    for group, members in report.grouped(rows).items():
-        ours, _, time = report.against_fastest(members)
+    for group, members in results.grouped(rows).items():
+        ours, _, time = results.against_fastest(members)
         op = " ".join(group.split(" ")[:1])
         assert time >= ours or f"`{op}`" in reasons, f"{group}: ratio {time / ours:.2f}, and no sentence names `{op}`"
 
@@ -52,7 +51,7 @@ def test_every_op_row_names_a_peer_and_every_slower_one_a_reason():
 def test_a_group_without_a_peer_is_no_row():
     alone = [row("beagle", 1.0, group="an op")]
     with pytest.raises(ValueError, match="an op has no peer"):
-        report.against_fastest(alone)
+        results.against_fastest(alone)
 
 
 def row(peer: str, seconds: float, **more) -> dict:
@@ -60,30 +59,30 @@ def row(peer: str, seconds: float, **more) -> dict:
 
 
 def test_the_gpu_s_tables_come_from_its_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert "| every op | not measured |" in report.gpu() and "8B-shaped random bfloat16" in report.paper()
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert "| every op | not measured |" in tables.gpu() and "8B-shaped random bfloat16" in paper.table_1()
     ops = [row("beagle", 1e-3, **{"share of copy": 0.8}), row("sdpa", 2e-3)]
     ops.append({"group": "g", "peer": "absent", "skipped": "why"})
     at = {"at": {"model": "8B", "batch": 1}, "token/s": 40.0, "tokens_per_round": 4.1, "acceptance": "replayed"}
     rounds = [row("beagle", 1.0, **at, peak_bytes=17e9), row("target.generate", 3.0, **at | {"acceptance": "none"})]
     steps = {"bench:x": {"rows": ops}, "round": {"rows": rounds}}
     (tmp_path / "gpu.json").write_text(json.dumps({"environment": {"gpu": "a GPU"}, "steps": steps}))
-    assert "| g | 1,000.0 | 80% |  | sdpa | 2.00x |  |" in report.gpu()
-    assert "| a GPU | 8B, batch 1 | beagle, replayed acceptance | 40.0 | 3.00 | 4.1 | 17.00 |" in report.paper()
+    assert "| g | 1,000.0 | 80% |  | sdpa | 2.00x |  |" in tables.gpu()
+    assert "| a GPU | 8B, batch 1 | beagle, replayed acceptance | 40.0 | 3.00 | 4.1 | 17.00 |" in paper.table_1()
 
 
 def test_a_ratio_of_two_clocks_says_so_and_a_stopped_run_what_it_lacks(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
     ops = [row("beagle", 1e-3, clock="graph replay"), row("sdpa", 2e-3, clock="events")]
     ops += [row("beagle", 1e-3, group="h", clock="events"), row("sdpa", 2e-3, group="h", clock="events")]
     ops.append(row("beagle", 1e-3, group="stopped", clock="events"))
     at = {"at": {"model": "8B", "batch": 1}, "token/s": 40.0, "tokens_per_round": 4.1, "acceptance": "replayed"}
     steps = {"bench:x": {"rows": ops}, "round": {"rows": [row("beagle", 1.0, **at)]}}
     (tmp_path / "gpu.json").write_text(json.dumps({"environment": {"gpu": "a GPU"}, "steps": steps}))
-    assert "| g | 1,000.0 |  |  | sdpa (by events, ours by graph replay) | 2.00x |  |" in report.gpu()
-    assert "| h | 1,000.0 |  |  | sdpa | 2.00x |  |" in report.gpu()
-    assert "| stopped | 1,000.0 |  |  | none was measured |  |  |" in report.gpu()
-    assert "beagle, replayed acceptance | 40.0 | not measured | 4.1 |" in report.paper()
+    assert "| g | 1,000.0 |  |  | sdpa (by events, ours by graph replay) | 2.00x |  |" in tables.gpu()
+    assert "| h | 1,000.0 |  |  | sdpa | 2.00x |  |" in tables.gpu()
+    assert "| stopped | 1,000.0 |  |  | none was measured |  |  |" in tables.gpu()
+    assert "beagle, replayed acceptance | 40.0 | not measured | 4.1 |" in paper.table_1()
 
 
 def test_tiles_of_float32_are_a_line_of_their_own():
@@ -98,7 +97,7 @@ def test_tiles_of_float32_are_a_line_of_their_own():
         "tuned_ms": 2.0,
     }
     wide = entry | {"dtype": "float32", "config": [32, 32, 4, 1, False], "tuned_ms": 3.0}
-    assert report.configs([wide, entry]).splitlines() == [
+    assert tiles.lines_of([wide, entry]).splitlines() == [
         '"block_dq": 90: {64: Config(128, 64, 8, 2, True)},  # backward faster by 64: 1.50x',
         '"block_dq": 90: {64: Config(32, 32, 4, 1, False)},  # backward, float32 faster by 64: 1.00x',
     ]
@@ -112,10 +111,10 @@ def test_a_panel_is_the_sizes_that_differ_in_one(tmp_path):
         for batch in (1, 2)
         if batch == 1 or keys != 400
     ]
-    fixed, lines = plots.panel(list(plots.placed(rows)), "tree_attention", "keys")
+    fixed, lines = plots.panel(list(plots.with_sizes(rows)), "tree_attention", "keys")
     assert fixed == "batch 1" and [x for x, _ in lines["beagle"]] == [100, 200, 400]
     assert lines["beagle"][2][1] == pytest.approx(0.4)
-    assert plots.panel(list(plots.placed(rows)), "tree_attention", "batch") == ("", {})
+    assert plots.panel(list(plots.with_sizes(rows)), "tree_attention", "batch") == ("", {})
     (path,) = plots.draw("cpu", rows, tmp_path)
     assert path.name == "cpu-tree-attention.svg" and "sdpa mask" in path.read_text(encoding="utf-8")
     before = path.read_bytes()

@@ -122,7 +122,7 @@ def one(options: argparse.Namespace, began: float) -> int:
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
-    """The options; what cannot be is told as argparse tells it."""
+    """The options; what is not allowed ends the process as argparse does."""
     parser = argparse.ArgumentParser(
         prog="bench/recipes/one_gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

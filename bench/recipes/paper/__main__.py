@@ -16,7 +16,7 @@ from beagle_sd.files import write_json
 from bench.environment import versions
 from bench.recipes.paper.figures import FIGURES, make
 from bench.recipes.paper.runs import SHAPES, Runner, Settings
-from bench.report.tables import RESULTS
+from bench.report.results import RESULTS
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -113,11 +113,11 @@ def draw(figure: Figure, rows: list[dict], path: Path) -> None:
     plot.suptitle(figure.title)
     if figure.course:
         for axis, label in zip(axes, figure.runs):
-            mine = [row for row in rows if row["run"] == label and row["seed"] == rows[0]["seed"]]
+            course = [row for row in rows if row["run"] == label and row["seed"] == rows[0]["seed"]]
             for name in (key for key in rows[0] if key.startswith("depth_")):
                 axis.plot(
-                    [row["epoch"] for row in mine],
-                    [row[name] for row in mine],
+                    [row["epoch"] for row in course],
+                    [row[name] for row in course],
                     marker=".",
                     label=name.replace("_", " "),
                 )

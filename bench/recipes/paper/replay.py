@@ -72,7 +72,7 @@ def _decoded(draft, answers, depth: int, branch: int, num_nodes: int) -> list[tu
         states[row, : len(answer.tokens)] = answer.states.float()
     ends = torch.tensor([len(answer.tokens) for answer in answers])
     # As after the prefill: the first answer token is pending, and all before it are known.
-    place = torch.tensor([int(answer.loss_mask.nonzero()[0]) + 1 for answer in answers])
+    position = torch.tensor([int(answer.loss_mask.nonzero()[0]) + 1 for answer in answers])
     pairs = _keys_of(draft, text.clamp(min=0), states)
     cache = drafting.DraftCache(draft, batch, pairs.shape[1] + branch * depth)
     slots = torch.arange(longest).expand(batch, -1)
@@ -80,18 +80,18 @@ def _decoded(draft, answers, depth: int, branch: int, num_nodes: int) -> list[tu
     rows, sampling = torch.arange(batch), Sampling.of(batch)
     emitted = [0] * batch
     accepted: list[list[int]] = [[] for _ in range(batch)]
-    while (live := place < ends).any():
-        root, lengths = text[rows, place].clamp(min=0), place.to(torch.int32)
+    while (live := position < ends).any():
+        root, lengths = text[rows, position].clamp(min=0), position.to(torch.int32)
         tree = build_tree(
             root, *_propose(draft, cache, lengths, root, states, sampling, depth, branch), num_nodes, depth
         )
-        count = accept_tree(tree, text.gather(1, place[:, None] + 1 + tree.depth)).num_accepted.long()
-        slots = place[:, None] + torch.arange(depth + 1)
+        count = accept_tree(tree, text.gather(1, position[:, None] + 1 + tree.depth)).num_accepted.long()
+        slots = position[:, None] + torch.arange(depth + 1)
         cache.append(draft, pairs[rows[:, None], slots], slots, slots)
         for row in live.nonzero().flatten().tolist():
-            emitted[row] += min(int(count[row]) + 1, int(ends[row] - place[row]))
+            emitted[row] += min(int(count[row]) + 1, int(ends[row] - position[row]))
             accepted[row].append(int(count[row]))
-        place = torch.where(live, (place + count + 1).minimum(ends), place)
+        position = torch.where(live, (position + count + 1).minimum(ends), position)
     return list(zip(emitted, accepted))
 
 
