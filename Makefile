@@ -2,8 +2,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# another torch than TORCH: what `make dist` tries the wheel with
+# what `make dist` tries the wheel with: another torch than TORCH, the lowest transformers that pyproject.toml allows
 OTHER_TORCH ?= torch==2.14.1
+OTHER_TRANSFORMERS ?= transformers==5.17.0
 RUN := $(VENV)/bin/python
 # a worker a core, up to four: one may take 2.5 GiB. Neighbours stay together, for what a module prepares once
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
@@ -26,7 +27,7 @@ lint: $(VENV)/ready
 dist: $(VENV)/ready
 	rm -rf dist
 	$(RUN) -m build --outdir dist
-	$(RUN) tests/try_wheel.py dist "$(OTHER_TORCH)"
+	$(RUN) tests/helpers/try_wheel.py dist "$(OTHER_TORCH)" "$(OTHER_TRANSFORMERS)"
 
 bench: $(VENV)/ready
 	$(RUN) -m bench

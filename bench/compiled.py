@@ -116,13 +116,14 @@ def resources(cubin: Path) -> tuple[int, int]:
 
 def block_attention(head_size: int, dtype: torch.dtype, rows: int = 256) -> None:
     """Forward and backward of packed sequences, which hold more than a single one: three kernels."""
-    from beagle_kernels.triton import block_attention as kernels
+    from beagle_kernels.triton.block_attention import block_attention as forward
+    from beagle_kernels.triton.block_attention_backward import block_attention_backward
 
     q, k, v = (torch.zeros(rows, heads, head_size, dtype=dtype) for heads in (32, 8, 8))
     offset, bounds = torch.zeros(2, dtype=torch.int32), torch.tensor([0, rows // 2, rows], dtype=torch.int32)
     shared = offset, bounds, 5, 1.0
-    out, lse = kernels.block_attention(q, k, v, *shared)
-    kernels.block_attention_backward(q, lse, q, k, v, out, lse, *shared)
+    out, lse = forward(q, k, v, *shared)
+    block_attention_backward(q, lse, q, k, v, out, lse, *shared)
 
 
 def extend_attention(head_size: int, dtype: torch.dtype, rows: int = 64) -> None:

@@ -71,7 +71,7 @@ def kernels(shape: Shape) -> list[str]:
 def key_of(shape: Shape, kernel: str, device: str) -> tuple[str, int, int, torch.dtype]:
     """The key of the kernel in the tables."""
     from beagle_kernels.triton import configs
-    from beagle_kernels.triton.block_attention import block_d
+    from beagle_kernels.triton.tiles import block_d
 
     return kernel, configs.architecture(torch.device(device)), block_d(shape.head_size), shape.dtype
 

@@ -13,7 +13,7 @@ from ..backends import device_index, implementation, probe
 
 MODULES = {
     "block_attention": "block_attention",
-    "block_attention_backward": "block_attention",
+    "block_attention_backward": "block_attention_backward",
     "extend_attention": "extend_attention",
     "extend_attention_backward": "extend_attention",
     "tree_attention": "tree_attention",

@@ -25,7 +25,7 @@ from test_triton_ops import ON_A_GPU  # noqa: E402
 from triton import testing  # noqa: E402
 
 from beagle_kernels.triton import configs  # noqa: E402
-from beagle_kernels.triton.block_attention import tune_block_attention  # noqa: E402
+from beagle_kernels.triton.tune_block_attention import tune_block_attention  # noqa: E402
 from bench.compiled import compiling_for  # noqa: E402
 
 WORKERS = 14

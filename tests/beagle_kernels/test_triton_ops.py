@@ -95,7 +95,7 @@ def test_one_graph_serves_every_length(gpu):
 def test_tuning_on_a_gpu(gpu, monkeypatch):
     """Whatever it finds gives the same numbers to rounding."""
     from beagle_kernels.triton import configs
-    from beagle_kernels.triton.block_attention import tune_block_attention
+    from beagle_kernels.triton.tune_block_attention import tune_block_attention
 
     monkeypatch.setattr(configs, "_tuned", {})
     q, k, v = (torch.randn(1000, heads, 64, device=gpu, dtype=torch.bfloat16) for heads in (4, 2, 2))
@@ -120,7 +120,7 @@ def test_float64_is_refused():
 
 
 def test_large_heads_are_refused():
-    from beagle_kernels.triton.block_attention import block_d
+    from beagle_kernels.triton.tiles import block_d
 
     assert [block_d(size) for size in (1, 40, 128, 256)] == [16, 64, 128, 256]
     with pytest.raises(ValueError, match="head size is 257"):

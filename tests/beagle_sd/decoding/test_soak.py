@@ -1,6 +1,6 @@
 """Many rounds with random ends and lengths, threads, forks: always the text of plain decoding, memory flat.
 
-BEAGLE_SOAK=1000 python -m pytest tests/test_soak.py runs a thousand batches instead of a few.
+BEAGLE_SOAK=1000 python -m pytest tests/beagle_sd/decoding/test_soak.py runs a thousand batches instead of a few.
 """
 
 from __future__ import annotations
