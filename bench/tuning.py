@@ -289,7 +289,9 @@ def tune_all(size: str, device: str, out: Path | None, entries: list[dict]) -> l
 
 def main(arguments: list[str]) -> int:
     """1 where a kernel could not be tuned."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tuning", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tuning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, metavar="OUT", nargs="?", help="the JSON to write")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: Triton's interpreter, tiny")
     parser.add_argument("--go-on", action="store_true", help="keep the winners that OUT has")
