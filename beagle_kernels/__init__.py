@@ -1,6 +1,9 @@
 """Fused kernels for lossless speculative decoding with cross-attention drafts (Beagle, arXiv 2505.24544)."""
 
-from . import extension as _extension  # noqa: F401
+from . import compiled as compiled
+from . import cpu as cpu
+from . import reference as reference
+from . import triton as triton
 from .accept_tree import accept_tree
 from .backends import BACKENDS, BackendError
 from .block_attention import block_attention

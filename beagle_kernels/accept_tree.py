@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .reference import accept_tree as _reference  # noqa: F401
 from .types import DraftTree, Verdict
 
 

@@ -56,17 +56,22 @@ def probe(backend: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], Any]:
+def operator(
+    name: str, mutates_args: tuple[str, ...] = (), tags: tuple[torch.Tag, ...] = ()
+) -> Callable[[Callable], Any]:
     """Register the decorated function as the op beagle::name, for every device, with its schema from its annotations.
 
-    Does what torch.library.custom_op does, without its 20 microseconds a call. `function.register_fake` follows.
+    Does what torch.library.custom_op does, without its 20 microseconds a call. `function.register_fake` follows, and
+    `function.register_autograd` where the op is differentiable.
     """
 
     def register(function: Any) -> Any:
         schema = name + torch.library.infer_schema(function, mutates_args=mutates_args)
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _library.impl(name, function, "CompositeExplicitAutograd")
-        function.register_fake = functools.partial(torch.library.register_fake, f"beagle::{name}", lib=_library)
+        for register_more in (torch.library.register_fake, torch.library.register_autograd):
+            more = functools.partial(register_more, f"beagle::{name}", lib=_library)
+            setattr(function, register_more.__name__, more)
         return function
 
     return register

@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from . import triton as _triton  # noqa: F401
-from .cpu import block_attention as _cpu  # noqa: F401
-from .reference import block_attention as _reference  # noqa: F401
-from .reference.block_attention import accumulation
+from .types import accumulation
 
 
 def block_attention(
@@ -59,7 +56,7 @@ def block_attention(
     return torch.ops.beagle.block_attention(q, k, v, offset, cu_seqlens, window, scale, backend)
 
 
-@torch.library.custom_op("beagle::block_attention", mutates_args=())
+@backends.operator("block_attention")
 def _op(
     q: Tensor,
     k: Tensor,
@@ -73,7 +70,7 @@ def _op(
     return backends.call("block_attention", backend, q.device, q, k, v, offset, cu_seqlens, window, scale)
 
 
-@torch.library.custom_op("beagle::block_attention_backward", mutates_args=())
+@backends.operator("block_attention_backward")
 def _backward_op(
     grad_out: Tensor,
     grad_lse: Tensor | None,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .reference import build_tree as _reference  # noqa: F401
 from .types import DraftTree
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .reference import compact_cache_ as _reference  # noqa: F401
 
 
 def compact_cache_(

@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from . import triton as _triton  # noqa: F401
-from .cpu import distill_loss as _cpu  # noqa: F401
-from .reference import distill_loss as _reference  # noqa: F401
-from .reference.block_attention import accumulation
+from .types import accumulation
 
 
 def distill_loss(
@@ -57,7 +54,7 @@ def distill_loss(
     return torch.ops.beagle.distill_loss(*args)[0]
 
 
-@torch.library.custom_op("beagle::distill_loss", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
+@backends.operator("distill_loss", tags=(torch.Tag.cudagraph_unsafe,))
 def _op(
     student: Tensor,
     teacher: Tensor,

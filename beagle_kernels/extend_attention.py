@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from . import triton as _triton  # noqa: F401
-from .cpu import extend_attention as _cpu  # noqa: F401
-from .reference import extend_attention as _reference  # noqa: F401
-from .reference.block_attention import accumulation
+from .types import accumulation
 
 
 def extend_attention(
@@ -49,14 +46,14 @@ def extend_attention(
     return torch.ops.beagle.extend_attention(out, lse, q, k, v, scale, backend)
 
 
-@torch.library.custom_op("beagle::extend_attention", mutates_args=())
+@backends.operator("extend_attention")
 def _op(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     return backends.call("extend_attention", backend, q.device, out, lse, q, k, v, scale)
 
 
-@torch.library.custom_op("beagle::extend_attention_backward", mutates_args=())
+@backends.operator("extend_attention_backward")
 def _backward_op(
     grad_out: Tensor,
     grad_lse: Tensor | None,

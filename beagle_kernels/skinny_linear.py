@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .reference import skinny_linear as _reference  # noqa: F401
 
 
 def skinny_linear(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:

@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from . import triton as _triton  # noqa: F401
-from .cpu import tree_attention as _cpu  # noqa: F401
-from .reference import tree_attention as _reference  # noqa: F401
 
 
 def tree_attention(

@@ -106,3 +106,8 @@ def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -
         raise ValueError(f"top_p is {top_p}; allowed: above 0, at most 1 (off)")
     if not 0.0 <= min_p <= 1.0:
         raise ValueError(f"min_p is {min_p}; allowed: 0 (off) to 1")
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are held in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from . import backends, checks
 from .accept_tree import empty_verdict
-from .reference import verify_chain as _reference  # noqa: F401
 from .types import Sampling, Verdict
 
 RULES = ("token", "block")

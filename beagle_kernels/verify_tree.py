@@ -11,7 +11,6 @@ from torch import Tensor
 
 from . import backends, checks
 from .accept_tree import empty_verdict
-from .reference import verify_tree as _reference  # noqa: F401
 from .types import DraftTree, Sampling, Verdict
 
 

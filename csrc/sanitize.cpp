@@ -39,18 +39,18 @@ struct Outcome {
   }
 };
 
-struct Knobbed {
+struct SamplingData {
   std::vector<int64_t> seed, positions;
   std::vector<float> temperature, top_p, min_p;
   std::vector<int32_t> top_k;
-  explicit Knobbed(int64_t rows) {
+  explicit SamplingData(int64_t rows) {
     for (int64_t i = 0; i < rows; ++i) {
       seed.push_back(int64_t(rng()) << 20), positions.push_back(below(1000));
       temperature.push_back(float(below(3)) * 0.6f), top_k.push_back(below(3) * 7);
       top_p.push_back(below(2) ? 1.0f : 0.8f), min_p.push_back(below(2) ? 0.0f : 0.05f);
     }
   }
-  Settings settings() const {
+  Sampling pointers() const {
     return {seed.data(), temperature.data(), top_k.data(), top_p.data(), min_p.data()};
   }
 };
@@ -72,7 +72,7 @@ void choose(int threads, bool blocks) {
   for (int dtype = 0; dtype < 3; ++dtype) {
     const int64_t rows = 1 + below(4), vocab = 1 + below(blocks ? 10000 : 3000), chunks = 1 + below(4);
     const auto z = logits(rows * vocab, dtype);
-    const Knobbed knobs(rows);
+    const SamplingData sampling(rows);
     const int32_t k = 1 + below(int(vocab < 40 ? vocab : 40));
     const int64_t spans = (vocab + kChunk - 1) / kChunk;
     std::vector<int64_t> tokens[2], best[2];
@@ -85,9 +85,9 @@ void choose(int threads, bool blocks) {
       std::vector<float> sums(size_t(rows * spans * 2));
       tokens[block].assign(size_t(rows), 0), status[block].assign(size_t(rows), 0);
       best[block].assign(size_t(rows * k), 0), scores[block].assign(size_t(rows * k), 0);
-      const ChooseTokens one{z.data(), dtype, rows, vocab, vocab, knobs.positions.data(), knobs.settings(), 0, nullptr,
+      const ChooseTokens one{z.data(), dtype, rows, vocab, vocab, sampling.positions.data(), sampling.pointers(), 0, nullptr,
                              keys.data(), flags.data(), chunks, tokens[block].data(), status[block].data()};
-      const TopCandidates many{z.data(), dtype, rows, vocab, vocab, k, knobs.positions.data(), knobs.settings(),
+      const TopCandidates many{z.data(), dtype, rows, vocab, vocab, k, sampling.positions.data(), sampling.pointers(),
                                nullptr, kept.data(), sums.data(), spans, best[block].data(), scores[block].data()};
       if (block) cuda::choose_tokens(one, nullptr), cuda::top_candidates(many, nullptr);
       else cpu::choose_tokens(one, threads), cpu::top_candidates(many, threads);
@@ -141,10 +141,10 @@ void trees(int threads, bool blocks) {
     if (blocks) cuda::accept_tree({tree, batch, chosen.data(), block.verdict()}, nullptr), host.check("accept", block);
     const int64_t vocab = 70, chunks = 2;
     const auto z = logits(batch * nodes * vocab, 2);
-    const Knobbed knobs(batch);
+    const SamplingData sampling(batch);
     std::vector<uint64_t> keys(size_t(batch * nodes * chunks));
     std::vector<int32_t> flags(size_t(batch * nodes * chunks));
-    VerifyTree op{z.data(), 2, batch, vocab, nodes * vocab, vocab, tree, knobs.positions.data(), knobs.settings(),
+    VerifyTree op{z.data(), 2, batch, vocab, nodes * vocab, vocab, tree, sampling.positions.data(), sampling.pointers(),
                   keys.data(), flags.data(), chunks, host.verdict()};
     cpu::verify_tree(op, threads);
     op.verdict = block.verdict();
@@ -158,12 +158,12 @@ void chains(int threads, bool blocks) {
   std::vector<int64_t> ids, drafted;
   for (int64_t i = 0; i < reduced; ++i) ids.push_back(i);
   for (int64_t i = 0; i < batch * steps; ++i) drafted.push_back(below(30) ? below(int(reduced)) : below(2000) - 1000);
-  const Knobbed knobs(batch);
+  const SamplingData sampling(batch);
   std::vector<Law> laws(size_t(batch * (2 * steps + 1)));
   Outcome host(batch, steps + 1), block = host;
   for (const bool by_block : {false, true}) {
     VerifyChain op{target.data(), draft.data(), 0, batch, steps, vocab, reduced, (steps + 1) * vocab, vocab,
-                   steps * reduced, reduced, drafted.data(), knobs.positions.data(), knobs.settings(), by_block,
+                   steps * reduced, reduced, drafted.data(), sampling.positions.data(), sampling.pointers(), by_block,
                    ids.data(), laws.data(), host.verdict()};
     cpu::verify_chain(op, threads);
     op.verdict = block.verdict();
@@ -241,14 +241,14 @@ int main() {
   }
   std::vector<std::thread> callers;
   const auto z = logits(4 * 500, 2);
-  const Knobbed knobs(4);
+  const SamplingData sampling(4);
   for (int t = 0; t < 4; ++t) {
     callers.emplace_back([&] {
       uint64_t keys[8];
       int32_t flags[8], status[4];
       int64_t tokens[4];
       for (int i = 0; i < 200; ++i) {
-        cpu::choose_tokens({z.data(), 2, 4, 500, 500, knobs.positions.data(), knobs.settings(), 0, nullptr, keys, flags,
+        cpu::choose_tokens({z.data(), 2, 4, 500, 500, sampling.positions.data(), sampling.pointers(), 0, nullptr, keys, flags,
                             2, tokens, status}, 3);
       }
     });

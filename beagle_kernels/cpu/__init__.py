@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 
 from ..backends import probe
+from . import block_attention, distill_loss, extend_attention, tree_attention
+
+__all__ = [
+    "block_attention",
+    "distill_loss",
+    "extend_attention",
+    "tree_attention",
+]
 
 
 @probe("cpu")

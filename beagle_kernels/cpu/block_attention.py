@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import implementation
-from ..reference.block_attention import accumulation
+from ..types import accumulation
 
 BLOCK = 256
 """Query rows a block."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import implementation
-from ..reference.block_attention import accumulation
+from ..types import accumulation
 
 BUDGET = 64 << 20
 """Bytes of logits that exist at one time."""

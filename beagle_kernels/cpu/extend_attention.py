@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import implementation
-from ..reference.block_attention import accumulation
+from ..types import accumulation
 
 
 def _grouped(x: Tensor, key_heads: int) -> Tensor:

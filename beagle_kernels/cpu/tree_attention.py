@@ -65,10 +65,12 @@ def _compiled(
     with executor(q.device) as (module, threads):
         module.tree_attention(
             threads,
-            tuple(x.data_ptr() for x in (q, k, v, out)),
+            *(x.data_ptr() for x in (q, k, v, out)),
             DTYPES[q.dtype],
-            sizes,
-            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+            *sizes,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
             lengths.data_ptr(),
             mask.data_ptr(),
             address(block_table),

@@ -1,1 +1,31 @@
 """Every op in plain PyTorch: the definition the faster backends are held to."""
+
+from . import (
+    accept_tree,
+    block_attention,
+    build_tree,
+    choose_tokens,
+    compact_cache_,
+    distill_loss,
+    extend_attention,
+    skinny_linear,
+    top_candidates,
+    tree_attention,
+    verify_chain,
+    verify_tree,
+)
+
+__all__ = [
+    "accept_tree",
+    "block_attention",
+    "build_tree",
+    "choose_tokens",
+    "compact_cache_",
+    "distill_loss",
+    "extend_attention",
+    "skinny_linear",
+    "top_candidates",
+    "tree_attention",
+    "verify_chain",
+    "verify_tree",
+]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import implementation
+from ..types import accumulation
 
 
 def visible_keys(rows: int, window: int, offset: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -34,11 +35,6 @@ def _scores(q: Tensor, k: Tensor, window: int, offset: Tensor, cu_seqlens: Tenso
     grouped = q.reshape(rows, k.shape[1], heads // max(k.shape[1], 1), width)
     scores = torch.einsum("ihgd,jhd->hgij", grouped, k) * scale
     return scores.masked_fill(~mask, float("-inf")), grouped
-
-
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are held in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @implementation("block_attention", "reference")

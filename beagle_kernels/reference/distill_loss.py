@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import implementation
-from .block_attention import accumulation
+from ..types import accumulation
 
 CHUNK = 64
 """Rows whose logits exist at one time."""

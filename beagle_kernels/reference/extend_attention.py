@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import implementation
-from .block_attention import accumulation
+from ..types import accumulation
 
 
 def _weights(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backends import implementation
-from .block_attention import accumulation
+from ..types import accumulation
 
 
 @implementation("skinny_linear", "reference")

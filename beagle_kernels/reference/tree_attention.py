@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import implementation
-from .block_attention import accumulation
+from ..types import accumulation
 
 
 def visible_slots(slots: int, lengths: Tensor, mask: Tensor) -> Tensor:

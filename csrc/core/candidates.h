@@ -22,9 +22,9 @@ struct LogSum {
 
 // z + T g, less 2 T below the cut, of N tokens from i on; returns false for a tile that is all -inf.
 template <int N>
-BEAGLE_FN void perturb_tile(float (&z)[N], int64_t i, int64_t end, const Knobs& knobs, float cut, const Stream& stream,
+BEAGLE_FN void perturb_tile(float (&z)[N], int64_t i, int64_t end, const RowSampling& sampling, float cut, const Stream& stream,
                             const int64_t* token_ids) {
-  if (!knobs.noisy()) return;
+  if (!sampling.noisy()) return;
   alignas(64) uint32_t word[N];
   if (token_ids) {
     for (int j = 0; j < N; ++j) word[j] = i + j < end ? philox_word(stream, uint32_t(token_ids[i + j])) : 0;
@@ -34,7 +34,7 @@ BEAGLE_FN void perturb_tile(float (&z)[N], int64_t i, int64_t end, const Knobs& 
     BEAGLE_UNROLL
     for (int j = 0; j < N; ++j) word[j] = x[j % 4][j / 4];
   }
-  const float t = knobs.temperature;
+  const float t = sampling.temperature;
   BEAGLE_UNROLL
   for (int j = 0; j < N; ++j) {
     const float value = z[j] + t * gumbel(word[j]);
@@ -52,11 +52,11 @@ BEAGLE_FN float tile_sum(const float (&value)[N], float top) {
 
 // The largest logit of a row and the filters' cut, -inf where nothing filters.
 template <class Team, class T>
-BEAGLE_FN float penalty_cut(Team& team, const T* row, int64_t vocab, const Knobs& knobs, Scratch& scratch) {
-  if (!knobs.filters(vocab)) return -kInf;
+BEAGLE_FN float penalty_cut(Team& team, const T* row, int64_t vocab, const RowSampling& sampling, Scratch& scratch) {
+  if (!sampling.filters(vocab)) return -kInf;
   int32_t ignored = 0;
   const uint64_t top = top_key(team, row, 0, vocab, ignored);
-  return top == 0 ? -kInf : filter_cut(team, row, vocab, knobs, key_value(top), scratch);
+  return top == 0 ? -kInf : filter_cut(team, row, vocab, sampling, key_value(top), scratch);
 }
 
 }  // namespace beagle

@@ -22,16 +22,16 @@ struct Law {
 };
 
 template <class Team, class T>
-BEAGLE_FN Law measure(Team& team, const T* row, int64_t vocab, const Knobs& knobs, Scratch& scratch) {
-  Law law{0.0f, -kInf, knobs.temperature, 0.0f, 0, 0};
+BEAGLE_FN Law measure(Team& team, const T* row, int64_t vocab, const RowSampling& sampling, Scratch& scratch) {
+  Law law{0.0f, -kInf, sampling.temperature, 0.0f, 0, 0};
   const uint64_t key = top_key(team, row, 0, vocab, law.status);
   if (key == 0) {
     law.status |= kStatusNoFinite;
     return law;
   }
   law.best = key_index(key), law.top = key_value(key);
-  if (!knobs.noisy()) return law;
-  if (knobs.filters(vocab)) law.cut = filter_cut(team, row, vocab, knobs, law.top, scratch);
+  if (!sampling.noisy()) return law;
+  if (sampling.filters(vocab)) law.cut = filter_cut(team, row, vocab, sampling, law.top, scratch);
   law.scale = 1.0f;
   constexpr int kTile = Team::kTile;
   alignas(64) float z[kTile];
@@ -62,7 +62,7 @@ template <class T>
 struct Chain {
   const VerifyChain& op;
   int64_t b;
-  Knobs knobs;
+  RowSampling sampling;
   const Law* laws;  // K + 1 of the target, then K of the draft
 
   BEAGLE_FN const T* target(int64_t i) const {
@@ -74,7 +74,7 @@ struct Chain {
   BEAGLE_FN const Law& p(int64_t i) const { return laws[i]; }
   BEAGLE_FN const Law& q(int64_t i) const { return laws[op.steps + 1 + i]; }
   BEAGLE_FN int64_t token(int64_t i) const { return op.draft_tokens[b * op.steps + i]; }
-  BEAGLE_FN double coin_at(int64_t i) const { return coin(knobs.seed, op.positions[b] + i, kAccept, op.positions[b]); }
+  BEAGLE_FN double coin_at(int64_t i) const { return coin(sampling.seed, op.positions[b] + i, kAccept, op.positions[b]); }
 
   // Whether every draft token is one the draft could have drawn.
   BEAGLE_FN bool sound() const {
@@ -170,7 +170,7 @@ struct Chain {
   template <class Team>
   BEAGLE_FN uint64_t draw(Team& team, int64_t n, float w, bool minus) const {
     const Law law = p(n);
-    const Stream stream(knobs.seed, op.positions[b] + n, kResidual, op.positions[b]);
+    const Stream stream(sampling.seed, op.positions[b] + n, kResidual, op.positions[b]);
     return noisy_argmax(team, target(n), 0, op.vocab, stream, 1.0f, 0, Bound{law, w},
                         Score{*this, law, n, w, minus});
   }

@@ -117,18 +117,18 @@ struct MassItem : CountItem<T> {
 
 // The least logit that top-k, then top-p, then min-p keep. top is the row's largest, above -inf.
 template <class Team, class T>
-BEAGLE_FN float filter_cut(Team& team, const T* row, int64_t vocab, const Knobs& knobs, float top, Scratch& scratch) {
+BEAGLE_FN float filter_cut(Team& team, const T* row, int64_t vocab, const RowSampling& sampling, float top, Scratch& scratch) {
   uint32_t cut = 0;
-  if (knobs.top_k > 0 && knobs.top_k < vocab) {
-    cut = threshold(team, vocab, CountItem<T>{row, vocab}, uint64_t(knobs.top_k), scratch);
+  if (sampling.top_k > 0 && sampling.top_k < vocab) {
+    cut = threshold(team, vocab, CountItem<T>{row, vocab}, uint64_t(sampling.top_k), scratch);
   }
-  if (knobs.top_p < 1.0f) {
-    const MassItem<T> mass(row, vocab, cut, top, knobs.temperature);
-    const uint64_t limit = uint64_t(ceil(double(knobs.top_p) * double(mass.total(team))));
+  if (sampling.top_p < 1.0f) {
+    const MassItem<T> mass(row, vocab, cut, top, sampling.temperature);
+    const uint64_t limit = uint64_t(ceil(double(sampling.top_p) * double(mass.total(team))));
     cut = most(cut, threshold(team, vocab, mass, most<uint64_t>(limit, 1), scratch));
   }
-  if (knobs.min_p > 0.0f) {
-    const float floor = float(log(double(knobs.min_p)));
+  if (sampling.min_p > 0.0f) {
+    const float floor = float(log(double(sampling.min_p)));
     uint32_t inverse = 0;
     constexpr int kTile = Team::kTile;
     alignas(64) float z[kTile];
@@ -137,7 +137,7 @@ BEAGLE_FN float filter_cut(Team& team, const T* row, int64_t vocab, const Knobs&
       BEAGLE_UNROLL
       for (int j = 0; j < kTile; ++j) {
         const uint32_t below = ~order(z[j]);
-        inverse = most(inverse, below & -uint32_t((z[j] - top) / knobs.temperature >= floor));
+        inverse = most(inverse, below & -uint32_t((z[j] - top) / sampling.temperature >= floor));
       }
     }
     cut = most(cut, ~uint32_t(team.max(uint64_t(inverse))));

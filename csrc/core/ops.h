@@ -4,6 +4,13 @@
 
 #include "common.h"
 
+// The fields of an op in the order in which Python gives them; those of a struct within stand in its place.
+#define BEAGLE_FIELDS(...)         \
+  template <class F>               \
+  void fields(F&& each) {          \
+    each(__VA_ARGS__);             \
+  }
+
 namespace beagle {
 
 // What Python must know too and takes from here, by the bindings.
@@ -13,8 +20,8 @@ constexpr int64_t kChunk = 8192;     // tokens of a row that one CUDA block take
 constexpr int32_t kMaxK = 1024;      // candidates of a row, on CUDA
 constexpr int64_t kMaxRows = 65535;  // of a batch, where CUDA counts them in blockIdx.y or z
 
-// One row's sampling settings; temperature 0 is greedy and takes no filter.
-struct Knobs {
+// How one row samples; temperature 0 is greedy and takes no filter.
+struct RowSampling {
   uint64_t seed;
   float temperature;
   int32_t top_k;
@@ -25,15 +32,16 @@ struct Knobs {
   }
 };
 
-struct Settings {
+struct Sampling {
   const int64_t* seed;
   const float* temperature;
   const int32_t* top_k;
   const float* top_p;
   const float* min_p;
-  BEAGLE_FN Knobs at(int64_t row) const {
+  BEAGLE_FN RowSampling at(int64_t row) const {
     return {uint64_t(seed[row]), temperature[row], top_k[row], top_p[row], min_p[row]};
   }
+  BEAGLE_FIELDS(seed, temperature, top_k, top_p, min_p)
 };
 
 struct Tree {
@@ -43,6 +51,7 @@ struct Tree {
   const int64_t* mask;
   const int32_t* size;
   int32_t nodes, words, max_depth;
+  BEAGLE_FIELDS(tokens, parents, depth, mask, size, nodes, words, max_depth)
 };
 
 struct Verdict {
@@ -50,6 +59,7 @@ struct Verdict {
   int32_t* num_accepted;
   int64_t* next_token;
   int32_t* status;
+  BEAGLE_FIELDS(path, num_accepted, next_token, status)
 };
 
 struct ChooseTokens {
@@ -57,7 +67,7 @@ struct ChooseTokens {
   int32_t dtype;
   int64_t rows, vocab, stride;
   const int64_t* positions;
-  Settings settings;
+  Sampling sampling;
   uint32_t stream;
   const int64_t* rounds;  // or null
   uint64_t* keys;         // workspace [rows, chunks]
@@ -65,6 +75,7 @@ struct ChooseTokens {
   int64_t chunks;
   int64_t* tokens;
   int32_t* status;
+  BEAGLE_FIELDS(logits, dtype, rows, vocab, stride, positions, sampling, stream, rounds, keys, flags, chunks, tokens, status)
 };
 
 struct TopCandidates {
@@ -73,13 +84,14 @@ struct TopCandidates {
   int64_t rows, vocab, stride;
   int32_t k;
   const int64_t* positions;
-  Settings settings;
+  Sampling sampling;
   const int64_t* token_ids;  // or null
   uint64_t* keys;            // workspace [rows, chunks, k]
   float* sums;               // workspace [rows, chunks, 2]
   int64_t chunks;
   int64_t* tokens;
   float* scores;
+  BEAGLE_FIELDS(logits, dtype, rows, vocab, stride, k, positions, sampling, token_ids, keys, sums, chunks, tokens, scores)
 };
 
 struct BuildTree {
@@ -95,6 +107,8 @@ struct BuildTree {
   int32_t* out_depth;
   int64_t* out_mask;
   int32_t* out_size;
+  BEAGLE_FIELDS(root, tokens, scores, parents, batch, candidates, nodes, words, max_depth, label, out_tokens, out_parents,
+                out_depth, out_mask, out_size)
 };
 
 struct AcceptTree {
@@ -102,6 +116,7 @@ struct AcceptTree {
   int64_t batch;
   const int64_t* chosen;
   Verdict verdict;
+  BEAGLE_FIELDS(tree, batch, chosen, verdict)
 };
 
 struct VerifyTree {
@@ -110,11 +125,12 @@ struct VerifyTree {
   int64_t batch, vocab, stride_b, stride_n;
   Tree tree;
   const int64_t* positions;
-  Settings settings;
+  Sampling sampling;
   uint64_t* keys;  // workspace [batch, nodes, chunks]
   int32_t* flags;  // workspace [batch, nodes, chunks]
   int64_t chunks;
   Verdict verdict;
+  BEAGLE_FIELDS(logits, dtype, batch, vocab, stride_b, stride_n, tree, positions, sampling, keys, flags, chunks, verdict)
 };
 
 struct VerifyChain {
@@ -124,11 +140,13 @@ struct VerifyChain {
   int64_t batch, steps, vocab, draft_vocab, target_b, target_n, draft_b, draft_n;
   const int64_t* draft_tokens;
   const int64_t* positions;
-  Settings settings;
+  Sampling sampling;
   bool block;
   const int64_t* token_ids;  // or null
   void* laws;                // workspace [batch, 2 steps + 1] of Law
   Verdict verdict;
+  BEAGLE_FIELDS(target, draft, dtype, batch, steps, vocab, draft_vocab, target_b, target_n, draft_b, draft_n, draft_tokens,
+                positions, sampling, block, token_ids, laws, verdict)
 };
 
 struct CompactCache {
@@ -141,6 +159,8 @@ struct CompactCache {
   const int32_t* num_accepted;
   const int32_t* lengths;
   const int32_t* table;  // or null
+  BEAGLE_FIELDS(cache, layers, batch, heads, slots, width, stride_layer, stride_kv, stride_batch, stride_head, stride_slot,
+                pages, table_width, path, path_length, num_accepted, lengths, table)
 };
 
 // q, k, v with the last dimension contiguous, strides in elements; out contiguous [batch, nodes, heads, width].
@@ -156,6 +176,8 @@ struct TreeAttention {
   const int32_t* table;  // or null
   int64_t table_width, pages;
   float scale;
+  BEAGLE_FIELDS(q, k, v, out, dtype, batch, nodes, heads, kv_heads, width, slots, words, q_batch, q_node, q_head, k_batch,
+                k_head, k_slot, v_batch, v_head, v_slot, lengths, mask, table, table_width, pages, scale)
 };
 
 // x, weight with the last dimension contiguous, strides in elements; out contiguous [rows, outputs].
@@ -164,6 +186,7 @@ struct SkinnyLinear {
   void* out;
   int32_t dtype;
   int64_t rows, outputs, width, x_stride, stride;
+  BEAGLE_FIELDS(x, weight, out, dtype, rows, outputs, width, x_stride, stride)
 };
 
 }  // namespace beagle

@@ -55,20 +55,20 @@ struct PerturbedScore {
 
 // A row's part [begin, end) of choose_tokens: the best key, 0 if no token is above -inf.
 template <class Team, class T>
-BEAGLE_FN uint64_t choose(Team& team, const T* row, int64_t begin, int64_t end, const Knobs& knobs, float cut,
+BEAGLE_FN uint64_t choose(Team& team, const T* row, int64_t begin, int64_t end, const RowSampling& sampling, float cut,
                           const Stream& stream, int32_t& status) {
   const uint64_t top = top_key(team, row, begin, end, status);
-  if (!knobs.noisy() || top == 0) return top;
-  const PerturbedScore score{knobs.temperature, cut};
+  if (!sampling.noisy() || top == 0) return top;
+  const PerturbedScore score{sampling.temperature, cut};
   const uint64_t start = score(key_index(top), key_value(top), philox_word(stream, key_index(top)));
-  return noisy_argmax(team, row, begin, end, stream, knobs.temperature, start, LinearBound{}, score);
+  return noisy_argmax(team, row, begin, end, stream, sampling.temperature, start, LinearBound{}, score);
 }
 
 // Chunk `chunk` of `chunks` of a row. A row with filters needs its cut before anything else, so chunk 0 takes it whole.
 template <class Team, class T>
 BEAGLE_FN uint64_t choose_chunk(Team& team, const T* row, int64_t vocab, int64_t chunk, int64_t chunks,
-                                const Knobs& knobs, const Stream& stream, int32_t& status, Scratch& scratch) {
-  const bool filters = knobs.filters(vocab);
+                                const RowSampling& sampling, const Stream& stream, int32_t& status, Scratch& scratch) {
+  const bool filters = sampling.filters(vocab);
   if (filters && chunk > 0) return 0;
   const int64_t tokens = filters ? vocab : ((vocab + chunks - 1) / chunks + 63) / 64 * 64;
   const int64_t begin = chunk * tokens, end = least(begin + tokens, vocab);
@@ -77,9 +77,9 @@ BEAGLE_FN uint64_t choose_chunk(Team& team, const T* row, int64_t vocab, int64_t
   if (filters) {
     int32_t ignored = 0;
     const uint64_t top = top_key(team, row, 0, vocab, ignored);
-    if (top != 0) cut = filter_cut(team, row, vocab, knobs, key_value(top), scratch);
+    if (top != 0) cut = filter_cut(team, row, vocab, sampling, key_value(top), scratch);
   }
-  return choose(team, row, begin, end, knobs, cut, stream, status);
+  return choose(team, row, begin, end, sampling, cut, stream, status);
 }
 
 // The row's token from its chunks' keys; status gains their flags.

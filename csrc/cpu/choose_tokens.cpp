@@ -8,11 +8,11 @@ void choose_tokens(const ChooseTokens& op, int threads) {
   const auto choose = rows().choose[op.dtype];
   parallel(op.rows * op.chunks, threads, [&](int64_t task) {
     const int64_t row = task / op.chunks;
-    const Knobs knobs = op.settings.at(row);
-    const Stream stream(knobs.seed, op.positions[row], op.stream, op.rounds ? op.rounds[row] : 0);
+    const RowSampling sampling = op.sampling.at(row);
+    const Stream stream(sampling.seed, op.positions[row], op.stream, op.rounds ? op.rounds[row] : 0);
     const void* logits = row_at(op.logits, op.dtype, row_offset(0, row, 0, op.stride));
     op.flags[task] = 0;
-    op.keys[task] = choose(logits, op.vocab, task % op.chunks, op.chunks, knobs, stream, op.flags[task]);
+    op.keys[task] = choose(logits, op.vocab, task % op.chunks, op.chunks, sampling, stream, op.flags[task]);
   });
   for (int64_t row = 0; row < op.rows; ++row) {
     op.status[row] = 0;

@@ -8,25 +8,25 @@ namespace beagle::cpu::BEAGLE_ISA {
 namespace {
 
 template <class T>
-uint64_t choose(const void* row, int64_t vocab, int64_t chunk, int64_t chunks, const Knobs& knobs, const Stream& stream,
+uint64_t choose(const void* row, int64_t vocab, int64_t chunk, int64_t chunks, const RowSampling& sampling, const Stream& stream,
                 int32_t& status) {
   Thread team;
   Scratch scratch;
-  return choose_chunk(team, static_cast<const T*>(row), vocab, chunk, chunks, knobs, stream, status, scratch);
+  return choose_chunk(team, static_cast<const T*>(row), vocab, chunk, chunks, sampling, stream, status, scratch);
 }
 
 template <class T>
-void rank(const TopCandidates& op, const void* logits, const Knobs& knobs, const Stream& stream, Best& best,
+void rank(const TopCandidates& op, const void* logits, const RowSampling& sampling, const Stream& stream, Best& best,
           LogSum& total) {
   constexpr int kTile = Thread::kTile;
   const T* row = static_cast<const T*>(logits);
   Thread team;
   Scratch scratch;
-  const float cut = penalty_cut(team, row, op.vocab, knobs, scratch);
+  const float cut = penalty_cut(team, row, op.vocab, sampling, scratch);
   alignas(64) float value[kTile];
   for (int64_t i = 0; i < op.vocab; i += kTile) {
     load_tile(row, i, op.vocab, value);
-    perturb_tile(value, i, op.vocab, knobs, cut, stream, op.token_ids);
+    perturb_tile(value, i, op.vocab, sampling, cut, stream, op.token_ids);
     const float top = tile_max(value);
     if (top == -kInf) continue;
     total.add(top, tile_sum(value, top));
@@ -43,17 +43,17 @@ void rank(const TopCandidates& op, const void* logits, const Knobs& knobs, const
 }
 
 template <class T>
-Law measure(const void* row, int64_t vocab, const Knobs& knobs) {
+Law measure(const void* row, int64_t vocab, const RowSampling& sampling) {
   Thread team;
   Scratch scratch;
-  return beagle::measure(team, static_cast<const T*>(row), vocab, knobs, scratch);
+  return beagle::measure(team, static_cast<const T*>(row), vocab, sampling, scratch);
 }
 
 template <class T>
 void chain(const VerifyChain& op, int64_t b) {
   Thread team;
   const Law* laws = static_cast<const Law*>(op.laws) + b * (2 * op.steps + 1);
-  Chain<T>{op, b, op.settings.at(b), laws}.run(team);
+  Chain<T>{op, b, op.sampling.at(b), laws}.run(team);
 }
 
 }  // namespace

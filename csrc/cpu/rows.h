@@ -16,10 +16,10 @@ struct Best {
 };
 
 struct Rows {
-  uint64_t (*choose[3])(const void* row, int64_t vocab, int64_t chunk, int64_t chunks, const Knobs&, const Stream&,
+  uint64_t (*choose[3])(const void* row, int64_t vocab, int64_t chunk, int64_t chunks, const RowSampling&, const Stream&,
                         int32_t& status);
-  void (*rank[3])(const TopCandidates&, const void* row, const Knobs&, const Stream&, Best&, LogSum&);
-  Law (*measure[3])(const void* row, int64_t vocab, const Knobs&);
+  void (*rank[3])(const TopCandidates&, const void* row, const RowSampling&, const Stream&, Best&, LogSum&);
+  Law (*measure[3])(const void* row, int64_t vocab, const RowSampling&);
   void (*chain[3])(const VerifyChain&, int64_t b);
 };
 

@@ -16,11 +16,11 @@ void Best::shrink() {
 namespace {
 
 void rank_row(const TopCandidates& op, int64_t row) {
-  const Knobs knobs = op.settings.at(row);
-  const Stream stream(knobs.seed, op.positions[row], kTarget, 0);
+  const RowSampling sampling = op.sampling.at(row);
+  const Stream stream(sampling.seed, op.positions[row], kTarget, 0);
   Best best{op.keys + row * 2 * op.k, op.k, 0, 0};
   LogSum total;
-  rows().rank[op.dtype](op, row_at(op.logits, op.dtype, row_offset(0, row, 0, op.stride)), knobs, stream, best, total);
+  rows().rank[op.dtype](op, row_at(op.logits, op.dtype, row_offset(0, row, 0, op.stride)), sampling, stream, best, total);
   best.shrink();
   std::sort(best.keys, best.keys + best.count, std::greater<uint64_t>());
   for (int32_t i = 0; i < op.k; ++i) {

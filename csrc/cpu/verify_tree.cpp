@@ -28,11 +28,11 @@ void verify_tree(const VerifyTree& op, int threads) {
   parallel(op.batch * tree.nodes * op.chunks, threads, [&](int64_t task) {
     const int64_t row = task / op.chunks, b = row / tree.nodes, n = row % tree.nodes;
     if (n > 0 && n >= tree.size[b]) return;
-    const Knobs knobs = op.settings.at(b);
-    const Stream stream(knobs.seed, op.positions[b] + (n > 0 ? tree.depth[row] : 0), kTarget, 0);
+    const RowSampling sampling = op.sampling.at(b);
+    const Stream stream(sampling.seed, op.positions[b] + (n > 0 ? tree.depth[row] : 0), kTarget, 0);
     const void* logits = row_at(op.logits, op.dtype, row_offset(b, n, op.stride_b, op.stride_n));
     op.flags[task] = 0;
-    op.keys[task] = choose(logits, op.vocab, task % op.chunks, op.chunks, knobs, stream, op.flags[task]);
+    op.keys[task] = choose(logits, op.vocab, task % op.chunks, op.chunks, sampling, stream, op.flags[task]);
   });
   for (int64_t b = 0; b < op.batch; ++b) accept_row(op, b);
 }

@@ -12,11 +12,11 @@ __global__ void __launch_bounds__(kThreads, 2) choose_chunks(const ChooseTokens 
   __shared__ Scratch scratch;
   Block team{slots};
   const int64_t row = blockIdx.y, chunk = blockIdx.x;
-  const Knobs knobs = op.settings.at(row);
-  const Stream stream(knobs.seed, op.positions[row], op.stream, op.rounds ? op.rounds[row] : 0);
+  const RowSampling sampling = op.sampling.at(row);
+  const Stream stream(sampling.seed, op.positions[row], op.stream, op.rounds ? op.rounds[row] : 0);
   const T* logits = static_cast<const T*>(op.logits) + row_offset(0, row, 0, op.stride);
   int32_t status = 0;
-  const uint64_t key = choose_chunk(team, logits, op.vocab, chunk, op.chunks, knobs, stream, status, scratch);
+  const uint64_t key = choose_chunk(team, logits, op.vocab, chunk, op.chunks, sampling, stream, status, scratch);
   if (team.rank() == 0) {
     op.keys[row * op.chunks + chunk] = key;
     op.flags[row * op.chunks + chunk] = status;
@@ -40,8 +40,8 @@ void choose_tokens(const ChooseTokens& op, void* stream) {
     part.logits = static_cast<const char*>(op.logits) + first * op.stride * (op.dtype == kFloat32 ? 4 : 2);
     part.positions += first, part.keys += first * op.chunks, part.flags += first * op.chunks;
     part.rounds = op.rounds ? op.rounds + first : nullptr;
-    part.settings = {op.settings.seed + first, op.settings.temperature + first, op.settings.top_k + first,
-                     op.settings.top_p + first, op.settings.min_p + first};
+    part.sampling = {op.sampling.seed + first, op.sampling.temperature + first, op.sampling.top_k + first,
+                     op.sampling.top_p + first, op.sampling.min_p + first};
     by_dtype(op.dtype, [&](auto* type) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       launch(choose_chunks<T>, dim3(op.chunks, part.rows), stream, part);

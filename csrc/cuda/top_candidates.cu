@@ -40,11 +40,11 @@ __global__ void __launch_bounds__(kThreads, 2) rank_chunks(const TopCandidates o
   __shared__ int32_t count;
   Block team{slots};
   const int64_t row = blockIdx.y, chunk = blockIdx.x, out = row * op.chunks + chunk;
-  const Knobs knobs = op.settings.at(row);
-  const Stream stream(knobs.seed, op.positions[row], kTarget, 0);
+  const RowSampling sampling = op.sampling.at(row);
+  const Stream stream(sampling.seed, op.positions[row], kTarget, 0);
   const T* logits = static_cast<const T*>(op.logits) + row_offset(0, row, 0, op.stride);
-  const bool filters = knobs.filters(op.vocab);
-  const float cut = !filters || chunk > 0 ? -kInf : penalty_cut(team, logits, op.vocab, knobs, scratch);
+  const bool filters = sampling.filters(op.vocab);
+  const float cut = !filters || chunk > 0 ? -kInf : penalty_cut(team, logits, op.vocab, sampling, scratch);
   const int64_t spans = filters ? (chunk > 0 ? 0 : op.chunks) : 1;
   for (int i = team.rank(); i < op.k; i += kThreads) best[i] = 0;
   if (team.rank() == 0) count = 0;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 2) rank_chunks(const TopCandidates o
     for (int64_t i = begin + team.rank() * kTile; i - team.rank() * kTile < end; i += kThreads * kTile) {
       float value[kTile];
       load_tile(logits, i, end, value);
-      if (i < end) perturb_tile(value, i, end, knobs, cut, stream, op.token_ids);
+      if (i < end) perturb_tile(value, i, end, sampling, cut, stream, op.token_ids);
       const float top = tile_max(value);
       if (top > -kInf) total.add(top, tile_sum(value, top));
       BEAGLE_UNROLL

@@ -13,10 +13,10 @@ __global__ void __launch_bounds__(kThreads, 2) measure_rows(const VerifyChain op
   __shared__ Scratch scratch;
   Block team{slots};
   const int64_t b = blockIdx.y, i = blockIdx.x, d = i - op.steps - 1;
-  const Knobs knobs = op.settings.at(b);
+  const RowSampling sampling = op.sampling.at(b);
   const T* row = d < 0 ? static_cast<const T*>(op.target) + row_offset(b, i, op.target_b, op.target_n)
                        : static_cast<const T*>(op.draft) + row_offset(b, d, op.draft_b, op.draft_n);
-  const Law law = measure(team, row, d < 0 ? op.vocab : op.draft_vocab, knobs, scratch);
+  const Law law = measure(team, row, d < 0 ? op.vocab : op.draft_vocab, sampling, scratch);
   if (team.rank() == 0) static_cast<Law*>(op.laws)[b * (2 * op.steps + 1) + i] = law;
 }
 
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, 2) verify_rows(const VerifyChain op)
   Block team{slots};
   const int64_t b = blockIdx.x;
   const Law* laws = static_cast<const Law*>(op.laws) + b * (2 * op.steps + 1);
-  Chain<T>{op, b, op.settings.at(b), laws}.run(team);
+  Chain<T>{op, b, op.sampling.at(b), laws}.run(team);
 }
 
 }  // namespace

@@ -14,11 +14,11 @@ __global__ void __launch_bounds__(kThreads, 2) choose_nodes(const VerifyTree op)
   const int64_t b = blockIdx.z, n = blockIdx.y, chunk = blockIdx.x, row = b * op.tree.nodes + n;
   if (n > 0 && n >= op.tree.size[b]) return;
   Block team{slots};
-  const Knobs knobs = op.settings.at(b);
-  const Stream stream(knobs.seed, op.positions[b] + (n > 0 ? op.tree.depth[row] : 0), kTarget, 0);
+  const RowSampling sampling = op.sampling.at(b);
+  const Stream stream(sampling.seed, op.positions[b] + (n > 0 ? op.tree.depth[row] : 0), kTarget, 0);
   const T* logits = static_cast<const T*>(op.logits) + row_offset(b, n, op.stride_b, op.stride_n);
   int32_t status = 0;
-  const uint64_t key = choose_chunk(team, logits, op.vocab, chunk, op.chunks, knobs, stream, status, scratch);
+  const uint64_t key = choose_chunk(team, logits, op.vocab, chunk, op.chunks, sampling, stream, status, scratch);
   if (team.rank() == 0) {
     op.keys[row * op.chunks + chunk] = key;
     op.flags[row * op.chunks + chunk] = status;

@@ -10,6 +10,10 @@ from tree_cases import random_tree
 
 import beagle_kernels as bk
 from beagle_kernels import BackendError, Sampling, backends, checks, extension
+from beagle_kernels.compiled.compact_cache_ import compact_cache_
+from beagle_kernels.compiled.top_candidates import top_candidates
+from beagle_kernels.compiled.verify_chain import verify_chain
+from beagle_kernels.compiled.verify_tree import verify_tree
 
 if (REASON := backends.why_not("choose_tokens", "cpu", torch.device("cpu"))) is not None:
     pytest.skip(REASON, allow_module_level=True)
@@ -58,6 +62,14 @@ def test_trees_beyond_the_executors_arrays_are_refused(nodes, words):
         torch.ops.beagle.accept_tree(*wide, mask, tree.size, 3, chosen, "cpu")
 
 
+@pytest.mark.parametrize("values, message", [((1,), "too few arguments: 1"), ((0,) * 30, "too many arguments: 30")])
+def test_another_number_of_fields_is_refused(values, message):
+    with pytest.raises(TypeError, match=f"{message}; allowed: the op's fields"):
+        extension._C.cpu.accept_tree(1, *values)
+    with pytest.raises(TypeError):
+        extension._C.cpu.accept_tree("1", *values)
+
+
 def test_what_python_and_the_extension_both_know():
     assert extension._C.max_nodes == checks.MAX_NODES
     assert set(extension.DTYPES) == set(checks.LOGITS)
@@ -69,17 +81,17 @@ def test_what_the_cuda_kernels_have_no_room_for_is_refused_before_they_run():
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         z, at, sampling = torch.empty(3, 5000), torch.arange(3), Sampling.of(3)
         with pytest.raises(BackendError, match="top_candidates: k is 1025; allowed by backend 'cuda': up to 1024"):
-            extension.top_candidates(z, 1025, at, *sampling)
+            top_candidates(z, 1025, at, *sampling)
         row, some = torch.empty(1, 1, 9), torch.empty(1).int()
         calls = {
-            "top_candidates": lambda: extension.top_candidates(torch.empty(1, 9).expand(many, 9), 2, at, *sampling),
-            "verify_tree": lambda: extension.verify_tree(
+            "top_candidates": lambda: top_candidates(torch.empty(1, 9).expand(many, 9), 2, at, *sampling),
+            "verify_tree": lambda: verify_tree(
                 row.expand(many, 1, 9), torch.empty(many, 1).long(), *4 * [some], 3, at, *sampling
             ),
-            "verify_chain": lambda: extension.verify_chain(
+            "verify_chain": lambda: verify_chain(
                 row.expand(many, 1, 9), row, torch.empty(many, 0).long(), at, *sampling
             ),
-            "compact_cache_": lambda: extension.compact_cache_(
+            "compact_cache_": lambda: compact_cache_(
                 torch.empty(1, 2, 1, 1, 4, 8), torch.empty(many, 1).int(), some, some
             ),
         }

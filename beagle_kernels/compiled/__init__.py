@@ -1,0 +1,23 @@
+"""The verification ops by the extension: the "cpu" and "cuda" backends, an op a file over the same csrc."""
+
+from . import (
+    accept_tree,
+    build_tree,
+    choose_tokens,
+    compact_cache_,
+    skinny_linear,
+    top_candidates,
+    verify_chain,
+    verify_tree,
+)
+
+__all__ = [
+    "accept_tree",
+    "build_tree",
+    "choose_tokens",
+    "compact_cache_",
+    "skinny_linear",
+    "top_candidates",
+    "verify_chain",
+    "verify_tree",
+]
