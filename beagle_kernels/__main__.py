@@ -1,23 +1,14 @@
-"""`python -m beagle_kernels`: versions, devices, and which backend serves each op, or why not."""
+"""`python -m beagle_kernels`: versions, devices, each op's backends and why one is not there, for a bug report."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import signal
 
 import torch
 
-from . import __version__, backends
-from .extension import missing_cuda
-
-
-def version(distribution: str) -> str:
-    """The installed version of a distribution."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+from . import __version__, backends, extension
+from .machine import cores, driver, gpus, processor, version
 
 
 def devices() -> list[torch.device]:
@@ -33,11 +24,13 @@ def end_with_reader() -> None:
 
 def main() -> None:
     """Print the report."""
-    print(f"beagle_kernels {__version__}, Python {platform.python_version()}, {platform.machine()}")
-    print(", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "transformers")))
-    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"CUDA devices: {', '.join(cards) or 'none'}; CPU threads: {torch.get_num_threads()}")
-    print(f"CUDA executor: {missing_cuda(torch.device('cuda', 0)) or 'ready for cuda:0'}")
+    installed = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "transformers"))
+    print(f"beagle_kernels {__version__}: {extension.described()}")
+    print(f"{installed}; torch's CUDA: {torch.version.cuda or torch.version.hip or 'none'}")
+    print(f"Python {platform.python_version()}, {platform.platform()}")
+    print(f"CPU: {processor()}, {cores()} cores, {torch.get_num_threads()} threads")
+    print(f"GPU: {gpus()}; driver: {driver()}")
+    print(f"CUDA executor: {extension.missing_cuda(torch.device('cuda', 0)) or 'ready for cuda:0'}")
     for device in devices():
         print(f"\nOps on {device.type}, backends in the order that 'auto' tries them:")
         reasons: dict[str, list[str]] = {}

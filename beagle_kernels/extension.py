@@ -18,7 +18,7 @@ from .backends import BackendError, device_index, implementation
 try:
     from . import _C
 
-    _CODES = _C.dtypes
+    _CODES, _ = _C.dtypes, _C.instruction_set
 except (ImportError, AttributeError) as error:  # the latter from one that was built of older sources
     _C, _CODES, _WHY = None, {}, str(error)  # type: ignore[assignment]
 
@@ -34,6 +34,14 @@ DTYPES = _Codes({getattr(torch, name): code for name, code in _CODES.items()})
 """The extension's number for each dtype that it takes."""
 LONG_ROW = 16384
 """Tokens from which rows are split over CPU threads, if there are fewer rows than threads."""
+
+
+def described() -> str:
+    """How the extension was built, and which of its instruction sets serves here."""
+    if _C is None:
+        return f"no extension ({_WHY}); {BUILD}"
+    cuda = f"CUDA for {_C.archs}" if hasattr(_C, "cuda") else f"no CUDA half: {_C.no_cuda}"
+    return f"extension for CPU ({_C.instruction_set}), {cuda}"
 
 
 def missing_cpu(device: torch.device) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -203,7 +202,9 @@ def main(arguments: list[str]) -> int:
                     flush=True,
                 )
             if options.json:
-                options.json.write_text(json.dumps(results, indent=1) + "\n")
+                from beagle_sd.files import write_json  # not above: compiling needs no transformers
+
+                write_json(options.json, results)
     return 0
 
 

@@ -37,14 +37,15 @@ DTYPES = {
 
 @dataclass
 class Case:
-    """One comparison: functions by name, "beagle", ours, first; one that is a text is left out for the reason it gives.
+    """One comparison: functions by name, ours, "beagle", first; a string in place of a function is the reason why
+    that peer is left out.
 
     Each is called with one of `inputs`, going round. `check` raises where ours is wrong: the whole case is refused.
     `check_peer` raises where the peer it is given is: that one is refused. `bounds` are no peers: they do less, and
     mark what the machine gives. `work` is how many bytes or floating point operations one call has to do, whoever
     does it. `series`, the op, and `at`, its sizes by name, are what the plots draw the case by. clock "device" is the
-    GPU's own where there is one; "own" has functions that return their seconds. `notes`, called after the run, adds to
-    a peer's row.
+    GPU's own where there is one; functions of a "self-timed" case return their seconds. `notes`, called after the run,
+    adds to a peer's row.
     """
 
     name: str
@@ -96,7 +97,7 @@ class Case:
                     found[name] = device_times(peer, self.inputs)
         elif ready:
             with self._refusing(names[0], reasons):
-                times = host_times(ready, self.rounds, self.inputs, self.device, own=self.clock == "own")
+                times = host_times(ready, self.rounds, self.inputs, self.device, self_timed=self.clock == "self-timed")
                 found = {name: (of_it, "host") for name, of_it in times.items()}
         for name in names:
             row = {}

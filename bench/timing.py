@@ -1,4 +1,4 @@
-"""The clocks of the benchmarks, what a row says of itself, and the machine's own limits."""
+"""The clocks of the benchmarks, what a row holds, and the machine's own limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHORT = 300e-6
 SLEEPS = (2**20, 2**22, 2**24, 2**26)
 """Cycles of the GPU's clock, from half a millisecond, that a call is enqueued behind."""
 
-Call = Callable[[], object]
+Launch = Callable[[], object]
 
 
 def device_times(run: Callable, inputs: Sequence[tuple], seconds: float = 0.5) -> tuple[torch.Tensor, str]:
@@ -31,7 +31,7 @@ def device_times(run: Callable, inputs: Sequence[tuple], seconds: float = 0.5) -
     cannot be captured is enqueued "behind sleep", so that it is all there when its time begins. A call that itself
     waits for the GPU, as a walk on the host does, can be neither: its events hold the host's work, and so does its use.
     """
-    calls: Sequence[Call] = [partial(run, *one) for one in inputs]
+    calls: Sequence[Launch] = [partial(run, *one) for one in inputs]
     flush = flusher()
     stream, before = _side_stream(), torch.cuda.current_stream()
     stream.wait_stream(before)
@@ -53,7 +53,7 @@ def event_times(run: Callable, inputs: Sequence[tuple], seconds: float = 0.5) ->
     return _recorded(calls, flush, _count(once, seconds))
 
 
-def flusher() -> Call:
+def flusher() -> Launch:
     """Reads a buffer of four times the L2 cache: no call finds its inputs there, and the host gets time to enqueue."""
     device = torch.device("cuda")
     return torch.zeros(max(torch.cuda.get_device_properties(device).L2_cache_size, 2**24), device=device).sum
@@ -69,7 +69,7 @@ def _side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def _recorded(calls: Sequence[Call], flush: Call, count: int) -> torch.Tensor:
+def _recorded(calls: Sequence[Launch], flush: Launch, count: int) -> torch.Tensor:
     """Seconds between events around `count` of the calls, each after a flush."""
     events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]
     for number, (start, end) in enumerate(events):
@@ -81,7 +81,7 @@ def _recorded(calls: Sequence[Call], flush: Call, count: int) -> torch.Tensor:
     return torch.tensor([start.elapsed_time(end) / 1e3 for start, end in events], dtype=torch.float64)
 
 
-def _without_host(calls: Sequence[Call], flush: Call, once: float) -> tuple[Sequence[Call], Call, str]:
+def _without_host(calls: Sequence[Launch], flush: Launch, once: float) -> tuple[Sequence[Launch], Launch, str]:
     """(calls, flush, clock) that time a call of `once` seconds, by events, without the host's part in it."""
     if once >= SHORT and once >= 2 * _host_seconds(calls[0], flush):
         return calls, flush, "events"
@@ -100,7 +100,7 @@ def _without_host(calls: Sequence[Call], flush: Call, once: float) -> tuple[Sequ
     return calls, behind, "behind sleep"
 
 
-def _host_seconds(call: Call, flush: Call) -> float:
+def _host_seconds(call: Launch, flush: Launch) -> float:
     """What the host takes to enqueue a call."""
     taken = []
     for _ in range(WARM_UP):
@@ -112,7 +112,7 @@ def _host_seconds(call: Call, flush: Call) -> float:
     return sorted(taken)[WARM_UP // 2]
 
 
-def _sleep_for(calls: Sequence[Call], flush: Call) -> int | None:
+def _sleep_for(calls: Sequence[Launch], flush: Launch) -> int | None:
     """Cycles behind which the host has enqueued any of the calls with time to spare, None where it waits for them."""
     for cycles in SLEEPS:
         late = False
@@ -129,7 +129,7 @@ def _sleep_for(calls: Sequence[Call], flush: Call) -> int | None:
     return None
 
 
-def captured(calls: Sequence[Call]) -> Sequence[Call]:
+def captured(calls: Sequence[Launch]) -> Sequence[Launch]:
     """A replay of each call, captured on the current stream.
 
     Raises what the call or the capture raises; stream, allocator and generator are then as they were.
@@ -154,20 +154,24 @@ def captured(calls: Sequence[Call]) -> Sequence[Call]:
 
 
 def host_times(
-    runs: dict[str, Callable], rounds: int, inputs: Sequence[tuple] = ((),), device: str = "cpu", own: bool = False
+    runs: dict[str, Callable],
+    rounds: int,
+    inputs: Sequence[tuple] = ((),),
+    device: str = "cpu",
+    self_timed: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Seconds on the host's clock of each run, taken in turns, so that what else the machine does hits all alike.
 
-    own: each run returns its seconds itself.
+    self_timed: each run returns its seconds itself.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + WARM_UP - 1 if not own else rounds):
+    for i in range(rounds + WARM_UP - 1 if not self_timed else rounds):
         for name, run in runs.items():
             start = time.perf_counter()
             found = run(*inputs[i % len(inputs)])
             if device == "cuda":
                 torch.cuda.synchronize()
-            if own:
+            if self_timed:
                 taken[name].append(found)
             elif i >= WARM_UP - 1:
                 taken[name].append(time.perf_counter() - start)

@@ -1,9 +1,9 @@
 """The fastest tiles of the Triton kernels on this GPU beside the shipped ones: python -m bench.tuning OUT
 
 A stage's candidates are first compiled by processes side by side, into Triton's cache on disk; what they could compile
-and run is then timed by the package's own tuner, on the benchmark's shapes, and each winner is written as it is there.
-`python -m bench --tuned OUT` measures with what was found, `python -m bench.report --configs OUT` prints the lines of
-beagle_kernels/triton/configs.py.
+and run is then timed by the package's own tuner, on the benchmark's shapes, and each winner is written as soon as it
+is found. `python -m bench --tuned OUT` measures with what was found, `python -m bench.report --configs OUT` prints the
+lines of beagle_kernels/triton/configs.py.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def trials(shapes: list[Shape], device: str) -> list[Trial]:
     ]
 
 
-def dealt(found: list[Trial], worker: int, workers: int) -> list[Trial]:
+def share_of(found: list[Trial], worker: int, workers: int) -> list[Trial]:
     """A worker's share."""
     return found[worker::workers]
 
@@ -163,27 +163,27 @@ def context_is_lost() -> bool:
     return False
 
 
-def compiled(size: str, stage: int, device: str) -> dict[tuple[str, int], dict[Config, str | None]]:
+def compile_stage(size: str, stage: int, device: str) -> dict[tuple[str, int], dict[Config, str | None]]:
     """What became of a stage's candidates, by kernel and head size: None or the reason; those are left out that were
     not compiled in time, or whose process died."""
     workers = max(1, min(WORKERS, (os.cpu_count() or 1) - 2))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         command = [sys.executable, "-m", "bench.tuning", "--device", device, "--worker", size, str(stage)]
-        started_ones = [
+        processes = [
             stack.enter_context(started([*command, str(worker), str(workers), f"{folder}/{worker}"]))
             for worker in range(workers)
         ]
         ends = time.monotonic() + COMPILE_SECONDS[device]
-        while time.monotonic() < ends and any(worker.poll() is None for worker in started_ones):
+        while time.monotonic() < ends and any(worker.poll() is None for worker in processes):
             time.sleep(0.1)
-        codes = [worker.poll() for worker in started_ones]
+        codes = [worker.poll() for worker in processes]
         lines = [line for file in sorted(Path(folder).iterdir()) for line in file.read_text().splitlines()]
     if any(codes):
         print(f"compilers ended with {codes}; what they did not compile is not tried")
-    return noted(lines)
+    return read_notes(lines)
 
 
-def noted(lines: list[str]) -> dict[tuple[str, int], dict[Config, str | None]]:
+def read_notes(lines: list[str]) -> dict[tuple[str, int], dict[Config, str | None]]:
     """The notes of all workers, by kernel and head size."""
     from beagle_kernels.triton import configs
 
@@ -236,7 +236,7 @@ def use(entries: list[dict]) -> None:
         configs._tuned[key] = configs.Config(*entry["config"])
 
 
-def interpret() -> None:
+def use_interpreter() -> None:
     """Triton's interpreter, and a clock for it: it has no GPU's."""
 
     def on_the_host(run: Callable, **options) -> float:
@@ -263,7 +263,7 @@ def tune_all(size: str, device: str, out: Path | None, entries: list[dict]) -> l
             for kernel in kernels(shape)
             if (kernel, key_of(shape, kernel, device)[2], str(shape.dtype)[6:]) not in known
         ]
-        tried = compiled(size, stage, device) if left else {}
+        tried = compile_stage(size, stage, device) if left else {}
         for shape, kernel in left:
             try:
                 entry = winner(shape, kernel, tried.get((kernel, shape.head_size), {}), device)
@@ -289,18 +289,20 @@ def tune_all(size: str, device: str, out: Path | None, entries: list[dict]) -> l
 
 def main(arguments: list[str]) -> int:
     """1 where a kernel could not be tuned."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tuning", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tuning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, metavar="OUT", nargs="?", help="the JSON to write")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: Triton's interpreter, tiny")
     parser.add_argument("--go-on", action="store_true", help="keep the winners that OUT has")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device == "cpu":
-        interpret()
+        use_interpreter()
     if options.worker:
         size, stage, worker, workers, notes = options.worker
         shapes = STAGES[size][int(stage)]
-        compile_share(dealt(trials(shapes, options.device), int(worker), int(workers)), options.device, Path(notes))
+        compile_share(share_of(trials(shapes, options.device), int(worker), int(workers)), options.device, Path(notes))
         return 0
     kept = options.go_on and options.out and options.out.exists()
     entries = json.loads(options.out.read_text()) if kept else []

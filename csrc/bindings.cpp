@@ -7,6 +7,7 @@
 
 #include "core/chain.h"
 #include "cpu/executor.h"
+#include "cpu/products.h"
 #ifdef BEAGLE_CUDA
 #include "cuda/executor.h"
 #endif
@@ -156,6 +157,8 @@ PYBIND11_MODULE(_C, m) {
   dtypes["float32"] = int(kFloat32), dtypes["float16"] = int(kFloat16), dtypes["bfloat16"] = int(kBFloat16);
   m.attr("dtypes") = dtypes;
   m.attr("no_cuda") = BEAGLE_NO_CUDA;
+  m.attr("archs") = BEAGLE_ARCHS;
+  m.attr("instruction_set") = cpu::instruction_set();
   m.def("row_offset", &row_offset);
   py::module_ cpu = m.def_submodule("cpu");
   bind_all<Cpu>(cpu);

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from beagle_kernels.machine import processor
 from beagle_sd.cli.bench import comparison_table
-from beagle_sd.decoding.calibration import adaptive_tree, processor
+from beagle_sd.decoding.calibration import adaptive_tree
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.evaluation.comparison import compare_on
 from beagle_sd.files import write_json

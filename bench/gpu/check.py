@@ -174,7 +174,7 @@ def main(arguments: list[str]) -> int:
             over = f"not begun: the {options.seconds:.0f} s were over; run it again to go on"
             done = record["steps"].get(step, {}) | {"status": over}
         else:
-            done = one(make, step, min(SECONDS[kind], left - GRACE))
+            done = result_of(make, step, min(SECONDS[kind], left - GRACE))
         record["steps"][step] = done
         counts = ", ".join(f"{count} {kind}" for kind, count in done.get("counts", {}).items() if count)
         print(f"{step}: {done['status']}, {done.get('seconds', 0):.0f} s {done.get('why', counts)}", flush=True)
@@ -214,7 +214,7 @@ def set_aside(out: Path, logs: Path) -> dict:
     return {}
 
 
-def one(make: Steps, step: str, seconds: float) -> dict[str, Any]:
+def result_of(make: Steps, step: str, seconds: float) -> dict[str, Any]:
     """A step's result, whatever happens in it."""
     kind, _, name = step.partition(":")
     begin: Callable[[str, float], dict] = getattr(make, kind)

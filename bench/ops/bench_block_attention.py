@@ -152,9 +152,9 @@ def flex_peers(rows: int, end: torch.Tensor, device: str, backward: bool) -> dic
 
 def dense_rows(q, k, v, end, first: int, last: int) -> torch.Tensor:
     """Rows [first, last) by the definition, in float32; a row without a key gives 0."""
-    own = q[first:last].float().unflatten(1, (k.shape[1], -1))  # [R, Hkv, group, D]
+    queries = q[first:last].float().unflatten(1, (k.shape[1], -1))  # [R, Hkv, group, D]
     seen = torch.arange(len(k), device=k.device) < end[first:last, None]
-    scores = torch.einsum("rhgd,thd->rhgt", own, k.float()) * q.shape[-1] ** -0.5
+    scores = torch.einsum("rhgd,thd->rhgt", queries, k.float()) * q.shape[-1] ** -0.5
     weight = scores.masked_fill(~seen[:, None, None], -1e30).softmax(-1) * seen.any(1)[:, None, None, None]
     return torch.einsum("rhgt,thd->rhgd", weight, v.float()).flatten(1, 2)
 
@@ -186,8 +186,8 @@ def check_gradients(name: str, attend: Callable, inputs: tuple, end: torch.Tenso
     for start in range(first, rows, 128):
         stop = min(start + 128, rows)
         part = torch.autograd.grad(dense_rows(q, k, v, end, start, stop), leaves, up[start:stop].float())
-        for whole, more in zip(truth, part):
-            whole += more
+        for total, more in zip(truth, part):
+            total += more
     for letter, have, want in zip("qkv", found, truth):
         most = tolerance(dtype) * max(1.0, want.abs().max().item())
         assert_near(f"{name}'s gradient to {letter}", have, want, most)

@@ -39,10 +39,10 @@ def of_logits(name: str, z: torch.Tensor, k: int, sampling: Sampling) -> Case:
         torch.testing.assert_close(scores.cpu(), truth[1], rtol=1e-5, atol=1e-5)
 
     def composed() -> tuple[torch.Tensor, torch.Tensor]:
-        whole = z.float()
+        full = z.float()
         if name == "sampled":
-            whole = whole - torch.empty(z.shape, device=device).exponential_().log()
-        return whole.log_softmax(-1).topk(k)
+            full = full - torch.empty(z.shape, device=device).exponential_().log()
+        return full.log_softmax(-1).topk(k)
 
     return Case(
         f"top_candidates {name} {rows} x {vocab}, {k} best, {str(z.dtype)[6:]}",

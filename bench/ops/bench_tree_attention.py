@@ -87,8 +87,8 @@ def of_inputs(inputs: list[tuple], mask: torch.Tensor, prefix: int) -> Case:
             found = peers[name](*inputs[0])[row]
             for head in range(hkv):
                 keys, values = (x[:, head].float() for x in (k, v))
-                own = q[0, :, head * (hq // hkv) : (head + 1) * (hq // hkv)].float()  # [N, group, D]
-                scores = torch.einsum("ngd,sd->ngs", own, keys[0]) * d**-0.5
+                queries = q[0, :, head * (hq // hkv) : (head + 1) * (hq // hkv)].float()  # [N, group, D]
+                scores = torch.einsum("ngd,sd->ngs", queries, keys[0]) * d**-0.5
                 scores = scores.masked_fill(~visible[row, 0][:, None], float("-inf"))
                 truth = torch.einsum("ngs,sd->ngd", scores.softmax(-1), values[0])
                 part = found[:, head * (hq // hkv) : (head + 1) * (hq // hkv)]

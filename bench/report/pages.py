@@ -36,9 +36,11 @@ def filled(page: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """1 if --check finds a stale table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--plots", action="store_true")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 if a table is stale")
+    parser.add_argument("--plots", action="store_true", help="draw the figures too")
     parser.add_argument("--configs", type=Path, metavar="FILE", help="of bench.tuning, or of bench/gpu/check.sh")
     options = parser.parse_args(arguments)
     if options.configs:

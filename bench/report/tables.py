@@ -97,16 +97,16 @@ def gpu() -> str:
         if any("error" in row for row in rows):
             lines.append(f"| {group} | refused |  |  |  |  |  |")
             continue
-        own = next(row for row in rows if row["peer"] == "beagle")
-        shares = [f"{own[name]:.0%}" if name in own else "" for name in ("share of copy", "share of matmul")]
+        our_row = next(row for row in rows if row["peer"] == "beagle")
+        shares = [f"{our_row[name]:.0%}" if name in our_row else "" for name in ("share of copy", "share of matmul")]
         bound = ", ".join(f"{row['peer']} {row['p50'] * 1e6:,.0f}" for row in rows if row.get("bound"))
         beside = "none was measured", ""  # a run that was stopped after ours
         if len(rows) > 1:
             ours, peer, time = results.against_fastest(rows)
             clock = next(row for row in rows if row["peer"] == peer).get("clock")
-            clocks = f" (by {clock}, ours by {own['clock']})" if clock != own.get("clock") else ""
+            clocks = f" (by {clock}, ours by {our_row['clock']})" if clock != our_row.get("clock") else ""
             beside = peer + clocks, f"{time / ours:.2f}x"
-        cells = (group, f"{own['p50'] * 1e6:,.1f}", *shares, *beside, bound)
+        cells = (group, f"{our_row['p50'] * 1e6:,.1f}", *shares, *beside, bound)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*head, *(lines or ["| every op | not measured |  |  |  |  |  |"])])
 

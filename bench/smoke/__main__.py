@@ -157,7 +157,9 @@ def names_for(device: str) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """The exit status: how many checks did not pass."""
-    parser = argparse.ArgumentParser(prog="python -m bench.smoke", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.smoke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all unless given: {', '.join(CHECKS)}")
     parser.add_argument("--device", default="cuda", help="cuda (the default) or cpu")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"a check's limit (default {SECONDS:g})")

@@ -19,8 +19,10 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 }  // namespace
 
 #define BEAGLE_BEST(name) (has_avx512() ? avx512::name : has_avx2() ? avx2::name : baseline::name)
+const char* instruction_set() { return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "baseline"; }
 #else
 #define BEAGLE_BEST(name) baseline::name
+const char* instruction_set() { return "baseline"; }
 #endif
 
 const Rows& rows() {

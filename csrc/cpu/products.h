@@ -24,4 +24,7 @@ struct Products {
 
 const Products& products();
 
+// Of what is compiled several times, the one that serves on this machine.
+const char* instruction_set();
+
 }  // namespace beagle::cpu

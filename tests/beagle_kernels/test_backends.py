@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import platform
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import beagle_kernels as bk
 from beagle_kernels import BackendError, backends, extension, triton
 from beagle_kernels.__main__ import main
 
@@ -26,7 +30,11 @@ def driver(monkeypatch):
     def forget():
         extension._unserved.cache_clear(), triton._too_old.cache_clear(), backends._resolved.clear()
 
-    monkeypatch.setattr(extension, "_C", SimpleNamespace(no_cuda="", cuda=SimpleNamespace(why_not=why_not)))
+    monkeypatch.setattr(
+        extension,
+        "_C",
+        SimpleNamespace(no_cuda="", archs="80;90a", instruction_set="avx2", cuda=SimpleNamespace(why_not=why_not)),
+    )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     forget()
@@ -86,3 +94,19 @@ def test_triton_is_for_cards_from_8_0_on(driver, monkeypatch, capability, serves
     if serves == "reference":
         with pytest.raises(BackendError, match="'triton' cannot serve.*has compute capability 7.5; allowed: 8.0"):
             backends.resolve("tree_attention", "triton", CUDA[0], torch.bfloat16)
+
+
+def test_the_report_describes_this_machine(capsys):
+    """What a bug form asks for, without a home folder or a user's name."""
+    main()
+    report = capsys.readouterr().out
+    for part in (
+        f"beagle_kernels {bk.__version__}",
+        f"torch {torch.__version__}",
+        f"Python {platform.python_version()}",
+    ):
+        assert part in report
+    assert re.search(r"^CPU: .+, \d+ cores, \d+ threads$", report, re.M) and re.search(
+        r"^GPU: .*driver: ", report, re.M
+    )
+    assert str(Path.home()) not in report and len(report.splitlines()) < 60

@@ -68,6 +68,48 @@ def test_without_a_checkout_or_git_it_says_so(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err == "error: --base needs git, which is not installed here\n"
 
 
+BUILDS = """
+import os
+from pathlib import Path
+Path("beagle_kernels/_C.x.so").write_text(os.environ["BEAGLE_CUDA"])
+"""
+
+
+@pytest.fixture
+def changed(monkeypatch, tmp_path):
+    """The other commit's tree, whose csrc differs from the one here."""
+    for root in ("here", "there"):
+        (tmp_path / root / "beagle_kernels").mkdir(parents=True)
+    (tmp_path / "here" / "beagle_kernels" / "_C.x.so").write_text("built here")
+    monkeypatch.setattr(base, "ROOT", tmp_path / "here")
+    monkeypatch.setattr(base, "git", lambda *arguments: "csrc/a.cpp" if arguments[0] == "diff" else "")
+    monkeypatch.delenv("BEAGLE_CUDA", raising=False)
+    return tmp_path / "there"
+
+
+def test_other_sources_are_built_there(changed, capsys):
+    (changed / "setup.py").write_text(BUILDS)
+    base.give_extension(changed, "abc", "cpu")
+    assert (changed / "beagle_kernels" / "_C.x.so").read_text() == "0" and "building" in capsys.readouterr().out
+
+
+def test_what_does_not_build_is_shown(changed):
+    (changed / "setup.py").write_text("raise SystemExit('no compiler')")
+    with pytest.raises(base.BaseError, match="the extension of abc does not build:\nno compiler"):
+        base.give_extension(changed, "abc", "cpu")
+
+
+def test_the_same_sources_and_no_extension_are_not_built(changed, monkeypatch):
+    monkeypatch.setattr(base, "git", lambda *arguments: "")
+    base.give_extension(changed, "abc", "cpu")
+    built = changed / "beagle_kernels" / "_C.x.so"
+    assert built.read_text() == "built here"
+    built.unlink()
+    (base.ROOT / "beagle_kernels" / "_C.x.so").unlink()
+    base.give_extension(changed, "abc", "cpu")
+    assert not built.exists()
+
+
 def test_base_does_not_go_on(capsys):
     with pytest.raises(SystemExit):
         parsed(["--base", "main", "--go-on"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import torch
@@ -43,3 +44,13 @@ def test_a_command_that_is_missing_or_fails_says_nothing():
     assert environment.command_output(sys.executable, "-c", "print(1)") == "1"
     assert environment.command_output(sys.executable, "-c", "raise SystemExit(1)") is None
     assert environment.command_output("no-such-command") is None
+
+
+def test_benchmarks_and_tuning_begin_without_transformers():
+    """It imports Triton, which tuning on a CPU first has to ask for its interpreter."""
+    names = "bench.timing, bench.tuning, bench.registry, bench.__main__"
+    code = f"import sys, {names}; print({{'transformers', 'beagle_sd'}} & {{*sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=environment.ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"

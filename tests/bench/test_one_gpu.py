@@ -176,7 +176,7 @@ def test_answers_are_kept_whatever_ends_them(answered, tmp_path, monkeypatch, st
 def test_setup_warns_of_a_gpu_that_differs(answered, tmp_path, monkeypatch, capsys):
     (tmp_path / "kit").symlink_to(answered / "kit")
     found = {"answers": 8, "losses": [1.0], "deviations": {"loss of stage 1": (1.0, 2.0)}}
-    monkeypatch.setattr("bench.recipes.one_gpu.setup.tried", lambda work: found)
+    monkeypatch.setattr("bench.recipes.one_gpu.setup.try_every_step", lambda work: found)
     assert toy(tmp_path, "setup", "--kit", "nowhere") == 0
     assert "WARNING: loss of stage 1: 1 on the GPU, 2 on the CPU; within 5%" in capsys.readouterr().err
     assert record(tmp_path, "setup")["deviations"] == {"loss of stage 1": [1.0, 2.0]}

@@ -27,7 +27,7 @@ def test_the_status_of_several_parts(monkeypatch, tmp_path, capsys):
         begun.append((arguments[1], arguments[2:], seconds))
         return codes[arguments[1]]
 
-    monkeypatch.setattr("bench.recipes.one_gpu.__main__.in_a_process", end)
+    monkeypatch.setattr("bench.recipes.one_gpu.__main__.in_process", end)
     for ends, status in (
         ({"answers": 0, "train": 0}, 0),
         ({"answers": 3, "train": 0}, 3),

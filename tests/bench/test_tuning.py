@@ -60,8 +60,8 @@ def stubs(monkeypatch) -> Stubs:
 
 
 def compiled_here(size: str, stage: int, device: str) -> dict:
-    """As tuning.compiled, by three workers in this process."""
-    return tuning.noted(notes_of(tuning.STAGES[size][stage], 3))
+    """As tuning.compile_stage, by three workers in this process."""
+    return tuning.read_notes(notes_of(tuning.STAGES[size][stage], 3))
 
 
 def notes_of(shapes: list[Shape], workers: int) -> list[str]:
@@ -70,16 +70,16 @@ def notes_of(shapes: list[Shape], workers: int) -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         for worker in range(workers):
-            share = tuning.dealt(tuning.trials(shapes, "cpu"), worker, workers)
+            share = tuning.share_of(tuning.trials(shapes, "cpu"), worker, workers)
             tuning.compile_share(share, "cpu", Path(folder) / str(worker))
         return [line for file in sorted(Path(folder).iterdir()) for line in file.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("workers", [1, 5, 12])
 @pytest.mark.parametrize("stage", tuning.STAGES["full"], ids=["16 bit", "32 bit"])
-def test_every_candidate_is_dealt_once(stage, workers):
+def test_every_candidate_is_in_one_share(stage, workers):
     found = tuning.trials(stage, "cpu")
-    shares = [tuning.dealt(found, worker, workers) for worker in range(workers)]
+    shares = [tuning.share_of(found, worker, workers) for worker in range(workers)]
     assert sorted(map(str, found)) == sorted(str(trial) for share in shares for trial in share)
     assert len(set(found)) == len(found) and max(map(len, shares)) - min(map(len, shares)) <= 1
     places = {(trial.kernel, trial.shape.head_size) for trial in found}
@@ -90,7 +90,7 @@ def test_every_candidate_is_dealt_once(stage, workers):
 
 
 def test_the_fastest_wins_and_is_written_at_once(stubs, monkeypatch, tmp_path):
-    monkeypatch.setattr(tuning, "compiled", compiled_here)
+    monkeypatch.setattr(tuning, "compile_stage", compiled_here)
     out, seen = tmp_path / "found.json", []
     monkeypatch.setattr("beagle_sd.files.write_json", lambda file, entries: seen.append((file, [*entries])))
     entries: list[dict] = []
@@ -120,7 +120,7 @@ ERRORS = [
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_a_candidate_that_fails_is_noted_and_not_timed(stubs, monkeypatch, tmp_path, error):
     """Half of them fail, the fastest first."""
-    monkeypatch.setattr(tuning, "compiled", compiled_here)
+    monkeypatch.setattr(tuning, "compile_stage", compiled_here)
 
     def refuses(kernel, config):
         if config.warps == 8 and kernel != "tree":
@@ -138,7 +138,7 @@ def test_a_candidate_that_fails_is_noted_and_not_timed(stubs, monkeypatch, tmp_p
 
 
 def test_a_kernel_that_cannot_be_tuned_leaves_the_others_their_turn(stubs, monkeypatch, tmp_path):
-    monkeypatch.setattr(tuning, "compiled", lambda size, stage, device: {})
+    monkeypatch.setattr(tuning, "compile_stage", lambda size, stage, device: {})
 
     def refuses(kernel, config):
         if kernel == "block_dq":
@@ -165,7 +165,7 @@ def test_what_was_not_compiled_in_time_is_not_timed(stubs, monkeypatch):
 
 
 def test_tuning_goes_on(stubs, monkeypatch, tmp_path):
-    monkeypatch.setattr(tuning, "compiled", compiled_here)
+    monkeypatch.setattr(tuning, "compile_stage", compiled_here)
     all_of_it: list[dict] = []
     tuning.tune_all("tiny", "cpu", None, all_of_it)
     configs._tuned.clear()

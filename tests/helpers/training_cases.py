@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from models import small_draft, small_target
 
+from beagle_sd import BeagleDraft
 from beagle_sd.data.dataset import StateDataset
 from beagle_sd.training.config import TrainingConfig
 from beagle_sd.training.trainer import Trainer
@@ -42,3 +44,12 @@ def metrics_of(folder: Path) -> list[dict]:
 
 class Stop(Exception):
     """Raised from the progress callback, as Ctrl-C would be."""
+
+
+def weights_of(folder: Path) -> dict:
+    return BeagleDraft.from_pretrained(folder / "final").state_dict()
+
+
+def assert_same_run(folder: Path, whole) -> None:
+    assert metrics_of(folder) == metrics_of(whole[1])
+    assert all(torch.equal(weight, weights_of(whole[1])[name]) for name, weight in weights_of(folder).items())

@@ -43,10 +43,10 @@ def main(arguments: list[str]) -> int:
     options = parsed(arguments)
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
-    return one(options, began) if len(options.parts) == 1 else several(options)
+    return run_part(options, began) if len(options.parts) == 1 else run_parts(options)
 
 
-def several(options: argparse.Namespace) -> int:
+def run_parts(options: argparse.Namespace) -> int:
     """Each part in a process of its own: one that crashes takes nothing with it but its own work."""
     given = {name: value for name, value in vars(options).items() if name not in ("out", "parts")}
     flags = [
@@ -57,7 +57,7 @@ def several(options: argparse.Namespace) -> int:
     ]
     ends = []
     for part in options.parts:
-        code = in_a_process([str(options.out), part, *flags], 60 * options.minutes + LATE)
+        code = in_process([str(options.out), part, *flags], 60 * options.minutes + LATE)
         if code not in (DONE, FAILED, WRONG, MORE):
             how = "its time ran out and it had to be ended" if code is None else f"it ended with {code}"
             print(f"{part}: {how}", file=sys.stderr)
@@ -65,7 +65,7 @@ def several(options: argparse.Namespace) -> int:
     return next((end for end in (FAILED, WRONG, MORE) if end in ends), DONE)
 
 
-def in_a_process(arguments: list[str], seconds: float) -> int | None:
+def in_process(arguments: list[str], seconds: float) -> int | None:
     """This script with `arguments`: its exit status, None where it had to be ended."""
     paths = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-m", "bench.recipes.one_gpu", *arguments]
@@ -79,7 +79,7 @@ def in_a_process(arguments: list[str], seconds: float) -> int | None:
     return None
 
 
-def one(options: argparse.Namespace, began: float) -> int:
+def run_part(options: argparse.Namespace, began: float) -> int:
     """The only part named, in this process. began: when the process did."""
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -99,7 +99,7 @@ def one(options: argparse.Namespace, began: float) -> int:
         sizes = replace(sizes, batch=options.batch)
     os.environ["BEAGLE_CACHE"] = str(options.out / "scratch")  # target and prompts stay out of the user's cache
     sys.path.insert(0, str(options.out / "kit" / "site"))
-    run: dict[str, Callable[[Job], bool]] = {
+    parts: dict[str, Callable[[Job], bool]] = {
         "setup": lambda job: setup(job, options.kit.resolve()),
         "answers": lambda job: answers(job, graph=not options.no_graph),
         "search": search,
@@ -112,7 +112,7 @@ def one(options: argparse.Namespace, began: float) -> int:
     budget = Budget(options.minutes, time.monotonic() - began)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        done = run[part](Job(OutFolder(options.out), sizes, budget, device))
+        done = parts[part](Job(OutFolder(options.out), sizes, budget, device))
     except (FileNotFoundError, ValueError, TrainingStopped) as error:
         print(f"{part}: {error}", file=sys.stderr)
         return WRONG

@@ -48,7 +48,7 @@ def eagle2(job: Job) -> bool:
                 continue
             kind, more = (BeagleDraft, {}) if name == "beagle" else (EagleDraft, {"states": eagle_states})
             job.budget.need()
-            runs[name] = measured(job, target, dataset, {**settings, **change}, kind, more)
+            runs[name] = train_head(job, target, dataset, {**settings, **change}, kind, more)
             draft = kind.from_pretrained(job.out.scratch / "compared").bind(on_cpu)
             for shape, numbers in SHAPES.items():
                 runs[name][shape] = replay(draft, shards, sizes.held_out, *numbers)
@@ -64,7 +64,7 @@ def eagle2(job: Job) -> bool:
     return True
 
 
-def measured(job: Job, target, dataset: LiveDataset, settings: dict, kind: type[BeagleDraft], more: dict) -> dict:
+def train_head(job: Job, target, dataset: LiveDataset, settings: dict, kind: type[BeagleDraft], more: dict) -> dict:
     """One head: its course by training seconds, its end, and the most memory that training took beyond the data's."""
     before = 0
     if job.device == "cuda":

@@ -51,7 +51,7 @@ def search(job: Job) -> bool:
                 settings = {**start, **change}
                 key = json.dumps(settings, sort_keys=True)
                 if key not in before:
-                    before[key] = measured(job, target, dataset, change, settings)
+                    before[key] = trial(job, target, dataset, change, settings)
                     write_json(path, list(before.values()))
                 group.append(before[key])
                 rows.append({**before[key], "kept": False})
@@ -80,7 +80,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measured(job: Job, target, dataset: LiveDataset, change: dict, settings: dict) -> dict:
+def trial(job: Job, target, dataset: LiveDataset, change: dict, settings: dict) -> dict:
     """One run's line; a run that diverges counts as no token."""
     began = time.monotonic()
     job.budget.need()

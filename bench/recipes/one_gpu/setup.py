@@ -53,7 +53,7 @@ def setup(job: Job, kit: Path) -> bool:
             raise ValueError(f"the build {done['status']}: {done['output']}")
         built.touch()
         os.execv(sys.executable, [sys.executable, "-m", "bench.recipes.one_gpu", *sys.argv[1:]])
-    found = tried(job)
+    found = try_every_step(job)
     if found["deviations"]:
         differing = "; ".join(
             f"{name}: {here:.5g} on the GPU, {on_cpu:.5g} on the CPU"
@@ -68,7 +68,7 @@ def setup(job: Job, kit: Path) -> bool:
     return True
 
 
-def tried(job: Job) -> dict:
+def try_every_step(job: Job) -> dict:
     """Every step at a tiny size: answers, both stages, decoding. On a GPU the losses are those of the CPU, or stand in
     "deviations"."""
     seed_all(job.device)

@@ -64,7 +64,7 @@ def config_of(settings: dict, steps: int, per_epoch: int, sizes: Sizes, **more) 
 
 
 def draft_of(target, dataset: LiveDataset, settings: dict, kind: type[BeagleDraft] = BeagleDraft) -> BeagleDraft:
-    """A fresh draft of these settings; the same for the same."""
+    """A fresh draft of these settings, with the same weights each time."""
     torch.manual_seed(0)
     config = target.config.get_text_config()
     is_beagle, heads = kind is BeagleDraft, settings["heads"] * config.num_attention_heads

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import beagle_kernels
+from beagle_kernels.machine import cores, processor
 from beagle_sd.decoding.adaptive import AdaptiveTree, Costs
 from beagle_sd.decoding.generate import generate
 from beagle_sd.decoding.tree import PLAIN, TreeShape
@@ -176,11 +176,10 @@ def _key(target: PreTrainedModel, draft: BeagleDraft) -> dict:
         "draft_vocab_size",
         "append_states",
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_gpu = target.device.type == "cuda"
     name = torch.cuda.get_device_name(target.device) if on_gpu else processor()
     return {
-        "machine": {"name": name} if on_gpu else {"name": name, "cores": cores, "threads": torch.get_num_threads()},
+        "machine": {"name": name} if on_gpu else {"name": name, "cores": cores(), "threads": torch.get_num_threads()},
         "target": {
             "model_type": config.model_type,
             "dtype": str(target.dtype),
@@ -200,16 +199,6 @@ def _built() -> int | None:
     """When the extension was built, in seconds; None without one."""
     module = importlib.util.find_spec("beagle_kernels._C")
     return int(os.stat(module.origin).st_mtime) if module is not None and module.origin else None
-
-
-def processor() -> str:
-    """The CPU's model, as Linux names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def _read(path: Path, key: dict) -> Costs | None:

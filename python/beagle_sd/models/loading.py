@@ -22,7 +22,10 @@ def bundled_names() -> list[str]:
 def bundled_folder(name: str) -> Path:
     """The folder of a bundled draft, with its card; ValueError names those there are."""
     if name not in bundled_names():
-        raise ValueError(f"no draft is bundled for {name!r}; allowed: {', '.join(bundled_names())}")
+        raise ValueError(
+            f"no draft is bundled for {name!r}; allowed: {', '.join(bundled_names())}, or a draft of your own, which "
+            "`beagle-sd train` makes and --draft names"
+        )
     return _FOLDER / name
 
 

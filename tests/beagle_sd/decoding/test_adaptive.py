@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
+from decoding_cases import NEW, prompts, ragged
 from models import agreeable_target, small_draft, small_target
-from test_generate import NEW, prompts, ragged
 
 from beagle_sd import AdaptiveTree, BeagleDraft, adaptive_tree, generate
 from beagle_sd.decoding import calibration

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoding_cases import NEW, Recorder, prompts, ragged
 from models import agreeable_target, small_draft
-from test_generate import NEW, Recorder, prompts, ragged
 from tokenizers_for_tests import small_tokenizer
 from transformers import (
     LogitsProcessor,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 from models import agreeable_target, small_draft
-from test_rounds import TREE, begun
+from round_cases import TREE, begun
 
 from beagle_sd import GraphError
 from beagle_sd.decoding import graph

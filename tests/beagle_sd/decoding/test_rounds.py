@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-
 import pytest
 import torch
-import transformers
-from models import VOCAB, agreeable_target, small_draft, small_target
-from test_generate import assert_same_text, prompts
+from decoding_cases import assert_same_text, prompts
+from models import agreeable_target, small_draft
+from round_cases import PATHS, TREE, begun, fixed_engine, rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from beagle_kernels import Sampling
-from beagle_sd import AdaptiveTree, Engine, GraphError, generate
+from beagle_sd import AdaptiveTree, generate
 from beagle_sd.decoding.adaptive import Costs
-from beagle_sd.decoding.graph import check_capturable
 from beagle_sd.decoding.loop import Decoding
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import play_round
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.attention import tree_attention_of
-from beagle_sd.models.cache import causal
-from beagle_sd.models.target import Target
-
-PATHS = {"dense": {}, "pages": {"page_size": 7}}
-TREE = TreeShape(4, 4, 16)
-
-
-def rows(batch: int, longest: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts of 1 to `longest` tokens, padded on the left, and their mask."""
-    lengths = torch.arange(batch) * 7 % longest + 1
-    mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
-    return prompts(batch, longest) * mask, mask
-
-
-def fixed_engine(target, draft, batch, tokens, **settings) -> Engine:
-    """An engine on the CPU that goes the GPU's way."""
-    return Engine(target, draft, batch=batch, capacity=tokens, fixed=True, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -98,82 +77,6 @@ def test_a_prompt_of_4096_tokens(path):
     want = target.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
     engine = fixed_engine(target, draft, 1, 4108, **PATHS[path], tree=TREE)
     assert_same_text(target, generate(target, draft, ids, max_new_tokens=12, engine=engine).sequences, want, 4096)
-
-
-def begun(target, draft, batch=3, tokens=60, **settings) -> Engine:
-    """An engine whose rows have their first token."""
-    engine = fixed_engine(target, draft, batch, tokens, **settings)
-    ids = prompts(batch)
-    lengths = torch.arange(11, 11 - 2 * batch, -2, dtype=torch.int32)
-    engine.begin(ids, lengths, Sampling.of(batch, 3, 1.0), tokens - 11, [5, VOCAB + 1], Clock(engine.target.device))
-    return engine
-
-
-class Watched(TorchDispatchMode):
-    """Collects the names of the operators called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(str(func))
-        return func(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("count, by", [(16, "beagle.tree_attention"), (65, "aten.scaled_dot_product_attention")])
-def test_a_small_forward_on_the_cpu_leaves_pytorch_s_threads_asleep(count, by):
-    """Woken, they spin for milliseconds on the cores that the linear layers want: index_put_ and SDPA wake them."""
-    target = small_target()
-    wrapped = Target(target)
-    cache = wrapped.new_cache(2, 100)
-    step = torch.arange(count).expand(2, -1)
-    with torch.inference_mode(), tree_attention_of(target), Watched() as watched:
-        wrapped.forward(step, step, causal(2, count, step.device), cache)
-    ops = {"aten.index_put_", "aten.scaled_dot_product_attention", "beagle.tree_attention"}
-    assert ops & {name.removesuffix(".default") for name in watched.names} == {by}
-
-
-READS = {
-    "item": lambda x: x[0].item(),
-    "tolist": lambda x: x.tolist(),
-    "bool": lambda x: bool(x.any()),
-    "int": lambda x: int(x.max()),
-    "nonzero": lambda x: x.nonzero(),
-    "where": lambda x: torch.where(x),
-    "mask": lambda x: x[x > 0],
-    "cpu": lambda x: x.cpu(),
-    "numpy": lambda x: x.numpy(),
-    "unique": lambda x: x.unique(),
-    "repeats": lambda x: x.repeat_interleave(x),
-    "select": lambda x: x.masked_select(x > 0),
-}
-
-
-@pytest.mark.parametrize("read", READS)
-def test_a_host_read_of_a_tensor_without_data_raises(read):
-    """What the next test relies on: whatever would wait for a GPU cannot run on the meta device."""
-    with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
-        READS[read](torch.ones(3, dtype=torch.int64, device="meta"))
-
-
-@pytest.mark.skipif(transformers.__version__ < "5", reason="its rotary embedding asks for autocast, which meta has not")
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("drafting", [True, False], ids=["draft", "plain"])
-def test_a_round_reads_nothing_on_the_host(path, drafting, monkeypatch):
-    """On tensors without data: no value and no shape can depend on any; nor does a list become a tensor on the way."""
-    target = small_target("qwen3")
-    draft = small_draft(target, draft_vocab=torch.arange(0, VOCAB, 2)) if drafting else None
-    for model in (target, draft):
-        if model is not None:
-            model.to("meta")
-    monkeypatch.setattr("beagle_sd.models.draft._check_draft_vocab", lambda *_: None)
-    for tree in (TREE, TreeShape(6, 1, 7), TreeShape(6, 10, 60), TreeShape(2, 2, 1)):
-        engine = fixed_engine(target, draft, 2, 40, return_logprobs=True, **PATHS[path], tree=tree)
-        with torch.no_grad(), tree_attention_of(target), Watched() as watched:
-            play_round(engine.target, draft, engine.buffers, engine.shape)
-        assert "beagle.verify_tree.default" in watched.names
-        assert "aten.lift_fresh.default" not in watched.names, "torch.tensor of Python values: a copy from the host"
 
 
 @torch.inference_mode()
@@ -370,84 +273,3 @@ def test_a_tree_that_adapts_takes_its_shape_a_round(pair):
     engine = fixed_engine(target, draft, 2, 35, tree=AdaptiveTree(costs, shapes, probe=2))
     made = generate(target, draft, ids, max_new_tokens=24, temperature=1.0, engine=engine)
     assert torch.equal(made.sequences, want) and made.report.rounds < 23
-
-
-@pytest.mark.parametrize(
-    "wrong,message",
-    [
-        ({"engine": (2, 40), "input_ids": prompts(3)}, "3 rows were given to an engine for 2"),
-        ({"engine": (2, 20)}, "need room for 23; allowed: the engine's capacity, 20"),
-        ({"engine": (2, 40), "tree": TREE, "return_logprobs": True}, "tree, return_logprobs given with an engine"),
-        ({"engine": (2, 40), "draft": None}, "made for another target or draft"),
-        ({"page_size": 0}, "page_size is 0"),
-    ],
-)
-def test_bad_requests(pair, wrong, message):
-    target, draft = pair
-    options = {"input_ids": prompts(2), "draft": draft, "max_new_tokens": 12, **wrong}
-    if sizes := options.pop("engine", None):
-        options["engine"] = Engine(target, draft, batch=sizes[0], capacity=sizes[1])
-    with pytest.raises(ValueError, match=message):
-        generate(target, **options)
-
-
-def test_a_graph_asked_for_where_none_can_be_says_why(pair, monkeypatch):
-    target, draft = pair
-    with pytest.raises(GraphError, match="the target is on cpu and a graph is CUDA's; allowed: graph=False"):
-        generate(target, draft, prompts(1), graph=True)
-    monkeypatch.setattr("beagle_sd.decoding.graph.backends.resolve", lambda *_: "reference")
-    with pytest.raises(GraphError, match=r"choose_tokens has only its reference here \(cuda: .*allowed: graph=False"):
-        check_capturable(torch.device("cuda"), torch.float32)
-
-
-def test_engines_out_of_range(pair):
-    for wrong in ({"batch": 0, "capacity": 9}, {"batch": 1, "capacity": 1}):
-        with pytest.raises(ValueError, match="allowed: at least"):
-            Engine(*pair, **wrong)
-
-
-@pytest.mark.parametrize("own", [True, False], ids=["its own engine", "an engine given"])
-def test_out_of_memory_frees_the_buffers_and_leaves_all_usable(pair, own, monkeypatch):
-    """Even while the error itself is kept, as notebooks do."""
-    target, draft = pair
-    engine = None if own else fixed_engine(target, draft, 2, 40, tree=TREE)
-    kept = []
-
-    def failing(wanted, draft, buffers, shape, timed=None):
-        kept.append(weakref.ref(buffers))
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("beagle_sd.decoding.engine.play_round", failing)
-        with pytest.raises(torch.OutOfMemoryError) as caught:
-            generate(target, draft, prompts(2), max_new_tokens=9, engine=engine, tree=None if engine else TREE)
-    gc.collect()
-    assert caught.value is not None and (kept[0]() is None) == own
-    want = generate(target, None, prompts(2), max_new_tokens=9).sequences
-    assert torch.equal(generate(target, draft, prompts(2), max_new_tokens=9, engine=engine).sequences, want)
-
-
-def test_draft_and_buffers_add_less_than_5_percent_to_an_8b_target():
-    """By count, in bf16 at 4096 tokens: what a graph keeps besides is measured on a GPU."""
-    with torch.device("meta"):
-        target = small_target(
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            tie_word_embeddings=False,
-        ).to(torch.bfloat16)
-        draft = small_draft(target).to(torch.bfloat16)
-    size = lambda model: sum(p.numel() * p.element_size() for p in model.parameters())  # noqa: E731
-    assert size(target) == 2 * 8_030_261_248
-    reduced_head = 16384 * 4096 * 2
-    for batch in (1, 16):
-        cache = 2 * 32 * 8 * 128 * 4096 * 2 * batch
-        with torch.device("meta"):
-            engine = fixed_engine(target, draft, batch, 4096, return_logprobs=True, tree=TreeShape(6, 10, 60))
-        assert cache < engine.nbytes
-        added = engine.nbytes - cache + size(draft) + reduced_head
-        assert added < 0.05 * (size(target) + cache)

@@ -7,9 +7,9 @@ import gc
 
 import pytest
 import torch
+from decoding_cases import Recorder, assert_same_text, prompts
 from models import agreeable_target, small_draft, small_target
-from test_generate import Recorder, assert_same_text, prompts
-from test_rounds import PATHS, TREE, rows
+from round_cases import PATHS, TREE, rows
 
 from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, Engine, GraphError, generate

@@ -1,51 +1,21 @@
-"""Training: it learns, it resumes bit for bit, and it stops rather than spoil what it has."""
+"""Training: it learns, and it stops rather than spoil what it has."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
-import forks
 import pytest
 import torch
 from models import agreeable_target, small_draft, small_target
-from shard_cases import MANIFEST, full_disk, random_sequence, write_states
-from training_cases import CONFIG, Stop, metrics_of, trainer_of
+from shard_cases import MANIFEST, random_sequence, write_states
+from training_cases import CONFIG, metrics_of, trainer_of
 
 from beagle_sd import BeagleDraft, generate
 from beagle_sd.data.dataset import Entry, StateDataset
 from beagle_sd.data.shards import ShardWriter
 from beagle_sd.decoding.tree import TreeShape
-from beagle_sd.training.checkpoint import checkpoints
-from beagle_sd.training.trainer import Trainer, TrainingStopped
+from beagle_sd.training.trainer import Trainer
 from bench.peers.eagle2 import EagleDraft, eagle_states
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_states(tmp_path_factory.mktemp("states"), small_target())
-
-
-def weights_of(folder: Path) -> dict:
-    return BeagleDraft.from_pretrained(folder / "final").state_dict()
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """An uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole")
-    trainer = trainer_of(data, folder)
-    trainer.run()
-    return trainer, folder
-
-
-def assert_same_run(folder: Path, whole) -> None:
-    assert metrics_of(folder) == metrics_of(whole[1])
-    assert all(torch.equal(weight, weights_of(whole[1])[name]) for name, weight in weights_of(folder).items())
 
 
 def test_the_loss_falls_in_both_stages(whole):
@@ -111,124 +81,6 @@ def test_training_raises_acceptance(tmp_path):
     assert tokens_per_round() > before + 0.5
 
 
-@pytest.mark.parametrize("stop", [1, 4, 6, 13])
-def test_a_stopped_run_resumes_bit_for_bit(stop, data, whole, tmp_path):
-    """Before the first checkpoint, at one, after one, and in stage 2."""
-
-    def interrupt(step, metrics):
-        if step == stop:
-            raise Stop
-
-    with pytest.raises(Stop):
-        trainer_of(data, tmp_path).run(interrupt)
-    resumed = trainer_of(data, tmp_path)
-    assert resumed.step == stop // 4 * 4
-    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, resumed.step + 1))
-    resumed.run()
-    assert_same_run(tmp_path, whole)
-
-
-@pytest.mark.parametrize("where", ["between steps", "in a checkpoint"])
-def test_a_killed_run_resumes_bit_for_bit(where, data, whole, tmp_path):
-    def progress(step, metrics):
-        if step == 9:
-            if where == "between steps":
-                forks.die()
-            torch.save = forks.die
-
-    assert forks.run(lambda: trainer_of(data, tmp_path).run(progress)) == -9
-    if where == "in a checkpoint":
-        (half,) = tmp_path.glob(".*.partial.checkpoint-0000012")
-        assert (half / "model.safetensors").is_file(), "killed halfway"
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 13, "lo')
-    resumed = trainer_of(data, tmp_path)
-    assert resumed.step == 8 and not list(tmp_path.glob(".*"))
-    resumed.run()
-    assert_same_run(tmp_path, whole)
-
-
-def test_a_finished_run_does_nothing_more(data, whole, tmp_path):
-    import shutil
-
-    shutil.copytree(whole[1], tmp_path / "copy")
-    trainer = trainer_of(data, tmp_path / "copy")
-    assert trainer.step == trainer.total_steps
-    trainer.run(lambda step, metrics: pytest.fail("trained on"))
-    assert_same_run(tmp_path / "copy", whole)
-
-
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        ({"lr": 1e-3}, "lr 0.01 -> 0.001"),
-        ({"steps": 2}, "steps 3 -> 2"),
-        ({"betas": (0.9, 0.99)}, "betas"),
-        ({"held_out": 0}, "held_out 6 -> 0, sequences 10 -> 12"),
-    ],
-    ids=str,
-)
-def test_other_settings_are_refused(change, message, data, whole):
-    with pytest.raises(ValueError, match=f"trained with other settings .*{message}.*use the same, or a new folder"):
-        trainer_of(data, whole[1], replace(CONFIG, **change))
-
-
-def test_another_draft_is_refused(data, whole, tmp_path):
-    with pytest.raises(ValueError, match="append_states True -> False"):
-        trainer_of(data, whole[1], append_states=False)
-    trainer_of(data, tmp_path, draft_vocab=torch.arange(50)).save()
-    trainer_of(data, tmp_path, draft_vocab=torch.arange(50))
-    with pytest.raises(ValueError, match="trained with another draft_vocab"):
-        trainer_of(data, tmp_path, draft_vocab=torch.arange(1, 51))
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer.json"])
-@pytest.mark.parametrize("keep", [0, 100])
-def test_a_damaged_checkpoint_is_named(name, keep, data, tmp_path):
-    trainer_of(data, tmp_path).save()
-    path = checkpoints(tmp_path)[-1] / name
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="checkpoint-0000000 is not a whole checkpoint .*delete it"):
-        trainer_of(data, tmp_path)
-
-
-def test_states_that_are_not_numbers_stop_the_run(data, tmp_path):
-    trainer = trainer_of(data, tmp_path)
-    load, calls = trainer.dataset.load, []
-
-    def spoiled(entries):
-        calls.append(entries)
-        batch = load(entries)
-        if len(calls) == 6:
-            batch.states[3] = torch.nan
-        return batch
-
-    trainer.dataset.load = spoiled
-    with pytest.raises(TrainingStopped, match=r"step 5: loss is nan.*last good checkpoint is kept in .*lower lr"):
-        trainer.run()
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000004"]
-    assert all(parameter.isfinite().all() for parameter in trainer.draft.parameters())
-    assert not (tmp_path / "final").exists()
-    assert trainer_of(data, tmp_path).step == 4
-
-
-@pytest.mark.parametrize("most", [20_000, 150_000], ids=["no room for weights", "no room for the optimizer"])
-def test_a_full_disk_keeps_the_last_checkpoint(most, data, whole, tmp_path):
-    with ExitStack() as disk:
-
-        def fill(step, metrics):
-            if step == 6:
-                disk.enter_context(full_disk(most))
-
-        with pytest.raises(OSError, match=r"checkpoint-0000008 could not be written \(.*is the disk full\?"):
-            trainer_of(data, tmp_path).run(fill)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000004"] and not list(tmp_path.glob(".*"))
-    resumed = trainer_of(data, tmp_path)
-    assert resumed.step == 4
-    resumed.run()
-    assert_same_run(tmp_path, whole)
-
-
 @pytest.mark.parametrize("steps,lengths", [(1, [9, 2]), (4, [1, 2, 3]), (5, [4, 5, 6, 30]), (7, [7, 14, 6])], ids=str)
 def test_stage_two_at_window_boundaries(steps, lengths, tmp_path):
     """Sequences shorter than, equal to and around the window, in one batch; those without a countable row too."""
@@ -283,71 +135,6 @@ def test_wrong_settings_are_refused(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name} is .*; allowed"):
         replace(CONFIG, **wrong)
-
-
-@pytest.mark.parametrize("processes, micro_batches", [(1, 3), (2, 1), (2, 2)])
-def test_a_shared_batch_trains_as_a_whole_one(processes, micro_batches, data, whole, tmp_path):
-    """Losses are sums over the weight of the whole batch: processes and micro-batches change rounding only."""
-    run_shared(data, tmp_path / "out", processes, micro_batches)
-    assert_same_but_for_rounding(tmp_path / "out", whole)
-
-
-def assert_same_but_for_rounding(folder: Path, whole) -> None:
-    for mine, theirs in zip(metrics_of(folder), metrics_of(whole[1]), strict=True):
-        assert mine["tokens_seen"] == theirs["tokens_seen"] and mine["lr"] == theirs["lr"]
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
-        assert mine.keys() == theirs.keys()
-    first, same = metrics_of(folder)[0], metrics_of(whole[1])[0]
-    assert first["loss"] == pytest.approx(same["loss"], rel=1e-6)
-    assert first["gradient_norm"] == pytest.approx(same["gradient_norm"], rel=1e-5)
-
-
-def test_two_processes_resume_as_they_were(data, tmp_path):
-    for folder, stop in (("straight", 0), ("stopped", 6)):
-        run_shared(data, tmp_path / folder, 2, 2, stop)
-    run_shared(data, tmp_path / "stopped", 2, 2)
-    assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "straight")
-    assert all(
-        torch.equal(weight, weights_of(tmp_path / "straight")[name])
-        for name, weight in weights_of(tmp_path / "stopped").items()
-    )
-
-
-def run_shared(data: Path, folder: Path, processes: int, micro_batches: int, stop: int = 0) -> None:
-    def train() -> None:
-        trainer = trainer_of(data, folder, replace(CONFIG, micro_batches=micro_batches))
-        assert trainer.processes.num_processes == processes
-
-        def progress(step, metrics):
-            if step == stop:
-                os._exit(0)
-
-        trainer.run(progress)
-
-    assert forks.run_ranks(processes, train) == [0] * processes
-
-
-_UNDER_TORCHRUN = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from training_cases import CONFIG, trainer_of
-trainer_of(Path(sys.argv[1]), Path(sys.argv[2]), replace(CONFIG, micro_batches=2)).run()
-"""
-
-
-@pytest.mark.slow
-def test_under_torchrun(data, whole, tmp_path):
-    """The launcher itself: two processes, two micro-batches each."""
-    (tmp_path / "shared.py").write_text(_UNDER_TORCHRUN)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, str(tmp_path / "shared.py"), str(data), str(tmp_path / "out")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_but_for_rounding(tmp_path / "out", whole)
 
 
 def test_tensorboard_holds_every_step(data, tmp_path):
