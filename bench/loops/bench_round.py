@@ -2,7 +2,7 @@
 
 The targets have random weights, so how many drafted tokens a round accepts is not theirs: it is REPLAYED from the
 paper's acceptance by depth (`replayed_acceptance.py`). A row says "replayed" wherever that is so. `python -m bench
-round` times it; with --size scaling also the bundled draft's real trees on SmolLM2-135M, chains beside trees.
+round` times it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from beagle_sd import BeagleDraft
 from beagle_sd.decoding.generate import generate
@@ -32,8 +31,6 @@ SHAPES = {
     "scaling": [("135M", 1, cached, 24, SMALL_TREE) for cached in (64, 128, 512, 1024)]
     + [("135M", batch, 128, 24, SMALL_TREE) for batch in (2, 4, 8)],
 }
-SIZES = (2, 3, 5, 8, 16, 32)
-"""Node counts of the real trees."""
 
 
 class ForwardTimer:
@@ -172,8 +169,6 @@ def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
             model = draft = None
             (model, draft), loaded = random_model(name, device), name
         yield of_model(name, model, draft, batch, cached, new, tree, plot=size == "scaling")
-    if size == "scaling":
-        yield from real_trees()
 
 
 def of_model(name: str, model, draft, batch: int, cached: int, new: int, tree: TreeShape, plot: bool) -> Case:
@@ -195,56 +190,6 @@ def of_model(name: str, model, draft, batch: int, cached: int, new: int, tree: T
         work={"token": float(batch * (new - 1))},
         series="decode round",
         at={"model": kind, "batch": batch, "cached": cached, "nodes": tree.num_nodes},
-    )
-
-
-def real_trees() -> Iterator[Case]:
-    """SmolLM2-135M with the bundled draft on one of its own prompts: trees beside chains of as many nodes."""
-    from beagle_sd import load_bundled
-
-    model, tokenizer, draft = load_bundled(dtype=torch.float32, device="cpu")
-    encode: Callable[..., Any] = tokenizer.apply_chat_template
-    chat = [{"role": "user", "content": "Explain in a few sentences why the sky is blue."}]
-    prompt = encode(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    ids, new = prompt["input_ids"], 48
-    plain = generate(model, None, ids, max_new_tokens=new, eos_token_id=[]).sequences
-    for nodes in SIZES:
-        yield of_real(model, draft, ids, nodes, new, plain)
-
-
-def of_real(model: PreTrainedModel, draft: BeagleDraft, prompt: Tensor, nodes: int, new: int, plain: Tensor) -> Case:
-    found: dict[str, dict] = {}
-    shapes = {
-        "beagle": TreeShape(min(4, nodes - 1), max(2, nodes // 3), nodes),
-        "beagle chain": TreeShape(nodes - 1, 1, nodes),
-        "beagle plain": TreeShape(1, 1, 1),
-    }
-
-    def run(name: str) -> float:
-        report = answer(name).report
-        found[name] = {"tokens_per_round": report.tokens_per_round, "acceptance": "real"}
-        return sum(spent for phase, spent in report.seconds.items() if phase != "prefill")
-
-    def answer(name: str):
-        used = None if name == "beagle plain" else draft
-        return generate(model, used, prompt, max_new_tokens=new, eos_token_id=[], tree=shapes[name])
-
-    def check_peer(name: str) -> None:
-        same = name == "beagle plain" or torch.equal(answer(name).sequences, plain)
-        assert same, f"{name} gives another text than plain decoding"
-
-    return Case(
-        f"whole answer, SmolLM2-135M float32, {nodes} nodes",
-        {name: lambda name=name: run(name) for name in shapes},
-        lambda: check_peer("beagle"),
-        check_peer=check_peer,
-        rounds=2,
-        clock="self-timed",
-        notes=lambda name: found.get(name, {}),
-        work={"token": float(new - 1)},
-        data="a real prompt, the bundled draft",
-        series="whole answer",
-        at={"nodes": nodes},
     )
 
 

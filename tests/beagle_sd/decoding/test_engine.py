@@ -8,18 +8,12 @@ import weakref
 import pytest
 import torch
 from decoding_cases import prompts
-from models import agreeable_target, small_draft, small_target
+from models import small_draft, small_target
 from round_cases import TREE, fixed_engine
 
 from beagle_sd import Engine, GraphError, generate
 from beagle_sd.decoding.graph import check_capturable
 from beagle_sd.decoding.tree import TreeShape
-
-
-@pytest.fixture(scope="module")
-def pair():
-    target = agreeable_target()
-    return target, small_draft(target)
 
 
 @pytest.mark.parametrize(

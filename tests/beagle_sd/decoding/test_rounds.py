@@ -20,12 +20,6 @@ from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.attention import tree_attention_of
 
 
-@pytest.fixture(scope="module")
-def pair():
-    target = agreeable_target()
-    return target, small_draft(target)
-
-
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "batch,settings",
