@@ -14,7 +14,7 @@ except ImportError as error:
 
 from beagle_sd.decoding.adaptive import AdaptiveTree
 from beagle_sd.decoding.calibration import adaptive_tree
-from beagle_sd.decoding.custom_generate import custom_generate
+from beagle_sd.decoding.custom_generate import custom_generate, generate_saved
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.generate import Generated, generate
 from beagle_sd.decoding.graph import GraphError
@@ -37,5 +37,6 @@ __all__ = [
     "adaptive_tree",
     "custom_generate",
     "generate",
+    "generate_saved",
     "load_bundled",
 ]

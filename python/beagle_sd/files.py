@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_PARTIAL = re.compile(r"\.(?P<machine>.*)~(?P<process>\d+)~\d+\.partial\..*", re.S)
+_PARTIAL = re.compile(r"\.(?P<machine>.*)~(?P<process>\d+)~\d+\.partial\.(?P<name>.*)", re.S)
 _numbers = itertools.count()
 
 
@@ -43,6 +43,12 @@ def whole(path: str | Path, *, keep: Callable[[Path], bool] = lambda _: False) -
             _replace(partial, path, keep)
     finally:
         _remove(partial)
+
+
+def name_in_the_end(path: Path) -> Path:
+    """The name that `whole` gives the path it gave in the end; any other path as it is."""
+    partial = _PARTIAL.fullmatch(path.name)
+    return path.with_name(partial["name"]) if partial else path
 
 
 def write_json(path: str | Path, value: Any) -> None:

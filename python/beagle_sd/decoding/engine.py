@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from beagle_kernels import Sampling
 from beagle_sd.decoding.adaptive import AdaptiveTree
 from beagle_sd.decoding.graph import RoundGraph, check_capturable
+from beagle_sd.decoding.logits import Bias
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import Buffers, play_round, prefill
 from beagle_sd.decoding.tree import PLAIN, TreeShape
@@ -69,6 +70,7 @@ class Engine:
         self._host = [torch.zeros(news.shape, dtype=news.dtype, pin_memory=news.is_cuda) for _ in range(2)]
         self._sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._graphs: dict[TreeShape, RoundGraph] = {}
+        self._biased_graphs: dict[TreeShape, RoundGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graph else None
 
     @property
@@ -77,7 +79,14 @@ class Engine:
         return sum(tensor.nbytes for tensor in self.buffers.tensors().values())
 
     def begin(
-        self, prompts: Tensor, lengths: Tensor, sampling: Sampling, max_new_tokens: int, ends: list[int], clock: Clock
+        self,
+        prompts: Tensor,
+        lengths: Tensor,
+        sampling: Sampling,
+        max_new_tokens: int,
+        ends: list[int],
+        clock: Clock,
+        bias: Bias | None = None,
     ) -> None:
         """Prefill new texts, whose first news is sent: prompts [B, T] padded on the right, lengths [B] int32."""
         batch, longest = prompts.shape
@@ -89,7 +98,7 @@ class Engine:
                 f"{longest + max_new_tokens}; allowed: the engine's capacity, {self.capacity}"
             )
         self._sent.clear()
-        self.buffers.begin(sampling, max_new_tokens, ends)
+        self.buffers.begin(sampling, max_new_tokens, ends, bias)
         with clock.phase("prefill"):
             prefill(self.target, self.draft, prompts, lengths, self.buffers)
         self._send()
@@ -97,28 +106,34 @@ class Engine:
     def play(self, shape: TreeShape, clock: Clock) -> None:
         """Start a round, whose news is sent; the graph of a new shape is captured first."""
         if self.graph:
-            if shape not in self._graphs:
+            if shape not in self._known:
                 with clock.phase("capture"):
                     self._capture(shape)
-            self._graphs[shape].replay()
+            self._known[shape].replay()
         else:
             self._round(shape, clock)
         self._send()
 
     def capture(self) -> None:
-        """Capture now every graph that rounds may replay and that is not there yet, once the engine has had a text:
-        no later call does. Nothing where rounds run eagerly."""
+        """Capture now every graph that rounds may replay and that is not there yet, once the engine has had a text: no
+        later call does, but the first with a bias, or without one, as that text was. Nothing where rounds run
+        eagerly."""
         if not self.graph:
             return
         with torch.inference_mode(), tree_attention_of(self.model), skinny_linears_of(self.model, self.draft):
             for shape in self.tree.shapes if isinstance(self.tree, AdaptiveTree) else [self.tree]:
-                if shape not in self._graphs:
+                if shape not in self._known:
                     self._capture(shape)
+
+    @property
+    def _known(self) -> dict[TreeShape, RoundGraph]:
+        """The graphs of rounds with or without a bias, as the text at hand has one."""
+        return self._biased_graphs if self.buffers.biased else self._graphs
 
     def _capture(self, shape: TreeShape) -> None:
         try:
             with self.buffers.at_rest():
-                self._graphs[shape] = RoundGraph(lambda: self._round(shape), self.target.device, self._pool)
+                self._known[shape] = RoundGraph(lambda: self._round(shape), self.target.device, self._pool)
         except BaseException:
             self._pool = torch.cuda.graph_pool_handle()  # the next try has one of its own
             raise

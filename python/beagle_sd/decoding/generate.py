@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from beagle_kernels import Sampling
 from beagle_sd.decoding.adaptive import AdaptiveTree
 from beagle_sd.decoding.engine import Engine
+from beagle_sd.decoding.logits import Bias
 from beagle_sd.decoding.loop import Decoding
 from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
@@ -34,6 +37,26 @@ class Generated:
     logprobs: Tensor | None = None
 
 
+_Call = TypeVar("_Call", bound=Callable)
+
+
+def ends_its_streamer(call: _Call) -> _Call:
+    """Tell the keyword `streamer` the end even where `call` fails: whoever reads from it would wait for ever."""
+
+    @functools.wraps(call)
+    def ending(*args, streamer: BaseStreamer | None = None, **settings):
+        try:
+            return call(*args, streamer=streamer, **settings)
+        except BaseException:
+            if streamer is not None:
+                with suppress(Exception):
+                    streamer.end()
+            raise
+
+    return ending  # type: ignore[return-value]
+
+
+@ends_its_streamer
 def generate(
     target: PreTrainedModel,
     draft: BeagleDraft | None,
@@ -47,6 +70,8 @@ def generate(
     min_p: float = 0.0,
     seed: int | Tensor = 0,
     tree: TreeShape | AdaptiveTree | None = None,
+    min_new_tokens: int = 0,
+    logit_bias: Mapping[int, float] | Bias | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     streamer: BaseStreamer | None = None,
@@ -61,12 +86,14 @@ def generate(
     input_ids [B, T] int64, padded on either side with attention_mask [B, T]; draft None decodes plainly, with the
     same sampler. temperature 0 is greedy. An int seed s means s + b for row b, a tensor [B] is taken as it is.
     tree: every round's TreeShape, or an AdaptiveTree, which chooses each round's; None: the device's default. Draft and
-    tree decide the speed alone. eos_token_id None takes the target's generation config's; an empty list never stops
-    early. streamer (one row only) is given the prompt, then each round's tokens. stopping_criteria are asked after each
-    token, with one unpadded row [1, length] and no scores: a row ends with the first token at which one says so.
-    return_logprobs gives log softmax of the target's own logits for each new token, at temperature 1 and without
-    filters: what scoring the text would give, so that calls with different settings compare, and no emitted token is at
-    -inf.
+    tree decide the speed alone. logit_bias adds to the logits of these tokens, before temperature and filters; -inf
+    never gives one. No end token comes among the first min_new_tokens. eos_token_id None takes the target's generation
+    config's; an empty list never stops early. streamer (one row only) is given the prompt, then each round's tokens,
+    and its end even where the call fails. stopping_criteria are asked after each token with the prompts as given and
+    the new tokens behind them [B, T + new], ended rows padded, and no scores: a row ends with the first token at which
+    one says so. return_logprobs gives log softmax of the target's own logits for each new token, at temperature 1,
+    without bias and filters: what scoring the text would give, so that calls with different settings compare, and no
+    emitted token is at -inf.
 
     On CUDA each round is one graph's replay (graph=False: eagerly); page_size keeps the target's cache in pages. An
     engine keeps buffers and graphs from call to call; what shapes them (tree, return_logprobs, graph, page_size) is
@@ -96,6 +123,9 @@ def generate(
     if streamer is not None and len(prompts) > 1:
         raise ValueError(f"a streamer was given with {len(prompts)} rows; allowed: 1 row")
     ends, pad = _end_tokens(target, eos_token_id, pad_token_id)
+    bias = logit_bias
+    if not isinstance(bias, Bias):
+        bias = Bias.of(wrapped.config.vocab_size, bias, ends, min_new_tokens)
 
     def decode() -> Generated:
         made = engine or Engine(
@@ -106,10 +136,11 @@ def generate(
             **{**options, "return_logprobs": return_logprobs},
         )
         with torch.inference_mode(), tree_attention_of(target), skinny_linears_of(target, draft):
-            decoding = Decoding(made, prompts, lengths, max_new_tokens, stopping_criteria)
+            shown = input_ids.to(wrapped.device)
+            decoding = Decoding(made, prompts, lengths, max_new_tokens, stopping_criteria, shown=shown, pad=pad)
             if streamer is not None:
                 streamer.put(input_ids.cpu())
-            for run in decoding.run(sampling, ends):
+            for run in decoding.run(sampling, ends, bias):
                 if streamer is not None and run[0]:
                     streamer.put(torch.tensor(run[0]))
             if streamer is not None:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from beagle_kernels import STATUS_BAD_TREE, STATUS_NO_FINITE, Sampling
 from beagle_sd.decoding.adaptive import AdaptiveTree
 from beagle_sd.decoding.engine import Engine
+from beagle_sd.decoding.logits import Bias
 from beagle_sd.decoding.report import Clock, Report, Tally
 from beagle_sd.decoding.tree import TreeShape
 
@@ -21,6 +22,10 @@ class Decoding:
 
     counts: new tokens of each row; live: whether it goes on. Rounds run ahead of what the host has read where it does
     not choose what the next one does: not with stopping criteria, nor with a tree that adapts.
+
+    stopping_criteria see the batch as transformers' own loop shows it, token by token: `shown` [B, T], the prompts as
+    they were given (None: `prompts`), and behind them each row's new tokens, `pad` after its end. They see what the
+    slowest row has reached, so that a row may have tokens more, which are cut if it is stopped before them.
     """
 
     def __init__(
@@ -31,19 +36,23 @@ class Decoding:
         max_new_tokens: int,
         stopping_criteria: Sequence[StoppingCriteria] = (),
         *,
+        shown: Tensor | None = None,
+        pad: int = 0,
         ahead: bool | None = None,
     ):
-        self.engine, self.criteria = engine, stopping_criteria
+        self.engine, self.criteria = engine, StoppingCriteriaList(stopping_criteria)
+        self.shown, self.pad = prompts if shown is None else shown, pad
+        self.asked = 0
         self.prompts, self.lengths, self.max_new_tokens = prompts, lengths, max_new_tokens
         self.counts, self.live = [0] * len(prompts), [True] * len(prompts)
         self.clock, self.tally = Clock(engine.target.device), Tally(engine.shape.levels)
         host_decides = bool(stopping_criteria) or isinstance(engine.tree, AdaptiveTree)
         self.most_playing = 2 if (engine.graph if ahead is None else ahead) and not host_decides else 1
 
-    def run(self, sampling: Sampling, ends: list[int]) -> Iterator[list[list[int]]]:
+    def run(self, sampling: Sampling, ends: list[int], bias: Bias | None = None) -> Iterator[list[list[int]]]:
         """Yields each round's new tokens a row (none for finished rows), the prefill's first."""
         engine, clock = self.engine, self.clock
-        engine.begin(self.prompts, self.lengths, sampling, self.max_new_tokens, ends, clock)
+        engine.begin(self.prompts, self.lengths, sampling, self.max_new_tokens, ends, clock, bias)
         yield self._take(engine.receive())
         playing: deque[TreeShape] = deque()
         while any(self.live):
@@ -63,34 +72,41 @@ class Decoding:
 
     def _take(self, news: list[list[int]], shape: TreeShape | None = None) -> list[list[int]]:
         """The round's new tokens a row, cut where a criterion stops it; counted unless they are the prefill's."""
-        runs, accepted = [], []
+        runs, accepted, before = [], [], sum(self.counts)
         for row, (drafted, emitted, goes_on, status, *tokens) in enumerate(news):
             _raise_for(row, status)
             run = tokens[: emitted - self.counts[row]] if self.live[row] else []
             if self.live[row]:
                 accepted.append(drafted)
                 self.live[row] = bool(goes_on)
-                if self.criteria:
-                    run = self._until_stopped(row, run)
                 self.counts[row] += len(run)
             runs.append(run)
+        if self.criteria:
+            self._ask(runs)
         if shape is not None:
-            self.tally.add(shape, accepted, sum(map(len, runs)))
+            self.tally.add(shape, accepted, sum(self.counts) - before)
             if isinstance(self.engine.tree, AdaptiveTree):
                 self.engine.tree.learn(shape, sum(accepted) / len(accepted))
         return runs
 
-    def _until_stopped(self, row: int, run: list[int]) -> list[int]:
-        """The run up to the first token after which a criterion ends the row."""
-        prompt = self.prompts[row, : self.lengths[row]]
-        text = torch.cat([prompt, self.engine.buffers.output[row, : self.counts[row] + len(run)]])[None]
-        for count in range(1, len(run) + 1):
-            so_far = text[:, : text.shape[1] - len(run) + count]
-            if any(bool(torch.as_tensor(criterion(so_far, None)).all()) for criterion in self.criteria):
-                self.live[row] = False
-                self.engine.buffers.live[row] = False
-                return run[:count]
-        return run
+    def _ask(self, runs: list[list[int]]) -> None:
+        """Ask the criteria of each step that all rows in progress have reached, and cut what is beyond a row's end."""
+        new = self.new_tokens(self.pad)
+        while self.asked < self._reached():
+            self.asked += 1
+            text = torch.cat([self.shown, new[:, : self.asked].to(self.shown)], 1)
+            for row, stopped in enumerate(self.criteria(text, None).tolist()):
+                ahead = self.counts[row] - self.asked
+                if stopped and (self.live[row] or ahead > 0):
+                    new[row, self.asked :] = self.pad
+                    runs[row] = runs[row][: max(len(runs[row]) - ahead, 0)]
+                    self.counts[row], self.live[row] = self.asked, False
+                    self.engine.buffers.live[row] = False
+
+    def _reached(self) -> int:
+        """The new tokens that every row has, or has ended before."""
+        going = [count for count, live in zip(self.counts, self.live, strict=True) if live]
+        return min(going, default=max(self.counts))
 
     def new_tokens(self, pad: int) -> Tensor:
         """[B, new] int64: every row's tokens, padded with `pad`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from beagle_kernels import DraftTree, Sampling, Verdict, build_tree, choose_tokens, compact_cache_, verify_tree
 from beagle_sd.decoding.drafting import DraftCache, propose
+from beagle_sd.decoding.logits import Bias
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.target import Target
@@ -29,7 +30,8 @@ class Buffers:
     cache, draft_cache; pending [B] int64, the last emitted token, whose keys are not cached yet; live [B] bool;
     emitted, limit [B] int64: new tokens so far and at most; ends [V] bool: the tokens that end a row; output [B, *]
     int64 and logprobs [B, *] f32 (or None): the emitted tokens, and what the target gave them; sampling; news
-    [B, NEWS + levels + 1] int64: the round for the host. A row that is not live keeps all of its values.
+    [B, NEWS + levels + 1] int64: the round for the host; added [V] f32, first [V] int64: the Bias, read if `biased`,
+    which is the host's. A row that is not live keeps all of its values.
     """
 
     def __init__(
@@ -56,6 +58,9 @@ class Buffers:
         self.output = torch.zeros(batch, width, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(batch, width, device=device) if logprobs else None
         self.sampling = Sampling.of(batch, device=device)
+        self.added = torch.zeros(len(self.ends), dtype=torch.float32, device=device)
+        self.first = torch.zeros(len(self.ends), dtype=torch.int64, device=device)
+        self.biased = False
         self.news = torch.zeros(batch, NEWS + shape.depth + 1, dtype=torch.int64, device=device)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -68,7 +73,7 @@ class Buffers:
             found |= {"draft_keys": self.draft_cache.keys, "draft_values": self.draft_cache.values}
         return found
 
-    def begin(self, sampling: Sampling, max_new_tokens: int, ends: list[int]) -> None:
+    def begin(self, sampling: Sampling, max_new_tokens: int, ends: list[int], bias: Bias | None = None) -> None:
         """Set up for a new text in every row."""
         for buffer, given in zip(self.sampling, sampling, strict=True):
             buffer.copy_(given)
@@ -78,6 +83,13 @@ class Buffers:
         self.ends.zero_()
         if ends := [token for token in ends if 0 <= token < len(self.ends)]:
             self.ends[torch.tensor(ends, device=self.ends.device)] = True
+        self.biased = bool(bias)
+        if bias:
+            for buffer, values in ((self.added, bias.added), (self.first, bias.first)):
+                known = {token: value for token, value in values.items() if 0 <= token < len(buffer)}
+                buffer.zero_()
+                index = torch.tensor(list(known), dtype=torch.int64, device=buffer.device)
+                buffer[index] = torch.tensor(list(known.values()), dtype=buffer.dtype, device=buffer.device)
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
@@ -103,7 +115,8 @@ def prefill(target: Target, draft: BeagleDraft | None, prompts: Tensor, lengths:
     position = lengths.long()
     last = hidden.gather(1, (position - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
     logits = target.head(last)
-    token, status = choose_tokens(logits[:, 0], position, buffers.sampling)
+    scores = _biased(logits, torch.zeros_like(position)[:, None], buffers)
+    token, status = choose_tokens(scores[:, 0], position, buffers.sampling)
     if draft is not None and buffers.draft_cache is not None:
         slots = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
         buffers.draft_cache.append(draft, hidden, slots, slots)
@@ -122,9 +135,19 @@ def play_round(
         hidden = target.forward(tree.tokens, tree.depth, tree.mask, buffers.cache)
     with timed("verify"):
         logits = target.head(hidden)
-        verdict = verify_tree(logits, tree, buffers.cache.lengths.long() + 1, buffers.sampling)
+        scores = _biased(logits, tree.depth, buffers)
+        verdict = verify_tree(scores, tree, buffers.cache.lengths.long() + 1, buffers.sampling)
     with timed("keep"):
         _keep(draft, buffers, tree, verdict, hidden, logits)
+
+
+def _biased(logits: Tensor, depth: Tensor, buffers: Buffers) -> Tensor:
+    """The logits [B, N, V] that nodes at `depth` [B, N] choose by: these themselves without a bias."""
+    if not buffers.biased:
+        return logits
+    number = buffers.emitted[:, None] + depth
+    added = logits.to(torch.promote_types(logits.dtype, torch.float32)) + buffers.added
+    return torch.where(number[:, :, None] < buffers.first, -torch.inf, added)
 
 
 def _draft_tree(draft: BeagleDraft | None, buffers: Buffers, shape: TreeShape) -> DraftTree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from beagle_sd.models.linears import linear
+from beagle_sd.models.saved import write_custom_generate
 from beagle_sd.models.target import Target
 
 if TYPE_CHECKING:
@@ -149,6 +151,10 @@ class Angles(NamedTuple):
     sin: Tensor
 
 
+_OF_THE_HUB = ("repo_id", "commit_message", "private", "token", "create_pr", "revision", "tags")
+"""Arguments of push_to_hub."""
+
+
 class BeagleDraft(PreTrainedModel):
     """q_i from token embeddings; k_j, v_j from target states (or, for ancestors, draft states); S_i out.
 
@@ -209,6 +215,15 @@ class BeagleDraft(PreTrainedModel):
                 "allowed: all weights of a draft, as written by save_pretrained"
             )
         return (draft, info) if output_loading_info else draft
+
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
+        """As in transformers, with what `target.generate(..., custom_generate=NAME)` takes beside the weights."""
+        hub: dict[str, Any] = {name: kwargs.pop(name) for name in _OF_THE_HUB if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_custom_generate(save_directory)
+            if push_to_hub:  # what transformers does last, before which it would have to be written
+                self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
 
     @classmethod
     def from_target(cls, model: PreTrainedModel, draft_vocab: Tensor | None = None, **overrides) -> Self:
