@@ -19,10 +19,28 @@ _numbers = itertools.count()
 
 def cache_folder() -> Path:
     """Where converted models, calibrations and downloads are kept: $BEAGLE_CACHE, else `beagle_sd` in the user's cache
-    folder; it may not exist yet."""
+    folder; it may not exist yet. OSError where the user has none."""
     if folder := os.environ.get("BEAGLE_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beagle_sd"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "beagle_sd"
+    try:
+        return Path.home() / ".cache" / "beagle_sd"
+    except RuntimeError as error:
+        raise OSError(f"no folder is known to keep what is made once in ({error}); {_INSTEAD}") from error
+
+
+_INSTEAD = "allowed: a folder that can be written, which BEAGLE_CACHE names"
+
+
+@contextmanager
+def kept_in_cache(what: str) -> Iterator[None]:
+    """Around the writing of `what` to the cache folder: OSError names it, the folder, and how to choose another."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{what} cannot be kept in the cache folder {cache_folder()} ({reason}); {_INSTEAD}") from error
 
 
 @contextmanager

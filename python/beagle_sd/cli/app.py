@@ -44,14 +44,15 @@ def plot(
 @app.command()
 def info() -> None:
     """Versions, devices, backends of every op, bundled drafts, the cache folder and the costs kept there."""
-    kernels_report()
-    kept = len(list(calibration_folder().glob("*.json")))
-    console.print(
-        f"\nbundled drafts: {', '.join(bundled_names()) or 'none'}\ncache folder: {cache_folder()}\n"
-        f"calibrations: {kept} in {calibration_folder()}\n"
-        f"prompts and evaluation sets: {prompts_folder()}",
-        soft_wrap=True,
-    )
+    with clear_errors():
+        kernels_report()
+        kept = len(list(calibration_folder().glob("*.json")))
+        console.print(
+            f"\nbundled drafts: {', '.join(bundled_names()) or 'none'}\ncache folder: {cache_folder()}\n"
+            f"calibrations: {kept} in {calibration_folder()}\n"
+            f"prompts and evaluation sets: {prompts_folder()}",
+            soft_wrap=True,
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -41,6 +43,8 @@ def clear_errors(after_interrupt: str = "") -> Iterator[None]:
     keeps its traceback. transformers' own progress bars stay off."""
     logging.disable_progress_bar()
     raise_at_interrupt()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may have what the terminal's encoding has not
     try:
         yield
     except KeyboardInterrupt as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def generate(
     with clear_errors():
         if not prompt.strip():
             raise ValueError("the prompt is empty; allowed: a word or more")
+        prompt = _as_text(prompt)
         shape = None if tree is None else TreeShape.parse(tree)
         if shape is not None and calibrate:
             raise ValueError("--calibrate was given with --tree; allowed: one or the other")
@@ -90,9 +92,25 @@ def generate(
             console.print(equal if same else first_difference(found.sequences, plain.sequences, ids.shape[1]))
 
 
+def _as_text(argument: str) -> str:
+    """An argument as the UTF-8 text that it is where the terminal's encoding, as in LANG=C, does not say so."""
+    try:
+        argument.encode()
+        return argument
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(argument).decode()
+        except UnicodeError as error:
+            raise ValueError(f"the prompt is no text in UTF-8 ({error}); allowed: UTF-8") from error
+
+
 def _encoded(tokenizer, prompt: str, raw: bool) -> list[int]:
     if raw:
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "the target's tokenizer has no chat template, as of a base model; allowed: --raw, which continues the text"
+        )
     return encode_chat(tokenizer, [{"role": "user", "content": prompt}])
 
 

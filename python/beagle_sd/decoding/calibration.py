@@ -90,7 +90,11 @@ def calibrated_costs(
     try:
         write_json(path, _kept(key, costs))
     except OSError as error:
-        warnings.warn(f"measured costs could not be kept in {path} ({error}); they serve this process", stacklevel=2)
+        warnings.warn(
+            f"measured costs could not be kept in {path} ({error}); they serve this process, and BEAGLE_CACHE names "
+            "another folder",
+            stacklevel=2,
+        )
     return costs
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from beagle_sd.files import cache_folder, whole
+from beagle_sd.files import cache_folder, kept_in_cache, whole
 
 NAME = "smollm2-135m"
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -46,16 +48,17 @@ def converted_folder() -> Path:
 
 def is_converted(folder: Path) -> bool:
     """Whether the whole model is in this folder."""
-    return all((folder / name).is_file() for name in _MODEL_FILES)
+    return all(os.path.isfile(folder / name) for name in _MODEL_FILES)  # False, too, where the user may not look
 
 
 def converted(folder: str | Path | None = None) -> Path:
     """The Hugging Face folder of the model, made on first use (about 15 s, 272 MB), whole or not at all."""
+    ours = nullcontext() if folder is not None else kept_in_cache(f"{NAME}, converted once for transformers,")
     folder = Path(folder) if folder is not None else converted_folder()
     if is_converted(folder):
         return folder
     source = find_gguf()
-    with whole(folder, keep=is_converted) as partial:
+    with ours, whole(folder, keep=is_converted) as partial:
         partial.mkdir()
         try:
             _convert(source, partial)
