@@ -1,4 +1,4 @@
-"""Linear layers in decoding: which ones go through skinny_linear, and that all come back as they were."""
+"""Linear layers in decoding: which ones go through skinny_linear, and when."""
 
 from __future__ import annotations
 
