@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from beagle_sd.models.cache import TreeCache
 from beagle_sd.models.head import UnsupportedTarget
 
 if TYPE_CHECKING:
@@ -70,21 +71,33 @@ def _path(node: int) -> list[int]:
 
 def _by_our_cache(target: Target, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The states of the text and of the tree's nodes, as a round computes them."""
-    device, nodes = target.device, range(len(_PARENTS))
+    device, nodes, cache = target.device, range(len(_PARENTS)), None
     depth = torch.tensor([[len(_path(node)) - 1 for node in nodes]], device=device)
     words = torch.tensor([[[sum(1 << seen for seen in _path(node))] for node in nodes]], device=device)
     lengths = torch.tensor([_TEXT], dtype=torch.int32, device=device)
     try:
         cache = target.new_cache(1, len(tokens))
         text = target.prefill(tokens[None, :_TEXT], lengths, cache)
-        return text[0], target.forward(tokens[None, _TEXT:], depth, words, cache)[0]
+        tree = target.forward(tokens[None, _TEXT:], depth, words, cache)
     except (UnsupportedTarget, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if cache is not None and not getattr(target.model, "_supports_attention_backend", False):
+            _check_attended(target, cache)
         raise UnsupportedTarget(
             f"{type(target.model).__name__} cannot run over a cache of keys and values of equal heads with a tree's "
             f"mask ({type(error).__name__}: {error}); allowed: models whose layers attend by the mask they are given"
         ) from error
+    _check_attended(target, cache)
+    return text[0], tree[0]
+
+
+def _check_attended(target: Target, cache: TreeCache) -> None:
+    if not cache.attended:
+        raise UnsupportedTarget(
+            f"{type(target.model).__name__} does not take registered attention functions; allowed: "
+            "models that go through transformers' AttentionInterface"
+        )
 
 
 def _allowed(dtype: torch.dtype, device: torch.device, noise: float) -> float:
