@@ -42,7 +42,10 @@ REFUSED = {
     "an unknown scale of the logits": (unknown_scale, "logits of LlamaForCausalLM are not its LM head's"),
     "learned positions": (lambda: tiny("gpt2"), "gpt2 has no rope_parameters in its config"),
     "ALiBi": (lambda: tiny("bloom"), "bloom has no rope_parameters"),
-    "its own attention": (lambda: tiny("falcon", multi_query=False), "FalconForCausalLM does not take registered attention"),
+    "its own attention": (
+        lambda: tiny("falcon", multi_query=False),
+        "FalconForCausalLM does not take registered attention",
+    ),
     "angles that change": (
         lambda: small_target(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         "rope_type='dynamic'",
