@@ -44,7 +44,7 @@ def check_first_use(target: Target) -> None:
 
 
 def _compare(target: Target) -> None:
-    tokens = _tokens(target.config.vocab_size, target.device)
+    tokens = _tokens(target)
     branches = [_path(node) for node in (len(_PARENTS) - 2, len(_PARENTS) - 1)]
     text = tokens[:_TEXT]
     own = target.states(torch.stack([torch.cat([text, tokens[_TEXT + torch.tensor(nodes)]]) for nodes in branches]))
@@ -59,10 +59,15 @@ def _compare(target: Target) -> None:
     _refuse_over(allowed, tree[branches[1]], own[1, _TEXT:], target, "a text's tokens beside another branch of a tree")
 
 
-def _tokens(vocab: int, device: torch.device) -> Tensor:
-    """Tokens all over the vocabulary, no two alike where it is large enough."""
-    count = _TEXT + len(_PARENTS)
-    return (torch.arange(count, device=device) * 2 + 1) * vocab // (2 * count)
+def _tokens(target: Target) -> Tensor:
+    """Tokens all over the vocabulary, none that the config names (an image's stands for more than text)."""
+    count, vocab = _TEXT + len(_PARENTS), target.config.vocab_size
+    named = {value for name, value in target.model.config.to_dict().items() if "token" in name and type(value) is int}
+    found = []
+    for number in range(count):
+        token = (2 * number + 1) * vocab // (2 * count)
+        found.append(next((near for near in range(token, vocab) if near not in named), token))
+    return torch.tensor(found, device=target.device)
 
 
 def _path(node: int) -> list[int]:
