@@ -74,7 +74,7 @@ class Decoding:
         """The round's new tokens a row, cut where a criterion stops it; counted unless they are the prefill's."""
         runs, accepted, before = [], [], sum(self.counts)
         for row, (drafted, emitted, goes_on, status, *tokens) in enumerate(news):
-            _raise_for(row, status)
+            _raise_for(row, status, self.engine.buffers.biased)
             run = tokens[: emitted - self.counts[row]] if self.live[row] else []
             if self.live[row]:
                 accepted.append(drafted)
@@ -101,7 +101,7 @@ class Decoding:
                     new[row, self.asked :] = self.pad
                     runs[row] = runs[row][: max(len(runs[row]) - ahead, 0)]
                     self.counts[row], self.live[row] = self.asked, False
-                    self.engine.buffers.live[row] = False
+                    self.engine.end_row(row)
 
     def _reached(self) -> int:
         """The new tokens that every row has, or has ended before."""
@@ -126,8 +126,9 @@ class Decoding:
         return self.tally.report(sum(self.counts), dict(self.clock.seconds))
 
 
-def _raise_for(row: int, status: int) -> None:
+def _raise_for(row: int, status: int, biased: bool) -> None:
     if status & STATUS_NO_FINITE:
-        raise RuntimeError(f"row {row}: the target gave no finite logit; check its weights and dtype")
+        culprit = "the tokens that the call suppresses, or its weights" if biased else "its weights"
+        raise RuntimeError(f"row {row}: the target gave no finite logit; check {culprit} and dtype")
     if status & STATUS_BAD_TREE:
         raise RuntimeError(f"row {row}: the draft gave an invalid tree; check its weights")
