@@ -27,10 +27,11 @@ def fixed_engine(target, draft, batch, tokens, **settings) -> Engine:
     return Engine(target, draft, batch=batch, capacity=tokens, fixed=True, **settings)
 
 
-def begun(target, draft, batch=3, tokens=60, **settings) -> Engine:
+def begun(target, draft, batch=3, tokens=60, bias=None, **settings) -> Engine:
     """An engine whose rows have their first token."""
     engine = fixed_engine(target, draft, batch, tokens, **settings)
     ids = prompts(batch)
     lengths = torch.arange(11, 11 - 2 * batch, -2, dtype=torch.int32)
-    engine.begin(ids, lengths, Sampling.of(batch, 3, 1.0), tokens - 11, [5, VOCAB + 1], Clock(engine.target.device))
+    sampling, clock = Sampling.of(batch, 3, 1.0), Clock(engine.target.device)
+    engine.begin(ids, lengths, sampling, tokens - 11, [5, VOCAB + 1], clock, bias)
     return engine

@@ -45,6 +45,7 @@ def bench(
         ),
     ] = ["mt-bench"],  # noqa: B006
     count: Annotated[int, typer.Option(help="Prompts of each.")] = 20,
+    raw: Annotated[bool, typer.Option(help="Continue the prompts themselves, without a chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     assistant: Annotated[str | None, typer.Option(help="A smaller model for transformers' own speculation.")] = None,
@@ -81,6 +82,7 @@ def bench(
                 loaded,
                 adaptive,
                 count=count,
+                raw=raw,
                 shapes=shapes,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,

@@ -37,6 +37,7 @@ from beagle_sd.decoding.adaptive import AdaptiveTree
 from beagle_sd.decoding.generate import generate as decode
 from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.evaluation.comparison import check_template
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 
 
@@ -107,10 +108,7 @@ def _as_text(argument: str) -> str:
 def _encoded(tokenizer, prompt: str, raw: bool) -> list[int]:
     if raw:
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            "the target's tokenizer has no chat template, as of a base model; allowed: --raw, which continues the text"
-        )
+    check_template(tokenizer)
     return encode_chat(tokenizer, [{"role": "user", "content": prompt}])
 
 

@@ -75,6 +75,7 @@ def compare_on(
     tree: AdaptiveTree,
     *,
     count: int = 20,
+    raw: bool = False,
     shapes: Sequence[TreeShape] = (),
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -84,7 +85,7 @@ def compare_on(
     """Compare on `count` prompts of each source (see `read_prompts`). shapes: which trees of fixed shape take part;
     none given, the chain and the tree that `tree` expects most of. on_progress(source, done, total) is called as it
     goes."""
-    sets = {source: read_prompts(source, tokenizer, count) for source in dict.fromkeys(sources)}
+    sets = {source: read_prompts(source, tokenizer, count, raw) for source in dict.fromkeys(sources)}
     shapes = list(dict.fromkeys(shapes)) or [
         max(part, key=lambda shape: tree.costs.speedup(shape, tree.measured[shape]))
         for part in ([s for s in tree.measured if s.branch == 1], [s for s in tree.measured if s.branch > 1])
@@ -205,9 +206,10 @@ def lower_bound(ratios: Sequence[float]) -> float | None:
     return None
 
 
-def read_prompts(source: str, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
+def read_prompts(source: str, tokenizer: PreTrainedTokenizerBase, count: int, raw: bool = False) -> list[list[int]]:
     """Up to `count` prompts as the chat template's ids: the first turns of an evaluation set, spread over it, or a
-    file's: .jsonl of conversations (cut after the first turn of the user), .txt of a prompt a line."""
+    file's: .jsonl of conversations (cut after the first turn of the user), .txt of a prompt a line. raw: the last
+    turn's text alone, without a template."""
     if count < 1:
         raise ValueError(f"count is {count}; allowed: 1 or more")
     if source in EVALUATION_SETS:
@@ -225,7 +227,18 @@ def read_prompts(source: str, tokenizer: PreTrainedTokenizerBase, count: int) ->
     if not chats:
         raise ValueError(f"{source} holds no prompt; allowed: one or more")
     spread = [chats[number * len(chats) // count] for number in range(count)] if count < len(chats) else chats
+    if raw:
+        return [tokenizer(chat[-1]["content"], add_special_tokens=False)["input_ids"] for chat in spread]
+    check_template(tokenizer)
     return [encode_chat(tokenizer, chat) for chat in spread]
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for a tokenizer without a chat template, as a base model's."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "the target's tokenizer has no chat template; allowed: --raw, which continues the text as it is"
+        )
 
 
 def _asked(messages: list[dict]) -> list[dict]:

@@ -8,6 +8,8 @@ from decoding_cases import NEW, Recorder, prompts, ragged
 from models import agreeable_target, small_draft
 from tokenizers_for_tests import small_tokenizer
 from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -140,13 +142,57 @@ def test_token_0_can_be_the_end(pair):
     assert torch.equal(made, want)
 
 
-def test_a_streamer_is_given_every_token_once(pair):
+@pytest.mark.parametrize("given_to", ["generate", "custom_generate"])
+def test_a_streamer_is_given_every_token_once(pair, given_to):
     target, draft = pair
     recorder = Recorder()
-    made = target.generate(
-        prompts(1), do_sample=False, max_new_tokens=NEW, custom_generate=custom_generate(draft, streamer=recorder)
-    )
+    ours, theirs = ({"streamer": recorder}, {}) if given_to == "custom_generate" else ({}, {"streamer": recorder})
+    by = custom_generate(draft, **ours)
+    made = target.generate(prompts(1), do_sample=False, max_new_tokens=NEW, custom_generate=by, **theirs)
     assert sum(recorder.runs, []) == made[0].tolist() and recorder.ended == 1
+    if given_to == "custom_generate":
+        with pytest.raises(ValueError, match="a streamer was given to generate and to custom_generate"):
+            target.generate(prompts(1), max_new_tokens=4, custom_generate=by, streamer=Recorder())
+
+
+@pytest.mark.parametrize("wrong", [{"repetition_penalty": 1.2}, {"stopping_criteria": [lambda ids, scores: 1 / 0]}])
+def test_a_failing_call_ends_its_streamer(pair, wrong):
+    """Whoever reads from it in another thread would wait for ever."""
+    target, draft = pair
+    recorder = Recorder()
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        target.generate(
+            prompts(1), max_new_tokens=4, custom_generate=custom_generate(draft), streamer=recorder, **wrong
+        )
+    assert recorder.ended == 1
+
+
+class Recalls(StoppingCriteria):
+    """Stops row b when b + 4 tokens are behind the padded prompt; keeps what it was shown, as it was shown."""
+
+    def __init__(self, width):
+        self.width, self.shown = width, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.shown.append((input_ids.clone(), scores))
+        return torch.tensor([len(row[self.width :]) >= 4 + 2 * b for b, row in enumerate(input_ids)])
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["ends", "no end"])
+def test_criteria_are_asked_as_plain_generate_asks_them(pair, ends):
+    """Call for call the same batch, ended rows padded; without an end token transformers pads no row."""
+    target, draft = pair
+    ids, mask = ragged("left")
+    settings = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    if ends:
+        settings["eos_token_id"] = int(target.generate(ids, **settings)[3, 13])
+    plain, ours = Recalls(11), Recalls(11)
+    want = target.generate(ids, stopping_criteria=[plain], **settings)
+    by = custom_generate(draft, tree=TreeShape(4, 4, 16))
+    made = target.generate(ids, stopping_criteria=[ours], custom_generate=by, **settings)
+    assert torch.equal(made, want) and len(ours.shown) == len(plain.shown) > 4
+    for (shown, scores), (wanted, _) in zip(ours.shown, plain.shown, strict=True):
+        assert torch.equal(shown, wanted) and scores is None
 
 
 def test_what_the_models_own_generation_config_says_is_honoured():
@@ -181,7 +227,8 @@ def test_chats_of_unequal_length_and_stop_strings():
     stop = tokenizer.decode(free[1, -20:-18])
     want = target.generate(**given, **settings, stop_strings=[stop], tokenizer=tokenizer)
     criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [stop])])
-    assert torch.equal(target.generate(**given, custom_generate=by, stopping_criteria=criteria, **settings), want)
+    for more in ({"stopping_criteria": criteria}, {"stop_strings": [stop], "tokenizer": tokenizer}):
+        assert torch.equal(target.generate(**given, custom_generate=by, **more, **settings), want)
     assert (want[1, -18:] == tokenizer.pad_token_id).all(), "the string did not stop its row"
 
 
@@ -195,7 +242,8 @@ class Ban(LogitsProcessor):
     [
         ({"num_beams": 2}, "beam_search"),
         ({"repetition_penalty": 1.2}, "RepetitionPenalty"),
-        ({"min_new_tokens": 3, "eos_token_id": 1}, "Min.*LogitsProcessor"),
+        ({"assistant_model": agreeable_target()}, "assistant_model"),
+        ({"position_ids": torch.arange(5, 16)[None]}, "position_ids"),
         ({"logits_processor": LogitsProcessorList([Ban()])}, "Ban"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
         ({"cache_implementation": "static"}, "cache_implementation"),
@@ -213,3 +261,56 @@ def test_a_prompt_that_fills_max_length_is_refused(pair):
     target, draft = pair
     with pytest.raises(ValueError, match="11.*max_length"):
         target.generate(prompts(1), max_length=8, custom_generate=custom_generate(draft))
+
+
+def test_a_function_of_others_is_read_as_before(pair):
+    """What transformers hands to a custom_generate that is not ours does not change."""
+    seen = {}
+
+    def other(model, input_ids, own=None, **given):
+        seen.update(given, own=own)
+        return input_ids
+
+    tokenizer = small_tokenizer()
+    pair[0].generate(
+        prompts(1), max_new_tokens=2, custom_generate=other, own=3, streamer=Recorder(), tokenizer=tokenizer
+    )
+    assert seen["own"] == 3 and not {"streamer", "tokenizer"} & set(seen)
+
+
+def vision_language_target():
+    text = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    config = AutoConfig.for_model("qwen2_5_vl", text_config=text, vision_config=vision, image_token_id=120)
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+def test_a_vision_language_target_goes_on_with_text_alone():
+    target = vision_language_target()
+    draft = small_draft(target)
+    ids, mask = ragged("left")
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
+    text = {"attention_mask": mask, "mm_token_type_ids": torch.zeros_like(ids)}
+    want = target.generate(ids, **text, **settings)
+    by = custom_generate(draft)
+    assert torch.equal(target.generate(ids, **text, **settings, custom_generate=by), want)
+    assert torch.equal(
+        generate(target, draft, ids, mask, max_new_tokens=12, pad_token_id=0, eos_token_id=1).sequences, want
+    )
+    image = {"pixel_values": torch.zeros(16, 1176), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    seen = ids[:1].index_fill(1, torch.arange(5, 9), 120)
+    types = (seen == 120).long()
+    with pytest.raises(ValueError, match="(image|mm_token_type_ids|pixel_values|position_ids).*allowed: "):
+        target.generate(seen, mm_token_type_ids=types, **image, **settings, custom_generate=by)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, generate
 from beagle_sd.decoding.adaptive import Costs
+from beagle_sd.decoding.logits import Bias
 from beagle_sd.decoding.loop import Decoding
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import play_round
@@ -123,6 +124,7 @@ def test_a_recorded_round_replays_as_any_later_one(pair, path, drafting):
     """Recorded while the rows rest, as a graph is captured; then replayed over other lengths and tokens, to the end."""
     target, draft = pair if drafting else (pair[0], None)
     settings = {**PATHS[path], "tree": TREE, "return_logprobs": True}
+    settings["bias"] = Bias({7: -torch.inf, 8: 3.0}, {5: 9}) if path == "pages" else None
     with torch.no_grad():
         ours, theirs = (begun(target, draft, tokens=40, **settings) for _ in range(2))
         with ours.buffers.at_rest(), Tape() as tape:
@@ -154,7 +156,8 @@ class TapeGraph:
 
 
 def test_generate_by_replays_alone(pair, monkeypatch):
-    """The way of a GPU from end to end: one capture a shape, serving texts of other lengths, ends and settings."""
+    """The way of a GPU from end to end: one capture a shape, and one with a bias, serving texts of other lengths, ends
+    and settings."""
     target, draft = pair
     monkeypatch.setattr("beagle_sd.decoding.engine.RoundGraph", TapeGraph)
     shapes = {TreeShape(2, 1, 3): 2.0, TreeShape(4, 4, 16): 3.0}
@@ -162,14 +165,17 @@ def test_generate_by_replays_alone(pair, monkeypatch):
     for own, options, most in ((draft, {"tree": TREE}, 1), (None, {}, 1), (draft, {"tree": tree, "page_size": 4}, 3)):
         engine = fixed_engine(target, own, 2, 40, **options)
         engine.graph, TapeGraph.captured = True, 0
-        for seed, temperature, new in ((5, 0.0, 22), (6, 1.0, 9), (7, 0.7, 15)):
+        for seed, temperature, new in ((5, 0.0, 22), (6, 1.0, 9), (7, 0.7, 15), (8, 0.0, 15)):
             ids, settings = prompts(2, 5 + seed, seed), {"max_new_tokens": new, "temperature": temperature}
-            settings["eos_token_id"] = int(generate(target, None, ids, **settings).sequences[1, -new // 3])
+            free = generate(target, None, ids, **settings).sequences
+            settings["eos_token_id"] = int(free[1, -new // 3])
+            if seed % 2 == 0:
+                settings |= {"logit_bias": {int(free[0, -new // 2]): -torch.inf}, "min_new_tokens": 7}
             want = generate(target, None, ids, **settings)
             made = generate(target, own, ids, engine=engine, **settings)
             assert torch.equal(made.sequences, want.sequences)
             assert set(made.report.seconds) - {"capture"} == {"prefill", "rounds"}
-        assert 1 <= TapeGraph.captured <= most
+        assert 2 <= TapeGraph.captured <= 2 * most
 
 
 @torch.inference_mode()

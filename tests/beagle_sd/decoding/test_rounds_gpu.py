@@ -102,6 +102,18 @@ def test_an_engine_captures_once_and_serves_other_texts(pair):
         assert ("capture" in made.report.seconds) == (seed == 5)
 
 
+def test_an_engine_has_graphs_with_and_without_a_bias(pair):
+    target, draft, _ = pair
+    engine, ids = Engine(target, draft, batch=2, capacity=60, tree=TREE), prompts(2)
+    free = on_gpu(target, draft, ids, graph=False, tree=TREE).sequences
+    for token, captures in ((None, True), (int(free[0, 14]), True), (None, False), (int(free[1, 14]), False)):
+        bias = {} if token is None else {"logit_bias": {token: -torch.inf}, "min_new_tokens": 9, "eos_token_id": [3]}
+        made = on_gpu(target, draft, ids, engine=engine, **bias)
+        want = on_gpu(target, draft, ids, graph=False, tree=TREE, **bias)
+        assert torch.equal(made.sequences, want.sequences) and ("capture" in made.report.seconds) == captures
+        assert token is None or not (made.sequences[:, 11:] == token).any()
+
+
 def test_ends_streamers_criteria_and_adaptive_trees(pair):
     target, draft, _ = pair
     ids = prompts(3)
