@@ -22,7 +22,7 @@ from beagle_sd.cli.console import (
     progress_bar,
 )
 from beagle_sd.decoding.tree import TreeShape
-from beagle_sd.evaluation.comparison import Row, compare_on, write_csv
+from beagle_sd.evaluation.comparison import Row, check_template, compare_on, write_csv
 from beagle_sd.evaluation.plot import blank_figure, plot_comparison
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 
@@ -71,6 +71,8 @@ def bench(
         with loading(console, target):
             model, tokenizer = load_target(target, dtype=dtype_of(dtype), device=device)
             loaded = load_draft(folder, model)
+            if not raw:
+                check_template(tokenizer)
             helper = load_target(assistant, dtype=model.dtype, device=model.device)[0] if assistant else None
         adaptive = measured_tree(model, loaded, calibrate)
         with progress_bar(console) as progress:
