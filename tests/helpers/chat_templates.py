@@ -52,15 +52,15 @@ GEMMA = Template(
     "<bos>{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
 )
 MISTRAL = Template(
     "</s>",
     ("<s>", "[INST]", "[/INST]"),
     "<s>{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% set s = messages[0].content + '\n\n' %}"
     "{% else %}{% set rest = messages %}{% set s = '' %}{% endif %}{% for m in rest %}"
-    "{% if m.role == 'user' %}[INST] {{ (s if loop.last or loop.index0 == rest | length - 2 else '') + m.content }}[/INST]"
+    "{% if m.role == 'user' %}[INST] {{ s if loop.last or loop.index0 == rest | length - 2 }}{{ m.content }}[/INST]"
     "{% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}",
 )
 LLAMA2 = Template(

@@ -58,7 +58,8 @@ def prepare(
     Under `torchrun` or `accelerate launch` each process does its share.
     """
     with clear_errors(f"; what is finished is in {out}: run the same command again to go on"):
-        _check(source, regenerate, limit, {"batch": batch, "max_new_tokens": max_new_tokens, "context": context})
+        sizes: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens, "context": context}
+        _check(source, regenerate, limit, sizes)
         processes, console = joined_processes(device)
         with processes.main_process_first(), loading(console, target):
             model, tokenizer = load_target(target, dtype=dtype_of(dtype), device=device or processes.device)
@@ -70,16 +71,15 @@ def prepare(
             writer = shards.ShardWriter(out, manifest, **rank)
         done = {sequence.index for sequence in shards.read_sequences(out, with_states=False)}
         left, ends = LeftOut(strict), end_tokens(model, tokenizer)
-        rows: Iterator[Any] = (
-            conversations.read_prompts(source, tokenizer, longest_text(model, context) - 1, left)
-            if regenerate
-            else conversations.read_conversations(source, tokenizer, context, ends=ends, left=left)
-        )
+        rows: Iterator[Any]  # of which each process reads all, so that all count alike
+        if regenerate:
+            rows = conversations.read_prompts(source, tokenizer, longest_text(model, context) - 1, left)
+        else:
+            rows = conversations.read_conversations(source, tokenizer, context, ends=ends, left=left)
         pending = [row for row in islice(rows, limit or None) if row[0] not in done]
         local = of_this_process(pending)
         if regenerate:
-            settings = {"batch": batch, "max_new_tokens": max_new_tokens, "context": context, "seed": seed}
-            sequences = write_answers(model, requests_of(local), ends=ends, **settings)
+            sequences = write_answers(model, requests_of(local), ends=ends, seed=seed, **sizes)
         else:
             sequences = sequences_with_states(model, local)
         processes.wait_for_everyone()  # none writes before all know what is done

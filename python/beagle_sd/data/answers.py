@@ -75,7 +75,7 @@ def write_answers(
         target = Target(model)
         limit, prompt = longest_text(model, context), _PROMPT_TOKENS
         room, captured = batch * (prompt + max_new_tokens), graph and target.device.type == "cuda"
-        pending = (request for request in requests if len(request.ids) < limit)
+        pending: Iterator[Request] = (request for request in requests if len(request.ids) < limit)
         while True:
             longer: list[Request] = []
             slots = min(limit, prompt + max_new_tokens)

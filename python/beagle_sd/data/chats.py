@@ -43,7 +43,10 @@ def encode_conversation(
     Unusable where the template refuses the messages or does not show where a turn's text is.
     """
     chat = _Rendered(tokenizer, messages)
-    encoded = tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    try:
+        encoded = tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    except NotImplementedError as error:
+        raise Unusable("the tokenizer does not tell where its tokens stand; allowed: a fast tokenizer") from error
     tokens = _Tokens(chat.text, encoded["input_ids"], encoded["offset_mapping"])
     ends = set(end_tokens(tokenizer=tokenizer) if ends is None else ends)
     learn = [False] * len(tokens.ids)
@@ -67,9 +70,11 @@ def encode_conversation(
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], *, prompt: bool = False) -> str:
     check_template(tokenizer)
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
     except (TemplateError, TypeError, ValueError, LookupError) as error:
         raise Unusable(f"the chat template refuses it: {error}") from error
+    assert isinstance(text, str)
+    return text
 
 
 class _Rendered:
