@@ -86,8 +86,7 @@ def prepare(
         counts = torch.tensor(_write(console, sequences, writer, len(local)), device=model.device)
         written, tokens = summed(counts).tolist()
         if not written and not done:
-            why = "; ".join(left.lines()) or "it is empty"
-            raise ValueError(f"{source} holds nothing to learn from: {why}")
+            raise left.nothing_in(source)
         console.print(_summary(out, written, tokens, len(pending), len(done)))
         print_left_out(console, left)
         if regenerate and processes.is_main_process:

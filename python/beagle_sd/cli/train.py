@@ -110,6 +110,8 @@ def _dataset(
         ends = end_tokens(target, tokenizer)
         found = conversations.read_conversations(data, tokenizer, config.context, ends=ends, left=left)
         corpus = Corpus.of(found)
+        if not len(corpus.ids):
+            raise left.nothing_in(data)
         return LiveDataset(target, corpus, context=config.context, held_out=config.held_out)
     shards.check_manifest(data, hidden_size=target.config.hidden_size, vocab_size=target.config.vocab_size)
     return StateDataset(data, context=config.context, held_out=config.held_out)

@@ -64,6 +64,10 @@ class LeftOut:
         rest = [count for _, (count, _) in ranked[_SHOWN:]]
         return shown + ([f"left out {sum(rest)} for {len(rest)} other reasons"] if rest else [])
 
+    def nothing_in(self, path: str | Path) -> ValueError:
+        """The error of a file of which no row is used."""
+        return ValueError(f"{path} holds nothing to learn from: {'; '.join(self.lines()) or 'it is empty'}")
+
 
 @contextmanager
 def counting(left: LeftOut | None) -> Iterator[LeftOut]:

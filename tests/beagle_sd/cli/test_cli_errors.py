@@ -93,6 +93,10 @@ def run(place, line: str):
         ("prepare chats.jsonl file", "File exists: 'file'"),
         ("train nowhere out", "nowhere/manifest.json is missing: nowhere is not a folder made by `beagle-sd prepare`"),
         ("train folder out", "folder is not a folder made by"),
+        (
+            "train tools.jsonl out",
+            "holds nothing to learn from: left out 2: a turn of role 'tool' (first: tools.jsonl:",
+        ),
         ("train folder out --lr -1", "lr is -1.0; allowed: 0 or more"),
         ("train folder out --schedule linear", "schedule is 'linear'; allowed: 'constant', 'cosine'"),
         ("generate a --draft nowhere", "nowhere has no config.json; allowed: a folder that `beagle-sd train` wrote"),
