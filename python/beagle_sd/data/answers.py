@@ -13,9 +13,7 @@ from transformers import PreTrainedModel
 from beagle_kernels import STATUS_NO_FINITE, Sampling, choose_tokens
 from beagle_sd.data import shards
 from beagle_sd.decoding.graph import GraphError, RoundGraph, check_capturable
-from beagle_sd.models.attention import tree_attention_of
 from beagle_sd.models.cache import causal
-from beagle_sd.models.linears import skinny_linears_of
 from beagle_sd.models.target import Target
 
 _PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -71,7 +69,7 @@ def write_answers(
     for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("context", context)):
         if value < 1:
             raise ValueError(f"{name} is {value}; allowed: at least 1")
-    with torch.inference_mode(), tree_attention_of(model), skinny_linears_of(model):
+    with torch.inference_mode():
         target = Target(model)
         limit, prompt = longest_text(model, context), _PROMPT_TOKENS
         room, captured = batch * (prompt + max_new_tokens), graph and target.device.type == "cuda"

@@ -118,19 +118,25 @@ def _array(path: Path) -> list | None:
     named = path.suffix.lower() == ".json"
     with path.open("rb") as file:
         first = next((line for line in file if line.removeprefix(_BOM).strip()), b"").removeprefix(_BOM).lstrip()
-    if not first or not (named or first.startswith(b"[")):
+    array, alone = first.startswith(b"["), _is_json(first)
+    if not first or not array and (alone or not named):
         return None
     try:
         whole = _parsed(path.read_bytes())
     except Unusable as reason:
-        try:
-            _parsed(first)
-        except Unusable:
-            if named:
-                raise ValueError(f"{path} is {reason}; allowed: an array of conversations, or one a line") from reason
+        if named and not alone:
+            raise ValueError(f"{path} is {reason}; allowed: an array of conversations, or one a line") from reason
         return None
     turns = isinstance(whole, list) and all(isinstance(one, dict) and {"role", "from"} & set(one) for one in whole)
     return whole if isinstance(whole, list) and not (whole and turns) else [whole]
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        _parsed(content)
+    except Unusable:
+        return False
+    return True
 
 
 def _parsed(content: bytes) -> Any:
@@ -165,9 +171,9 @@ def messages_of(record: Any) -> list[dict]:
     system = _system(record) if isinstance(record, dict) else ""
     if system and messages[0]["role"] == "system" and messages[0]["content"] != system:
         raise Unusable("a field of system beside another system turn")
-    return (
-        [{"role": "system", "content": system}, *messages] if system and messages[0]["role"] != "system" else messages
-    )
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
 
 
 def _system(record: dict) -> str:

@@ -133,6 +133,13 @@ def test_a_failed_beginning_does_not_bar_the_folder(place):
     assert refused.exit_code == 1 and "use a new folder" in refused.output
 
 
+def test_what_is_left_out_is_counted(place):
+    for more in ("", " --regenerate --max-new-tokens 2"):
+        said = run(place, f"prepare odd.jsonl left{len(more)} --target target{more}")
+        assert said.exit_code == 0 and "1 of 1 conversations" in said.output, said.output
+        assert "left out 1: a turn of role 'tool' (first: odd.jsonl: line 2)" in said.output.splitlines()
+
+
 def test_regenerated_answers_answer_the_last_user(place):
     """What stood there as an answer is not what the target continues."""
     from beagle_sd.data.conversations import encode_chat
