@@ -13,12 +13,13 @@ learns from `beagle_sd.training.trainer.Trainer`, one step at a time, with `stat
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from beagle_kernels import Sampling, block_attention, extend_attention, top_candidates, tree_attention
 from beagle_sd.data.batch import Batch
 from beagle_sd.decoding.drafting import Candidates, DraftCache
 from beagle_sd.models.draft import BeagleConfig, BeagleDraft
+from beagle_sd.models.linears import FewRowsLinear
 from beagle_sd.training.objective import rows_by_step
 
 
@@ -39,7 +40,7 @@ class EagleDraft(BeagleDraft):
 
     def __init__(self, config: EagleConfig):
         super().__init__(config)
-        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.fc = FewRowsLinear(2 * config.hidden_size, config.hidden_size)
 
     def pooled(self, embedded: Tensor, before: Tensor) -> Tensor:
         """x = fc([e; H before]): two [..., d] -> [..., d]."""

@@ -13,9 +13,7 @@ from transformers import PreTrainedModel
 from beagle_kernels import STATUS_NO_FINITE, Sampling, choose_tokens
 from beagle_sd.data import shards
 from beagle_sd.decoding.graph import GraphError, RoundGraph, check_capturable
-from beagle_sd.models.attention import tree_attention_of
 from beagle_sd.models.cache import causal
-from beagle_sd.models.linears import skinny_linears_of
 from beagle_sd.models.target import Target
 
 _PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -68,7 +66,7 @@ def write_answers(
         if value < 1:
             raise ValueError(f"{name} is {value}; allowed: at least 1")
     fitting = (request for request in requests if len(request.ids) <= max_prompt_tokens)
-    with torch.inference_mode(), tree_attention_of(model), skinny_linears_of(model):
+    with torch.inference_mode():
         target = Target(model)
         writer = _Writer(
             target, end, batch, max_prompt_tokens, max_new_tokens, seed, states, graph and target.device.type == "cuda"

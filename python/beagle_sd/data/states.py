@@ -34,7 +34,7 @@ def target_states(target: Target, sequences: Sequence[Tensor]) -> Iterator[tuple
         order = order[len(which) :]
         tokens = pad_sequence([sequences[index] for index in which], batch_first=True)
         # causal, so that padding on the right is never seen
-        hidden = target.decoder(input_ids=tokens.to(device), use_cache=False).last_hidden_state
+        hidden = target.states(tokens.to(device))
         lengths = torch.tensor([len(sequences[index]) for index in which])
         inside = (torch.arange(tokens.shape[1]) < lengths[:, None]).flatten().nonzero().flatten()
         yield which, hidden.flatten(0, 1).index_select(0, inside.to(device)).to(torch.bfloat16)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from beagle_kernels import Sampling, top_candidates, tree_attention
+from beagle_sd.models.cache import grown
 from beagle_sd.models.draft import Angles, BeagleDraft
 
 
@@ -31,6 +32,11 @@ class DraftCache:
         self.values = torch.zeros_like(self.keys)
         self._rows = torch.arange(batch, device=weight.device)[:, None]
 
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` slots a row at least, behind what is there: the tensors may move."""
+        if slots > self.keys.shape[2]:
+            self.keys, self.values = grown(self.keys, 2, slots), grown(self.values, 2, slots)
+
     def append(self, draft: BeagleDraft, states: Tensor, slots: Tensor, positions: Tensor | Angles) -> None:
         """Write the keys and values of states [B, n, d] at `positions` [B, n] into `slots` [B, n]."""
         keys, values = draft.keys_values(states, positions)
@@ -50,7 +56,8 @@ def propose(
     branch = min(branch, len(draft.head))
     bits = _bits(1 + branch * (depth - 1), device)
     settings = {1: sampling, branch: sampling.repeat(branch) if branch > 1 else sampling}
-    tokens, score, start = root[:, None], torch.zeros(batch, 1, device=device), lengths.long()[:, None]
+    tokens, start = root[:, None], lengths.long()[:, None]
+    score = torch.zeros(batch, 1, dtype=torch.float32, device=device)
     angles = draft.angles(start + torch.arange(depth, device=device))
     number = torch.full((batch, 1), -1, dtype=torch.int64, device=device)
     visible = torch.zeros(batch, 1, bits.shape[1], dtype=torch.int64, device=device)

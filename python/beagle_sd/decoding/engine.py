@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,15 +16,17 @@ from beagle_sd.decoding.graph import RoundGraph, check_capturable
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import Buffers, play_round, prefill
 from beagle_sd.decoding.tree import PLAIN, TreeShape
-from beagle_sd.models.attention import tree_attention_of
 from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.models.linears import skinny_linears_of
 from beagle_sd.models.target import Target
+
+_FIRST_TOKENS = 256
+"""New tokens a row that there is room for at first, where buffers can grow."""
 
 
 class Engine:
     """Buffers for `batch` rows of at most `capacity` prompt and new tokens each, and the graphs captured over them.
 
+    The buffers grow with the text, up to `capacity`; graphs keep them where they are, and take all of it at once.
     generate makes one a call; keep one, and give it to generate, to allocate and capture once. tree as in generate.
     graph None: on CUDA every round is a graph's replay, on the CPU rounds run eagerly; False: eagerly; True: as on
     CUDA, or GraphError. page_size: the target's cache in pages of so many slots. return_logprobs: room for them. fixed:
@@ -51,7 +55,8 @@ class Engine:
         for name, value, least in (("batch", batch, 1), ("capacity", capacity, 2)):
             if value < least:
                 raise ValueError(f"{name} is {value}; allowed: at least {least}")
-        self.model, self.target, self.draft = target, Target(target), draft
+        self.target, self.draft = Target(target), draft
+        self.model = self.target.model
         device = self.target.device
         self.graph = device.type == "cuda" if graph is None else graph
         if self.graph:
@@ -62,9 +67,11 @@ class Engine:
         tree = _checked(tree, device)
         self.tree = PLAIN if draft is None else tree
         self.shape = self.tree.largest if isinstance(self.tree, AdaptiveTree) else self.tree
+        tokens = capacity if self.graph else min(capacity, _FIRST_TOKENS)
         self.buffers = Buffers(
-            self.target, draft, batch, capacity, self.shape, page_size=page_size, fixed=fixed, logprobs=return_logprobs
+            self.target, draft, batch, tokens, self.shape, page_size=page_size, fixed=fixed, logprobs=return_logprobs
         )
+        self._longest = self._emitted = 0
         news = self.buffers.news
         self._host = [torch.zeros(news.shape, dtype=news.dtype, pin_memory=news.is_cuda) for _ in range(2)]
         self._sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
@@ -73,7 +80,7 @@ class Engine:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers on the device, without what graphs keep."""
+        """Bytes of the buffers on the device as they are now, without what graphs keep."""
         return sum(tensor.nbytes for tensor in self.buffers.tensors().values())
 
     def begin(
@@ -89,28 +96,38 @@ class Engine:
                 f"{longest + max_new_tokens}; allowed: the engine's capacity, {self.capacity}"
             )
         self._sent.clear()
+        self._longest, self._emitted = longest, 0
+        self.buffers.reserve(longest + min(max_new_tokens, _FIRST_TOKENS), self.capacity)
         self.buffers.begin(sampling, max_new_tokens, ends)
-        with clock.phase("prefill"):
+        with _apart(self.target.device), clock.phase("prefill"):
             prefill(self.target, self.draft, prompts, lengths, self.buffers)
         self._send()
 
     def play(self, shape: TreeShape, clock: Clock) -> None:
         """Start a round, whose news is sent; the graph of a new shape is captured first."""
-        if self.graph:
-            if shape not in self._graphs:
-                with clock.phase("capture"):
-                    self._capture(shape)
-            self._graphs[shape].replay()
-        else:
-            self._round(shape, clock)
+        with _apart(self.target.device):
+            if self.graph:
+                if shape not in self._graphs:
+                    with clock.phase("capture"):
+                        self._capture(shape)
+                self._graphs[shape].replay()
+            else:
+                most = self._emitted + len(self._sent) * (self.shape.depth + 1)  # new tokens when this round begins
+                self.buffers.reserve(min(self._longest + most, self.capacity), self.capacity)
+                self._round(shape, clock)
         self._send()
+
+    def end_row(self, row: int) -> None:
+        """Let a row go on no further."""
+        with _apart(self.target.device):
+            self.buffers.live[row] = False
 
     def capture(self) -> None:
         """Capture now every graph that rounds may replay and that is not there yet, once the engine has had a text:
         no later call does. Nothing where rounds run eagerly."""
         if not self.graph:
             return
-        with torch.inference_mode(), tree_attention_of(self.model), skinny_linears_of(self.model, self.draft):
+        with _apart(self.target.device):
             for shape in self.tree.shapes if isinstance(self.tree, AdaptiveTree) else [self.tree]:
                 if shape not in self._graphs:
                     self._capture(shape)
@@ -141,7 +158,9 @@ class Engine:
         host, event = self._sent.popleft()
         if event is not None:
             event.synchronize()
-        return host.tolist()
+        news = host.tolist()
+        self._emitted = max(row[1] for row in news)
+        return news
 
     def settle(self) -> None:
         """Wait for rounds begun whose news nobody received: their memory must not go before they end."""
@@ -149,6 +168,13 @@ class Engine:
             if event is not None:
                 event.synchronize()
         self._sent.clear()
+
+
+@contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """Compute as the weights are, whatever is on around the call; streamers and criteria run outside."""
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _checked(tree: TreeShape | AdaptiveTree | None, device: torch.device) -> TreeShape | AdaptiveTree:

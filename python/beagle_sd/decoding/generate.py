@@ -18,9 +18,7 @@ from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.loop import Decoding
 from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
-from beagle_sd.models.attention import tree_attention_of
 from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.models.linears import skinny_linears_of
 from beagle_sd.models.target import Target
 
 
@@ -80,6 +78,7 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; allowed: at least 1")
     wrapped = Target(target)
+    target = wrapped.model
     if target.training:
         raise ValueError(
             "the target is in training mode, where dropout makes its tokens random; allowed: target.eval()"
@@ -105,17 +104,16 @@ def generate(
             capacity=prompts.shape[1] + max_new_tokens,
             **{**options, "return_logprobs": return_logprobs},
         )
-        with torch.inference_mode(), tree_attention_of(target), skinny_linears_of(target, draft):
-            decoding = Decoding(made, prompts, lengths, max_new_tokens, stopping_criteria)
-            if streamer is not None:
-                streamer.put(input_ids.cpu())
-            for run in decoding.run(sampling, ends):
-                if streamer is not None and run[0]:
-                    streamer.put(torch.tensor(run[0]))
-            if streamer is not None:
-                streamer.end()
-            if engine is None:
-                made.settle()
+        decoding = Decoding(made, prompts, lengths, max_new_tokens, stopping_criteria)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        for run in decoding.run(sampling, ends):
+            if streamer is not None and run[0]:
+                streamer.put(torch.tensor(run[0]))
+        if streamer is not None:
+            streamer.end()
+        if engine is None:
+            made.settle()
         sequences = torch.cat([input_ids, decoding.new_tokens(pad).to(input_ids)], 1)
         return Generated(sequences, decoding.report(), decoding.logprobs())
 

@@ -88,7 +88,7 @@ class Decoding:
             so_far = text[:, : text.shape[1] - len(run) + count]
             if any(bool(torch.as_tensor(criterion(so_far, None)).all()) for criterion in self.criteria):
                 self.live[row] = False
-                self.engine.buffers.live[row] = False
+                self.engine.end_row(row)
                 return run[:count]
         return run
 

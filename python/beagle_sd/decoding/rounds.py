@@ -15,6 +15,7 @@ from torch import Tensor
 from beagle_kernels import DraftTree, Sampling, Verdict, build_tree, choose_tokens, compact_cache_, verify_tree
 from beagle_sd.decoding.drafting import DraftCache, propose
 from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.models.cache import grown
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.target import Target
 
@@ -24,7 +25,7 @@ on, status bits."""
 
 
 class Buffers:
-    """Everything a round reads and writes, for B rows of at most `tokens` prompt and new tokens.
+    """Everything a round reads and writes, for B rows of at most `tokens` prompt and new tokens; `reserve` makes room.
 
     cache, draft_cache; pending [B] int64, the last emitted token, whose keys are not cached yet; live [B] bool;
     emitted, limit [B] int64: new tokens so far and at most; ends [V] bool: the tokens that end a row; output [B, *]
@@ -44,19 +45,38 @@ class Buffers:
         fixed: bool = False,
         logprobs: bool = False,
     ):
-        device, behind = target.device, tokens - 1  # the last token of a row is never cached
-        self.cache = target.new_cache(batch, behind + shape.num_nodes, page_size=page_size, fixed=fixed)
-        slots = behind + max(shape.depth + 1, shape.branch * shape.depth)
-        self.draft_cache = DraftCache(draft, batch, slots) if draft is not None else None
+        device, self.shape, self.tokens = target.device, shape, tokens
+        slots, draft_slots, width = self._sizes()
+        self.cache = target.new_cache(batch, slots, page_size=page_size, fixed=fixed)
+        self.draft_cache = DraftCache(draft, batch, draft_slots) if draft is not None else None
         self.pending = torch.zeros(batch, dtype=torch.int64, device=device)
         self.live = torch.zeros(batch, dtype=torch.bool, device=device)
         self.emitted, self.limit = torch.zeros_like(self.pending), torch.zeros_like(self.pending)
         self.ends = torch.zeros(target.config.vocab_size, dtype=torch.bool, device=device)
-        width = tokens + shape.depth + 1
         self.output = torch.zeros(batch, width, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(batch, width, device=device) if logprobs else None
+        self.logprobs = torch.zeros(batch, width, dtype=torch.float32, device=device) if logprobs else None
         self.sampling = Sampling.of(batch, device=device)
         self.news = torch.zeros(batch, NEWS + shape.depth + 1, dtype=torch.int64, device=device)
+
+    def _sizes(self) -> tuple[int, int, int]:
+        """Slots a row of the target's cache and of the draft's, and columns of the output."""
+        shape, behind = self.shape, self.tokens - 1  # the last token of a row is never cached
+        draft_slots = behind + max(shape.depth + 1, shape.branch * shape.depth)
+        return behind + shape.num_nodes, draft_slots, self.tokens + shape.depth + 1
+
+    def reserve(self, tokens: int, most: int) -> None:
+        """Make room for `tokens` prompt and new tokens a row; if they are too few, for twice as many as before but not
+        more than `most`. The tensors that grow move: not once a graph holds them."""
+        if tokens <= self.tokens:
+            return
+        self.tokens = min(most, max(tokens, 2 * self.tokens))
+        slots, draft_slots, width = self._sizes()
+        self.cache.reserve(slots)
+        if self.draft_cache is not None:
+            self.draft_cache.reserve(draft_slots)
+        self.output = grown(self.output, 1, width)
+        if self.logprobs is not None:
+            self.logprobs = grown(self.logprobs, 1, width)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name."""

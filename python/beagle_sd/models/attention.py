@@ -9,15 +9,18 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from beagle_kernels import tree_attention
 from beagle_sd.models.cache import TreeCache
-from beagle_sd.models.temporary import TemporaryChange
+from beagle_sd.models.head import UnsupportedTarget
 
 NAME = "beagle_tree"
-_read = threading.local()
+_MEANINGLESS = {"position_ids", "cache_position", "use_cache", "layer_idx", "is_causal", "return_dict"}
+"""What models hand on beside the mask that says nothing on which keys a query sees, or says what the mask does."""
+_OFF = {"softcap": 0.0, "output_attentions": False}
+_reading = threading.local()
 
 
 @contextmanager
@@ -26,11 +29,11 @@ def reading(cache: TreeCache) -> Iterator[None]:
 
     transformers hands a 4-D mask on as it is, so words reach the attention where a mask [B, 1, N, S] would.
     """
-    before, _read.cache = getattr(_read, "cache", None), cache
+    before, _reading.cache = getattr(_reading, "cache", None), cache
     try:
         yield
     finally:
-        _read.cache = before
+        _reading.cache = before
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -46,35 +49,34 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     return F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scale).view_as(query)
 
 
-def _beagle_tree(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    if kwargs.get("softcap") is not None:
-        raise ValueError("attention soft-capping is not supported by beagle_tree; use attn_implementation='eager'")
+def _beagle_tree(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    if unknown := [name for name, value in kwargs.items() if _means_something(name, value)]:
+        raise UnsupportedTarget(
+            f"{type(module).__name__} gives its attention {', '.join(sorted(unknown))}; allowed: a softmax over the "
+            "keys that its mask lets through, and nothing else"
+        )
     if attention_mask is None and query.shape[2] > 1:
-        raise ValueError("beagle_tree needs the mask that the decoding loop gives it")
+        raise UnsupportedTarget(
+            f"{type(module).__name__} does not hand its mask on to the attention; allowed: attention by the mask given"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None and attention_mask.dtype == torch.int64:
-        cache = _read.cache
+        cache = _reading.cache
         return tree_attention(
             query.transpose(1, 2),
             key,
             value,
             cache.lengths,
             attention_mask[:, 0],
-            scale=scaling,
+            scale=scale,
             block_table=cache.block_table,
         ), None
-    return grouped_attention(query, key, value, attention_mask, scaling).transpose(1, 2), None
+    return grouped_attention(query, key, value, attention_mask, scale).transpose(1, 2), None
+
+
+def _means_something(name: str, value) -> bool:
+    return value is not None and name not in _MEANINGLESS and not (name in _OFF and value == _OFF[name])
 
 
 AttentionInterface.register(NAME, _beagle_tree)
 AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-
-
-def _use_tree_attention(model: PreTrainedModel) -> str:
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    return before
-
-
-tree_attention_of = TemporaryChange(_use_tree_attention, PreTrainedModel.set_attn_implementation)
-"""`with tree_attention_of(model):` lets the model use beagle_tree inside the block; its own choice comes back when the
-last thread has left."""

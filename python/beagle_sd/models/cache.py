@@ -36,19 +36,29 @@ class TreeCache(Cache):
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.fixed = fixed or page_size is not None or self.lengths.is_cuda
-        self.capacity = slots
-        rows, size = batch, slots
-        if page_size is not None:
-            if page_size < 1:
-                raise ValueError(f"page_size is {page_size}; allowed: 1 or more slots")
-            pages, size = -(-slots // page_size), page_size
-            rows = batch * pages
-            self.block_table = torch.arange(rows, dtype=torch.int32, device=device).view(pages, batch).T.contiguous()
+        self.capacity, self.page_size = 0, page_size
+        if page_size is not None and page_size < 1:
+            raise ValueError(f"page_size is {page_size}; allowed: 1 or more slots")
+        rows, size = (batch, 0) if page_size is None else (0, page_size)
         self.states = torch.zeros(layers, 2, rows, heads, size, width, dtype=dtype, device=device)
+        self.reserve(slots)
         self._rows = torch.arange(batch, device=device)[:, None]
         self._at: tuple[Tensor, Tensor] = (self._rows, self._rows)
         self._starts: list[int] = []
         self._limit: int | None = None
+
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` positions a row at least, behind what is there: `states` and `block_table` may move."""
+        if slots <= self.capacity:
+            return
+        self.capacity = slots
+        if self.page_size is None:
+            self.states = grown(self.states, 4, slots)
+            return
+        batch, pages = len(self.lengths), -(-slots // self.page_size)
+        self.states = grown(self.states, 2, batch * pages)
+        pages_of = torch.arange(batch * pages, dtype=torch.int32, device=self.lengths.device).view(pages, batch)
+        self.block_table = pages_of.T.contiguous()
 
     def expect(self, count: int, limit: int | None) -> None:
         """Prepare for a forward over `count` new tokens a row, which is to be given `limit` slots (None: all)."""
@@ -88,6 +98,14 @@ class TreeCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The longest row's length; where the host must not ask the device, what bounds it."""
         return self.capacity if self.fixed else int(self.lengths.max())
+
+
+def grown(values: Tensor, dim: int, size: int) -> Tensor:
+    """The values, followed by zeros up to `size` along `dim`."""
+    shape = list(values.shape)
+    shape[dim] = size - shape[dim]
+    more = values.new_zeros(shape)
+    return torch.cat((values, more), dim) if values.numel() else more
 
 
 def visible_keys(lengths: Tensor, mask: Tensor, limit: int) -> Tensor:

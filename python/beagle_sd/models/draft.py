@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from beagle_sd.models.linears import linear
+from beagle_sd.models.linears import FewRowsLinear, linear
 from beagle_sd.models.target import Target
 
 if TYPE_CHECKING:
@@ -165,13 +165,13 @@ class BeagleDraft(PreTrainedModel):
         super().__init__(config)
         width, eps = config.hidden_size, config.rms_norm_eps
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, queries, bias=False)
-        self.k_proj = nn.Linear(width, keys, bias=False)
-        self.v_proj = nn.Linear(width, keys, bias=False)
-        self.o_proj = nn.Linear(queries, width, bias=False)
-        self.gate_proj = nn.Linear(width, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(width, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
+        self.q_proj = FewRowsLinear(width, queries, bias=False)
+        self.k_proj = FewRowsLinear(width, keys, bias=False)
+        self.v_proj = FewRowsLinear(width, keys, bias=False)
+        self.o_proj = FewRowsLinear(queries, width, bias=False)
+        self.gate_proj = FewRowsLinear(width, config.intermediate_size, bias=False)
+        self.up_proj = FewRowsLinear(width, config.intermediate_size, bias=False)
+        self.down_proj = FewRowsLinear(config.intermediate_size, width, bias=False)
         self.norm_query = RMSNorm(width, eps) if config.norm_query else nn.Identity()
         self.norm_state = RMSNorm(width, eps) if config.norm_state else nn.Identity()
         self.norm_mlp = RMSNorm(width, eps)
@@ -229,23 +229,35 @@ class BeagleDraft(PreTrainedModel):
         return draft.bind(model)
 
     def bind(self, model: PreTrainedModel) -> Self:
-        """Use `model`'s embedding and LM head. ValueError if it is not the target this draft was made for."""
+        """Use `model`'s embedding and LM head. ValueError if it is not the target this draft was made for.
+
+        The vocabulary may have been resized since, its first ids the same: what was added is never proposed.
+        """
         target = Target(model)
-        for name in ("hidden_size", "vocab_size"):
-            have, want = getattr(target.config, name), getattr(self.config, name)
-            if have != want:
-                raise ValueError(
-                    f"this draft is for a {self.config.target_type} target with {name}={want}; "
-                    f"given a {target.config.model_type} with {name}={have}"
-                )
+        self._check_target(target)
         head = target.head.weight.detach()
         if self.draft_vocab is not None:
             _check_draft_vocab(self.draft_vocab, target.config.vocab_size)
             head = head[self.draft_vocab.to(head.device)]
+        elif len(head) > self.config.vocab_size:
+            head = head[: self.config.vocab_size]
         if target.head.scale != 1.0:
             head = head * target.head.scale
         self._shared = (target, head)
         return self
+
+    def _check_target(self, target: Target) -> None:
+        made, given = self.config, target.config
+        if (given.hidden_size, given.vocab_size) == (made.hidden_size, made.vocab_size):
+            return
+        least = made.vocab_size if self.draft_vocab is None else int(self.draft_vocab[-1]) + 1
+        alike = given.hidden_size == made.hidden_size and given.model_type == made.target_type
+        if not alike or given.vocab_size < least:
+            raise ValueError(
+                f"this draft is for a {made.target_type} target with hidden_size={made.hidden_size} and "
+                f"vocab_size={made.vocab_size}; given a {given.model_type} with hidden_size={given.hidden_size} and "
+                f"vocab_size={given.vocab_size}; allowed: that target, its vocabulary resized to {least} or more"
+            )
 
     @property
     def target(self) -> Target:

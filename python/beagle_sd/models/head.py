@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from beagle_sd.models.linears import linear
 
 
 class UnsupportedTarget(ValueError):
@@ -20,16 +23,16 @@ class Head:
     `final_logit_softcapping` (Gemma 2).
     """
 
-    def __init__(self, linear: nn.Linear, scale: float = 1.0, cap: float | None = None):
-        self.linear, self.scale, self.cap = linear, scale, cap
+    def __init__(self, module: nn.Module, scale: float = 1.0, cap: float | None = None):
+        self.module, self.scale, self.cap = module, scale, cap
 
     @property
     def weight(self) -> Tensor:
         """W [V, d], without the scale."""
-        return self.linear.weight
+        return self.module.weight  # type: ignore[return-value]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.linear(hidden)
+        logits = linear(hidden, self.weight)
         return self.capped(logits if self.scale == 1.0 else logits * self.scale)
 
     def capped(self, logits: Tensor) -> Tensor:
@@ -41,25 +44,27 @@ _found: WeakKeyDictionary[PreTrainedModel, Head] = WeakKeyDictionary()
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The model's head; UnsupportedTarget where scale and cap of the config do not explain the model's own logits.
+    """The model's head; UnsupportedTarget where its weight, with scale and cap of the config, does not explain the
+    model's own logits.
 
     On a model's first use a token is run through it, since configs do not tell: Granite divides by
     `logits_scaling` where HyperCLOVA X multiplies.
     """
-    if (known := _found.get(model)) is not None and known.linear is model.get_output_embeddings():
+    module = model.get_output_embeddings()
+    if (known := _found.get(model)) is not None and known.module is module:
         return known
-    config = model.config.get_text_config()
-    linear = model.get_output_embeddings()
-    if linear is None:
+    if module is None:
         raise UnsupportedTarget(f"{type(model).__name__} has no LM head; allowed: causal LMs")
-    if getattr(linear, "bias", None) is not None:
-        raise UnsupportedTarget(f"{config.model_type}'s LM head has a bias; allowed: heads without")
-    cap = getattr(config, "final_logit_softcapping", None)
+    _check_weight(module)
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None) or None
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    if model.training or linear.weight.is_meta:  # dropout, or nothing to compute with: no probe
-        return Head(linear, scale, cap)
+    head = Head(module, scale, cap)
+    if model.training or head.weight.is_meta:  # dropout, or nothing to compute with: no probe
+        return head
+    _check_product(module)
     for candidate in {scale: None, 1.0 / scale: None}:
-        head = Head(linear, candidate, cap)
+        head = Head(module, candidate, cap)
         if _explains(head, model):
             _found[model] = head
             return head
@@ -67,6 +72,46 @@ def head_of(model: PreTrainedModel) -> Head:
         f"the logits of {type(model).__name__} are not its LM head's over its top hidden states; "
         "allowed: heads with at most logit_scale, logits_scaling and final_logit_softcapping"
     )
+
+
+def _check_weight(module: nn.Module) -> None:
+    """The loop, the loss and the draft multiply by the head's weight themselves: it must be a matrix, and all there
+    is."""
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if hasattr(module, "base_layer"):
+        raise UnsupportedTarget(
+            f"the LM head has an adapter ({kind}), which its weight alone leaves out; allowed: adapters elsewhere, or "
+            "merged into the weights (merge_and_unload() in PEFT)"
+        )
+    weight: Any = getattr(module, "weight", None)
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        what = type(weight).__name__ if isinstance(weight, Tensor) else "no tensor"
+        dtype = f" of {weight.dtype}" if isinstance(weight, Tensor) else ""
+        raise UnsupportedTarget(
+            f"the LM head is a {kind}, whose weight is {what}{dtype}; allowed: a head of plain floating-point weights "
+            "(quantisers can leave it out: modules_to_not_convert, ignore, or a filter)"
+        )
+    if weight.is_meta and hasattr(module, "_hf_hook"):
+        raise UnsupportedTarget(
+            "the LM head is offloaded: its weight is not in memory between calls; allowed: offloaded layers, with the "
+            "head (and the embedding it may be tied to) on the device, by a device_map that says so"
+        )
+    if getattr(module, "bias", None) is not None:
+        raise UnsupportedTarget("the LM head has a bias; allowed: heads without")
+
+
+@torch.inference_mode()
+def _check_product(module: nn.Module) -> None:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    signs = 1.0 - 2.0 * (torch.arange(2 * weight.shape[1], device=weight.device) * 7 % 5 % 2)
+    x = signs.view(2, -1).to(weight.dtype)
+    have, want = module(x).float(), linear(x, weight).float()
+    finite = want.isfinite() & have.isfinite()
+    if have.shape != want.shape or not _close(have, want, finite):
+        raise UnsupportedTarget(
+            f"the LM head ({type(module).__name__}) gives other values than the product with its weight; allowed: "
+            "heads that are that product alone (a forward of its own, an adapter or a quantiser changes it)"
+        )
 
 
 @torch.inference_mode()
@@ -77,4 +122,8 @@ def _explains(head: Head, model: PreTrainedModel) -> bool:
     if have.shape != want.shape:
         return False
     finite = want.isfinite() & have.isfinite()  # broken weights are told of where their logits are used
-    return bool(((have - want).abs() <= 0.01 * want.abs().where(finite, 0).max())[finite].all())
+    return _close(have, want, finite)
+
+
+def _close(have: Tensor, want: Tensor, where: Tensor) -> bool:
+    return bool(((have - want).abs() <= 0.01 * want.abs().where(where, 0).max())[where].all())

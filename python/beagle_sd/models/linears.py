@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TypeGuard
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle_kernels import backends
-from beagle_sd.models.temporary import TemporaryChange
 
 MOST_ROWS = {torch.float32: 32, torch.bfloat16: 8}
 """Rows up to which skinny_linear serves: from there on a library's blocked product is as fast or faster."""
@@ -40,45 +37,28 @@ def _served() -> bool:
     return backends.why_not("skinny_linear", "cpu", torch.device("cpu")) is None
 
 
-def _plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is nn.Linear itself, its forward nobody's (an offloading hook's, an adapter's), its weight dense."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__:
-        return False
+def few_rows_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """A forward for the module by `linear`, calls that record gradients excepted; None unless it is a nn.Linear on a
+    CPU, its forward nobody's (an offloading hook's, an adapter's), its weight dense."""
+    if type(module) is not nn.Linear or "forward" in module.__dict__ or not _served():
+        return None
     weight = module.weight
-    return (
+    plain = (
         type(weight) is nn.Parameter
         and weight.device.type == "cpu"
         and weight.dtype in MOST_ROWS
         and weight.layout == torch.strided
         and weight.stride(-1) == 1
     )
-
-
-def _redirect(model: nn.Module) -> list[nn.Linear]:
-    changed = [module for module in model.modules() if _plain(module)]
-    for module in changed:
-        module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
-    return changed
-
-
-def _restore(model: nn.Module, changed: list[nn.Linear]) -> None:
-    for module in changed:
-        module.__dict__.pop("forward", None)
-
-
-_redirected = TemporaryChange(_redirect, _restore)
-
-
-@contextmanager
-def skinny_linears_of(*models: nn.Module | None) -> Iterator[None]:
-    """Let the models' plain linear layers on the CPU go through `linear` inside the block, calls that record
-    gradients excepted; they are as before when the last thread has left."""
-    with ExitStack() as entered:
-        for model in models:
-            if model is not None and _served():
-                entered.enter_context(_redirected(model))
-        yield
+    return functools.partial(_forward, module) if plain else None
 
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, module.weight, module.bias)
+
+
+class FewRowsLinear(nn.Linear):
+    """nn.Linear whose forward is `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from beagle_sd.models.attention import NAME, reading
+from beagle_sd.models.attention import reading
 from beagle_sd.models.cache import TreeCache, causal, visible_keys
+from beagle_sd.models.first_use import check_first_use
 from beagle_sd.models.head import Head, UnsupportedTarget, head_of
+from beagle_sd.models.view import uncompiled, view_of
 
 _PREFILL_CHUNK = 512
 _FEW_NODES = 64
@@ -47,18 +51,45 @@ def check_supported(config: PretrainedConfig) -> None:
             f"{kind} has rope_type={rope['rope_type']!r}, whose angles change with the length of "
             "the text; allowed: fixed angles (default, linear, yarn, llama3)"
         )
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedTarget(
+            f"{kind} has latent attention (kv_lora_rank={config.kv_lora_rank}), whose keys and values differ in width; "
+            "allowed: keys and values of one width"
+        )
     for name, value in config.to_dict().items():
-        if "softcap" in name and value is not None and name != "final_logit_softcapping":
+        if "softcap" in name and value and name != "final_logit_softcapping":
             raise UnsupportedTarget(f"{kind} sets {name}={value}; allowed: final_logit_softcapping alone")
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model in what torch.compile or PEFT made of it; UnsupportedTarget where there is none."""
+    inner: Any = uncompiled(model)
+    if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+        if getattr(inner.active_peft_config, "is_prompt_learning", False):
+            raise UnsupportedTarget(
+                f"the target is a PEFT model with {inner.active_peft_config.peft_type.value}, whose learned prompt is "
+                "no part of the tokens; allowed: adapters in the layers, such as LoRA"
+            )
+        inner = inner.get_base_model()  # its layers have the adapters
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedTarget(
+            f"the target is a {type(inner).__name__}; allowed: a transformers model, also compiled or in PEFT's wrapper"
+        )
+    return inner
 
 
 class Target:
     """What is used of a target: embedding, top hidden states over new tokens, LM head.
 
-    Raises UnsupportedTarget for a model that cannot be verified as a tree.
+    Raises UnsupportedTarget for a model that cannot be verified as a tree: by its config, by its head (head.py), or by
+    what a first use shows (first_use.py).
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: nn.Module):
+        model = unwrapped(model)
         config = model.config.get_text_config()
         check_supported(config)
         if not getattr(model, "_supports_attention_backend", False):
@@ -74,6 +105,15 @@ class Target:
         self._cache_argument = "cache" if "cache" in named else "past_key_values"
         self.embedding: nn.Module = model.get_input_embeddings()
         self.head: Head = head_of(model)
+        if self.dtype not in _DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise UnsupportedTarget(f"the target is in {self.dtype}; allowed: {allowed}")
+        check_first_use(self)
+
+    @cached_property
+    def _view(self) -> PreTrainedModel:
+        """The decoder as decoding runs it: made when it is first needed, as the model is then."""
+        return view_of(self.model).base_model  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:
@@ -89,6 +129,10 @@ class Target:
         embedded = self.embedding(tokens)
         scale = getattr(self.config, "embedding_multiplier", None)
         return embedded if scale in (None, 1.0) else embedded * scale
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """Top hidden states [B, T, d] of whole texts [B, T] int64, by the model's own forward."""
+        return self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
 
     def new_cache(self, batch: int, slots: int, *, page_size: int | None = None, fixed: bool = False) -> TreeCache:
         """An empty cache of `slots` positions a row, in pages of page_size if given; `fixed` as in TreeCache."""
@@ -111,18 +155,18 @@ class Target:
         """Top hidden states [B, N, d] of N new tokens a row, written to the cache behind its lengths.
 
         tokens [B, N] int64; depth [B, N], added to the row's length to give positions; mask words [B, N, W] int64:
-        which new tokens each one sees (itself too), besides everything below the row's length. A fixed cache needs the
-        model's attention to be beagle_tree, and room behind the lengths, which are not read.
+        which new tokens each one sees (itself too), besides everything below the row's length. A fixed cache needs
+        room behind the lengths, which are not read.
         """
         batch, count = tokens.shape
         limit = None if cache.fixed else int(cache.lengths.max()) + count
         cache.expect(count, limit)
-        if limit is None or count <= _FEW_NODES and self.config._attn_implementation == NAME:
+        if limit is None or count <= _FEW_NODES:
             visible = mask[:, None]
         else:
             visible = visible_keys(cache.lengths, mask, limit)
         with reading(cache):
-            return self.decoder(
+            return self._view(
                 input_ids=tokens,
                 attention_mask=visible,
                 position_ids=cache.lengths.long()[:, None] + depth.long(),

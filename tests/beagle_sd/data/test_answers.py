@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from beagle_sd import generate
 from beagle_sd.data.answers import Request, _Writer, requests_of, seed_of, write_answers
 from beagle_sd.data.conversations import encode_chat
-from beagle_sd.models.attention import tree_attention_of
 from beagle_sd.models.target import Target
 
 END = small_tokenizer().eos_token_id
@@ -102,7 +101,7 @@ def test_a_step_reads_no_value_on_the_host():
     """What a CUDA graph needs: under fake tensors, any look at a value raises."""
     model = small_target()
     target = Target(model)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), tree_attention_of(model):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         writer = _Writer(target, END, 2, 8, 8, 0, True, False, fixed=True)
         writer._step()
         with pytest.raises(DataDependentOutputException):
@@ -111,7 +110,7 @@ def test_a_step_reads_no_value_on_the_host():
 
 def test_a_step_keeps_its_buffers_in_place():
     model = small_target()
-    with torch.inference_mode(), tree_attention_of(model):
+    with torch.inference_mode():
         writer = _Writer(Target(model), END, 3, 16, 8, 0, True, False)
         tensors = {name: value.data_ptr() for name, value in vars(writer).items() if isinstance(value, torch.Tensor)}
         tensors["lengths"] = writer.cache.lengths.data_ptr()

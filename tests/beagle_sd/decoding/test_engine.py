@@ -50,6 +50,25 @@ def test_engines_out_of_range(pair):
             Engine(*pair, **wrong)
 
 
+@pytest.mark.parametrize("path", [{}, {"page_size": 7}, {"fixed": True}], ids=str)
+def test_buffers_grow_with_the_text(pair, path, monkeypatch):
+    """A limit costs nothing by itself, and growing changes no token."""
+    target, draft = pair
+    monkeypatch.setattr("beagle_sd.decoding.engine._FIRST_TOKENS", 8)
+    options = {"max_new_tokens": 70, "temperature": 1.0, "return_logprobs": True}
+    want = generate(target, draft, prompts(2), tree=TREE, **options)
+    engine = Engine(target, draft, batch=2, capacity=10**6, tree=TREE, return_logprobs=True, **path)
+    small = engine.nbytes
+    assert small < 10**6
+    del options["return_logprobs"]
+    made = generate(target, draft, prompts(2), engine=engine, **options)
+    assert torch.equal(made.sequences, want.sequences) and torch.equal(made.logprobs, want.logprobs)
+    assert small < engine.nbytes < 40 * small
+    kept = engine.nbytes
+    generate(target, draft, prompts(2), engine=engine, **options)
+    assert engine.nbytes == kept
+
+
 @pytest.mark.parametrize("own", [True, False], ids=["its own engine", "an engine given"])
 def test_out_of_memory_frees_the_buffers_and_leaves_all_usable(pair, own, monkeypatch):
     """Even while the error itself is kept, as notebooks do."""
@@ -92,6 +111,7 @@ def test_draft_and_buffers_add_less_than_5_percent_to_an_8b_target():
         cache = 2 * 32 * 8 * 128 * 4096 * 2 * batch
         with torch.device("meta"):
             engine = fixed_engine(target, draft, batch, 4096, return_logprobs=True, tree=TreeShape(6, 10, 60))
+            engine.buffers.reserve(4096, 4096)
         assert cache < engine.nbytes
         added = engine.nbytes - cache + size(draft) + reduced_head
         assert added < 0.05 * (size(target) + cache)

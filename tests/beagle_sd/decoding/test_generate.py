@@ -13,7 +13,6 @@ from beagle_kernels import Sampling
 from beagle_sd import TreeShape, generate
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.loop import Decoding
-from beagle_sd.models.attention import tree_attention_of
 
 SHAPES = [(1, 1, 2), (4, 1, 5), (3, 2, 7), (4, 4, 16), (6, 10, 60), (5, 8, 100)]
 
@@ -234,7 +233,7 @@ def test_after_any_round_both_caches_hold_true_states_only(shape):
     draft, ids = small_draft(target), prompts(3)
     lengths = torch.tensor([11, 4, 7], dtype=torch.int32)
     engine = Engine(target, draft, batch=3, capacity=41, tree=TreeShape(*shape))
-    with torch.inference_mode(), tree_attention_of(target):
+    with torch.inference_mode():
         decoding = Decoding(engine, ids, lengths, 30)
         accepted = sum(len(run) for runs in decoding.run(Sampling.of(3, 3, temperature=1.0), []) for run in runs)
         assert accepted == 90 and decoding.report().tokens_per_round > 1.5

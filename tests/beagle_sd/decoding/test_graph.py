@@ -14,7 +14,6 @@ from beagle_sd.decoding.graph import RoundGraph
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import play_round
 from beagle_sd.decoding.tree import TreeShape
-from beagle_sd.models.attention import tree_attention_of
 
 DEVICE = torch.device("cpu")
 
@@ -88,24 +87,23 @@ def test_a_second_failure_is_told_by_its_own_reason(cuda):
 def test_an_engine_tries_again_with_a_pool_of_its_own(cuda, monkeypatch):
     target = agreeable_target()
     draft = small_draft(target)
-    with tree_attention_of(target):
-        engine = begun(target, draft, tree=TREE)
-        engine.graph, engine._pool = True, cuda.new_pool()
-        live, small, clock = engine.buffers.live.clone(), TreeShape(2, 1, 3), Clock(DEVICE)
-        engine.play(small, clock)
-        assert cuda.pools == [engine._pool]
+    engine = begun(target, draft, tree=TREE)
+    engine.graph, engine._pool = True, cuda.new_pool()
+    live, small, clock = engine.buffers.live.clone(), TreeShape(2, 1, 3), Clock(DEVICE)
+    engine.play(small, clock)
+    assert cuda.pools == [engine._pool]
 
-        def breaking(*args):
-            play_round(*args)
-            cuda.break_capture()
+    def breaking(*args):
+        play_round(*args)
+        cuda.break_capture()
 
-        with monkeypatch.context() as patch, pytest.raises(GraphError):
-            patch.setattr("beagle_sd.decoding.engine.play_round", breaking)
-            engine.play(engine.shape, clock)
-        assert torch.equal(engine.buffers.live, live) and set(engine._graphs) == {small}
-        assert cuda.stream is cuda.default and cuda.recording == []
-        used = set(cuda.pools)
+    with monkeypatch.context() as patch, pytest.raises(GraphError):
+        patch.setattr("beagle_sd.decoding.engine.play_round", breaking)
         engine.play(engine.shape, clock)
-        engine.play(small, clock)
-        assert cuda.pools[-1] not in used and set(engine._graphs) == {small, engine.shape}
-        assert engine._graphs[small].graph.replays == 2
+    assert torch.equal(engine.buffers.live, live) and set(engine._graphs) == {small}
+    assert cuda.stream is cuda.default and cuda.recording == []
+    used = set(cuda.pools)
+    engine.play(engine.shape, clock)
+    engine.play(small, clock)
+    assert cuda.pools[-1] not in used and set(engine._graphs) == {small, engine.shape}
+    assert engine._graphs[small].graph.replays == 2

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from beagle_sd.decoding.rounds import play_round
 from beagle_sd.decoding.tree import TreeShape
-from beagle_sd.models.attention import tree_attention_of
 from beagle_sd.models.cache import causal
 from beagle_sd.models.target import Target
 
@@ -35,7 +34,7 @@ def test_a_small_forward_on_the_cpu_leaves_pytorch_s_threads_asleep(count, by):
     wrapped = Target(target)
     cache = wrapped.new_cache(2, 100)
     step = torch.arange(count).expand(2, -1)
-    with torch.inference_mode(), tree_attention_of(target), Watched() as watched:
+    with torch.inference_mode(), Watched() as watched:
         wrapped.forward(step, step, causal(2, count, step.device), cache)
     ops = {"aten.index_put_", "aten.scaled_dot_product_attention", "beagle.tree_attention"}
     assert ops & {name.removesuffix(".default") for name in watched.names} == {by}
@@ -77,7 +76,7 @@ def test_a_round_reads_nothing_on_the_host(path, drafting, monkeypatch):
     monkeypatch.setattr("beagle_sd.models.draft._check_draft_vocab", lambda *_: None)
     for tree in (TREE, TreeShape(6, 1, 7), TreeShape(6, 10, 60), TreeShape(2, 2, 1)):
         engine = fixed_engine(target, draft, 2, 40, return_logprobs=True, **PATHS[path], tree=tree)
-        with torch.no_grad(), tree_attention_of(target), Watched() as watched:
+        with torch.no_grad(), Watched() as watched:
             play_round(engine.target, draft, engine.buffers, engine.shape)
         assert "beagle.verify_tree.default" in watched.names
         assert "aten.lift_fresh.default" not in watched.names, "torch.tensor of Python values: a copy from the host"

@@ -17,7 +17,6 @@ from beagle_sd.decoding.loop import Decoding
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import play_round
 from beagle_sd.decoding.tree import TreeShape
-from beagle_sd.models.attention import tree_attention_of
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -76,21 +75,20 @@ def test_a_prompt_of_4096_tokens(path):
 @torch.inference_mode()
 def test_buffers_stay_where_they_are(pair):
     target, draft = pair
-    with tree_attention_of(target):
-        engine = begun(target, draft, page_size=7, return_logprobs=True, tree=TREE)
-        places = {name: tensor.data_ptr() for name, tensor in engine.buffers.tensors().items()}
-        assert {"states", "lengths", "block_table", "draft_keys", "output", "logprobs", "news", "seed"} <= set(places)
-        for _ in range(3):
-            play_round(engine.target, draft, engine.buffers, engine.shape)
-        engine.begin(
-            prompts(3, 5),
-            torch.tensor([5, 2, 3], dtype=torch.int32),
-            Sampling.of(3),
-            4,
-            [],
-            Clock(engine.target.device),
-        )
-        assert {name: tensor.data_ptr() for name, tensor in engine.buffers.tensors().items()} == places
+    engine = begun(target, draft, page_size=7, return_logprobs=True, tree=TREE)
+    places = {name: tensor.data_ptr() for name, tensor in engine.buffers.tensors().items()}
+    assert {"states", "lengths", "block_table", "draft_keys", "output", "logprobs", "news", "seed"} <= set(places)
+    for _ in range(3):
+        play_round(engine.target, draft, engine.buffers, engine.shape)
+    engine.begin(
+        prompts(3, 5),
+        torch.tensor([5, 2, 3], dtype=torch.int32),
+        Sampling.of(3),
+        4,
+        [],
+        Clock(engine.target.device),
+    )
+    assert {name: tensor.data_ptr() for name, tensor in engine.buffers.tensors().items()} == places
 
 
 class Tape(TorchDispatchMode):
@@ -125,7 +123,7 @@ def test_a_recorded_round_replays_as_any_later_one(pair, path, drafting):
     """Recorded while the rows rest, as a graph is captured; then replayed over other lengths and tokens, to the end."""
     target, draft = pair if drafting else (pair[0], None)
     settings = {**PATHS[path], "tree": TREE, "return_logprobs": True}
-    with torch.no_grad(), tree_attention_of(target):
+    with torch.no_grad():
         ours, theirs = (begun(target, draft, tokens=40, **settings) for _ in range(2))
         with ours.buffers.at_rest(), Tape() as tape:
             play_round(ours.target, draft, ours.buffers, ours.shape)
@@ -178,32 +176,31 @@ def test_generate_by_replays_alone(pair, monkeypatch):
 def test_rows_at_rest_keep_their_text(pair):
     """What warming up before a capture relies on, and a round begun after the last row has ended."""
     target, draft = pair
-    with tree_attention_of(target):
-        engine = begun(target, draft, tree=TREE)
-        play_round(engine.target, draft, engine.buffers, engine.shape)
-        buffers = engine.buffers
-        lengths = buffers.cache.lengths.tolist()
+    engine = begun(target, draft, tree=TREE)
+    play_round(engine.target, draft, engine.buffers, engine.shape)
+    buffers = engine.buffers
+    lengths = buffers.cache.lengths.tolist()
 
-        def kept():
-            return [
-                part.clone()
-                for row, length in enumerate(lengths)
-                for part in (
-                    buffers.cache.states[:, :, row, :, :length],
-                    buffers.draft_cache.keys[row, :, :length],
-                    buffers.output[row, : buffers.emitted[row]],
-                    buffers.emitted,
-                    buffers.live,
-                    buffers.pending,
-                    buffers.cache.lengths,
-                )
-            ]
+    def kept():
+        return [
+            part.clone()
+            for row, length in enumerate(lengths)
+            for part in (
+                buffers.cache.states[:, :, row, :, :length],
+                buffers.draft_cache.keys[row, :, :length],
+                buffers.output[row, : buffers.emitted[row]],
+                buffers.emitted,
+                buffers.live,
+                buffers.pending,
+                buffers.cache.lengths,
+            )
+        ]
 
-        before = kept()
-        with buffers.at_rest():
-            for _ in range(3):
-                play_round(engine.target, draft, buffers, engine.shape)
-        assert all(map(torch.equal, kept(), before))
+    before = kept()
+    with buffers.at_rest():
+        for _ in range(3):
+            play_round(engine.target, draft, buffers, engine.shape)
+    assert all(map(torch.equal, kept(), before))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -216,7 +213,7 @@ def test_the_host_may_lag_a_round_behind(pair, temperature):
         settings = {"max_new_tokens": 30, "temperature": temperature, "eos_token_id": ends, "pad_token_id": 0}
         want = generate(target, draft, ids, **settings, tree=TREE)
         engine = fixed_engine(target, draft, 4, 41, tree=TREE)
-        with torch.inference_mode(), tree_attention_of(target):
+        with torch.inference_mode():
             decoding = Decoding(engine, ids, torch.full((4,), 11, dtype=torch.int32), 30, ahead=True)
             assert decoding.most_playing == 2
             list(decoding.run(Sampling.of(4, 0, temperature), ends))
