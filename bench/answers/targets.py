@@ -238,7 +238,8 @@ class Running:
 
 def sweep(kinds: list[str], seconds: float, at_once: int) -> list[Row]:
     """All of them, in the order of `kinds`, so many at once; a line for each row as it comes."""
-    waiting, running = list(kinds), []
+    waiting = list(kinds)
+    running: list[Running] = []
     found: dict[str, list[Row]] = {}
     while waiting or running:
         while waiting and len(running) < at_once:

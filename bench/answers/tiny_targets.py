@@ -85,6 +85,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds": False},
     "xlnet": {"d_head": 16},
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 8, "layers_block_type": None},
 }
@@ -96,7 +97,7 @@ def tiny_config(config_class: type[PretrainedConfig], **overrides: Any) -> Pretr
     """The class's default config, its parts too, with SIZES and as few layers as show every type of its layers."""
     default = config_class()
     known = vars(default) | {name: vars(default).get(real) for name, real in config_class.attribute_map.items()}
-    fields = {name: size for name, size in (SIZES | TOKENS).items() if _larger(known.get(name), size)}
+    fields: dict[str, Any] = {name: size for name, size in (SIZES | TOKENS).items() if _larger(known.get(name), size)}
     if "kv_lora_rank" in known:  # latent attention has no groups
         fields["num_key_value_heads"] = SIZES["num_attention_heads"]
     if "head_dim" in known and known["head_dim"] is None:
