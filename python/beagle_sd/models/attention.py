@@ -25,7 +25,8 @@ _reading = threading.local()
 
 @contextmanager
 def reading(cache: TreeCache) -> Iterator[None]:
-    """Inside, a mask of words [B, 1, N, W] int64 speaks of `cache`: its lengths, and its pages if it has any.
+    """Inside, a mask of words [B, 1, N, W] int64 speaks of `cache`: its lengths, and its pages if it has any. Whether
+    the model's attention was beagle_tree is then known of it.
 
     transformers hands a 4-D mask on as it is, so words reach the attention where a mask [B, 1, N, S] would.
     """
@@ -50,6 +51,9 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 
 
 def _beagle_tree(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    cache: TreeCache | None = getattr(_reading, "cache", None)
+    if cache is not None:
+        cache.attended = True
     if unknown := [name for name, value in kwargs.items() if _means_something(name, value)]:
         raise UnsupportedTarget(
             f"{type(module).__name__} gives its attention {', '.join(sorted(unknown))}; allowed: a softmax over the "
@@ -60,8 +64,7 @@ def _beagle_tree(module, query, key, value, attention_mask, scaling=None, dropou
             f"{type(module).__name__} does not hand its mask on to the attention; allowed: attention by the mask given"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask is not None and attention_mask.dtype == torch.int64:
-        cache = _reading.cache
+    if cache is not None and attention_mask is not None and attention_mask.dtype == torch.int64:
         return tree_attention(
             query.transpose(1, 2),
             key,

@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from beagle_sd.models.head import UnsupportedTarget
+
 
 class TreeCache(Cache):
     """One tensor `states` for all layers, keys before values; `lengths` [B] int32.
@@ -19,6 +21,7 @@ class TreeCache(Cache):
     """
 
     block_table: Tensor | None = None
+    attended = False
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class TreeCache(Cache):
         keys, values = self.states[layer_idx]
         for name, new, buffer in (("keys", key_states, keys), ("values", value_states, values)):
             if (new.shape[1], new.shape[3]) != (buffer.shape[1], buffer.shape[3]):
-                raise ValueError(
+                raise UnsupportedTarget(
                     f"layer {layer_idx} gives {new.shape[1]} heads of {new.shape[3]} {name}; allowed: "
                     f"{buffer.shape[1]} of {buffer.shape[3]}, as the target's config has it"
                 )

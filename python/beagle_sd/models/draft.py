@@ -78,9 +78,10 @@ class BeagleConfig(PretrainedConfig):
     def of_target(cls, config: PretrainedConfig, **overrides) -> BeagleConfig:
         """The config of a draft for a target with this config; overrides go on top."""
         heads = config.num_attention_heads
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         fields = {
             "hidden_size": config.hidden_size,
-            "intermediate_size": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            "intermediate_size": max(inner) if isinstance(inner, list | tuple) else inner,  # one a layer
             "num_attention_heads": heads,
             "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
             "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,

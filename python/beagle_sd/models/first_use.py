@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from beagle_sd.models.cache import TreeCache
 from beagle_sd.models.head import UnsupportedTarget
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def check_first_use(target: Target) -> None:
 
 
 def _compare(target: Target) -> None:
-    tokens = _tokens(target.config.vocab_size, target.device)
+    tokens = _tokens(target)
     branches = [_path(node) for node in (len(_PARENTS) - 2, len(_PARENTS) - 1)]
     text = tokens[:_TEXT]
     own = target.states(torch.stack([torch.cat([text, tokens[_TEXT + torch.tensor(nodes)]]) for nodes in branches]))
@@ -58,10 +59,15 @@ def _compare(target: Target) -> None:
     _refuse_over(allowed, tree[branches[1]], own[1, _TEXT:], target, "a text's tokens beside another branch of a tree")
 
 
-def _tokens(vocab: int, device: torch.device) -> Tensor:
-    """Tokens all over the vocabulary, no two alike where it is large enough."""
-    count = _TEXT + len(_PARENTS)
-    return (torch.arange(count, device=device) * 2 + 1) * vocab // (2 * count)
+def _tokens(target: Target) -> Tensor:
+    """Tokens all over the vocabulary, none that the config names (an image's stands for more than text)."""
+    count, vocab = _TEXT + len(_PARENTS), target.config.vocab_size
+    named = {value for name, value in target.model.config.to_dict().items() if "token" in name and type(value) is int}
+    found = []
+    for number in range(count):
+        token = (2 * number + 1) * vocab // (2 * count)
+        found.append(next((near for near in range(token, vocab) if near not in named), token))
+    return torch.tensor(found, device=target.device)
 
 
 def _path(node: int) -> list[int]:
@@ -70,21 +76,33 @@ def _path(node: int) -> list[int]:
 
 def _by_our_cache(target: Target, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The states of the text and of the tree's nodes, as a round computes them."""
-    device, nodes = target.device, range(len(_PARENTS))
+    device, nodes, cache = target.device, range(len(_PARENTS)), None
     depth = torch.tensor([[len(_path(node)) - 1 for node in nodes]], device=device)
     words = torch.tensor([[[sum(1 << seen for seen in _path(node))] for node in nodes]], device=device)
     lengths = torch.tensor([_TEXT], dtype=torch.int32, device=device)
     try:
         cache = target.new_cache(1, len(tokens))
         text = target.prefill(tokens[None, :_TEXT], lengths, cache)
-        return text[0], target.forward(tokens[None, _TEXT:], depth, words, cache)[0]
+        tree = target.forward(tokens[None, _TEXT:], depth, words, cache)
     except (UnsupportedTarget, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if cache is not None and not getattr(target.model, "_supports_attention_backend", False):
+            _check_attended(target, cache)
         raise UnsupportedTarget(
             f"{type(target.model).__name__} cannot run over a cache of keys and values of equal heads with a tree's "
             f"mask ({type(error).__name__}: {error}); allowed: models whose layers attend by the mask they are given"
         ) from error
+    _check_attended(target, cache)
+    return text[0], tree[0]
+
+
+def _check_attended(target: Target, cache: TreeCache) -> None:
+    if not cache.attended:
+        raise UnsupportedTarget(
+            f"{type(target.model).__name__} does not take registered attention functions; allowed: "
+            "models that go through transformers' AttentionInterface"
+        )
 
 
 def _allowed(dtype: torch.dtype, device: torch.device, noise: float) -> float:

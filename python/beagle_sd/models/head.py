@@ -40,6 +40,14 @@ class Head:
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """What gives the top hidden states; UnsupportedTarget for a model that names nothing beneath its LM head."""
+    for decoder in (model.base_model, model.get_decoder(), getattr(model, "model", None)):
+        if isinstance(decoder, nn.Module) and decoder is not model:
+            return decoder  # type: ignore[return-value]
+    raise UnsupportedTarget(f"{type(model).__name__} names no decoder beneath its LM head; allowed: models that do")
+
+
 _found: WeakKeyDictionary[PreTrainedModel, Head] = WeakKeyDictionary()
 
 
@@ -118,7 +126,7 @@ def _check_product(module: nn.Module) -> None:
 def _explains(head: Head, model: PreTrainedModel) -> bool:
     ids = torch.tensor([[model.config.get_text_config().vocab_size // 2]], device=head.weight.device)
     want = model(input_ids=ids, use_cache=False).logits.float()
-    have = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    have = head(decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state).float()
     if have.shape != want.shape:
         return False
     finite = want.isfinite() & have.isfinite()  # broken weights are told of where their logits are used

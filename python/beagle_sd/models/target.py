@@ -13,9 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from beagle_sd.models.attention import reading
 from beagle_sd.models.cache import TreeCache, causal, visible_keys
 from beagle_sd.models.first_use import check_first_use
-from beagle_sd.models.head import Head, UnsupportedTarget, head_of
+from beagle_sd.models.head import Head, UnsupportedTarget, decoder_of, head_of
 from beagle_sd.models.view import uncompiled, view_of
 
+_LAYERS = {"full_attention", "mlp", "moe"}
+"""Kinds of layers a tree may go through: those without attention change one token at a time."""
 _PREFILL_CHUNK = 512
 _FEW_NODES = 64
 """New tokens up to which a row's attention reads just what the row sees, by mask words: beyond, as in a prompt, SDPA's
@@ -28,10 +30,8 @@ def check_supported(config: PretrainedConfig) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedTarget(f"{kind} is an encoder-decoder; allowed: decoder-only causal LMs")
     layers = set(getattr(config, "layer_types", None) or ())
-    if layers - {"full_attention"}:
-        raise UnsupportedTarget(
-            f"{kind} has layers of type {sorted(layers - {'full_attention'})}; allowed: full_attention only"
-        )
+    if layers - _LAYERS:
+        raise UnsupportedTarget(f"{kind} has layers of type {sorted(layers - _LAYERS)}; allowed: full_attention only")
     if not layers and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise UnsupportedTarget(
             f"{kind} has sliding_window={config.sliding_window}; allowed: full attention "
@@ -40,25 +40,24 @@ def check_supported(config: PretrainedConfig) -> None:
     for name in ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers"):
         if not getattr(config, name, None):
             raise UnsupportedTarget(f"{kind} has no {name} in its config; allowed: transformer decoders")
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if not rope and getattr(config, "rope_theta", None) is None or getattr(config, "alibi", False):
+    if getattr(config, "kv_lora_rank", None):
         raise UnsupportedTarget(
-            f"{kind} has no rotary positions; allowed: RoPE (learned positions end with their "
-            "table and ALiBi is a mask of its own)"
+            f"{kind} has latent attention (kv_lora_rank={config.kv_lora_rank}), whose keys and values differ in width; "
+            "allowed: keys and values of one width"
+        )
+    if getattr(config, "alibi", False):
+        raise UnsupportedTarget(f"{kind} has ALiBi, which is a mask of its own; allowed: rotary positions")
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if not rope and getattr(config, "rope_theta", None) is None:
+        raise UnsupportedTarget(
+            f"{kind} has no rope_parameters in its config (its positions are learned, ALiBi, or rotary in a way of "
+            "its own); allowed: rotary positions that rope_parameters describe, by which the draft turns its keys too"
         )
     if rope.get("rope_type") in ("dynamic", "longrope"):
         raise UnsupportedTarget(
             f"{kind} has rope_type={rope['rope_type']!r}, whose angles change with the length of "
             "the text; allowed: fixed angles (default, linear, yarn, llama3)"
         )
-    if getattr(config, "kv_lora_rank", None):
-        raise UnsupportedTarget(
-            f"{kind} has latent attention (kv_lora_rank={config.kv_lora_rank}), whose keys and values differ in width; "
-            "allowed: keys and values of one width"
-        )
-    for name, value in config.to_dict().items():
-        if "softcap" in name and value and name != "final_logit_softcapping":
-            raise UnsupportedTarget(f"{kind} sets {name}={value}; allowed: final_logit_softcapping alone")
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -92,19 +91,14 @@ class Target:
         model = unwrapped(model)
         config = model.config.get_text_config()
         check_supported(config)
-        if not getattr(model, "_supports_attention_backend", False):
-            raise UnsupportedTarget(
-                f"{type(model).__name__} does not take registered attention functions; allowed: "
-                "models that go through transformers' AttentionInterface"
-            )
         self.model = model
         self.config = config
-        self.decoder = model.base_model
+        self.head: Head = head_of(model)
+        self.decoder = decoder_of(model)
         # transformers calls it `cache` from 5.24 on, model by model, and warns of the older name
         named = inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if "cache" in named else "past_key_values"
         self.embedding: nn.Module = model.get_input_embeddings()
-        self.head: Head = head_of(model)
         if self.dtype not in _DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise UnsupportedTarget(f"the target is in {self.dtype}; allowed: {allowed}")
@@ -113,7 +107,7 @@ class Target:
     @cached_property
     def _view(self) -> PreTrainedModel:
         """The decoder as decoding runs it: made when it is first needed, as the model is then."""
-        return view_of(self.model).base_model  # type: ignore[return-value]
+        return decoder_of(view_of(self.model))
 
     @property
     def device(self) -> torch.device:

@@ -36,13 +36,16 @@ REFUSED = {
     "recurrent": (lambda: tiny("mamba"), "mamba has layers of type .*linear_attention"),
     "soft-capping in attention": (
         lambda: tiny("gemma2", layer_types=["full_attention"] * 2, head_dim=16),
-        "attn_logit_softcapping=50.0",
+        "Gemma2Attention gives its attention softcap",
     ),
     "Gemma 3": (lambda: tiny("gemma3_text", head_dim=16, sliding_window=8), "layers of type .*sliding_attention"),
     "an unknown scale of the logits": (unknown_scale, "logits of LlamaForCausalLM are not its LM head's"),
-    "learned positions": (lambda: tiny("gpt2"), "gpt2 has no rotary positions"),
-    "ALiBi": (lambda: tiny("bloom"), "bloom has no rotary positions"),
-    "its own attention": (lambda: tiny("falcon"), "FalconForCausalLM does not take registered attention"),
+    "learned positions": (lambda: tiny("gpt2"), "gpt2 has no rope_parameters in its config"),
+    "ALiBi": (lambda: tiny("bloom"), "bloom has no rope_parameters"),
+    "its own attention": (
+        lambda: tiny("falcon", multi_query=False),
+        "FalconForCausalLM does not take registered attention",
+    ),
     "angles that change": (
         lambda: small_target(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         "rope_type='dynamic'",
