@@ -137,9 +137,13 @@ def _first_layers(default: PretrainedConfig) -> dict[str, Any]:
         for name, value in vars(default).items()
         if isinstance(value, list) and len(value) == default.num_hidden_layers
     }
-    repeating = [value for value in lists.values() if len(set(map(str, value))) <= len(value) // 2]
-    count = max([2, *(1 + max(value.index(one) for one in value) for value in repeating)])
-    return {"num_hidden_layers": count} | {name: value[:count] for name, value in lists.items() if value in repeating}
+    repeating = {name: value for name, value in lists.items() if len(set(map(str, value))) <= len(value) // 2}
+    count = max([2, *(1 + max(value.index(one) for one in value) for value in repeating.values())])
+    sized = {
+        name: [SIZES[name] if _larger(one, SIZES.get(name, one)) else one for one in value[:count]]
+        for name, value in repeating.items()
+    }
+    return {"num_hidden_layers": count} | sized
 
 
 def tiny_target(kind: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
