@@ -19,7 +19,6 @@ from beagle_sd.models.head import UnsupportedTarget
 NAME = "beagle_tree"
 _MEANINGLESS = {"position_ids", "cache_position", "use_cache", "layer_idx", "is_causal", "return_dict"}
 """What models hand on beside the mask that says nothing on which keys a query sees, or says what the mask does."""
-_OFF = {"softcap": 0.0, "output_attentions": False}
 _reading = threading.local()
 
 
@@ -78,7 +77,8 @@ def _beagle_tree(module, query, key, value, attention_mask, scaling=None, dropou
 
 
 def _means_something(name: str, value) -> bool:
-    return value is not None and name not in _MEANINGLESS and not (name in _OFF and value == _OFF[name])
+    off = value is None or name == "softcap" and value == 0.0
+    return not (off or name in _MEANINGLESS or name.startswith("output_"))
 
 
 AttentionInterface.register(NAME, _beagle_tree)

@@ -52,7 +52,7 @@ def _compare(target: Target) -> None:
         return
     alone = target.states(text[None])[0]
     allowed = _allowed(target.dtype, target.device, _difference(own[0, :_TEXT], alone))
-    _refuse_over(allowed, own[0, :_TEXT], alone, target, "a text beside another one, by its own forward,")
+    _refuse_over(allowed, own[0, :_TEXT], alone, target, "the start of a text in a batch, by its own forward,")
     cached, tree = _by_our_cache(target, tokens)
     _refuse_over(allowed, cached, own[0, :_TEXT], target, "a plain text")
     _refuse_over(allowed, tree[branches[0]], own[0, _TEXT:], target, "a text's tokens beside another branch of a tree")
@@ -122,6 +122,6 @@ def _refuse_over(allowed: float, have: Tensor, want: Tensor, target: Target, whe
         raise UnsupportedTarget(
             f"{type(target.model).__name__} gives other states for {where} than for that text alone (they differ by "
             f"{100 * found:.2g}%), so its texts would not be those of plain decoding; allowed: models whose tokens "
-            "see what the mask says and no more (not attention with sinks or a mask of its own, nor activations "
-            "quantised by scales that rows share)"
+            "see those before them that the mask says, and no more (no sinks, no mask of the model's own, no tokens "
+            "that see later ones, no activations quantised by scales that rows share)"
         )

@@ -63,7 +63,10 @@ def head_of_its_own():
 REFUSED = {
     "sinks": (sinks, "GptOssAttention gives its attention s_aux"),
     "a mask of its own": (own_mask, "gives other states for|cannot run over a cache"),
-    "activations quantised by scales that rows share": (quantized_by_rows, "a text beside another one, by its own"),
+    "activations quantised by scales that rows share": (
+        quantized_by_rows,
+        "the start of a text in a batch, by its own",
+    ),
     "a quantised head": (quantized_head, r"LM head is a torch\.ao\..*Linear, whose weight is no tensor"),
     "an adapter on the head": (adapted_head, r"LM head has an adapter \(peft"),
     "a head that is more than its weight": (head_of_its_own, "other values than the product with its weight"),
