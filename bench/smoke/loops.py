@@ -91,7 +91,7 @@ def answers(device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         captured, eager = (
             sorted(
-                write_answers(model.to(dtype), requests, end=-1, batch=8, max_new_tokens=NEW, graph=graph),
+                write_answers(model.to(dtype), requests, ends=(), batch=8, max_new_tokens=NEW, graph=graph),
                 key=lambda one: one.index,
             )
             for graph in (True, False)

@@ -9,6 +9,7 @@ import torch
 from beagle_sd.data.answers import requests_of, write_answers
 from beagle_sd.data.conversations import stored_answers, write_answer_file
 from beagle_sd.data.shards import Sequence
+from beagle_sd.models.ends import end_tokens
 from bench.recipes.one_gpu.job import Job, OutOfTime
 from bench.recipes.one_gpu.kit import load_prompts
 from bench.recipes.one_gpu.recipe import Sizes
@@ -28,16 +29,17 @@ def answers(job: Job, graph: bool = True) -> bool:
         for turn in range(len(sizes.temperatures))
         for request in requests_of(((n, ids) for n, (ids, _) in enumerate(prompts)), sizes.temperatures, turn)
         if (request.index, round(request.temperature, 3)) not in files.done
+        and len(request.ids) <= sizes.max_prompt_tokens
     )
     written = write_answers(
         target,
         pending,
-        end=tokenizer.eos_token_id,
+        ends=end_tokens(target, tokenizer),
         batch=sizes.batch,
         states=False,
         graph=graph,
         max_new_tokens=sizes.max_new_tokens,
-        max_prompt_tokens=sizes.max_prompt_tokens,
+        context=sizes.max_prompt_tokens + sizes.max_new_tokens,
     )
     finished = False
     try:

@@ -20,6 +20,7 @@ from beagle_sd.data.live import Corpus, LiveDataset
 from beagle_sd.decoding.generate import generate
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.ends import end_tokens
 from bench import processes
 from bench.recipes.one_gpu.job import Job
 from bench.recipes.one_gpu.kit import load_prompts, open_kit
@@ -75,7 +76,8 @@ def try_every_step(job: Job) -> dict:
     prompts = load_prompts(job.out.prompts_file())[:8]
     target, tokenizer = target_of(job)
     requests = requests_of(((number, ids) for number, (ids, _) in enumerate(prompts)), job.sizes.temperatures)
-    found = list(write_answers(target, requests, end=tokenizer.eos_token_id, batch=4, max_new_tokens=16, states=False))
+    ends = end_tokens(target, tokenizer)
+    found = list(write_answers(target, requests, ends=ends, batch=4, max_new_tokens=16, states=False))
     write_answer_file(job.out.scratch / "tried.npz", found, {})
     draft, losses = _two_steps(job, target)
     ids = torch.tensor([prompts[0][0]])

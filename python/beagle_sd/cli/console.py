@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from beagle_sd.cli.interrupt import raise_at_interrupt
+from beagle_sd.data.rows import LeftOut
 from beagle_sd.decoding.adaptive import AdaptiveTree
 from beagle_sd.decoding.calibration import adaptive_tree
 from beagle_sd.models import smollm2
@@ -82,6 +83,12 @@ def progress_bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     )
+
+
+def print_left_out(console: Console, left: LeftOut) -> None:
+    """Say how many rows were not used, and why."""
+    for line in left.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def dtype_of(name: str) -> torch.dtype | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from beagle_sd.cli.console import (
     Device,
@@ -23,25 +23,32 @@ from beagle_sd.cli.console import (
     dtype_of,
     joined_processes,
     loading,
+    print_left_out,
     progress_bar,
 )
 from beagle_sd.cli.interrupt import deferred_interrupt
 from beagle_sd.data import conversations, shards
-from beagle_sd.data.answers import requests_of, write_answers
+from beagle_sd.data.answers import longest_text, requests_of, write_answers
+from beagle_sd.data.chats import check_template
+from beagle_sd.data.rows import LeftOut
 from beagle_sd.data.states import sequences_with_states
+from beagle_sd.models.ends import end_tokens
 from beagle_sd.models.loading import load_target
 from beagle_sd.training.parallel import of_this_process, summed
 
+_CHATS = (".jsonl", ".json")
+
 
 def prepare(
-    source: Annotated[Path, typer.Argument(help="Conversations (.jsonl), plain text (.txt) or answers (.npz).")],
+    source: Annotated[Path, typer.Argument(help="Conversations (.jsonl, .json), text (.txt) or answers (.npz).")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; an unfinished one is gone on with.")],
     target: TargetName = "smollm2-135m",
     regenerate: Annotated[bool, typer.Option(help="Let the target write the answers to the prompts.")] = False,
     batch: Annotated[int, typer.Option(help="Answers written at a time.")] = 128,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 192,
-    context: Annotated[int, typer.Option(help="Longest conversation, in tokens.")] = 2048,
+    context: Annotated[int, typer.Option(help="Longest conversation, in tokens; the rest is cut away.")] = 2048,
     limit: Annotated[int, typer.Option(help="Only the first so many conversations; 0: all.")] = 0,
+    strict: Annotated[bool, typer.Option(help="End at a row that cannot be used, instead of leaving it out.")] = False,
     seed: Seed = 0,
     dtype: Dtype = "bfloat16",
     device: Device = None,
@@ -51,28 +58,37 @@ def prepare(
     Under `torchrun` or `accelerate launch` each process does its share.
     """
     with clear_errors(f"; what is finished is in {out}: run the same command again to go on"):
-        _check(source, regenerate, limit, {"batch": batch, "max_new_tokens": max_new_tokens, "context": context})
+        sizes: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens, "context": context}
+        _check(source, regenerate, limit, sizes)
         processes, console = joined_processes(device)
         with processes.main_process_first(), loading(console, target):
             model, tokenizer = load_target(target, dtype=dtype_of(dtype), device=device or processes.device)
+        if source.suffix.lower() in _CHATS:
+            check_template(tokenizer)
         manifest = _manifest(model, target, source, regenerate, max_new_tokens, context)
         rank = {"process": processes.process_index, "processes": processes.num_processes}
         with processes.main_process_first():
             writer = shards.ShardWriter(out, manifest, **rank)
         done = {sequence.index for sequence in shards.read_sequences(out, with_states=False)}
-        pending = _pending(source, tokenizer, regenerate, context, limit, done)
-        local = of_this_process(pending)
-        sequences = sequences_with_states(model, local)
+        left, ends = LeftOut(strict), end_tokens(model, tokenizer)
+        rows: Iterator[Any]  # of which each process reads all, so that all count alike
         if regenerate:
-            settings = {"batch": batch, "max_new_tokens": max_new_tokens, "seed": seed}
-            sequences = _answers(model, tokenizer, local, settings)
+            rows = conversations.read_prompts(source, tokenizer, longest_text(model, context) - 1, left)
+        else:
+            rows = conversations.read_conversations(source, tokenizer, context, ends=ends, left=left)
+        pending = [row for row in islice(rows, limit or None) if row[0] not in done]
+        local = of_this_process(pending)
+        if regenerate:
+            sequences = write_answers(model, requests_of(local), ends=ends, seed=seed, **sizes)
+        else:
+            sequences = sequences_with_states(model, local)
         processes.wait_for_everyone()  # none writes before all know what is done
         counts = torch.tensor(_write(console, sequences, writer, len(local)), device=model.device)
         written, tokens = summed(counts).tolist()
-        console.print(_summary(out, written, tokens, len(pending), len(done)))
         if not written and not done:
-            why = f"all {len(pending)} conversations are too short or too long" if pending else "it is empty"
-            raise ValueError(f"{source} holds nothing to learn from: {why}")
+            raise left.nothing_in(source)
+        console.print(_summary(out, written, tokens, len(pending), len(done)))
+        print_left_out(console, left)
         if regenerate and processes.is_main_process:
             conversations.export_answers(out, out / "answers.npz", conversations.read_sources(source))
             console.print(f"the answers' token ids alone: {out / 'answers.npz'}")
@@ -85,10 +101,10 @@ def _check(source: Path, regenerate: bool, limit: int, sizes: dict[str, int]) ->
         if value < 1:
             raise ValueError(f"{name} is {value}; allowed: 1 or more")
     if not source.is_file():
-        raise FileNotFoundError(f"{source} is not a file; allowed: .jsonl, .txt or .npz")
-    if regenerate and source.suffix != ".jsonl":
+        raise FileNotFoundError(f"{source} is not a file; allowed: .jsonl, .json, .txt or .npz")
+    if regenerate and source.suffix.lower() not in _CHATS:
         raise ValueError(
-            f"{source} ends in {source.suffix!r}; allowed with --regenerate: .jsonl, whose last user turn "
+            f"{source} ends in {source.suffix!r}; allowed with --regenerate: .jsonl or .json, whose last user turn "
             "the target answers"
         )
 
@@ -105,29 +121,8 @@ def _manifest(
         "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         "regenerate": regenerate,
         "max_new_tokens": max_new_tokens if regenerate else None,
-        "context": None if regenerate else context,
+        "context": context,
     }
-
-
-def _pending(
-    source: Path, tokenizer: PreTrainedTokenizerBase, regenerate: bool, context: int, limit: int, done: set[int]
-) -> list[Any]:
-    """What is still to be done: (index, messages) to be answered, or conversations."""
-    if regenerate:
-        prompts = islice(conversations.read_prompts(source), limit or None)
-        return [(index, messages) for index, messages in prompts if index not in done]
-    read = islice(conversations.read_conversations(source, tokenizer, context), limit or None)
-    return [conversation for conversation in read if conversation.index not in done]
-
-
-def _answers(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[tuple[int, list[dict]]],
-    settings: dict[str, Any],
-) -> Iterator[shards.Sequence]:
-    encoded = ((index, conversations.encode_chat(tokenizer, messages)) for index, messages in prompts)
-    return write_answers(target, requests_of(encoded), end=tokenizer.eos_token_id, **settings)
 
 
 def _write(
@@ -150,5 +145,4 @@ def _write(
 
 def _summary(out: Path, written: int, tokens: int, pending: int, done: int) -> str:
     notes = [f"{done} were there before"] if done else []
-    notes += [f"{pending - written} are too short or too long"] if written < pending else []
     return "; ".join([f"{written} of {pending + done} conversations, {tokens} tokens, now in {out}", *notes])

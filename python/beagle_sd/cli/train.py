@@ -14,12 +14,22 @@ import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from beagle_sd.cli.console import Device, TargetName, clear_errors, joined_processes, loading, progress_bar
+from beagle_sd.cli.console import (
+    Device,
+    TargetName,
+    clear_errors,
+    joined_processes,
+    loading,
+    print_left_out,
+    progress_bar,
+)
 from beagle_sd.cli.interrupt import deferred_interrupt
 from beagle_sd.data import conversations, shards
 from beagle_sd.data.dataset import PackedDataset, StateDataset
 from beagle_sd.data.live import Corpus, LiveDataset
+from beagle_sd.data.rows import LeftOut
 from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.ends import end_tokens
 from beagle_sd.models.loading import load_target
 from beagle_sd.training.config import TrainingConfig
 from beagle_sd.training.parallel import same_everywhere
@@ -73,7 +83,9 @@ def train(
         processes, console = joined_processes(device)
         with processes.main_process_first(), loading(console, target):
             model, tokenizer = load_target(target, device=device or processes.device)
-        dataset = _dataset(data, model, tokenizer, config)
+        left = LeftOut()
+        dataset = _dataset(data, model, tokenizer, config, left)
+        print_left_out(console, left)
         ids = dataset.frequent_tokens(draft_vocab, model.config.vocab_size) if draft_vocab else None
         torch.manual_seed(config.seed)
         heads = {"num_key_value_heads": key_value_heads} if key_value_heads else {}
@@ -90,11 +102,16 @@ def train(
 
 
 def _dataset(
-    data: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig
+    data: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, left: LeftOut
 ) -> PackedDataset:
-    """The shards of a folder, or the conversations of a file, whose states the target computes."""
+    """The shards of a folder, or the conversations of a file, whose states the target computes; rows of the file that
+    cannot be used are counted in `left`."""
     if data.is_file():
-        corpus = Corpus.of(conversations.read_conversations(data, tokenizer, config.context))
+        ends = end_tokens(target, tokenizer)
+        found = conversations.read_conversations(data, tokenizer, config.context, ends=ends, left=left)
+        corpus = Corpus.of(found)
+        if not len(corpus.ids):
+            raise left.nothing_in(data)
         return LiveDataset(target, corpus, context=config.context, held_out=config.held_out)
     shards.check_manifest(data, hidden_size=target.config.hidden_size, vocab_size=target.config.vocab_size)
     return StateDataset(data, context=config.context, held_out=config.held_out)

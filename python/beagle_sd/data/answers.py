@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -20,6 +20,8 @@ _PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Prompt tokens run together, of prompts of about equal length, so that little is padding."""
 _LOOK_EVERY = 4
 """Steps between looks at which rows have ended: looking waits for the device."""
+_PROMPT_TOKENS = 256
+"""Room for a prompt in the first rows. Longer prompts wait, and are answered in fewer and longer rows."""
 
 
 class Request(NamedTuple):
@@ -47,46 +49,74 @@ def write_answers(
     model: PreTrainedModel,
     requests: Iterable[Request],
     *,
-    end: int,
+    ends: Collection[int],
     batch: int = 128,
     max_new_tokens: int = 192,
-    max_prompt_tokens: int = 256,
+    context: int = 2048,
     seed: int = 0,
     states: bool = True,
     graph: bool = True,
 ) -> Iterator[shards.Sequence]:
-    """An answer to every request, as it is finished: up to the token `end` or of max_new_tokens tokens.
+    """An answer to every request, as it is finished: up to the first of `ends`, max_new_tokens tokens, or so many that
+    prompt and answer fill `longest_text(model, context)`. Prompts that leave no room for an answer are skipped.
 
-    The same seed gives the same answers in any order and batch, up to the model's rounding. Prompts of more than
-    max_prompt_tokens tokens are skipped. states: also give those of prompt and answer, in bf16 (else they are
-    empty). graph: on a GPU, capture the step as a CUDA graph; where that fails, a warning says why and steps run one
-    kernel at a time. Raises ValueError for sizes below 1, RuntimeError where the model gives no finite logit.
+    The same seed gives the same answers in any order and batch, up to the model's rounding. batch: answers at a time,
+    to prompts of up to 256 tokens; those to longer ones are written after them, so many at a time as take no more
+    memory. states: also give those of prompt and answer, in bf16 (else they are empty). graph: on a GPU, capture the
+    step as a CUDA graph; where that fails, a warning says why and steps run one kernel at a time. Raises ValueError for
+    sizes below 1, RuntimeError where the model gives no finite logit.
     """
-    for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("max_prompt_tokens", max_prompt_tokens)):
+    for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("context", context)):
         if value < 1:
             raise ValueError(f"{name} is {value}; allowed: at least 1")
-    fitting = (request for request in requests if len(request.ids) <= max_prompt_tokens)
     with torch.inference_mode():
         target = Target(model)
-        writer = _Writer(
-            target, end, batch, max_prompt_tokens, max_new_tokens, seed, states, graph and target.device.type == "cuda"
-        )
-        yield from writer.run(fitting)
+        limit, prompt = longest_text(model, context), _PROMPT_TOKENS
+        room, captured = batch * (prompt + max_new_tokens), graph and target.device.type == "cuda"
+        pending: Iterator[Request] = (request for request in requests if len(request.ids) < limit)
+        while True:
+            longer: list[Request] = []
+            slots = min(limit, prompt + max_new_tokens)
+            rows = max(1, min(batch, room // slots))
+            writer = _Writer(target, ends, rows, slots, limit, max_new_tokens, seed, states, captured)
+            yield from writer.run(_up_to(prompt, pending, longer))
+            del writer  # before the next takes memory
+            if not longer:
+                return
+            while prompt < min(len(request.ids) for request in longer):
+                prompt *= 2
+            pending = iter(longer)
+
+
+def longest_text(model: PreTrainedModel, context: int) -> int:
+    """Tokens of prompt and answer together: `context`, or what the model has positions for if that is less."""
+    return min(context, getattr(model.config.get_text_config(), "max_position_embeddings", None) or context)
+
+
+def _up_to(tokens: int, requests: Iterator[Request], longer: list[Request]) -> Iterator[Request]:
+    """The requests of up to so many tokens; the others go to `longer`."""
+    for request in requests:
+        if len(request.ids) <= tokens:
+            yield request
+        else:
+            longer.append(request)
 
 
 class _Writer:
     """Rows of one cache, each an answer in progress; a finished row takes the next prompt.
 
     All that a step reads and writes lives on the device. token [B]: chosen, not yet run; answer [B, longest + 1]: what
-    was chosen (the last column takes what ended rows choose); count [B]: how much of it; done [B]: ended or free.
+    was chosen (the last column takes what ended rows choose); count [B]: how much of it; room [B]: how much of it there
+    may be, of at most `longest` tokens, in a text of `limit`; done [B]: ended or free; ends [V] bool: what ends one.
     """
 
     def __init__(
         self,
         target: Target,
-        end: int,
+        ends: Collection[int],
         batch: int,
-        prompt: int,
+        slots: int,
+        limit: int,
         longest: int,
         seed: int,
         states: bool,
@@ -94,12 +124,16 @@ class _Writer:
         fixed: bool = False,
     ):
         device = target.device
-        self.target, self.end, self.longest, self.seed = target, end, longest, seed
-        self.cache = target.new_cache(batch, prompt + longest, fixed=fixed)
+        self.target, self.limit, self.longest, self.seed = target, limit, longest, seed
+        self.cache = target.new_cache(batch, slots, fixed=fixed)
+        vocab = target.head.weight.shape[0]
+        self.ends = torch.zeros(vocab, dtype=torch.bool, device=device)
+        self.ends[[one for one in ends if 0 <= one < vocab]] = True
         self.sampling = Sampling.of(batch, device=device)
         self.token = torch.zeros(batch, dtype=torch.int64, device=device)
         self.answer = torch.zeros(batch, longest + 1, dtype=torch.int64, device=device)
         self.count = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.room = torch.full((batch,), longest, dtype=torch.int64, device=device)
         self.done = torch.ones(batch, dtype=torch.bool, device=device)
         self.status = torch.zeros(batch, dtype=torch.int32, device=device)
         self.numbers = torch.arange(batch, device=device)
@@ -148,7 +182,8 @@ class _Writer:
         chosen, status = choose_tokens(self.target.head(last), lengths, settings)
         self.token[into], self.answer[into, 0] = chosen, chosen
         self.count[into], self.status[into] = 1, status
-        self.done[into] = (chosen == self.end) | (self.longest == 1)
+        self.room[into] = (self.limit - lengths).clamp(max=self.longest)
+        self.done[into] = self.ends[chosen] | (self.room[into] == 1)
         for row, request in zip(rows, requests, strict=True):
             self.rows[row] = request
 
@@ -178,7 +213,7 @@ class _Writer:
         self.token.copy_(torch.where(live, chosen, self.token))
         self.answer[self.numbers, torch.where(live, self.count, self.longest)] = chosen
         self.count += live
-        self.done |= (self.token == self.end) | (self.count >= self.longest)
+        self.done |= self.ends[self.token] | (self.count >= self.room)
 
     def _collect(self) -> Iterator[shards.Sequence]:
         """Give out the answers that have ended and free their rows."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +10,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from beagle_sd.data import shards
+from beagle_sd.data.chats import encode_chat, encode_conversation
+from beagle_sd.data.rows import LeftOut, Unusable, counting, messages_of, read_records, read_text
 from beagle_sd.files import whole
 
 HUMAN = -1.0
 """The temperature noted for text that a person wrote."""
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_FILES = ".jsonl or .json of conversations, .txt, or .npz of answers"
 
 
 class Conversation(NamedTuple):
@@ -27,112 +28,117 @@ class Conversation(NamedTuple):
     temperature: float
 
 
-def read_conversations(path: str | Path, tokenizer: PreTrainedTokenizerBase, context: int) -> Iterator[Conversation]:
-    """The conversations of a file, cut to `context` tokens.
+def read_conversations(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    *,
+    ends: Collection[int] | None = None,
+    left: LeftOut | None = None,
+) -> Iterator[Conversation]:
+    """The conversations of a file, cut to `context` tokens; each has at least one token to learn.
 
-    .jsonl: a conversation a line, {"messages": [{"role", "content"}, ...]} or ShareGPT's {"conversations":
-    [{"from", "value"}, ...]}; .txt: plain text, loss on every token; .npz: answers that `beagle-sd prepare
-    --regenerate` wrote. Raises ValueError naming file, line and what is allowed.
+    .jsonl, .json: conversations, {"messages": [{"role", "content"}, ...]} or ShareGPT's {"conversations": [{"from",
+    "value"}, ...]}, one a line or in one array; .txt: plain text, loss on every token; .npz: answers that `beagle-sd
+    prepare --regenerate` wrote. ends: the tokens that end what the assistant says (None: the tokenizer's eos). Rows
+    that cannot be used are counted in `left`, or a warning tells of them. Raises FileNotFoundError, and ValueError
+    naming the file and what is allowed.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; allowed: .jsonl of conversations, .txt, or .npz of answers")
-    if path.suffix == ".npz":
-        yield from read_answers(path, context)
-    elif path.suffix == ".txt":
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error}); allowed: UTF-8") from error
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for index, start in enumerate(range(0, len(ids), context)):
-            part = ids[start : start + context]
+        raise FileNotFoundError(f"{path} is not a file; allowed: {_FILES}")
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".json", ".txt", ".npz"):
+        raise ValueError(f"{path} ends in {path.suffix!r}; allowed: {_FILES}")
+    with counting(left) as found:
+        if suffix == ".txt":
+            yield from _plain_text(path, tokenizer, context)
+        elif suffix == ".npz":
+            for one in read_answers(path, None):
+                if cut := _cut(one, context, f"{path}: answer {one.index}", found):
+                    yield cut
+        else:
+            yield from _chats(path, tokenizer, context, ends, found)
+
+
+def _plain_text(path: Path, tokenizer: PreTrainedTokenizerBase, context: int) -> Iterator[Conversation]:
+    """The text in pieces of `context` tokens; a last token alone teaches nothing."""
+    ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
+    for index, start in enumerate(range(0, len(ids) - 1, context)):
+        part = ids[start : start + context]
+        if len(part) > 1:
             yield Conversation(index, part, [True] * len(part), HUMAN)
-    elif path.suffix == ".jsonl":
-        for index, messages in read_messages(path):
+
+
+def _chats(
+    path: Path, tokenizer: PreTrainedTokenizerBase, context: int, ends: Collection[int] | None, left: LeftOut
+) -> Iterator[Conversation]:
+    for index, place, messages in _turns(path, left):
+        try:
             if not any(message["role"] == "assistant" for message in messages):
-                raise ValueError(
-                    f"{path}: line {index + 1} has no assistant turn to learn from; "
-                    "allowed: at least one, or let the target write answers with --regenerate"
-                )
-            ids, learn = encode_conversation(tokenizer, messages)
-            yield Conversation(index, ids[:context], learn[:context], HUMAN)
-    else:
-        raise ValueError(f"{path} ends in {path.suffix!r}; allowed: .jsonl, .txt, .npz")
+                raise Unusable("no assistant turn to learn from; the target can write answers with --regenerate")
+            ids, learn = encode_conversation(tokenizer, messages, ends)
+        except Unusable as reason:
+            left.add(place, reason)
+        else:
+            if cut := _cut(Conversation(index, ids, learn, HUMAN), context, place, left):
+                yield cut
 
 
-def read_messages(path: str | Path) -> Iterator[tuple[int, list[dict]]]:
-    """The messages of each line of a JSONL file, with the line's index; roles are system, user and assistant."""
-    with Path(path).open("rb") as file:
-        for index, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode())
-                turns = record.get("messages") or record["conversations"]
-                messages = [
-                    {
-                        "role": _ROLES[turn.get("role") or turn["from"]],
-                        "content": str(turn["content"] if "content" in turn else turn["value"]),
-                    }
-                    for turn in turns
-                ]
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-                raise ValueError(
-                    f"{path}: line {index + 1} is not a conversation ({error!r}); allowed: "
-                    '{"messages": [{"role": "user", "content": "..."}, ...]}'
-                ) from error
-            if not messages:
-                raise ValueError(f"{path}: line {index + 1} has no messages; allowed: at least one")
+def _cut(one: Conversation, context: int, place: str, left: LeftOut) -> Conversation | None:
+    """The conversation's first `context` tokens; None, and counted, where none of them is learnt. The first token is
+    not: nothing stands before it."""
+    if any(one.learn[1:context]):
+        return one._replace(ids=one.ids[:context], learn=one.learn[:context])
+    too_long = any(one.learn[1:])
+    left.add(place, f"too long: no answer within {context} tokens" if too_long else "nothing to learn: no answer in it")
+    return None
+
+
+def read_messages(path: str | Path, left: LeftOut | None = None) -> Iterator[tuple[int, list[dict]]]:
+    """The messages of each row of a .jsonl or .json file, with the row's index; roles are system, user and assistant.
+
+    Rows that cannot be used are counted in `left`, or a warning tells of them.
+    """
+    with counting(left) as found:
+        for index, _, messages in _turns(Path(path), found):
             yield index, messages
 
 
-def read_prompts(path: str | Path) -> Iterator[tuple[int, list[dict]]]:
-    """Each line's messages up to its last user turn, for the target to answer, with the line's index."""
-    for index, messages in read_messages(path):
-        turns = [number for number, message in enumerate(messages) if message["role"] == "user"]
-        if not turns:
-            raise ValueError(f"{path}: line {index + 1} has no user turn to answer; allowed: at least one")
-        yield index, messages[: turns[-1] + 1]
+def _turns(path: Path, left: LeftOut) -> Iterator[tuple[int, str, list[dict]]]:
+    for index, place, record in read_records(path, left):
+        try:
+            messages = messages_of(record)
+        except Unusable as reason:
+            left.add(place, reason)
+        else:
+            yield index, place, messages
+
+
+def read_prompts(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, longest: int, left: LeftOut | None = None
+) -> Iterator[tuple[int, list[int]]]:
+    """For each row of a .jsonl or .json file its index and the ids of its messages up to the last user turn, ready for
+    the target to answer; at most `longest` ids, else the row is left out, as is one without a user turn."""
+    with counting(left) as found:
+        for index, place, messages in _turns(Path(path), found):
+            turns = [number for number, message in enumerate(messages) if message["role"] == "user"]
+            try:
+                if not turns:
+                    raise Unusable("no user turn to answer")
+                ids = encode_chat(tokenizer, messages[: turns[-1] + 1])
+                if not 1 <= len(ids) <= longest:
+                    raise Unusable(f"too long: a prompt of more than {longest} tokens" if ids else "an empty prompt")
+            except Unusable as reason:
+                found.add(place, reason)
+            else:
+                yield index, ids
 
 
 def read_sources(path: str | Path) -> dict[int, str]:
-    """Line index -> the "source" that a JSONL file's prompt names, "" where it names none."""
-    with Path(path).open("rb") as file:
-        return {index: str(json.loads(line).get("source", "")) for index, line in enumerate(file) if line.strip()}
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
-    """The chat template's ids, ready for the assistant's turn."""
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tuple[list[int], list[bool]]:
-    """Ids of the chat template, and a mask of what the assistant says, its end token included."""
-
-    def render(upto: int, prompt: bool):
-        return tokenizer.apply_chat_template(messages[:upto], add_generation_prompt=prompt, tokenize=False)
-
-    text = render(len(messages), False)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    learn = [False] * len(ids)
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        begin, end = len(render(number, True)), len(render(number + 1, False))
-        if not text.startswith(render(number, True)):
-            raise ValueError(
-                "this chat template rewrites earlier turns, so the assistant's tokens cannot be found; "
-                "allowed: templates that only append"
-            )
-        for position, (start, stop) in enumerate(offsets):
-            if begin <= start and stop <= end:
-                learn[position] = True
-                if ids[position] == tokenizer.eos_token_id:
-                    break
-    return ids, learn
+    """Row index -> the "source" that a file's prompt names, "" where it names none."""
+    records = ((index, record) for index, _, record in read_records(path, LeftOut()))
+    return {index: str(record.get("source") or "") if isinstance(record, dict) else "" for index, record in records}
 
 
 def export_answers(folder: str | Path, path: str | Path, sources: dict[int, str]) -> int:
@@ -185,8 +191,8 @@ def stored_answers(path: str | Path) -> dict[str, np.ndarray]:
     return stored
 
 
-def read_answers(path: str | Path, context: int) -> Iterator[Conversation]:
-    """The conversations of a file of answers."""
+def read_answers(path: str | Path, context: int | None) -> Iterator[Conversation]:
+    """The conversations of a file of answers, cut to `context` tokens (None: whole)."""
     stored = stored_answers(path)
     start = 0
     for number, length in enumerate(stored["lengths"].tolist()):

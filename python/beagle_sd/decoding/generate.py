@@ -19,6 +19,7 @@ from beagle_sd.decoding.loop import Decoding
 from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.ends import end_tokens, token_ids
 from beagle_sd.models.target import Target
 
 
@@ -162,8 +163,7 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None, target: Target) -
 
 def _end_tokens(target: PreTrainedModel, eos_token_id, pad_token_id) -> tuple[list[int], int]:
     config = target.generation_config
-    eos = config.eos_token_id if eos_token_id is None else eos_token_id
-    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    ends = end_tokens(target) if eos_token_id is None else token_ids(eos_token_id)
     if pad_token_id is None:
         pad_token_id = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
     return ends, pad_token_id

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from beagle_sd.data.conversations import encode_chat, read_messages
 from beagle_sd.data.evaluation_sets import EVALUATION_SETS, evaluation_prompts
+from beagle_sd.data.rows import read_text
 from beagle_sd.decoding.adaptive import AdaptiveTree, Costs
 from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
@@ -218,7 +219,7 @@ def read_prompts(source: str, tokenizer: PreTrainedTokenizerBase, count: int) ->
             ".jsonl or .txt file"
         )
     elif Path(source).suffix == ".txt":
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
+        lines = read_text(source).splitlines()
         chats = [[{"role": "user", "content": line}] for line in lines if line.strip()]
     else:
         chats = [_asked(messages) for _, messages in read_messages(source)]

@@ -220,7 +220,7 @@ def test_wrong_files(target, tmp_path):
     assert "no draft is bundled" in run("generate", "a", "--target", "unknown/model", code=1)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
-    assert "line 1 has no assistant turn" in run("prepare", bad, tmp_path / "t", "--target", target, code=1)
+    assert "no assistant turn to learn from" in run("prepare", bad, tmp_path / "t", "--target", target, code=1)
 
 
 def test_states_of_another_target_are_refused(target, tmp_path):

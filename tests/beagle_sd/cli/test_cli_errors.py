@@ -22,6 +22,10 @@ def place(tmp_path_factory):
     target = small_target()
     target.save_pretrained(folder / "target")
     small_tokenizer().save_pretrained(folder / "target")
+    target.save_pretrained(folder / "base")
+    base = small_tokenizer()
+    base.chat_template = None
+    base.save_pretrained(folder / "base")
     for name in ("draft", "cut", "unmeasured"):
         small_draft(target).save_pretrained(folder / name)
     weights = folder / "cut" / "model.safetensors"
@@ -36,6 +40,9 @@ def place(tmp_path_factory):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (folder / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     (folder / "answers.jsonl").write_text(json.dumps({"messages": turns[1:]}) + "\n")
+    tool = json.dumps({"messages": [*turns, {"role": "tool", "content": "a"}]})
+    (folder / "tools.jsonl").write_text(tool + "\n" + tool + "\n")
+    (folder / "odd.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + tool + "\n")
     (folder / "long.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a" * 3000}]}) + "\n")
     return folder
 
@@ -52,16 +59,23 @@ def run(place, line: str):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("prepare nowhere.txt out", "nowhere.txt is not a file; allowed: .jsonl, .txt or .npz"),
+        ("prepare nowhere.txt out", "nowhere.txt is not a file; allowed: .jsonl, .json, .txt or .npz"),
         ("prepare folder out", "folder is not a file; allowed"),
         ("prepare empty.txt out", "empty.txt holds nothing to learn from: it is empty"),
         ("prepare empty.jsonl out", "empty.jsonl holds nothing to learn from: it is empty"),
         ("prepare empty.jsonl out --regenerate", "empty.jsonl holds nothing to learn from: it is empty"),
-        ("prepare long.jsonl out --regenerate", "all 1 conversations are too short or too long"),
-        ("prepare bytes.txt out", "bytes.txt is not UTF-8 text"),
-        ("prepare bytes.jsonl out", "bytes.jsonl: line 1 is not a conversation"),
+        ("prepare long.jsonl out --regenerate", "left out 1: too long: a prompt of more than 511 tokens"),
+        ("prepare bytes.txt out", "bytes.txt is not UTF-8 text: it looks like UTF-16"),
+        ("prepare bytes.jsonl out", "bytes.jsonl is not UTF-8 text: it looks like UTF-16"),
         ("prepare empty.txt out --regenerate", "ends in '.txt'; allowed with --regenerate: .jsonl"),
-        ("prepare answers.jsonl out --regenerate", "line 1 has no user turn to answer"),
+        ("prepare answers.jsonl out --regenerate", "left out 1: no user turn to answer (first: answers.jsonl: line 1)"),
+        ("prepare odd.jsonl out --strict", "odd.jsonl: line 2: a turn of role 'tool'; such a row is left out unless"),
+        (
+            "prepare tools.jsonl out",
+            "holds nothing to learn from: left out 2: a turn of role 'tool' (first: tools.jsonl:",
+        ),
+        ("prepare chats.jsonl out --target base", "no chat template, as that of a base model has none; allowed"),
+        ("prepare chats.jsonl out --target base --regenerate", "plain text: a .txt file for `beagle-sd prepare`"),
         ("prepare chats.jsonl out --context 0", "context is 0; allowed: 1 or more"),
         ("prepare chats.jsonl out --regenerate --batch 0", "batch is 0; allowed: 1 or more"),
         ("prepare chats.jsonl out --regenerate --max-new-tokens -1", "max_new_tokens is -1; allowed: 1 or more"),
@@ -79,6 +93,10 @@ def run(place, line: str):
         ("prepare chats.jsonl file", "File exists: 'file'"),
         ("train nowhere out", "nowhere/manifest.json is missing: nowhere is not a folder made by `beagle-sd prepare`"),
         ("train folder out", "folder is not a folder made by"),
+        (
+            "train tools.jsonl out",
+            "holds nothing to learn from: left out 2: a turn of role 'tool' (first: tools.jsonl:",
+        ),
         ("train folder out --lr -1", "lr is -1.0; allowed: 0 or more"),
         ("train folder out --schedule linear", "schedule is 'linear'; allowed: 'constant', 'cosine'"),
         ("generate a --draft nowhere", "nowhere has no config.json; allowed: a folder that `beagle-sd train` wrote"),
@@ -113,6 +131,13 @@ def test_a_failed_beginning_does_not_bar_the_folder(place):
     assert done.exit_code == 0 and "1 of 1 conversations" in done.output, done.output
     refused = run(place, "prepare answers.jsonl begun --target target")
     assert refused.exit_code == 1 and "use a new folder" in refused.output
+
+
+def test_what_is_left_out_is_counted(place):
+    for more in ("", " --regenerate --max-new-tokens 2"):
+        said = run(place, f"prepare odd.jsonl left{len(more)} --target target{more}")
+        assert said.exit_code == 0 and "1 of 1 conversations" in said.output, said.output
+        assert "left out 1: a turn of role 'tool' (first: odd.jsonl: line 2)" in said.output.splitlines()
 
 
 def test_regenerated_answers_answer_the_last_user(place):

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from beagle_sd import generate
 from beagle_sd.data.answers import Request, _Writer, requests_of, seed_of, write_answers
 from beagle_sd.data.conversations import encode_chat
+from beagle_sd.models.ends import end_tokens
 from beagle_sd.models.target import Target
 
 END = small_tokenizer().eos_token_id
@@ -22,7 +23,7 @@ def requests(count: int, temperatures=(0.0,)) -> list[Request]:
 
 
 def answers(model, asked, **options) -> dict:
-    found = list(write_answers(model, asked, end=END, **options))
+    found = list(write_answers(model, asked, ends=[END], **options))
     assert len(found) == len({s.index for s in found}), "a prompt is answered once, also when it waited for a free row"
     return {sequence.index: sequence for sequence in found}
 
@@ -73,20 +74,59 @@ def test_the_batch_and_the_order_change_nothing():
     }
 
 
-def test_temperatures_go_round_and_long_prompts_are_skipped():
-    asked = [*requests(4, (0.0, 1.5)), Request(4, [5] * 100, 0.0)]
-    found = answers(small_target(), asked, batch=2, max_new_tokens=6, max_prompt_tokens=60)
-    assert sorted(found) == [0, 1, 2, 3]
+def test_temperatures_go_round():
+    found = answers(small_target(), requests(4, (0.0, 1.5)), batch=2, max_new_tokens=6)
     assert [found[index].temperature for index in range(4)] == [0.0, 1.5, 0.0, 1.5]
     turned = requests_of([(0, [1]), (1, [1]), (2, [1])], (0.0, 0.7, 1.0), turn=1)
     assert [request.temperature for request in turned] == [0.7, 1.0, 0.0]
     assert len({seed_of(1, request) for request in requests(50, (0.0, 0.7))}) == 50
 
 
+def test_long_prompts_are_answered_up_to_the_context(monkeypatch):
+    """In rows of their own, so that short ones cost what they cost alone; prompt and answer fill the context at most,
+    or what the model has positions for."""
+    laid_out, made = [], _Writer.__init__
+
+    def seen(writer, target, ends, rows, slots, *rest, **options):
+        laid_out.append((rows, slots))
+        made(writer, target, ends, rows, slots, *rest, **options)
+
+    monkeypatch.setattr(_Writer, "__init__", seen)
+    monkeypatch.setattr("beagle_sd.data.answers._PROMPT_TOKENS", 8)
+    model = small_target(max_position_embeddings=100)
+    lengths = (3, 60, 99, 8, 30, 100, 31, 95)
+    asked = [Request(n, torch.arange(3, 3 + length).remainder(VOCAB).tolist(), 0.0) for n, length in enumerate(lengths)]
+    found = {one.index: one for one in write_answers(model, asked, ends=(), batch=6, max_new_tokens=8, context=400)}
+    assert sorted(found) == [0, 1, 2, 3, 4, 6, 7], "no position is left for an answer to the one of 100"
+    assert laid_out == [(6, 16), (2, 40), (1, 72), (1, 100)]
+    for request in asked:
+        if request.index in found:
+            new = min(8, 100 - len(request.ids))
+            plain = generate(model, None, torch.tensor([request.ids]), max_new_tokens=new, eos_token_id=[])
+            assert whole(found[request.index]) == plain.sequences[0].tolist()
+    cut = [one.index for one in write_answers(model, asked, ends=(), max_new_tokens=2, context=31, states=False)]
+    assert sorted(cut) == [0, 3, 4]
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor], ids=["a list", "a tensor"])
+def test_answers_end_where_the_targets_own_generate_ends(kind):
+    """At any token that its generation config lists, and at the tokenizer's own."""
+    model, tokenizer = small_target(), small_tokenizer()
+    (request,) = requests(1)
+    free = generate(model, None, torch.tensor([request.ids]), max_new_tokens=12, eos_token_id=[]).sequences[0].tolist()
+    model.generation_config.eos_token_id = kind([96, free[len(request.ids) + 4]])
+    ends = end_tokens(model, tokenizer)
+    assert ends == [96, free[len(request.ids) + 4], tokenizer.eos_token_id]
+    (found,) = write_answers(model, [request], ends=ends, max_new_tokens=12)
+    assert whole(found) == model.generate(torch.tensor([request.ids]), max_new_tokens=12, pad_token_id=0)[0].tolist()
+    assert whole(found) == generate(model, None, torch.tensor([request.ids]), max_new_tokens=12).sequences[0].tolist()
+    assert len(whole(found)) <= len(request.ids) + 5 and found.final_token in ends
+
+
 def test_sampled_answers_follow_the_softmax():
     model, first = small_target(initializer_range=0.05), requests(1)[0]
     same = [Request(index, first.ids, 1.0) for index in range(600)]
-    firsts = [sequence.final_token for sequence in write_answers(model, same, end=END, batch=200, max_new_tokens=1)]
+    firsts = [sequence.final_token for sequence in write_answers(model, same, ends=[END], batch=200, max_new_tokens=1)]
     with torch.no_grad():
         p = torch.softmax(model(torch.tensor([first.ids])).logits[0, -1], -1)
     counts = torch.bincount(torch.tensor(firsts), minlength=len(p)).double()
@@ -102,7 +142,7 @@ def test_a_step_reads_no_value_on_the_host():
     model = small_target()
     target = Target(model)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        writer = _Writer(target, END, 2, 8, 8, 0, True, False, fixed=True)
+        writer = _Writer(target, [END], 2, 16, 16, 8, 0, True, False, fixed=True)
         writer._step()
         with pytest.raises(DataDependentOutputException):
             int(writer.cache.lengths.max())
@@ -111,7 +151,7 @@ def test_a_step_reads_no_value_on_the_host():
 def test_a_step_keeps_its_buffers_in_place():
     model = small_target()
     with torch.inference_mode():
-        writer = _Writer(Target(model), END, 3, 16, 8, 0, True, False)
+        writer = _Writer(Target(model), [END, 5], 3, 24, 24, 8, 0, True, False)
         tensors = {name: value.data_ptr() for name, value in vars(writer).items() if isinstance(value, torch.Tensor)}
         tensors["lengths"] = writer.cache.lengths.data_ptr()
         writer._admit([0, 2], [Request(0, [3, 4, 5], 0.0), Request(1, [6], 1.0)])

@@ -8,7 +8,9 @@ from models import small_target
 from tokenizers_for_tests import small_tokenizer
 
 from beagle_sd.data import shards
-from beagle_sd.data.conversations import HUMAN, encode_conversation, export_answers, read_conversations, read_messages
+from beagle_sd.data.chats import encode_chat, encode_conversation
+from beagle_sd.data.conversations import HUMAN, export_answers, read_conversations, read_prompts
+from beagle_sd.data.rows import LeftOut
 from beagle_sd.data.states import sequences_with_states
 
 TURNS = [
@@ -32,46 +34,63 @@ def test_loss_falls_on_what_the_assistant_says_and_its_end():
     assert not any(learn[: ids.index(tokenizer.convert_tokens_to_ids("."))][:10])
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    tokenizer = small_tokenizer()
-    tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
-        encode_conversation(tokenizer, TURNS)
-
-
 def test_jsonl_in_both_forms(tmp_path):
     sharegpt = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello."}]}
     path = write_lines(tmp_path / "chats.jsonl", {"messages": TURNS[:2]}, sharegpt)
     first, second = read_conversations(path, small_tokenizer(), 2048)
     assert first.ids == second.ids and first.learn == second.learn and (first.index, second.index) == (0, 1)
     assert first.temperature == HUMAN
-    cut = next(read_conversations(path, small_tokenizer(), 5))
-    assert cut.ids == first.ids[:5]
+    cut = next(read_conversations(path, small_tokenizer(), 30))
+    assert cut.ids == first.ids[:30] and cut.learn == first.learn[:30] and any(cut.learn)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        '{"messages": [',
-        '{"text": "x"}',
-        '{"messages": [{"role": "robot", "content": "x"}]}',
-        '"x"',
-        "[1]",
-        '{"messages": [{"role": "user"}]}',
-        '{"messages": [], "conversations": []}',
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line):
-    path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps({"messages": TURNS}) + "\n" + line + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="line 2"):
-        list(read_messages(path))
+def test_what_ends_an_answer_ends_what_is_learnt(tmp_path):
+    path, tokenizer = write_lines(tmp_path / "chats.jsonl", {"messages": TURNS}), small_tokenizer()
+    ends = [tokenizer.convert_tokens_to_ids(character) for character in "o4"]
+    (one,) = read_conversations(path, tokenizer, 2048, ends=ends)
+    assert tokenizer.decode([token for token, on in zip(one.ids, one.learn) if on]) == "hello4"
 
 
-def test_a_conversation_without_an_answer_is_refused(tmp_path):
-    path = write_lines(tmp_path / "no.jsonl", {"messages": TURNS[:1]})
-    with pytest.raises(ValueError, match="line 1 has no assistant turn.*--regenerate"):
-        list(read_conversations(path, small_tokenizer(), 64))
+def test_rows_that_teach_nothing_are_left_out_and_counted(tmp_path):
+    rows = [
+        {"messages": TURNS},
+        {"messages": TURNS[:1]},
+        {"messages": [{"role": "user", "content": "word " * 30}, TURNS[1]]},
+        {"messages": [TURNS[0], {"role": "assistant", "content": None}]},
+        {"messages": [TURNS[0], {"role": "tool", "content": "x"}, TURNS[1]]},
+        {"messages": TURNS[:1]},
+    ]
+    path, left = write_lines(tmp_path / "chats.jsonl", *rows), LeftOut()
+    assert [one.index for one in read_conversations(path, small_tokenizer(), 100, left=left)] == [0]
+    assert left.count == 5 and left.lines()[0].startswith("left out 2: no assistant turn to learn from")
+    told = "\n".join(left.lines())
+    assert all(f"(first: {path}: line {line})" in told for line in (2, 3, 4, 5))
+    assert all(reason in told for reason in ("too long: no answer within 100", "nothing to learn", "role 'tool'"))
+    with pytest.warns(UserWarning, match="left out 2: no assistant turn.*; left out 1: too long"):
+        assert len(list(read_conversations(path, small_tokenizer(), 100))) == 1
+    with pytest.raises(ValueError, match=r"chats\.jsonl: line 2: no assistant turn.*--regenerate"):
+        list(read_conversations(path, small_tokenizer(), 100, left=LeftOut(strict=True)))
+
+
+def test_a_template_that_refuses_a_row_is_quoted(tmp_path):
+    tokenizer, left = small_tokenizer(), LeftOut()
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    path = write_lines(tmp_path / "chats.jsonl", {"messages": TURNS}, {"messages": TURNS, "system": "s"})
+    assert [one.index for one in read_conversations(path, tokenizer, 999, left=left)] == [0]
+    (line,) = left.lines()
+    assert "refuses it: System role not supported" in line and "chats.jsonl: line 2" in line
+
+
+def test_prompts_end_with_the_last_user_turn(tmp_path):
+    rows = [{"messages": turns} for turns in (TURNS, TURNS[1:2], [{"role": "user", "content": "a" * 99}], TURNS[:1])]
+    path, tokenizer, left = write_lines(tmp_path / "chats.jsonl", *rows), small_tokenizer(), LeftOut()
+    found = dict(read_prompts(path, tokenizer, 80, left))
+    assert found == {0: encode_chat(tokenizer, TURNS[:3]), 3: encode_chat(tokenizer, TURNS[:1])}
+    assert sorted(left.reasons) == ["no user turn to answer", "too long: a prompt of more than 80 tokens"]
+    exact = len(found[0])
+    assert 0 in dict(read_prompts(path, tokenizer, exact, LeftOut()))
+    assert 0 not in dict(read_prompts(path, tokenizer, exact - 1, LeftOut()))
 
 
 def test_plain_text_is_learned_whole(tmp_path):
@@ -79,6 +98,9 @@ def test_plain_text_is_learned_whole(tmp_path):
     path.write_text("abc " * 10, encoding="utf-8")
     parts = list(read_conversations(path, small_tokenizer(), 16))
     assert [len(part.ids) for part in parts] == [16, 16, 8] and all(all(part.learn) for part in parts)
+    path.write_bytes(b"\xef\xbb\xbf" + b"abc " * 4 + b"d")
+    (part,) = read_conversations(path, small_tokenizer(), 16)
+    assert part.ids == parts[0].ids, "no byte order mark, and no lonely last token"
 
 
 def test_missing_and_unknown_files(tmp_path):
@@ -119,3 +141,6 @@ def test_stored_answers_read_back(tmp_path):
     assert (first.index, first.ids, first.learn) == (1, [9, 10, 2], [False, False, True])
     assert (second.index, second.ids, second.learn) == (3, [5, 6, 7, 8, 2], [False, False, True, True, True])
     assert second.temperature == pytest.approx(0.7)
+    left = LeftOut()
+    assert [one.index for one in read_conversations(tmp_path / "answers.npz", small_tokenizer(), 2, left=left)] == []
+    assert left.count == 2

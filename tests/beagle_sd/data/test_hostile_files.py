@@ -15,6 +15,7 @@ from shard_cases import MANIFEST, random_sequence
 
 from beagle_sd.data.conversations import read_answers, read_messages
 from beagle_sd.data.dataset import StateDataset
+from beagle_sd.data.rows import LeftOut
 from beagle_sd.data.shards import ShardError, ShardWriter, read_shard, shard_paths
 
 property_test = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
@@ -92,24 +93,36 @@ def test_a_shard_whose_parts_do_not_fit_is_named(shard, name, change):
 def test_any_json_line_is_a_conversation_or_named(tmp_path_factory, record):
     path = tmp_path_factory.mktemp("lines") / "lines.jsonl"
     path.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    try:
-        found = list(read_messages(path))
-    except ValueError as error:
-        assert "line 1" in str(error)
-    else:
-        assert all(set(message) == {"role", "content"} for _, messages in found for message in messages)
+    left = LeftOut()
+    found = list(read_messages(path, left))
+    assert all(set(message) == {"role", "content"} for _, messages in found for message in messages)
+    assert left.count or record == [] or found, "read, or told of"
+    if left.count:
+        with pytest.raises(ValueError, match="(line|item) 1: "):
+            list(read_messages(path, LeftOut(strict=True)))
+
+
+GOOD = b'{"messages": [{"role": "user", "content": "a"}]}'
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"\xff\xfe{", b'{"messages": [{"role": "user", "content": "a"}]', b"[" * 100_000],
-    ids=["not utf-8", "cut short", "deeply nested"],
+    "content, reason",
+    [
+        (b"\xff{", "not UTF-8"),
+        (GOOD[:-1], "not JSON"),
+        (b"[" * 100_000, "no JSON that can be read"),
+        (b'{"messages": ' + b"9" * 5000 + b"}", "no JSON that can be read"),
+    ],
+    ids=["not utf-8", "cut short", "deeply nested", "a number too long"],
 )
-def test_lines_that_are_no_json_are_named(tmp_path, content):
-    path = tmp_path / "lines.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"lines\.jsonl"):
-        list(read_messages(path))
+def test_lines_that_are_no_json_are_named(tmp_path, content, reason):
+    path, left = tmp_path / "lines.jsonl", LeftOut()
+    path.write_bytes(content + b"\n" + GOOD)
+    assert [index for index, _ in read_messages(path, left)] == [1]
+    (line,) = left.lines()
+    assert line.startswith(f"left out 1: {reason}") and line.endswith(f"(first: {path}: line 1)")
+    with pytest.raises(ValueError, match=r"lines\.jsonl: line 1: "):
+        list(read_messages(path, LeftOut(strict=True)))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,22 @@ def test_autocast_loses_what_bf16_loses(head, data, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[1] != losses[0]
 
 
+def test_steps_in_which_nothing_is_learnt_are_finite_and_the_run_goes_on(tmp_path):
+    """Shards of older versions have sequences without a token of the loss; held-out ones among them."""
+    writer = ShardWriter(tmp_path / "states", MANIFEST)
+    for index in range(12):
+        sequence = random_sequence(index, 30)
+        learnt = sequence.loss_mask if index % 6 == 1 else torch.zeros(30, dtype=torch.bool)
+        writer.add(sequence._replace(loss_mask=learnt))
+    writer.flush()
+    config = replace(CONFIG, tokens_per_step=30, block_epochs=1.0, simulation_epochs=1.0)
+    trainer = trainer_of(tmp_path / "states", tmp_path / "run", config)
+    trainer.run()
+    losses = [line["loss"] for line in metrics_of(tmp_path / "run")]
+    assert len(losses) == 20 and losses.count(0.0) == 16 and all(torch.tensor(losses).isfinite())
+    assert all(weight.isfinite().all() for weight in trainer.draft.parameters())
+
+
 @pytest.mark.slow
 def test_training_raises_acceptance(tmp_path):
     """What the losses are for: more tokens a round on text of the same target, drafted from true states."""

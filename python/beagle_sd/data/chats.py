@@ -1,0 +1,184 @@
+"""Chats to token ids through the target's chat template, and which of them the assistant says."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection
+from os.path import commonprefix
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from beagle_sd.data.rows import Unusable
+from beagle_sd.models.ends import end_tokens
+
+_SAID = ("content", "reasoning_content")
+_HIDDEN = "the chat template does not show where the text of a turn is"
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Unusable unless the tokenizer has a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise Unusable(
+            "the tokenizer has no chat template, as that of a base model has none; allowed: a target trained on "
+            "chats, or plain text: a .txt file for `beagle-sd prepare`, --raw for `beagle-sd generate`"
+        )
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
+    """The chat template's ids, ready for the assistant's turn; Unusable where the template refuses the messages."""
+    return tokenizer(_render(tokenizer, messages, prompt=True), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], ends: Collection[int] | None = None
+) -> tuple[list[int], list[bool]]:
+    """Ids of the whole chat as the template renders it, and for each whether the assistant says it.
+
+    That is in every turn the message's text, so far as the template shows it, up to the first of `ends` (None: the
+    tokenizer's eos), or else with the end of turn that the template puts behind it. It is never what the template
+    itself puts before it: the header, or an empty think block where the message has no thoughts. Of thoughts that the
+    template shows, all behind what it renders as the generation prompt is learnt, the opening <think> too, since there
+    the model goes on by itself; thoughts that it drops, as of earlier turns, are not in the ids at all.
+    Unusable where the template refuses the messages or does not show where a turn's text is.
+    """
+    chat = _Rendered(tokenizer, messages)
+    try:
+        encoded = tokenizer(chat.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    except NotImplementedError as error:
+        raise Unusable("the tokenizer does not tell where its tokens stand; allowed: a fast tokenizer") from error
+    tokens = _Tokens(chat.text, encoded["input_ids"], encoded["offset_mapping"])
+    ends = set(end_tokens(tokenizer=tokenizer) if ends is None else ends)
+    learn = [False] * len(tokens.ids)
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or not any(message.get(name, "").strip() for name in _SAID):
+            continue
+        place = chat.said(number)
+        if place is None or not chat.text[slice(*place)].strip():
+            continue
+        positions = tokens.within(*place)
+        last = next((position for position in positions if tokens.ids[position] in ends), None)
+        if last is None:
+            behind = tokens.behind(place[1])
+            if behind and (tokens.ids[behind[-1]] in ends or _ends_turn(chat, number, tokens, behind[-1])):
+                positions += behind
+        for position in positions:
+            learn[position] = last is None or position <= last
+    return tokens.ids, learn
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], *, prompt: bool = False) -> str:
+    check_template(tokenizer)
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+    except (TemplateError, TypeError, ValueError, LookupError) as error:
+        raise Unusable(f"the chat template refuses it: {error}") from error
+    assert isinstance(text, str)
+    return text
+
+
+class _Rendered:
+    """A chat as its template renders it, and where in that text a turn's own text stands.
+
+    A turn is rendered anew with digits in place of its text: what stays the same before and behind them is the
+    template's, or other turns', whatever the template adds, trims, numbers, joins or drops.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict]):
+        self.tokenizer, self.messages = tokenizer, messages
+        self.text = _render(tokenizer, messages)
+        self.digits = "27182818284590452353"
+        while self.digits in self.text:
+            self.digits += "7"
+        self.prompt = self._generation_prompt()
+
+    def said(self, number: int) -> tuple[int, int] | None:
+        """[begin, end) in the text of what the message says, behind all of the generation prompt; None where the
+        template leaves the message out."""
+        before, after, found = self._around(number, len(self.messages))
+        if not found and before == self.text:
+            return None
+        end = len(self.text) - len(after)
+        if not found or self.digits in after or not self.text.endswith(after):
+            raise Unusable(_HIDDEN)
+        if self.text.startswith(before) and len(before) <= end:
+            return self._behind_prompt(len(before)), end
+        same = len(commonprefix([self.text, before]))
+        floor = self._end_before(number)
+        if not floor <= same <= end:
+            raise Unusable(_HIDDEN)
+        header = self.text.rfind(self.prompt, floor, same) if self.prompt else -1
+        return (same if header < 0 else header + len(self.prompt)), end
+
+    def behind_last(self, number: int) -> str:
+        """What the template renders behind a message that is the last."""
+        return self._around(number, number + 1)[1]
+
+    def _around(self, number: int, count: int) -> tuple[str, str, bool]:
+        """The first `count` messages rendered: before and behind the digits in place of message `number`'s text, and
+        whether they were there."""
+        digits = {"role": self.messages[number]["role"], "content": self.digits}
+        changed = _render(self.tokenizer, [*self.messages[:number], digits, *self.messages[number + 1 : count]])
+        before, found, after = changed.partition(self.digits)
+        return before, after, bool(found)
+
+    def _end_before(self, number: int) -> int:
+        """Where in the text the last message before ends that is in it."""
+        places = (self.said(earlier) for earlier in range(number - 1, -1, -1))
+        return next((place[1] for place in places if place), 0)
+
+    def _generation_prompt(self) -> str:
+        """What the template adds where the assistant is to speak; "" where it cannot be told."""
+        first = next((number for number, one in enumerate(self.messages) if one["role"] == "assistant"), 0)
+        asked = self.messages[:first]
+        try:
+            without, prompted = (_render(self.tokenizer, asked, prompt=prompt) for prompt in (False, True))
+        except Unusable:  # not of so few messages
+            return ""
+        return prompted[len(commonprefix([without, prompted])) :]
+
+    def _behind_prompt(self, begin: int) -> int:
+        """`begin`, or where the generation prompt ends if it goes on into what is said, as with an opening <think>."""
+        starts = range(max(0, begin - len(self.prompt) + 1), begin)
+        return next((at + len(self.prompt) for at in starts if self.text.startswith(self.prompt, at)), begin)
+
+
+class _Tokens:
+    """A text's token ids and where in it each stands."""
+
+    def __init__(self, text: str, ids: list[int], offsets: list[tuple[int, int]]):
+        self.text, self.ids, self.offsets = text, ids, offsets
+        self._stops = [stop for _, stop in offsets]
+
+    def within(self, begin: int, end: int) -> list[int]:
+        """The tokens of text[begin:end]; one that reaches beyond counts if that part is blank."""
+        positions = []
+        for position in range(bisect_right(self._stops, begin), len(self.ids)):
+            start, stop = self.offsets[position]
+            if start >= end:
+                break
+            if not (self.text[start:begin] + self.text[end:stop]).strip():
+                positions.append(position)
+        return positions
+
+    def behind(self, end: int) -> list[int]:
+        """The first token from `end` on that is not blank, after those that are; empty where there is none."""
+        behind = []
+        for position in range(bisect_right(self._stops, end), len(self.ids)):
+            if self.offsets[position][0] >= end:
+                behind.append(position)
+                if self.piece(position):
+                    return behind
+        return []
+
+    def piece(self, position: int) -> str:
+        start, stop = self.offsets[position]
+        return self.text[start:stop].strip()
+
+
+def _ends_turn(chat: _Rendered, number: int, tokens: _Tokens, position: int) -> bool:
+    """Whether a token is the template's own end of the turn: one of the tokenizer's added tokens that stands behind the
+    turn also where no other follows, and so is no later turn's header."""
+    if tokens.ids[position] not in chat.tokenizer.added_tokens_decoder:
+        return False
+    return chat.behind_last(number).lstrip().startswith(tokens.piece(position))
