@@ -140,7 +140,7 @@ def _first_layers(default: PretrainedConfig) -> dict[str, Any]:
     repeating = {name: value for name, value in lists.items() if len(set(map(str, value))) <= len(value) // 2}
     count = max([2, *(1 + max(value.index(one) for one in value) for value in repeating.values())])
     sized = {
-        name: [SIZES[name] if _larger(one, SIZES.get(name, one)) else one for one in value[:count]]
+        name: [SIZES[name] if name in SIZES and _larger(one, SIZES[name]) else one for one in value[:count]]
         for name, value in repeating.items()
     }
     return {"num_hidden_layers": count} | sized

@@ -37,7 +37,7 @@ def working() -> str:
 
 def reason(why: str) -> str:
     """A refusal without what is particular to one model: its name, and sizes that the tiny model has."""
-    text = re.sub(r"^(?!the )\S+ ", "", why.partition("; allowed")[0])
+    text = re.sub(r"^(?!the |layer )\S+ ", "", why.partition("; allowed")[0])
     text = re.sub(r" \(they differ by [^)]*\)|=\d[\d.]*", "", text)
     return _short(text)
 
