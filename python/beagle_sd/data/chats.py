@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection
+from contextlib import suppress
 from os.path import commonprefix
 
 from jinja2 import TemplateError
@@ -68,13 +69,30 @@ def encode_conversation(
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], *, prompt: bool = False) -> str:
+    """The chat as text, in the form that the template shows: some of vision-language models show lists of parts alone,
+    and nothing of a string."""
     check_template(tokenizer)
+    text = _applied(tokenizer, messages, prompt)
+    if not _shows(text, messages):
+        parts = [one | {"content": [{"type": "text", "text": one["content"]}]} for one in messages]
+        with suppress(Unusable):
+            shown = _applied(tokenizer, parts, prompt)
+            return shown if _shows(shown, messages) else text
+    return text
+
+
+def _applied(tokenizer: PreTrainedTokenizerBase, messages: list[dict], prompt: bool) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
     except (TemplateError, TypeError, ValueError, LookupError) as error:
         raise Unusable(f"the chat template refuses it: {error}") from error
     assert isinstance(text, str)
     return text
+
+
+def _shows(text: str, messages: list[dict]) -> bool:
+    said = [one["content"].strip() for one in messages]
+    return not any(said) or any(one and one in text for one in said)
 
 
 class _Rendered:
