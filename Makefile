@@ -10,7 +10,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 # a worker a core, up to four: one may take 2.5 GiB. Neighbours stay together, for what a module prepares once
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-fast lint dist bench sanitize clean
+.PHONY: help demo test test-fast cases lint dist bench sanitize clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -23,6 +23,9 @@ test: $(VENV)/ready ## all tests, on up to four cores: 9 minutes on two
 
 test-fast: $(VENV)/ready ## all but the slow tests: 2 minutes on two cores
 	$(RUN) -m pytest -q $(WORKERS) -m "not slow"
+
+cases: $(VENV)/ready ## what users of such packages report, tried one by one: half an hour on two cores
+	$(RUN) tests/cases/run.py
 
 lint: $(VENV)/ready ## ruff format --check, ruff check and mypy
 	$(VENV)/bin/ruff format --check .

@@ -1,4 +1,4 @@
-"""Writes what was measured into the README, docs/performance.md and the bundled draft's card, from the files that hold
+"""Writes what was measured into the README, some pages of docs and the bundled draft's card, from the files that hold
 the numbers: python -m bench.report
 
 A table, or a figure within a sentence, stands between `<!-- NAME -->` and `<!-- end -->`; `--check` changes nothing and
@@ -14,11 +14,12 @@ import json
 import re
 from pathlib import Path
 
-from bench.report import paper, tables, tiles
+from bench.report import paper, tables, targets, tiles
 from bench.report.results import BUNDLED, ROOT
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "paper.md", BUNDLED / "README.md")
-MEASURED = tables.TABLES | paper.TABLES
+DOCS = ("performance.md", "paper.md", "targets.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in DOCS), BUNDLED / "README.md")
+MEASURED = tables.TABLES | paper.TABLES | targets.TABLES
 """What a page may name."""
 
 

@@ -89,6 +89,11 @@ MARKED = CHATML._replace(
     text="{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}" + _CHATML_TURN + "{% endgeneration %}"
     "{% else %}" + _CHATML_TURN + "{% endif %}{% endfor %}" + _CHATML_PROMPT
 )
+PARTS_ALONE = CHATML._replace(
+    text="{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}" + _CHATML_PROMPT
+)
 HEADERS_ALONE = Template(
     "", ("<|user|>", "<|assistant|>"), "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
 )

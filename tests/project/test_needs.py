@@ -65,9 +65,19 @@ def test_the_command_says_it_in_a_line(start):
     assert done.stderr.startswith("error: beagle_sd needs transformers") and done.stdout == ""
 
 
+def test_an_old_transformers_is_told_of(monkeypatch):
+    monkeypatch.setattr(needs.importlib.metadata, "version", lambda name: "4.57.6")
+    with pytest.raises(ImportError, match="transformers 4.57.6 is installed; allowed: 5.17 or later"):
+        needs.check()
+    for enough in ("5.17.0", "5.24.0.dev0", "10.0rc1"):
+        monkeypatch.setattr(needs.importlib.metadata, "version", lambda name, version=enough: version)
+        needs.check()
+
+
 def test_the_extra_installs_what_is_asked_for():
     tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {re.split(r"[<>=;\[ ]", line)[0] for line in project["optional-dependencies"]["sd"]}
     assert names == {*needs.MODULES, *needs.LATER}
+    assert f"transformers>={needs.LOWEST}" in project["optional-dependencies"]["sd"]
     assert {re.split(r"[<>=; ]", line)[0] for line in project["dependencies"]} == {"torch", "triton"}

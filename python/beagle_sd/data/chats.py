@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from beagle_sd.data.rows import Unusable
 from beagle_sd.models.ends import end_tokens
 
+_DIGITS = "27182818284590452353"
 _SAID = ("content", "reasoning_content")
 _HIDDEN = "the chat template does not show where the text of a turn is"
 
@@ -27,7 +28,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
     """The chat template's ids, ready for the assistant's turn; Unusable where the template refuses the messages."""
-    return tokenizer(_render(tokenizer, messages, prompt=True), add_special_tokens=False, verbose=False)["input_ids"]
+    text = _Template(tokenizer).render(messages, prompt=True)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def encode_conversation(
@@ -67,14 +69,34 @@ def encode_conversation(
     return tokens.ids, learn
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], *, prompt: bool = False) -> str:
-    check_template(tokenizer)
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
-    except (TemplateError, TypeError, ValueError, LookupError) as error:
-        raise Unusable(f"the chat template refuses it: {error}") from error
-    assert isinstance(text, str)
-    return text
+class _Template:
+    """A tokenizer's chat template, given content in the form that it shows: some of vision-language models show lists
+    of parts alone, and nothing of a string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        check_template(tokenizer)
+        self.tokenizer, self.parts = tokenizer, False
+        self.parts = not self._shows_text()
+        self.parts = self.parts and self._shows_text()
+
+    def _shows_text(self) -> bool:
+        """Whether a user's text is shown, as it is and not as Python or JSON would write the list that holds it."""
+        try:
+            text = self.render([{"role": "user", "content": _DIGITS}])
+        except Unusable:
+            return False
+        return _DIGITS in text and f"'{_DIGITS}'" not in text and f'"{_DIGITS}"' not in text
+
+    def render(self, messages: list[dict], *, prompt: bool = False) -> str:
+        """The chat as text; prompt: ready for the assistant's turn."""
+        if self.parts:
+            messages = [one | {"content": [{"type": "text", "text": one["content"]}]} for one in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise Unusable(f"the chat template refuses it: {error}") from error
+        assert isinstance(text, str)
+        return text
 
 
 class _Rendered:
@@ -85,9 +107,9 @@ class _Rendered:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict]):
-        self.tokenizer, self.messages = tokenizer, messages
-        self.text = _render(tokenizer, messages)
-        self.digits = "27182818284590452353"
+        self.template, self.messages = _Template(tokenizer), messages
+        self.text = self.template.render(messages)
+        self.digits = _DIGITS
         while self.digits in self.text:
             self.digits += "7"
         self.prompt = self._generation_prompt()
@@ -118,7 +140,7 @@ class _Rendered:
         """The first `count` messages rendered: before and behind the digits in place of message `number`'s text, and
         whether they were there."""
         digits = {"role": self.messages[number]["role"], "content": self.digits}
-        changed = _render(self.tokenizer, [*self.messages[:number], digits, *self.messages[number + 1 : count]])
+        changed = self.template.render([*self.messages[:number], digits, *self.messages[number + 1 : count]])
         before, found, after = changed.partition(self.digits)
         return before, after, bool(found)
 
@@ -132,7 +154,7 @@ class _Rendered:
         first = next((number for number, one in enumerate(self.messages) if one["role"] == "assistant"), 0)
         asked = self.messages[:first]
         try:
-            without, prompted = (_render(self.tokenizer, asked, prompt=prompt) for prompt in (False, True))
+            without, prompted = (self.template.render(asked, prompt=prompt) for prompt in (False, True))
         except Unusable:  # not of so few messages
             return ""
         return prompted[len(commonprefix([without, prompted])) :]
@@ -179,6 +201,6 @@ class _Tokens:
 def _ends_turn(chat: _Rendered, number: int, tokens: _Tokens, position: int) -> bool:
     """Whether a token is the template's own end of the turn: one of the tokenizer's added tokens that stands behind the
     turn also where no other follows, and so is no later turn's header."""
-    if tokens.ids[position] not in chat.tokenizer.added_tokens_decoder:
+    if tokens.ids[position] not in chat.template.tokenizer.added_tokens_decoder:
         return False
     return chat.behind_last(number).lstrip().startswith(tokens.piece(position))

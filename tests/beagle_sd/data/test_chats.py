@@ -28,7 +28,11 @@ THOUGHT = [
 
 def learned(tokenizer, messages, ends=None) -> list[str]:
     """The runs of text that are learnt, each without the spaces around it."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    if tokenizer.chat_template == shapes.PARTS_ALONE.text:
+        rendered = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
+    else:
+        rendered = messages
+    text = tokenizer.apply_chat_template(rendered, tokenize=False)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     ids, learn = encode_conversation(tokenizer, messages, ends)
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -71,6 +75,12 @@ def test_thoughts_that_the_template_keeps_or_drops_in_every_turn():
     prompted = shapes.CHATML._replace(text=shapes.CHATML.text.removesuffix("{% endif %}") + "<think>\n{% endif %}")
     kept = learned(chat_tokenizer(prompted), THOUGHT)
     assert kept == [f"T{n}\n</think>\n\nA{n}<|im_end|>" for n in (1, 2)], "the prompt has the opening <think>"
+
+
+def test_a_template_that_shows_parts_alone_is_shown_parts():
+    """A vision-language model's: of a string it shows nothing, and the target would be asked nothing."""
+    asked = [encode_chat(chat_tokenizer(shape), PLAIN[:1]) for shape in (shapes.PARTS_ALONE, shapes.CHATML)]
+    assert asked[0] == asked[1]
 
 
 def test_end_tokens_that_are_the_next_turns_header():

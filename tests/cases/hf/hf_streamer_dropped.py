@@ -1,0 +1,54 @@
+"""target.generate(..., streamer=s, custom_generate=f), as every chat example of transformers does it.
+
+Expected: the streamer is given the tokens and its end, or the call is refused with the way to do it.
+"""
+
+import sys
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import beagle_sd
+
+torch.manual_seed(0)
+target = LlamaForCausalLM(
+    LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+).eval()
+draft = beagle_sd.BeagleDraft.from_target(target)
+
+
+class S:
+    def __init__(self):
+        self.got, self.ended = 0, False
+
+    def put(self, value):
+        self.got += value.numel()
+
+    def end(self):
+        self.ended = True
+
+
+streamer = S()
+try:
+    target.generate(
+        torch.ones(1, 4, dtype=torch.int64),
+        max_new_tokens=8,
+        do_sample=False,
+        streamer=streamer,
+        custom_generate=beagle_sd.custom_generate(draft),
+    )
+except Exception as error:
+    print("refused:", type(error).__name__, error)
+    sys.exit(0)
+print("tokens streamed:", streamer.got, "end told:", streamer.ended)
+sys.exit(not streamer.ended)
