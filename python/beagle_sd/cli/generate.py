@@ -32,12 +32,11 @@ from beagle_sd.cli.console import (
     measured_tree,
     waiting,
 )
-from beagle_sd.data.conversations import encode_chat
+from beagle_sd.data.chats import encode_chat
 from beagle_sd.decoding.adaptive import AdaptiveTree
 from beagle_sd.decoding.generate import generate as decode
 from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
-from beagle_sd.evaluation.comparison import check_template
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 
 
@@ -108,7 +107,6 @@ def _as_text(argument: str) -> str:
 def _encoded(tokenizer, prompt: str, raw: bool) -> list[int]:
     if raw:
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    check_template(tokenizer)
     return encode_chat(tokenizer, [{"role": "user", "content": prompt}])
 
 

@@ -22,7 +22,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not getattr(tokenizer, "chat_template", None):
         raise Unusable(
             "the tokenizer has no chat template, as that of a base model has none; allowed: a target trained on "
-            "chats, or plain text: a .txt file for `beagle-sd prepare`, --raw for `beagle-sd generate`"
+            "chats, or plain text: a .txt file for `beagle-sd prepare`, --raw for `generate` and `bench`"
         )
 
 

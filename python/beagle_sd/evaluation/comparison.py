@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from beagle_sd.data.conversations import encode_chat, read_messages
+from beagle_sd.data.chats import encode_chat
+from beagle_sd.data.conversations import read_messages
 from beagle_sd.data.evaluation_sets import EVALUATION_SETS, evaluation_prompts
 from beagle_sd.data.rows import read_text
 from beagle_sd.decoding.adaptive import AdaptiveTree, Costs
@@ -230,16 +231,7 @@ def read_prompts(source: str, tokenizer: PreTrainedTokenizerBase, count: int, ra
     spread = [chats[number * len(chats) // count] for number in range(count)] if count < len(chats) else chats
     if raw:
         return [tokenizer(chat[-1]["content"], add_special_tokens=False)["input_ids"] for chat in spread]
-    check_template(tokenizer)
     return [encode_chat(tokenizer, chat) for chat in spread]
-
-
-def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError for a tokenizer without a chat template, as a base model's."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            "the target's tokenizer has no chat template; allowed: --raw, which continues the text as it is"
-        )
 
 
 def _asked(messages: list[dict]) -> list[dict]:
