@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -72,8 +73,10 @@ def custom_generate(
     config do_sample, temperature, top_k, top_p, min_p, lengths (minimal ones too), suppress_tokens,
     begin_suppress_tokens, bad_words_ids and sequence_bias of one token each, end tokens, max_time,
     num_return_sequences, return_dict_in_generate (a SpeculativeOutput). Whatever else would change the text (beams,
-    penalties, images, processors of your own) raises ValueError by name.
+    penalties, images, processors of your own) raises ValueError by name. RuntimeError for a transformers that prepares
+    its call in an unknown way.
     """
+    _hand_on_streamers()
     options = {
         "tree": tree,
         "return_logprobs": return_logprobs,
@@ -85,7 +88,7 @@ def custom_generate(
 
 
 class _Speculation:
-    """See `custom_generate`; a class of its own so that `_as_a_method` knows it."""
+    """See `custom_generate`; a class of its own so that `_hand_on_streamers` knows it."""
 
     def __init__(self, draft: BeagleDraft | None, seed, streamer: BaseStreamer | None, options: dict[str, Any]):
         self.draft, self.seed, self.streamer, self.options = draft, seed, streamer, options
@@ -159,20 +162,26 @@ class _Together(StoppingCriteria):
         return self.stopped.all().expand(len(input_ids))
 
 
-def _as_a_method(read: Callable) -> Callable:
+_READ = "_extract_generation_mode_kwargs"
+
+
+@functools.cache
+def _hand_on_streamers() -> None:
     """transformers keeps the streamer and the tokenizer given to generate from a custom_generate that is a function;
-    ours gets what the model's own methods of decoding do."""
+    from now on ours gets what the model's own methods of decoding do. RuntimeError where they cannot be had."""
+    read = getattr(GenerationMixin, _READ, None)
+    if read is None:
+        raise RuntimeError(
+            f"transformers {transformers.__version__} prepares generate in another way than those this was written "
+            "for, and a streamer given to it would be lost; allowed: beagle_sd.generate, or transformers 5.24"
+        )
 
     @functools.wraps(read)
     def reading(model, custom_generate, *arguments, **named):
         ours = isinstance(custom_generate, _Speculation)
         return read(model, None if ours else custom_generate, *arguments, **named)
 
-    return reading
-
-
-_READ = "_extract_generation_mode_kwargs"
-setattr(GenerationMixin, _READ, _as_a_method(getattr(GenerationMixin, _READ)))
+    setattr(GenerationMixin, _READ, reading)
 
 
 def _check(config: GenerationConfig, input_ids: Tensor, given: dict) -> None:

@@ -314,3 +314,12 @@ def test_a_vision_language_target_goes_on_with_text_alone():
     types = (seen == 120).long()
     with pytest.raises(ValueError, match="(image|mm_token_type_ids|pixel_values|position_ids).*allowed: "):
         target.generate(seen, mm_token_type_ids=types, **image, **settings, custom_generate=by)
+
+
+def test_a_transformers_that_would_lose_streamers_is_refused(monkeypatch):
+    from beagle_sd.decoding import custom_generate as module
+
+    monkeypatch.setattr(module, "_READ", "_of_another_version")
+    module._hand_on_streamers.cache_clear()
+    with pytest.raises(RuntimeError, match="a streamer given to it would be lost; allowed: beagle_sd.generate"):
+        custom_generate(None)
