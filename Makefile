@@ -24,7 +24,7 @@ test: $(VENV)/ready ## all tests, on up to four cores: 9 minutes on two
 test-fast: $(VENV)/ready ## all but the slow tests: 2 minutes on two cores
 	$(RUN) -m pytest -q $(WORKERS) -m "not slow"
 
-cases: $(VENV)/ready ## what users of such packages report, tried one by one: half an hour on two cores
+cases: $(VENV)/ready ## what users of such packages report, tried one by one: 10 minutes on two cores
 	$(RUN) tests/cases/run.py
 
 lint: $(VENV)/ready ## ruff format --check, ruff check and mypy

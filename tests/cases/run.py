@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
+HELPERS = ROOT / "tests" / "helpers"
+"""Small models, which cases share with the tests."""
 SECONDS = 900.0
 SKIPPED = 77
 """The exit status of a script that lacks something; its last line says what."""
@@ -59,6 +61,7 @@ def missing(script: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
     tops = {name.partition(".")[0] for name in names if not name.startswith("beagle")}
+    tops -= {path.stem for path in HELPERS.glob("*.py")}
     return sorted(PACKAGES.get(name, name) for name in tops if importlib.util.find_spec(name) is None)
 
 
@@ -102,9 +105,9 @@ def verdict(name: str, status: int | None, output: str, seconds: float) -> tuple
 
 
 def paths() -> list[str]:
-    """This checkout's packages first, and absolute: some cases change their folder."""
+    """This checkout's packages and helpers first, and absolute: some cases change their folder."""
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return [str(ROOT), str(ROOT / "python"), *(os.path.abspath(path) for path in given if path)]
+    return [str(ROOT), str(ROOT / "python"), str(HELPERS), *(os.path.abspath(path) for path in given if path)]
 
 
 def main(arguments: list[str]) -> int:

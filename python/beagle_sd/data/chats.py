@@ -113,10 +113,16 @@ class _Rendered:
         while self.digits in self.text:
             self.digits += "7"
         self.prompt = self._generation_prompt()
+        self._places: dict[int, tuple[int, int] | None] = {}
 
     def said(self, number: int) -> tuple[int, int] | None:
         """[begin, end) in the text of what the message says, behind all of the generation prompt; None where the
         template leaves the message out."""
+        if number not in self._places:
+            self._places[number] = self._place(number)
+        return self._places[number]
+
+    def _place(self, number: int) -> tuple[int, int] | None:
         before, after, found = self._around(number, len(self.messages))
         if not found and before == self.text:
             return None

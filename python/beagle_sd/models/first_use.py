@@ -55,8 +55,8 @@ def _compare(target: Target) -> None:
     _refuse_over(allowed, own[0, :_TEXT], alone, target, "the start of a text in a batch, by its own forward,")
     cached, tree = _by_our_cache(target, tokens)
     _refuse_over(allowed, cached, own[0, :_TEXT], target, "a plain text")
-    _refuse_over(allowed, tree[branches[0]], own[0, _TEXT:], target, "a text's tokens beside another branch of a tree")
-    _refuse_over(allowed, tree[branches[1]], own[1, _TEXT:], target, "a text's tokens beside another branch of a tree")
+    for nodes, want in zip(branches, own[:, _TEXT:], strict=True):
+        _refuse_over(allowed, tree[nodes], want, target, "a text's tokens beside another branch of a tree")
 
 
 def _tokens(target: Target) -> Tensor:

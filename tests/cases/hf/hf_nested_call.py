@@ -7,25 +7,11 @@ Expected: it works as with plain generate.
 import sys
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from models import small_target
 
 import beagle_sd
 
-torch.manual_seed(0)
-target = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-).eval()
+target = small_target()
 draft = beagle_sd.BeagleDraft.from_target(target)
 ids = torch.randint(1, 97, (1, 12))
 alone = target(ids).logits

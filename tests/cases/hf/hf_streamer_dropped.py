@@ -6,24 +6,11 @@ Expected: the streamer is given the tokens and its end, or the call is refused w
 import sys
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from models import small_target
 
 import beagle_sd
 
-torch.manual_seed(0)
-target = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-).eval()
+target = small_target(initializer_range=0.02)
 draft = beagle_sd.BeagleDraft.from_target(target)
 
 

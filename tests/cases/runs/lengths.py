@@ -7,26 +7,11 @@ Expected: each row as alone, nothing left over in the model.
 import sys
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from models import small_target
 
 import beagle_sd
 
-torch.manual_seed(0)
-target = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-).eval()
+target = small_target(max_position_embeddings=64, initializer_range=0.3)
 draft = beagle_sd.BeagleDraft.from_target(target)
 rows = [torch.randint(3, 90, (n,)) for n in (1, 3, 700)]
 

@@ -12,26 +12,12 @@ import sys
 import tempfile
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from models import small_target
 
 import beagle_sd
 from beagle_sd.models.loading import load_draft
 
-torch.manual_seed(0)
-target = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-).eval()
+target = small_target(initializer_range=0.3)
 draft = beagle_sd.BeagleDraft.from_target(target, torch.arange(0, 97, 2))
 ids = torch.randint(3, 90, (1, 12))
 want = target.generate(ids, max_new_tokens=24, do_sample=False)

@@ -8,27 +8,13 @@ import sys
 import threading
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from models import small_target
 
 import beagle_sd
 
 torch.set_num_threads(1)
 
-torch.manual_seed(0)
-target = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-).eval()
+target = small_target()
 draft = beagle_sd.BeagleDraft.from_target(target)
 ids = torch.randint(1, 97, (1, 12))
 with torch.no_grad():

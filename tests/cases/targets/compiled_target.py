@@ -10,7 +10,7 @@ import warnings
 
 import torch
 import torch._dynamo
-from transformers import LlamaConfig, LlamaForCausalLM
+from models import small_target
 
 import beagle_sd
 
@@ -18,21 +18,7 @@ warnings.filterwarnings("ignore")
 
 
 def tiny():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.2,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-    ).eval()
+    return small_target()
 
 
 ids = torch.randint(1, 97, (1, 12))

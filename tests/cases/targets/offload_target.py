@@ -9,28 +9,14 @@ import tempfile
 
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from models import small_target
+from transformers import LlamaForCausalLM
 
 import beagle_sd
 
 
 def tiny(**more):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.2,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-            **more,
-        )
-    ).eval()
+    return small_target(**more)
 
 
 ids = torch.randint(1, 97, (1, 12))

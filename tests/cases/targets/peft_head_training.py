@@ -7,28 +7,13 @@ and Liger do).
 import sys
 
 import torch
+from models import small_target
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import beagle_sd
 from beagle_sd.models.target import Target
 
-torch.manual_seed(0)
-base = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-).eval()
+base = small_target(tie_word_embeddings=False)
 inner = (
     get_peft_model(base, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM"))
     .eval()

@@ -7,26 +7,12 @@ Expected: works with the adapter's effect, or refused with the way (merge_and_un
 import sys
 
 import torch
+from models import small_target
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import beagle_sd
 
-torch.manual_seed(0)
-base = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-).eval()
+base = small_target()
 heads = sys.argv[1:] or ["q_proj", "v_proj"]
 model = get_peft_model(
     base, LoraConfig(r=4, target_modules=heads, init_lora_weights=False, task_type="CAUSAL_LM")

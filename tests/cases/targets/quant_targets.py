@@ -8,7 +8,7 @@ import sys
 import warnings
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from models import small_target
 
 import beagle_sd
 
@@ -16,22 +16,7 @@ warnings.filterwarnings("ignore")
 
 
 def tiny():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=96,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.2,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-    ).eval()
+    return small_target(vocab_size=96, tie_word_embeddings=False)
 
 
 def dynamic(model):
