@@ -69,6 +69,7 @@ def train(
     draft_vocab: Annotated[int, typer.Option(help="Most frequent tokens the draft may propose; 0: all.")] = 8192,
     key_value_heads: Annotated[int, typer.Option(help="The draft's; more carry more of a state. 0: the target's.")] = 0,
     append_states: Annotated[bool, typer.Option(help="Let nodes see their ancestors' draft states.")] = True,
+    window_keys: Annotated[int, typer.Option(help="Last keys of the text that the draft sees; 0: all.")] = 0,
     tensorboard: Annotated[bool, typer.Option(help="Also log for TensorBoard, in OUT/tensorboard.")] = False,
     device: Device = None,
     *,
@@ -89,7 +90,9 @@ def train(
         ids = dataset.frequent_tokens(draft_vocab, model.config.vocab_size) if draft_vocab else None
         torch.manual_seed(config.seed)
         heads = {"num_key_value_heads": key_value_heads} if key_value_heads else {}
-        draft = BeagleDraft.from_target(model, ids, append_states=append_states, **heads)
+        draft = BeagleDraft.from_target(
+            model, ids, append_states=append_states, window_keys=window_keys or None, **heads
+        )
         trainer = Trainer(draft, dataset, out, config, tensorboard=tensorboard)
         if trainer.step == 0:
             same_everywhere(passing_start_on(draft, dataset, config.seed).parameters())

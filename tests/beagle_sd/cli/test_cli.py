@@ -97,7 +97,10 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
         512,
         "--lr",
         1e-3,
+        "--window-keys",
+        12,
     )
+    assert json.loads((tmp_path / "live" / "final" / "config.json").read_text())["window_keys"] == 12
     assert trained.splitlines()[0].split(";")[0] == live.splitlines()[0].split(";")[0]
     assert (tmp_path / "live" / "final" / "model.safetensors").is_file()
     again = "prepare", states / "answers.npz", tmp_path / "again", "--target", target
