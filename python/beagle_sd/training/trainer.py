@@ -35,8 +35,8 @@ class Trainer:
 
     Under `torchrun` or `accelerate launch` every process makes the same trainer and does its share of each batch.
     states: how the draft's states are had, with the arguments of `draft_states`; another kind of draft brings its own.
-    tensorboard: also write the metrics for TensorBoard. Raises ValueError where there is nothing to train on, and for
-    states or a checkpoint that do not fit the draft or the config.
+    tensorboard: also write the metrics for TensorBoard. Raises ValueError where there is nothing to train on, for
+    states or a checkpoint that do not fit the draft or the config, and for a window or steps beyond its window_keys.
     """
 
     def __init__(
@@ -96,8 +96,9 @@ class Trainer:
         self.processes.wait_for_everyone()
 
     def evaluate(self, depth: int = 6) -> list[float]:
-        """Acceptance by depth on held-out windows (the paper's figure 3)."""
+        """Acceptance by depth on held-out windows (the paper's figure 3), as deep as the draft's window_keys allow."""
         self.draft.eval()
+        depth = min(depth, self.draft.config.window_keys or depth)
         acceptance = self.held_out.acceptance(depth)
         self.draft.train()
         return acceptance
@@ -191,3 +192,9 @@ def _check_fits(draft: BeagleDraft, dataset: PackedDataset, config: TrainingConf
         raise ValueError(
             f"the states are {dataset.width} wide; allowed: the draft's hidden_size, {draft.config.hidden_size}"
         )
+    for name in ("window", "steps"):
+        length, most = getattr(config, name), draft.config.window_keys
+        if most is not None and length > most:
+            raise ValueError(
+                f"{name} is {length}; allowed: up to the draft's window_keys, {most}: beyond, a row may see no key"
+            )
