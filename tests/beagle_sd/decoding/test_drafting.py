@@ -88,9 +88,9 @@ def test_a_window_after_rounds_of_which_little_was_kept(window, append_states):
     """Ragged prompts below, at and beyond the window, then rounds that write true states of nodes nobody accepts."""
     depth, branch = 4, 3
     draft = small_draft(agreeable_target(), initializer_range=0.2, window_keys=window, append_states=append_states)
-    states, lengths = torch.randn(3, 80, 64), torch.tensor([60, 7, 1], dtype=torch.int32)
-    root, sampling = torch.tensor([5, 60, 7]), Sampling.of(3, 4, 1.0)
-    cache = DraftCache(draft, 3, 1, depth, branch)
+    states, lengths = torch.randn(2, 80, 64), torch.tensor([60, 3], dtype=torch.int32)
+    root, sampling = torch.tensor([5, 60]), Sampling.of(2, 4, 1.0)
+    cache = DraftCache(draft, 2, 1, depth, branch)
     cache.keys.fill_(torch.nan)  # what another text may have left
     cache.values.fill_(torch.nan)
     room, step = cache.keys.shape, torch.arange(depth + 1)
@@ -100,7 +100,7 @@ def test_a_window_after_rounds_of_which_little_was_kept(window, append_states):
             found = propose(draft, cache, lengths, root, sampling, depth, branch)
             check_candidates(draft, states, lengths, root, sampling, found, depth, branch)
             positions = lengths.long()[:, None] + step
-            path = states[torch.arange(3)[:, None], positions]
+            path = states[torch.arange(2)[:, None], positions]
             cache.append_true(draft, torch.where(step[:, None] < kept, path, 9.0), positions)
             lengths = lengths + kept
             cache.reserve(10 * kept)
