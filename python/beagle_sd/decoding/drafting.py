@@ -109,7 +109,7 @@ def propose(
     for level in range(depth):
         width = tokens.shape[1]
         turn = Angles(*(part[:, level : level + 1] for part in angles))
-        if cache.window and level > cache.window:
+        if cache.window and level > cache.window:  # the window has left the first ancestors behind
             visible = visible & ~bits[: 1 + (level - cache.window - 1) * branch].sum(0)
         words = visible if seen is None else visible | seen[:, level : level + 1]
         state = _states(draft, cache, tokens, turn, prefix, words)
