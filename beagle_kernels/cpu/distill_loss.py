@@ -13,8 +13,8 @@ from torch import Tensor
 from ..backends import implementation
 from ..types import accumulation
 
-BUDGET = 64 << 20
-"""Bytes of logits that exist at one time."""
+BUDGET = 16 << 20
+"""Bytes of logits that exist at one time: what a processor's caches hold."""
 
 
 @implementation("distill_loss", "cpu")
@@ -28,24 +28,27 @@ def distill_loss(
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     acc, width = accumulation(student.dtype), student.shape[1]
-    head = weight.to(acc)
+    kind = torch.bfloat16 if student.dtype == torch.bfloat16 else acc  # of the products: bf16 has instructions, fp16 few
+    head = weight.to(kind)
     used = row_weight.nonzero().squeeze(-1)
     chunk = max(1, min(BUDGET // (2 * weight.shape[0] * acc.itemsize), used.numel()))
-    logits = torch.empty(2 * chunk, weight.shape[0], dtype=acc)
+    products = torch.empty(2 * chunk, weight.shape[0], dtype=kind)
+    logits = products if kind == acc else torch.empty(products.shape, dtype=acc)
     loss = torch.zeros((), dtype=acc)
     grad = torch.zeros(student.shape if gradient else (0,), dtype=student.dtype)
     for rows in used.split(chunk):
-        states = torch.cat([student[rows], teacher[rows]]).to(acc)
-        s, t = states.tensor_split(2)
+        states = torch.cat([student[rows], teacher[rows]]).to(kind)
         w = row_weight[rows, None]
-        z, target = torch.mm(states, head.T, out=logits[: 2 * len(rows)]).tensor_split(2)
+        both = torch.mm(states, head.T, out=products[: 2 * len(rows)])
+        z, target = (both if kind == acc else logits[: len(both)].copy_(both)).tensor_split(2)
         torch.softmax(target, -1, out=target)
         cross_entropy = -torch.bmm(target[:, None], z[:, :, None])[..., 0]
         top, at = z.max(-1, keepdim=True)
         torch.softmax(z, -1, out=z)
         cross_entropy += top - z.gather(-1, at).log()
+        s, t = states.to(acc).tensor_split(2)
         loss += (w * (cross_entropy + regression * F.smooth_l1_loss(s, t, reduction="none").mean(-1, True))).sum()
         if gradient:
-            through_head = z.sub_(target) @ head
+            through_head = z.sub_(target).to(kind) @ head
             grad[rows] = (w * (through_head + regression / width * (s - t).clamp_(-1, 1))).to(grad.dtype)
     return loss, grad

@@ -18,7 +18,8 @@ from torch import Tensor
 from beagle_kernels import Sampling, block_attention, extend_attention, top_candidates, tree_attention
 from beagle_sd.data.batch import Batch
 from beagle_sd.decoding.drafting import Candidates, DraftCache
-from beagle_sd.models.draft import BeagleConfig, BeagleDraft
+from beagle_sd.models.config import BeagleConfig
+from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.linears import FewRowsLinear
 from beagle_sd.training.objective import rows_by_step
 

@@ -20,7 +20,8 @@ from beagle_sd.decoding.generate import Generated, generate
 from beagle_sd.decoding.graph import GraphError
 from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
-from beagle_sd.models.draft import BeagleConfig, BeagleDraft
+from beagle_sd.models.config import BeagleConfig
+from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.head import UnsupportedTarget
 from beagle_sd.models.loading import load_bundled
 

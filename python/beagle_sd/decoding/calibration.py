@@ -179,6 +179,7 @@ def _key(target: PreTrainedModel, draft: BeagleDraft) -> dict:
         "head_dim",
         "draft_vocab_size",
         "append_states",
+        "window_keys",
     )
     on_gpu = target.device.type == "cuda"
     name = torch.cuda.get_device_name(target.device) if on_gpu else processor()

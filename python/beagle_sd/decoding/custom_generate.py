@@ -32,8 +32,8 @@ from beagle_sd.decoding.generate import ends_its_streamer, generate
 from beagle_sd.decoding.logits import settings_of
 from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.models.config import saved_draft
 from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.models.saved import saved_draft
 
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 _CACHES = ("past_key_values", "cache")

@@ -9,109 +9,16 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from beagle_sd.models.config import BeagleConfig, write_custom_generate
 from beagle_sd.models.linears import FewRowsLinear, linear
-from beagle_sd.models.saved import write_custom_generate
 from beagle_sd.models.target import Target
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class BeagleConfig(PretrainedConfig):
-    """Shape of the block, all of it taken from the target by `BeagleDraft.from_target`.
-
-    rope_parameters: as transformers 5 has them; draft_vocab_size: tokens the draft can propose (None: all of the
-    target's); norm_query, norm_state, norm_output: RMSNorms that can be switched off; append_states: whether a node
-    sees its ancestors' draft states (the paper's "-concate" is False).
-    """
-
-    model_type = "beagle"
-
-    def __init__(
-        self,
-        hidden_size: int = 576,
-        intermediate_size: int = 1536,
-        num_attention_heads: int = 9,
-        num_key_value_heads: int = 3,
-        head_dim: int = 64,
-        vocab_size: int = 49152,
-        draft_vocab_size: int | None = None,
-        hidden_act: str = "silu",
-        rms_norm_eps: float = 1e-5,
-        max_position_embeddings: int = 8192,
-        rope_parameters: dict | None = None,
-        norm_query: bool = True,
-        norm_state: bool = True,
-        norm_output: bool = True,
-        append_states: bool = True,
-        target_type: str = "llama",
-        initializer_range: float = 0.02,
-        **kwargs,
-    ):
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.vocab_size = vocab_size
-        self.draft_vocab_size = draft_vocab_size
-        self.hidden_act = hidden_act
-        self.rms_norm_eps = rms_norm_eps
-        self.max_position_embeddings = max_position_embeddings
-        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
-        self.norm_query = norm_query
-        self.norm_state = norm_state
-        self.norm_output = norm_output
-        self.append_states = append_states
-        self.target_type = target_type
-        self.initializer_range = initializer_range
-        if num_key_value_heads < 1 or num_attention_heads % num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads is {num_key_value_heads}; allowed: divisors of the "
-                f"{num_attention_heads} query heads"
-            )
-        super().__init__(**kwargs)
-
-    @classmethod
-    def of_target(cls, config: PretrainedConfig, **overrides) -> BeagleConfig:
-        """The config of a draft for a target with this config; overrides go on top."""
-        heads = config.num_attention_heads
-        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        fields = {
-            "hidden_size": config.hidden_size,
-            "intermediate_size": max(inner) if isinstance(inner, list | tuple) else inner,  # one a layer
-            "num_attention_heads": heads,
-            "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-            "vocab_size": config.vocab_size,
-            "hidden_act": getattr(config, "hidden_act", "silu"),
-            "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-5),
-            "max_position_embeddings": getattr(config, "max_position_embeddings", 8192),
-            "target_type": config.model_type,
-            "tie_word_embeddings": False,
-        }
-        rope = getattr(config, "rope_parameters", None)
-        if not rope:  # a model of its own code, in transformers 4's names
-            rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-            rope |= getattr(config, "rope_scaling", None) or {}
-        # the draft turns whole heads
-        fields["rope_parameters"] = {name: rope[name] for name in rope if name != "partial_rotary_factor"}
-        return cls(**{**fields, **overrides})
-
-    @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs) -> BeagleConfig:
-        """As in transformers; ValueError for the config of another kind of model, or one written by transformers 4."""
-        if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
-            raise ValueError(f"the config is of a {kind} model; allowed: {cls.model_type}, a draft's")
-        if not config_dict.get("rope_parameters"):
-            raise ValueError(
-                "the config has no rope_parameters, as transformers 4 wrote it; allowed: by transformers 5"
-            )
-        return super().from_dict(config_dict, **kwargs)
 
 
 class RMSNorm(nn.Module):

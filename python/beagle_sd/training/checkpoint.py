@@ -23,6 +23,7 @@ _OF_THE_DRAFT = (
     "draft_vocab_size",
     "num_key_value_heads",
     "append_states",
+    "window_keys",
     "norm_query",
     "norm_state",
     "norm_output",

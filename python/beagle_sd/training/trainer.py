@@ -54,9 +54,8 @@ class Trainer:
         self.processes = PartialState(cpu=self.device.type == "cpu")
         # In autocast the loss's products are in bf16, as the draft's are.
         self.head = draft.head.to(torch.bfloat16 if config.autocast else torch.float32)
-        fused = {"fused": True} if self.device.type == "cuda" else {}
         self.optimizer = torch.optim.AdamW(
-            draft.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, **fused
+            draft.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         self._epochs: dict[int, list[list[int]]] = {}
         self.block_steps = round(config.block_epochs * len(self._epoch(0)))

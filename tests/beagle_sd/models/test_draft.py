@@ -137,11 +137,24 @@ def test_a_config_survives_its_file(tmp_path):
         num_key_value_heads=1,
         head_dim=16,
         append_states=False,
+        window_keys=9,
         draft_vocab_size=7,
         rope_parameters={"rope_type": "default", "rope_theta": 5e5},
     )
     config.save_pretrained(tmp_path)
     assert BeagleConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_a_config_from_before_windows_shows_all_keys(tmp_path):
+    config = BeagleConfig().to_dict()
+    del config["window_keys"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert BeagleConfig.from_pretrained(tmp_path).window_keys is None
+
+
+def test_a_window_without_keys_is_refused():
+    with pytest.raises(ValueError, match="window_keys is 0; allowed: 1 or more, or None, which shows all keys"):
+        small_draft(small_target(), window_keys=0)
 
 
 def test_a_config_of_transformers_4_is_refused(tmp_path):
