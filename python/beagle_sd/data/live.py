@@ -53,7 +53,9 @@ class Corpus(NamedTuple):
             "index": np.int64,
             "temperature": np.float32,
         }
-        parts = {name: np.concatenate([one[name] for one in stored]).astype(kind) for name, kind in kinds.items()}
+        parts: dict[str, np.ndarray] = {
+            name: np.concatenate([one[name] for one in stored]).astype(kind) for name, kind in kinds.items()
+        }
         ends = parts["lengths"].cumsum()
         count = len(ends) if tokens is None else int(np.searchsorted(ends, tokens, side="right"))
         total = int(ends[count - 1]) if count else 0
