@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from beagle_sd.data.evaluation_sets import EVALUATION_SETS, evaluation_ngrams, ngrams
 from beagle_sd.data.prompts import sources, templates
 from beagle_sd.data.prompts.build import MIX, build_prompts
-from beagle_sd.data.prompts.sources import SOURCES
 from beagle_sd.models import smollm2
 
 TEMPLATES = {"templates": 1.0}
@@ -139,7 +138,7 @@ def test_default_build_shares_nothing_with_the_evaluation_sets():
     assert {name: counts[name] for name in MIX} == {name: round(1500 * share) for name, share in MIX.items()}
 
 
-@pytest.mark.parametrize("name", sorted(SOURCES))
+@pytest.mark.parametrize("name", sorted(MIX))
 def test_each_source_is_deterministic_and_readable(name):
     try:
         rows, again = (build_prompts(40, 2, {name: 1.0}) for _ in range(2))
