@@ -91,12 +91,12 @@ def tree(op: str, value: DraftTree) -> tuple[int, int]:
     return batch, nodes
 
 
-def at_least(op: str, name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
-    """Check a Python integer and its bounds."""
+def at_least(op: str, name: str, value: int, least: int, most: int = 2**31 - 1, other: str = "") -> None:
+    """Check a Python integer and its bounds; `other` is what else the caller allows, for the message."""
     if not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{op}: {name} is a {type(value).__name__}; allowed: an int")
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}; allowed: an int{other}")
     if not least <= value <= most:
-        raise ValueError(f"{op}: {name} is {value}; allowed: {least} to {most}")
+        raise ValueError(f"{op}: {name} is {value}; allowed: {least} to {most}{other}")
 
 
 MAX_NODES = 1024

@@ -113,14 +113,14 @@ def resources(cubin: Path) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", report)[1]), int(re.search(r"STACK:(\d+)", report)[1])  # type: ignore[index]
 
 
-def block_attention(head_size: int, dtype: torch.dtype, rows: int = 256) -> None:
+def block_attention(head_size: int, dtype: torch.dtype, rows: int = 256, reach: int | None = None) -> None:
     """Forward and backward of packed sequences, which hold more than a single one: three kernels."""
     from beagle_kernels.triton.block_attention import block_attention as forward
     from beagle_kernels.triton.block_attention_backward import block_attention_backward
 
     q, k, v = (torch.zeros(rows, heads, head_size, dtype=dtype) for heads in (32, 8, 8))
     offset, bounds = torch.zeros(2, dtype=torch.int32), torch.tensor([0, rows // 2, rows], dtype=torch.int32)
-    shared = offset, bounds, 5, 1.0
+    shared = offset, bounds, 5, 1.0, reach
     out, lse = forward(q, k, v, *shared)
     block_attention_backward(q, lse, q, k, v, out, lse, *shared)
 

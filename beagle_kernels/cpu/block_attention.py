@@ -1,8 +1,8 @@
 """`block_attention` on the CPU: blocks of rows against the keys that any of them sees, through PyTorch's flash kernel.
 
-A block of about BLOCK rows reads the keys before its last row's window and no more, so the cost stays near half of
-dense and the memory linear. Query heads that share a key head are laid out as [Hkv, G, rows, D], keys as the same with
-stride 0 over G, so nothing is copied.
+A block of about BLOCK rows reads the keys from its first row's reach to its last row's window and no more. So the cost
+is linear in the text with a reach and near half of dense without, and the memory linear. Query heads that share a key
+head are laid out as [Hkv, G, rows, D], keys as the same with stride 0 over G, so nothing is copied.
 """
 
 from __future__ import annotations
@@ -22,23 +22,33 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _blocks(rows: int, window: int, offset: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Iterator:
-    """(query rows, key rows, additive mask): whole windows of rows that all see some key, the rest is left out.
+def _blocks(
+    rows: int, offset: Tensor, cu_seqlens: Tensor | None, window: int, reach: int | None, dtype: torch.dtype
+) -> Iterator:
+    """(query rows, key rows, additive mask): whole windows of rows that all see some key, the rest is left out. Where
+    the reach is shorter than a window, one window a block, without the rows beyond the reach.
 
-    Which of a block's own keys a row sees does not depend on the block, so all masks are views of one.
+    Which keys a row sees, counted from its block's first row, does not depend on the block: all masks are views of one.
     """
-    block = max(min(BLOCK // window, -(-rows // window)), 1) * window
-    seen = torch.arange(min(block, rows))[:, None] // window * window
-    mask = torch.zeros(len(seen), rows + max(block - window, 0), dtype=dtype)
-    mask[:, rows:].masked_fill_(torch.arange(mask.shape[1] - rows) >= seen, -torch.inf)
+    reach = rows if reach is None else min(reach, rows)
+    if reach < window:
+        block, used = window, reach
+    else:
+        block = max(min(BLOCK // window, -(-rows // window)), 1) * window
+        used = min(block, rows)
+    row, key = torch.arange(used)[:, None], torch.arange(-reach, block - window)
+    mask = torch.zeros(used, len(key), dtype=dtype)
+    mask.masked_fill_((key >= row // window * window) | (key < row - reach), -torch.inf)
     bounds = [0, rows] if cu_seqlens is None else cu_seqlens.clamp(0, rows).tolist()
     for start, stop, begin in zip(bounds[:-1], bounds[1:], offset.tolist(), strict=True):
         # The first window with a key before it; one that starts its sequence has none.
         begin = begin if begin > 0 else begin % window or window
         for first in range(start + begin, stop, block):
-            last = min(first + block, stop)
+            last = min(first + used, stop)
             own = (last - first - 1) // window * window
-            yield slice(first, last), slice(start, first + own), mask[: last - first, rows - first + start : rows + own]
+            reached = min(reach, first - start)
+            keys = slice(first - reached, first + own)
+            yield slice(first, last), keys, mask[: last - first, reach - reached : reach + own]
 
 
 def _grouped(x: Tensor, key_heads: int) -> Tensor:
@@ -53,13 +63,20 @@ def _contiguous_rows(*tensors: Tensor) -> list[Tensor]:
 
 @implementation("block_attention", "cpu")
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, offset: Tensor, cu_seqlens: Tensor | None, window: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offset: Tensor,
+    cu_seqlens: Tensor | None,
+    window: int,
+    scale: float,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = _contiguous_rows(q, k, v)
     out = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=accumulation(q.dtype))
     key_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    for queries, keys, mask in _blocks(q.shape[0], window, offset, cu_seqlens, q.dtype):
+    for queries, keys, mask in _blocks(q.shape[0], offset, cu_seqlens, window, reach, q.dtype):
         part = [_grouped(x[keys], key_heads).expand(-1, group, -1, -1) for x in (k, v)]
         block, block_lse = _flash(_grouped(q[queries], key_heads), *part, attn_mask=mask, scale=scale)
         _grouped(out[queries], key_heads).copy_(block)
@@ -80,6 +97,7 @@ def block_attention_backward(
     cu_seqlens: Tensor | None,
     window: int,
     scale: float,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtypes, acc = (q.dtype, k.dtype, v.dtype), accumulation(q.dtype)
     grad_out, q, k, v, out = _contiguous_rows(*(x.to(acc) for x in (grad_out, q, k, v, out)))
@@ -87,7 +105,7 @@ def block_attention_backward(
         grad_out, out = _fold_grad_lse(grad_out, grad_lse, out)
     grads = [torch.zeros(x.shape, dtype=acc) for x in (q, k, v)]
     key_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    for queries, keys, mask in _blocks(q.shape[0], window, offset, cu_seqlens, acc):
+    for queries, keys, mask in _blocks(q.shape[0], offset, cu_seqlens, window, reach, acc):
         rows = [_grouped(x[queries], key_heads) for x in (grad_out, q, out)]
         part = [_grouped(x[keys], key_heads).expand(-1, group, -1, -1) for x in (k, v)]
         rows_lse = lse[queries].T.unflatten(0, (key_heads, group))

@@ -9,7 +9,9 @@ from ..backends import implementation
 from ..types import accumulation
 
 
-def visible_keys(rows: int, window: int, offset: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def visible_keys(
+    rows: int, window: int, offset: Tensor, cu_seqlens: Tensor | None, reach: int | None = None
+) -> tuple[Tensor, Tensor]:
     """The half-open range of keys each row sees: (first, end), int64 [T] each; first = end where it sees none."""
     row = torch.arange(rows, device=offset.device)
     if cu_seqlens is None:
@@ -23,13 +25,17 @@ def visible_keys(rows: int, window: int, offset: Tensor, cu_seqlens: Tensor | No
     first = cu_seqlens[sequence]
     since = row - first - offset.long()[sequence]
     end = torch.where(inside & (since >= 0), row - since % window, first)
+    if reach is not None:
+        first = first.maximum(row - reach)
     return first, end.maximum(first)
 
 
-def _scores(q: Tensor, k: Tensor, window: int, offset: Tensor, cu_seqlens: Tensor | None, scale: float):
+def _scores(
+    q: Tensor, k: Tensor, offset: Tensor, cu_seqlens: Tensor | None, window: int, scale: float, reach: int | None
+):
     """Masked scores [Hkv, G, T, T] and the grouped queries [T, Hkv, G, D], both in the accumulation dtype."""
     rows, heads, width = q.shape
-    first, end = visible_keys(rows, window, offset, cu_seqlens)
+    first, end = visible_keys(rows, window, offset, cu_seqlens, reach)
     key = torch.arange(rows, device=q.device)
     mask = (key >= first[:, None]) & (key < end[:, None])
     grouped = q.reshape(rows, k.shape[1], heads // max(k.shape[1], 1), width)
@@ -39,10 +45,17 @@ def _scores(q: Tensor, k: Tensor, window: int, offset: Tensor, cu_seqlens: Tenso
 
 @implementation("block_attention", "reference")
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, offset: Tensor, cu_seqlens: Tensor | None, window: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offset: Tensor,
+    cu_seqlens: Tensor | None,
+    window: int,
+    scale: float,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype, (q, k, v) = q.dtype, (x.to(accumulation(x.dtype)) for x in (q, k, v))
-    scores, grouped = _scores(q, k, window, offset, cu_seqlens, scale)
+    scores, grouped = _scores(q, k, offset, cu_seqlens, window, scale, reach)
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     out = torch.einsum("hgij,jhd->ihgd", weights, v)
@@ -62,11 +75,12 @@ def block_attention_backward(
     cu_seqlens: Tensor | None,
     window: int,
     scale: float,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With P the weights and g, h the gradients of out and lse: dV = P'g, dS = P (g V' - g . out + h), row by row."""
     dtypes = q.dtype, k.dtype, v.dtype
     grad_out, q, k, v, out = (x.to(accumulation(x.dtype)) for x in (grad_out, q, k, v, out))
-    scores, grouped = _scores(q, k, window, offset, cu_seqlens, scale)
+    scores, grouped = _scores(q, k, offset, cu_seqlens, window, scale, reach)
     per_group = grouped.shape[:3]
     pivot = lse.masked_fill(lse == float("-inf"), 0.0).view(per_group).permute(1, 2, 0)
     weights = torch.exp(scores - pivot[..., None])

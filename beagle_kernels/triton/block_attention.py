@@ -30,7 +30,7 @@ from .tiles import (
     softmax_step,
     store_rows,
 )
-from .windows import MOST_WINDOW, bisection_steps, key_range, tile_loop_bounds
+from .windows import bisection_steps, key_range, limits, tile_loop_bounds
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def forward_tiles(
     return b_acc, b_max, b_sum
 
 
-@triton.jit(do_not_specialize=["T", "num_seqs", "window", "together"])
+@triton.jit(do_not_specialize=["T", "num_seqs", "window", "reach", "together"])
 def block_attention_forward(
     p_q,
     p_k,
@@ -93,6 +93,7 @@ def block_attention_forward(
     T,
     num_seqs,
     window,
+    reach,
     scale,
     s_qt,
     s_qh,
@@ -116,7 +117,7 @@ def block_attention_forward(
     i_m, i_h = block_and_head(tl.program_id(0), blocks, HQ, together)
     o_row = (blocks - 1 - i_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
-    b_first, b_limit = key_range(tl.minimum(o_row, T - 1), p_cu, p_offset, T, num_seqs, window, STEPS)
+    b_first, b_limit = key_range(tl.minimum(o_row, T - 1), p_cu, p_offset, T, num_seqs, window, reach, STEPS)
     bounds = tile_loop_bounds(b_first, b_limit, BLOCK_N)
 
     column = i_h // GROUP * D
@@ -127,7 +128,7 @@ def block_attention_forward(
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    for part in tl.static_range(0 if STEPS > 0 else 1, 3):
+    for part in tl.static_range(0 if STEPS > 0 or reach is not None else 1, 3):
         b_acc, b_max, b_sum = forward_tiles(
             b_acc,
             b_max,
@@ -196,7 +197,14 @@ def launch(
 
 @implementation("block_attention", "triton")
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, offset: Tensor, cu_seqlens: Tensor | None, window: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offset: Tensor,
+    cu_seqlens: Tensor | None,
+    window: int,
+    scale: float,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     q, scale = positive_scale(q, scale)
     q, k, v = rows_contiguous(q, k, v)
@@ -204,7 +212,7 @@ def block_attention(
     num_seqs = offset.numel()
     if q.numel() == 0 or num_seqs == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    sizes = q.shape[0], num_seqs, min(window, MOST_WINDOW), scale
+    sizes = q.shape[0], num_seqs, *limits(window, reach), scale
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
     args = offset.contiguous(), contiguous(cu_seqlens), out, lse, *sizes, *strides
     launch(block_attention_forward, "block_forward", (q,), (k, v), args, shape_constants(q, k, cu_seqlens))

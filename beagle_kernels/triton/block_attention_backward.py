@@ -21,7 +21,7 @@ from .tiles import (
     rows_contiguous,
     store_rows,
 )
-from .windows import MOST_WINDOW, key_range, row_range, tile_loop_bounds
+from .windows import key_range, limits, row_range, tile_loop_bounds
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def dq_tiles(
     return b_dq
 
 
-@triton.jit(do_not_specialize=["T", "num_seqs", "window", "s_ht", "s_hh", "together"])
+@triton.jit(do_not_specialize=["T", "num_seqs", "window", "reach", "s_ht", "s_hh", "together"])
 def block_attention_dq(
     p_q,
     p_g,
@@ -82,6 +82,7 @@ def block_attention_dq(
     T,
     num_seqs,
     window,
+    reach,
     scale,
     s_qt,
     s_qh,
@@ -111,7 +112,7 @@ def block_attention_dq(
     o_row = (blocks - 1 - i_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     m_row = o_row < T
-    b_first, b_limit = key_range(tl.minimum(o_row, T - 1), p_cu, p_offset, T, num_seqs, window, STEPS)
+    b_first, b_limit = key_range(tl.minimum(o_row, T - 1), p_cu, p_offset, T, num_seqs, window, reach, STEPS)
     bounds = tile_loop_bounds(b_first, b_limit, BLOCK_N)
 
     b_q = load_rows(p_q + i_h.to(tl.int64) * s_qh, o_row, s_qt, o_d, T, D, BLOCK_D, True)  # [BM, BD]
@@ -129,7 +130,7 @@ def block_attention_dq(
         p_k += (i_h // GROUP).to(tl.int64) * s_kh
         p_v += (i_h // GROUP).to(tl.int64) * s_vh
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for part in tl.static_range(0 if STEPS > 0 else 1, 3):
+    for part in tl.static_range(0 if STEPS > 0 or reach is not None else 1, 3):
         b_dq = dq_tiles(
             b_dq,
             b_q,
@@ -203,7 +204,7 @@ def dkv_tiles(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["T", "num_seqs", "window", "together"])
+@triton.jit(do_not_specialize=["T", "num_seqs", "window", "reach", "together"])
 def block_attention_dkv(
     p_k,
     p_v,
@@ -217,6 +218,7 @@ def block_attention_dkv(
     T,
     num_seqs,
     window,
+    reach,
     scale,
     s_qt,
     s_qh,
@@ -241,7 +243,7 @@ def block_attention_dkv(
     i_m, i_h = block_and_head(tl.program_id(0), tl.cdiv(T, BLOCK_M), HQ // GROUP, together)
     o_key = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
-    b_first, b_limit = row_range(tl.minimum(o_key, T - 1), p_cu, p_offset, T, num_seqs, window, STEPS)
+    b_first, b_limit = row_range(tl.minimum(o_key, T - 1), p_cu, p_offset, T, num_seqs, window, reach, STEPS)
     bounds = tile_loop_bounds(b_first, b_limit, BLOCK_N)
 
     b_k = load_rows(p_k + i_h.to(tl.int64) * s_kh, o_key, s_kt, o_d, T, D, BLOCK_D, True)  # [BM, BD]
@@ -299,6 +301,7 @@ def block_attention_backward(
     cu_seqlens: Tensor | None,
     window: int,
     scale: float,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, grad_out = rows_contiguous(q, k, v, grad_out)
     out, lse, num_seqs = out.contiguous(), lse.contiguous(), offset.numel()
@@ -307,7 +310,7 @@ def block_attention_backward(
         return tuple(grad.zero_() for grad in grads)
     of_rows, constants = lse.new_empty(2, *lse.T.shape), shape_constants(q, k, cu_seqlens)
     offset, cu_seqlens = offset.contiguous(), contiguous(cu_seqlens)
-    sizes = q.shape[0], num_seqs, min(window, MOST_WINDOW), scale
+    sizes = q.shape[0], num_seqs, *limits(window, reach), scale
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad_out.stride()[:2]
     lse_strides = (0, 0) if grad_lse is None else grad_lse.stride()
     args = offset, cu_seqlens, out, lse, grad_lse, grads[0], of_rows, *sizes, *strides, *lse_strides

@@ -7,12 +7,17 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_WINDOW = 1 << 29
-"""A longer window sees what this one sees; it keeps the kernels' sums in 32 bits."""
+"""A longer window or reach sees what this one sees; it keeps the kernels' sums in 32 bits."""
 
 
 def bisection_steps(cu_seqlens: Tensor | None) -> int:
     """Enough for these sequences, in few sizes, as each is a compilation; 0: there is only one."""
     return 0 if cu_seqlens is None else next(n for n in (4, 8, 16, 31) if cu_seqlens.numel() <= 2**n)
+
+
+def limits(window: int, reach: int | None) -> tuple[int, int | None]:
+    """Both as the kernels take them; without a reach they are compiled without its arithmetic."""
+    return min(window, MOST_WINDOW), None if reach is None else min(reach, MOST_WINDOW)
 
 
 @triton.jit
@@ -49,20 +54,25 @@ def sequence_of(o_row, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr)
 
 
 @triton.jit
-def key_range(o_row, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
-    """The keys [first, limit) that each row sees; limit = first where it sees none."""
+def key_range(o_row, p_cu, p_offset, T, num_seqs, window, reach, STEPS: tl.constexpr):
+    """The keys [first, limit) that each row sees; limit = first where it sees none. A reach of None: no limit."""
     b_first, b_end, b_begin = sequence_of(o_row, p_cu, p_offset, T, num_seqs, window, STEPS)
     b_since = o_row - b_begin
     b_limit = tl.where((b_since >= 0) & (b_end > b_first), o_row - b_since % window, b_first)
+    if reach is not None:
+        b_first = tl.maximum(b_first, o_row - reach)
     return b_first, tl.maximum(b_limit, b_first)
 
 
 @triton.jit
-def row_range(o_key, p_cu, p_offset, T, num_seqs, window, STEPS: tl.constexpr):
-    """The rows [first, limit) that see each key: those of the windows that start after it."""
+def row_range(o_key, p_cu, p_offset, T, num_seqs, window, reach, STEPS: tl.constexpr):
+    """The rows [first, limit) that see each key: those of the windows that start after it, up to `reach` after it."""
     b_start, b_end, b_begin = sequence_of(o_key, p_cu, p_offset, T, num_seqs, window, STEPS)
     b_first = b_begin + (tl.maximum(o_key + 1 - b_begin, 0) + window - 1) // window * window
-    return tl.minimum(tl.maximum(b_first, b_start), b_end), b_end
+    b_first = tl.minimum(tl.maximum(b_first, b_start), b_end)
+    if reach is not None:
+        b_end = tl.maximum(tl.minimum(b_end, o_key + reach + 1), b_first)
+    return b_first, b_end
 
 
 @triton.jit

@@ -67,7 +67,9 @@ def check_block_attention(device: str, rounds: int, backend: str) -> int:
     """Windows, offsets and bounds of any value; ascending bounds give what the reference gives."""
     for seed in range(rounds):
         pick = torch.Generator().manual_seed(seed)
-        rows, window = (int(one_of(pick, values, (), torch.int64)) for values in ([1, 7, 40, 40], [1, 4, 5, 64, 2**40]))
+        sizes = [1, 7, 40, 40], [1, 4, 5, 64, 2**40], [1, 3, 5, 17, 2**40]
+        rows, window, reach = (int(one_of(pick, values, (), torch.int64)) for values in sizes)
+        reach = reach if seed % 4 > 1 else None
         count = int(torch.randint(1, 5, (), generator=pick))
         offset = one_of(pick, [-INT32 - 1, -9, -3, -1, 0, 1, 3, rows, INT32], (count,), torch.int32)
         offset = guarded(offset, device)
@@ -76,14 +78,14 @@ def check_block_attention(device: str, rounds: int, backend: str) -> int:
         bounds = None if count == 1 and seed % 3 else guarded(bounds, device)
         q, k, v = (normal(pick, device, rows, heads, 16).requires_grad_() for heads in (4, 2, 2))
         with GuardedOutputs():
-            out, lse = block_attention(q, k, v, window, offset, bounds, backend=backend)
+            out, lse = block_attention(q, k, v, window, offset, bounds, reach=reach, backend=backend)
             seen = out, lse.nan_to_num(neginf=0.0)
             grads = torch.autograd.grad(seen, (q, k, v), (torch.ones_like(out), torch.ones_like(lse)))
         found = out, *grads
-        what = f"round {seed}: window {window}, offset {offset.tolist()}, bounds {bounds}"
+        what = f"round {seed}: window {window}, reach {reach}, offset {offset.tolist()}, bounds {bounds}"
         assert all(x.isfinite().all() for x in found) and not lse.isnan().any() and (lse < INT32).all(), what
         if bounds is None or bounds.equal(bounds.sort().values):
-            want = block_attention(q, k, v, window, offset, bounds, backend="reference")
+            want = block_attention(q, k, v, window, offset, bounds, reach=reach, backend="reference")
             seen = want[0], want[1].nan_to_num(neginf=0.0)
             want += torch.autograd.grad(seen, (q, k, v), (torch.ones_like(out), torch.ones_like(lse)))
             torch.testing.assert_close((out, lse, *grads), want, rtol=1e-4, atol=1e-4, msg=what)

@@ -22,41 +22,49 @@ def inputs(rows: int, hq: int, hkv: int, d: int, dtype=torch.float64, grad: bool
     return [torch.randn(s, generator=gen, dtype=torch.float64).to(dtype).requires_grad_(grad) for s in shapes]
 
 
-def literal(q, k, v, window, offsets, lengths, scale=None):
+def literal(q, k, v, window, offsets, lengths, reach=None):
     """Row by row, in the words of the definition."""
     outs, lses, base, group = [], [], 0, q.shape[1] // k.shape[1]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5
     for offset, length in zip(offsets, lengths, strict=True):
         for i in range(length):
             end = max(offset + (i - offset) // window * window, 0) if i >= offset else 0
-            keys = k[base : base + end].repeat_interleave(group, 1)
-            values = v[base : base + end].repeat_interleave(group, 1)
+            first = 0 if reach is None else min(max(i - reach, 0), end)
+            keys = k[base + first : base + end].repeat_interleave(group, 1)
+            values = v[base + first : base + end].repeat_interleave(group, 1)
             scores = torch.einsum("hd,jhd->hj", q[base + i], keys) * scale
-            lses.append(scores.logsumexp(-1) if end else q.new_full(q.shape[1:2], float("-inf")))
-            outs.append(torch.einsum("hj,jhd->hd", scores.softmax(-1), values) if end else torch.zeros_like(q[0]))
+            sees = first < end
+            lses.append(scores.logsumexp(-1) if sees else q.new_full(q.shape[1:2], float("-inf")))
+            outs.append(torch.einsum("hj,jhd->hd", scores.softmax(-1), values) if sees else torch.zeros_like(q[0]))
         base += length
     return torch.stack(outs), torch.stack(lses)
 
 
 CASES = [
-    # window, offsets, lengths, query heads, key heads
-    (5, [0], [1], 2, 1),
-    (5, [3], [63], 4, 4),
-    (1, [0], [17], 4, 1),
-    (4, [1, 0, 3, 2], [13, 0, 1, 30], 4, 2),
-    (7, [9], [40], 2, 2),
-    (64, [0], [63], 2, 2),
+    # window, reach, offsets, lengths, query heads, key heads
+    (5, None, [0], [1], 2, 1),
+    (5, None, [3], [63], 4, 4),
+    (1, None, [0], [17], 4, 1),
+    (4, None, [1, 0, 3, 2], [13, 0, 1, 30], 4, 2),
+    (7, None, [9], [40], 2, 2),
+    (64, None, [0], [63], 2, 2),
+    (5, 1, [3], [40], 4, 2),
+    (5, 4, [3], [40], 2, 1),
+    (5, 5, [3], [40], 2, 1),
+    (4, 11, [1, 0, 3, 2], [13, 0, 1, 30], 4, 2),
+    (4, 2**40, [1, 2], [13, 20], 2, 2),
+    (64, 9, [10], [63], 2, 2),
 ]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("window, offsets, lengths, hq, hkv", CASES)
-def test_equals_the_definition(backend, window, offsets, lengths, hq, hkv):
+@pytest.mark.parametrize("window, reach, offsets, lengths, hq, hkv", CASES)
+def test_equals_the_definition(backend, window, reach, offsets, lengths, hq, hkv):
     q, k, v = inputs(sum(lengths), hq, hkv, 8)
     offset = torch.tensor(offsets, dtype=torch.int32)
     cu = None if len(lengths) == 1 else packed(lengths)
-    out, lse = block_attention(q, k, v, window, offset, cu, backend=backend)
-    want_out, want_lse = literal(q, k, v, window, offsets, lengths)
+    out, lse = block_attention(q, k, v, window, offset, cu, reach=reach, backend=backend)
+    want_out, want_lse = literal(q, k, v, window, offsets, lengths, reach)
     torch.testing.assert_close(out, want_out)
     torch.testing.assert_close(lse, want_lse)
 
@@ -119,18 +127,38 @@ def test_strides(backend):
 
 
 @pytest.mark.parametrize("window", [1, 5, 100, 300])
-@pytest.mark.parametrize("lengths", [[600], [300, 0, 17, 283]])
-def test_cpu_in_several_blocks(window, lengths):
-    """Sequences longer than a block of rows, windows shorter and longer than one."""
+@pytest.mark.parametrize(
+    "reach, lengths", [(None, [600]), (None, [300, 0, 17, 283]), (4, [600]), (257, [600]), (120, [300, 0, 17, 283])]
+)
+def test_cpu_in_several_blocks(window, reach, lengths):
+    """Sequences longer than a block of rows, windows and reaches shorter and longer than one."""
     q, k, v = inputs(600, 4, 2, 8)
     offset = torch.tensor([i % 7 for i in range(len(lengths))], dtype=torch.int32)
     up, up_lse = torch.randn_like(q), torch.randn(600, 4, dtype=torch.float64)
     results = []
     for backend in ("cpu", "reference"):
-        out, lse = block_attention(q, k, v, window, offset, packed(lengths), backend=backend)
+        out, lse = block_attention(q, k, v, window, offset, packed(lengths), reach=reach, backend=backend)
         results.append((out, lse, *torch.autograd.grad((out, lse), (q, k, v), (up, up_lse))))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)
+
+
+def nothing_out_of_reach_is_read(backend, device, dtype, block) -> None:
+    """NaN at the text's start and end spoils no row or key that is a reach and the borders of blocks, of `block` rows
+    or keys at most, away."""
+    rows = 8 * block
+    q, k, v, up = (x.to(device, dtype) for x in (*inputs(rows, 4, 1, 64, grad=False), torch.randn(rows, 4, 64)))
+    k[:block], v[:block], q[7 * block :], up[7 * block :] = [torch.nan] * 4
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    offset = torch.tensor([1], dtype=torch.int32, device=device)
+    out, lse = block_attention(*leaves, 4, offset, reach=block // 2, backend=backend)
+    dq, *of_keys = torch.autograd.grad((out, lse), leaves, (up, torch.ones_like(lse)))
+    assert all(x[3 * block : 7 * block].isfinite().all() for x in (out, lse, dq))
+    assert all(x[3 * block : 5 * block].isfinite().all() for x in of_keys)
+
+
+def test_cpu_reads_nothing_out_of_reach():
+    nothing_out_of_reach_is_read("cpu", "cpu", torch.float32, 256)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -197,12 +225,14 @@ def test_stage_2_in_one_pass(backend, length, window, offset):
         torch.testing.assert_close(g, w)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("short", [False, True])
+def test_gradcheck(short):
     offset, cu = torch.tensor([0, 2], dtype=torch.int32), packed([7, 6])
+    reach = 2 if short else None
     seen = torch.tensor([i >= 3 and i != 7 and i != 8 for i in range(13)])
 
     def both(q, k, v):
-        out, lse = block_attention(q, k, v, 3, offset, cu, backend="reference")
+        out, lse = block_attention(q, k, v, 3, offset, cu, reach=reach, backend="reference")
         return out, lse.masked_fill(lse == float("-inf"), 0.0)
 
     assert torch.isfinite(block_attention(*inputs(13, 2, 1, 4), 3, offset, cu)[1][seen]).any()
@@ -210,15 +240,17 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend):
+@pytest.mark.parametrize("reach", [None, 3])
+def test_opcheck(backend, reach):
     q, k, v = inputs(13, 2, 1, 8, torch.float32)
     offset = torch.tensor([1, 2], dtype=torch.int32)
-    opcheck(torch.ops.beagle.block_attention.default, (q, k, v, offset, packed([7, 6]), 3, 0.3, backend))
+    opcheck(torch.ops.beagle.block_attention.default, (q, k, v, offset, packed([7, 6]), 3, 0.3, reach, backend))
 
 
-def test_compiles_in_one_graph():
+@pytest.mark.parametrize("reach", [None, 5])
+def test_compiles_in_one_graph(reach):
     def loss(q, k, v):
-        out, lse = block_attention(q, k, v, 4, offset)
+        out, lse = block_attention(q, k, v, 4, offset, reach=reach)
         return (out * 2).square().sum() + lse[4:].sum()
 
     offset = torch.tensor([0], dtype=torch.int32)
@@ -244,6 +276,8 @@ def test_bad_inputs():
     ]:
         with pytest.raises(error, match=message):
             block_attention(*args)
+    with pytest.raises(ValueError, match="reach is 0; allowed: 1 to .*, or None for no limit"):
+        block_attention(q, k, v, 2, offset, reach=0)
     with pytest.raises(ValueError, match="cannot serve"):
         block_attention(q, k, v, 2, offset, backend="cuda")
 

@@ -189,8 +189,8 @@ def test_hostile_lengths_and_masks_of_tree_attention(seed, batch, nodes, slots):
 
 
 @property_test
-@given(seeds, st.integers(0, 40), st.integers(1, 9))
-def test_hostile_windows_of_block_attention(seed, rows, window):
+@given(seeds, st.integers(0, 40), st.integers(1, 9), st.none() | st.integers(1, 50))
+def test_hostile_windows_of_block_attention(seed, rows, window, reach):
     pick = torch.Generator().manual_seed(seed)
     q, k, v = torch.randn(3, rows, 2, 8, generator=pick)
     wild = [-INT32 - 1, -1, 0, 1, 3, rows, rows + 1, INT32]
@@ -199,7 +199,7 @@ def test_hostile_windows_of_block_attention(seed, rows, window):
     bounds = one_of(pick, wild, (count + 1,), torch.int32)
     for name in backends_of("block_attention"):
         try:
-            out, lse = bk.block_attention(q, k, v, window, offset, bounds, backend=name)
+            out, lse = bk.block_attention(q, k, v, window, offset, bounds, reach=reach, backend=name)
         except (ValueError, RuntimeError):
             continue
         assert out.shape == q.shape and not lse.isnan().any()

@@ -253,19 +253,25 @@ def test_gradients_of_size_zero(op, size):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("window", 0), ("window", 2**63), ("num_nodes", 1025), ("max_depth", -1), ("max_depth", 2**40)]
+    "name, value",
+    [
+        *[("window", 0), ("window", 2**63), ("reach", 0), ("reach", 2**63)],
+        *[("num_nodes", 1025), ("max_depth", -1), ("max_depth", 2**40)],
+    ],
 )
 def test_integers_out_of_range_are_refused(name, value):
     q, starts = torch.zeros(4, 2, 8), torch.zeros(1, dtype=torch.int32)
     root, none = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 0)
     given = {"num_nodes": 4, "max_depth": 2, name: value}
     with pytest.raises(ValueError, match=f"{name} is {value}; allowed: "):
-        if name == "window":
-            bk.block_attention(q, q, q, value, starts)
+        if name in ("window", "reach"):
+            bk.block_attention(q, q, q, **{"window": 2, name: value}, offset=starts)
         else:
             bk.build_tree(root, none.long(), none, none.int(), given["num_nodes"], given["max_depth"])
     with pytest.raises(TypeError, match="window is a float; allowed: an int"):
         bk.block_attention(q, q, q, 2.5, starts)
+    with pytest.raises(TypeError, match="reach is a float; allowed: an int, or None for no limit"):
+        bk.block_attention(q, q, q, 2, starts, reach=2.5)
 
 
 def test_backends_here_are_those_of_the_cpu():

@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from closeness import close_as_eager, random, score_rounding
-from test_block_attention import packed
+from test_block_attention import nothing_out_of_reach_is_read, packed
 from test_distill_loss import naive as naive_distill_loss
 from test_extend_attention import inputs as extend_inputs
 from test_tree_attention import case as tree_case
@@ -25,24 +25,35 @@ from beagle_kernels.reference.tree_attention import visible_slots
 # What a kernel is compiled for, heads, group and head size, is one of four in every table: a GPU's tests compile each
 # kernel once or twice, and what is large reuses what was compiled for the small.
 BLOCK_CASES = {
-    # window, offsets, lengths (None: one sequence), rows, query heads, key heads, head size, sharpness
+    # window, reach, offsets, lengths (None: one sequence), rows, query heads, key heads, head size, sharpness
     "one sequence": [
-        (5, [0], None, 0, 4, 1, 64, 1),
-        (5, [0], None, 1, 4, 1, 64, 1),
-        (5, [2], None, 63, 4, 1, 64, 1),
-        (5, [-3], None, 63, 8, 1, 40, 8),
+        (5, None, [0], None, 0, 4, 1, 64, 1),
+        (5, None, [0], None, 1, 4, 1, 64, 1),
+        (5, None, [2], None, 63, 4, 1, 64, 1),
+        (5, None, [-3], None, 63, 8, 1, 40, 8),
     ],
     "packed": [
-        (4, [1, 0, 3, 2, 9, 0], [13, 0, 50, 30, 1, 0], 113, 4, 1, 64, 1),
-        (32, [3, 20], [60, 23], 90, 4, 2, 128, 1),
+        (4, None, [1, 0, 3, 2, 9, 0], [13, 0, 50, 30, 1, 0], 113, 4, 1, 64, 1),
+        (32, None, [3, 20], [60, 23], 90, 4, 2, 128, 1),
     ],
-    "wide heads": [(3, [1], None, 63, 2, 2, 256, 4)],
-    "large, one sequence": [(5, [3], None, 1025, 4, 1, 64, 1), (9, [0], None, 1025, 8, 1, 40, 8)],
+    "within a reach": [
+        (5, 1, [2], None, 40, 4, 1, 64, 1),
+        (5, 30, [2], None, 70, 4, 1, 64, 1),
+        (4, 4, [1, 0, 3], [13, 0, 50], 63, 4, 1, 64, 4),
+        (3, 70, [1, 2], [103, 9], 112, 4, 1, 64, 1),
+    ],
+    "wide heads": [(3, None, [1], None, 63, 2, 2, 256, 4)],
+    "large, one sequence": [(5, None, [3], None, 1025, 4, 1, 64, 1), (9, None, [0], None, 1025, 8, 1, 40, 8)],
     "large, packed": [
-        (3, [1, 2, 0], [600, 25, 400], 1025, 4, 1, 64, 4),
-        (7, [0, 3], [1000, 1000], 2048, 4, 2, 128, 1),
+        (3, None, [1, 2, 0], [600, 25, 400], 1025, 4, 1, 64, 4),
+        (7, None, [0, 3], [1000, 1000], 2048, 4, 2, 128, 1),
     ],
-    "large, wide heads": [(3, [1], None, 1025, 2, 2, 256, 4)],
+    "large, within a reach": [
+        (5, 300, [3], None, 1025, 4, 1, 64, 1),
+        (3, 129, [1, 2, 0], [600, 25, 400], 1025, 4, 1, 64, 4),
+        (3, 2, [1, 2, 0], [600, 25, 400], 1025, 4, 1, 64, 1),
+    ],
+    "large, wide heads": [(3, None, [1], None, 1025, 2, 2, 256, 4)],
 }
 
 
@@ -58,8 +69,8 @@ def eager_block(q, k, v, mask):
 
 
 def check_block_attention(device: str, dtype: torch.dtype, group: str) -> int:
-    for window, offsets, lengths, rows, hq, hkv, d, sharp in BLOCK_CASES[group]:
-        what = f"{dtype} {(window, offsets, lengths, rows, hq, hkv, d, sharp)}"
+    for window, reach, offsets, lengths, rows, hq, hkv, d, sharp in BLOCK_CASES[group]:
+        what = f"{dtype} {(window, reach, offsets, lengths, rows, hq, hkv, d, sharp)}"
         gen = torch.Generator().manual_seed(rows)
         offset = torch.tensor(offsets, dtype=torch.int32, device=device)
         cu = None if lengths is None else torch.stack([packed(lengths), packed(lengths) * 0], 1)[:, 0].to(device)
@@ -67,14 +78,14 @@ def check_block_attention(device: str, dtype: torch.dtype, group: str) -> int:
             random((rows, heads, d), dtype, device, gen, scale).requires_grad_()
             for heads, scale in ((hq, sharp), (hkv, 1), (hkv, 1))
         ]
-        out, lse = block_attention(*leaves, window, offset, cu, backend="triton")
+        out, lse = block_attention(*leaves, window, offset, cu, reach=reach, backend="triton")
         up = random(out.shape, dtype, device, gen), random(lse.shape, torch.float32, device, gen)
         grads = torch.autograd.grad((out, lse), leaves, up, retain_graph=True)
         repeated = torch.autograd.grad((out, lse), leaves, up)
         assert all(torch.equal(a, b) for a, b in zip(grads, repeated, strict=True)), what
         if rows == 0:
             continue
-        first, end = visible_keys(rows, window, offset, cu)
+        first, end = visible_keys(rows, window, offset, cu, reach)
         key = torch.arange(rows, device=device)
         mask = (key >= first[:, None]) & (key < end[:, None])
         seen = mask.any(1)
@@ -146,13 +157,19 @@ def like_reference(op, q, k, v, what: str) -> None:
         close_as_eager(have[seen], near[seen], exact[seen], 2, what, rounding)
 
 
+def check_what_is_out_of_reach(device: str, dtype: torch.dtype) -> int:
+    """Tiles are of 128 rows and keys at most."""
+    nothing_out_of_reach_is_read("triton", device, dtype, 128 if device == "cuda" else 32)
+    return 1
+
+
 def check_variants(device: str, dtype: torch.dtype) -> int:
     """What a configuration says beside its sizes changes no number, where the tensors let it serve."""
     from beagle_kernels.triton import configs
     from beagle_kernels.triton.tiles import readable_by_tma
 
     gen, arch = torch.Generator().manual_seed(8), configs.architecture(torch.device(device))
-    offset, cu = torch.tensor([1, 3], dtype=torch.int32, device=device), packed([40, 23]).to(device)
+    offset, cu = torch.tensor([1, 3], dtype=torch.int32, device=device), packed([3, 67]).to(device)
     variants = [
         {name: name in taken for name in configs.Config._fields[4:]}
         for taken in ((), ("tma",), ("ahead",), ("tma", "ahead"))
@@ -160,7 +177,7 @@ def check_variants(device: str, dtype: torch.dtype) -> int:
     results = []
     wide = random((70, 6, 64), dtype, device, gen)
     apart = [random((70, heads, 64), dtype, device, gen) for heads in (4, 1, 1)]
-    for q, k, v in (wide.tensor_split((4, 5), 1), apart):
+    for (q, k, v), reach in ((wide.tensor_split((4, 5), 1), None), (apart, 40)):
         assert all(map(readable_by_tma, (q, k, v))) and not readable_by_tma(v[..., 1:])
         results, up = [], random(q.shape, dtype, device, gen)
         keys = [(name, arch, 64, dtype) for name in ("block_forward", "block_dq", "block_dkv")]
@@ -169,7 +186,7 @@ def check_variants(device: str, dtype: torch.dtype) -> int:
             tuned = {key: config._replace(**dict(variant)) for key, config in zip(keys, shipped, strict=True)}
             with mock.patch.dict(configs._tuned, tuned):
                 leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-                out, lse = block_attention(*leaves, 4, offset, cu, backend="triton")
+                out, lse = block_attention(*leaves, 4, offset, cu, reach=reach, backend="triton")
                 results.append((out, lse, *torch.autograd.grad(out, leaves, up)))
         for other in results[1:]:
             torch.testing.assert_close(other, results[0])
@@ -289,6 +306,7 @@ CHECKS = {
     | {
         "some inputs, any strides": check_partial_and_strided,
         "bounds of no sequence": check_bounds_of_no_sequence,
+        "out of reach": check_what_is_out_of_reach,
         "variants": check_variants,
     },
     "extend_attention": {"all": check_extend_attention},

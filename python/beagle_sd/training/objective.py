@@ -24,12 +24,14 @@ def row_weights(batch: Batch, window: int, offset: Tensor, *, simulated: bool) -
 
 
 def block_states(draft: BeagleDraft, batch: Batch, keys_of: Tensor, window: int, offset: Tensor) -> Tensor:
-    """Stage 1: draft states [T, d]; each row sees the true keys before its window. keys_of [T, d] are the states
-    that give the keys: the target's, with noise where training adds it."""
+    """Stage 1: draft states [T, d]; each row sees the true keys before its window, with window_keys the row i those
+    from i - window_keys on. keys_of [T, d] are the states that give the keys: the target's, with noise where training
+    adds it."""
     embedded = draft.embed(batch.tokens)
     keys, values = draft.keys_values(keys_of, batch.positions)
     queries = draft.queries(embedded, batch.positions)
-    attended, _ = block_attention(queries, keys, values, window, offset, batch.cu_seqlens)
+    reach = draft.config.window_keys
+    attended, _ = block_attention(queries, keys, values, window, offset, batch.cu_seqlens, reach=reach)
     return draft.block(embedded, attended)
 
 
@@ -39,12 +41,17 @@ def simulated_states(
     """Stage 2: draft states [T, d]; row s + m sees the true keys before s and the draft states s .. s + m - 1.
 
     The part that attends true keys runs once for all rows; step m then adds at most m keys of its first to one row a
-    window. Rows before the first window stay 0. Gradients flow through the draft states unless detach_states.
+    window. Rows before the first window stay 0. Gradients flow through the draft states unless detach_states. With
+    window_keys true keys are seen as in stage 1, and a row sees all draft states of its window: ValueError where the
+    window is longer than window_keys.
     """
+    reach = draft.config.window_keys
+    if reach is not None and window > reach:
+        raise ValueError(f"{window} steps of simulation; allowed: up to the draft's window_keys, {reach}")
     embedded = draft.embed(batch.tokens)
     keys, values = draft.keys_values(keys_of, batch.positions)
     queries = draft.queries(embedded, batch.positions)
-    prefix, lse = block_attention(queries, keys, values, window, offset, batch.cu_seqlens)
+    prefix, lse = block_attention(queries, keys, values, window, offset, batch.cu_seqlens, reach=reach)
     states: list[Tensor] = []
     rows_done: list[Tensor] = []
     own_keys: list[Tensor] = []

@@ -22,6 +22,7 @@ from beagle_sd.training.config import TrainingConfig
 from beagle_sd.training.held_out import HeldOut
 from beagle_sd.training.log import TrainingLog
 from beagle_sd.training.objective import draft_states, row_weights
+from beagle_sd.training.optimizer import Optimizer
 from beagle_sd.training.parallel import mean_gradients, of_this_process, shares, summed
 
 
@@ -34,8 +35,8 @@ class Trainer:
 
     Under `torchrun` or `accelerate launch` every process makes the same trainer and does its share of each batch.
     states: how the draft's states are had, with the arguments of `draft_states`; another kind of draft brings its own.
-    tensorboard: also write the metrics for TensorBoard. Raises ValueError where there is nothing to train on, and for
-    states or a checkpoint that do not fit the draft or the config.
+    tensorboard: also write the metrics for TensorBoard. Raises ValueError where there is nothing to train on, for
+    states or a checkpoint that do not fit the draft or the config, and for a window or steps beyond its window_keys.
     """
 
     def __init__(
@@ -54,9 +55,7 @@ class Trainer:
         self.processes = PartialState(cpu=self.device.type == "cpu")
         # In autocast the loss's products are in bf16, as the draft's are.
         self.head = draft.head.to(torch.bfloat16 if config.autocast else torch.float32)
-        self.optimizer = torch.optim.AdamW(
-            draft.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizer = Optimizer(draft, config)
         self._epochs: dict[int, list[list[int]]] = {}
         self.block_steps = round(config.block_epochs * len(self._epoch(0)))
         self.total_steps = self.block_steps + round(config.simulation_epochs * len(self._epoch(0)))
@@ -97,8 +96,9 @@ class Trainer:
         self.processes.wait_for_everyone()
 
     def evaluate(self, depth: int = 6) -> list[float]:
-        """Acceptance by depth on held-out windows (the paper's figure 3)."""
+        """Acceptance by depth on held-out windows (the paper's figure 3), as deep as the draft's window_keys allow."""
         self.draft.eval()
+        depth = min(depth, self.draft.config.window_keys or depth)
         acceptance = self.held_out.acceptance(depth)
         self.draft.train()
         return acceptance
@@ -134,10 +134,7 @@ class Trainer:
                 f"the last good checkpoint is kept in {self.folder}; lower lr (now {config.lr})?"
             )
         rate = config.rate(self.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(rate)
         self.tokens_seen += int(tokens)
         return {"stage": stage, "loss": loss, "gradient_norm": norm, "lr": rate, "tokens_seen": self.tokens_seen}
 
@@ -195,3 +192,9 @@ def _check_fits(draft: BeagleDraft, dataset: PackedDataset, config: TrainingConf
         raise ValueError(
             f"the states are {dataset.width} wide; allowed: the draft's hidden_size, {draft.config.hidden_size}"
         )
+    for name in ("window", "steps"):
+        length, most = getattr(config, name), draft.config.window_keys
+        if most is not None and length > most:
+            raise ValueError(
+                f"{name} is {length}; allowed: up to the draft's window_keys, {most}: beyond, a row may see no key"
+            )

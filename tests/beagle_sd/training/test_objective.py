@@ -12,7 +12,8 @@ from beagle_sd.training.objective import block_states, row_weights, rows_by_step
 
 
 def literal_passes(draft, batch, window, offset) -> list[torch.Tensor]:
-    """`window` passes over [true | draft] keys, 2T of them, with figure 2's dense mask; pass r reads pass r - 1."""
+    """`window` passes over [true | draft] keys, 2T of them, with figure 2's dense mask; pass r reads pass r - 1.
+    With window_keys no row sees further back."""
     sequence = batch.sequence
     own = offset.long()[sequence]
     place = batch.positions
@@ -21,6 +22,9 @@ def literal_passes(draft, batch, window, offset) -> list[torch.Tensor]:
     inside = (place >= own)[:, None] & (place >= own)
     true_visible = same & (place < start[:, None]) & (place >= own)[:, None]
     draft_visible = same & inside & (place >= start[:, None]) & (place < place[:, None])
+    if draft.config.window_keys is not None:
+        near = place >= place[:, None] - draft.config.window_keys
+        true_visible, draft_visible = true_visible & near, draft_visible & near
     embedded = draft.embed(batch.tokens)
     queries = draft.queries(embedded, place)
     keys, values = draft.keys_values(batch.states, place)
@@ -41,9 +45,20 @@ def literal_passes(draft, batch, window, offset) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("append_states", [True, False])
-@pytest.mark.parametrize("window,offsets", [(4, [0, 2, 1]), (3, [2, 0, 1]), (1, [0, 0, 0]), (5, [4, 3, 0])])
-def test_simulation_equals_the_literal_passes(window, offsets, append_states):
-    draft = small_draft(small_target(), append_states=append_states, initializer_range=0.2).to(DTYPE)
+@pytest.mark.parametrize(
+    "window,window_keys,offsets",
+    [
+        (4, None, [0, 2, 1]),
+        (3, None, [2, 0, 1]),
+        (1, None, [0, 0, 0]),
+        (5, None, [4, 3, 0]),
+        (4, 4, [0, 2, 1]),
+        (3, 10, [2, 0, 1]),
+    ],
+)
+def test_simulation_equals_the_literal_passes(window, window_keys, offsets, append_states):
+    settings = {"append_states": append_states, "window_keys": window_keys, "initializer_range": 0.2}
+    draft = small_draft(small_target(), **settings).to(DTYPE)
     batch = make_batch([23, 3, 17])
     offset = torch.tensor(offsets, dtype=torch.int32)
     weight = row_weights(batch, window, offset, simulated=True).to(DTYPE)
@@ -68,12 +83,29 @@ def test_simulation_equals_the_literal_passes(window, offsets, append_states):
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_stage_one_is_the_first_pass():
-    draft = small_draft(small_target(), initializer_range=0.2).to(DTYPE)
+@pytest.mark.parametrize("window_keys", [None, 7])
+def test_stage_one_is_the_first_pass(window_keys):
+    draft = small_draft(small_target(), initializer_range=0.2, window_keys=window_keys).to(DTYPE)
     batch, offset = make_batch([20, 9]), torch.tensor([3, 1], dtype=torch.int32)
     states = block_states(draft, batch, batch.states, 5, offset)
     rows = row_weights(batch, 5, offset, simulated=False) > 0
     torch.testing.assert_close(states[rows], literal_passes(draft, batch, 5, offset)[0][rows], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("states_of", [block_states, simulated_states])
+def test_window_keys_beyond_the_text_change_nothing(states_of):
+    batch, offset = make_batch([20, 9]), torch.tensor([3, 1], dtype=torch.int32)
+    found = [
+        states_of(small_draft(small_target(), window_keys=most).to(DTYPE), batch, batch.states, 4, offset)
+        for most in (None, 20, 8)
+    ]
+    assert found[0].equal(found[1]) and not found[0].equal(found[2])
+
+
+def test_more_steps_than_window_keys_are_refused():
+    draft, batch = small_draft(small_target(), window_keys=3).to(DTYPE), make_batch([20])
+    with pytest.raises(ValueError, match="4 steps of simulation; allowed: up to the draft's window_keys, 3"):
+        simulated_states(draft, batch, batch.states, 4, torch.zeros(1, dtype=torch.int32))
 
 
 def test_detached_states_change_gradients_but_not_values():

@@ -146,6 +146,14 @@ def test_nothing_to_train_on_is_said(data, tmp_path):
         trainer_of(data, tmp_path, replace(CONFIG, held_out=1))
 
 
+@pytest.mark.parametrize("name", ["window", "steps"])
+def test_windows_beyond_the_keys_that_are_seen_are_refused(name, data, tmp_path):
+    """And the evaluation goes as deep as they reach."""
+    with pytest.raises(ValueError, match=f"{name} is 5; allowed: up to the draft's window_keys, 4"):
+        trainer_of(data, tmp_path, replace(CONFIG, **{name: 5}), window_keys=4)
+    assert len(trainer_of(data, tmp_path, window_keys=4).evaluate()) == 4
+
+
 @pytest.mark.parametrize("wrong", [{"window": 0}, {"lr": -1.0}, {"schedule": "linear"}, {"save_steps": 0}], ids=str)
 def test_wrong_settings_are_refused(wrong):
     (name,) = wrong
