@@ -75,12 +75,7 @@ def panel(rows: list[dict], series: str, axis: str) -> tuple[str, dict[str, list
 
 def draw(device: str, rows: list[dict], folder: Path) -> list[Path]:
     """Write the figures that have points: docs/figures/DEVICE-NAME.svg."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"svg.hashsalt": "beagle", "svg.fonttype": "none", "font.size": 9})
+    plt = _pyplot()
     rows, files_written = list(with_sizes(rows)), []
     for figure, panels in PLOTS.items():
         drawn = [(series, axis, *found) for series, axis in panels if (found := panel(rows, series, axis))[1]]
@@ -113,7 +108,45 @@ def draw(device: str, rows: list[dict], folder: Path) -> list[Path]:
     return files_written
 
 
+def draw_lengths(rows: list[dict], folder: Path) -> list[Path]:
+    """Write cpu-lengths.svg: tokens a round by length of the text, a panel for each kind of text."""
+    if not rows:
+        return []
+    plt = _pyplot()
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    sheet, axes = plt.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 3.4), squeeze=False, sharey=True)
+    for axes_of_panel, kind in zip(axes[0], kinds):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row["kind"] == kind:
+                window = f"window {row['window_keys']}" if row["window_keys"] else "no window"
+                points = lines.setdefault(f"{window}, T = {row['temperature']:g}", [])
+                points.append((row["tokens"], row["tokens_per_round"]))
+        for label, points in lines.items():
+            axes_of_panel.plot(*zip(*sorted(points)), marker="o", markersize=3, label=label)
+        axes_of_panel.set(title=kind, xlabel="tokens of text", xlim=(0, None), ylim=(1, None))
+        axes_of_panel.grid(alpha=0.3)
+        axes_of_panel.legend(fontsize=7)
+    axes[0][0].set_ylabel("tokens a round")
+    sheet.tight_layout()
+    path = folder / "cpu-lengths.svg"
+    sheet.savefig(path, metadata={"Date": None})
+    plt.close(sheet)
+    return [path]
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "beagle", "svg.fonttype": "none", "font.size": 9})
+    return plt
+
+
 def main() -> list[Path]:
     """All figures there are numbers for."""
     FIGURES.mkdir(parents=True, exist_ok=True)
-    return [path for device, rows in files().items() for path in draw(device, rows, FIGURES)]
+    drawn = [path for device, rows in files().items() for path in draw(device, rows, FIGURES)]
+    return drawn + draw_lengths(results.lengths_record()["rows"], FIGURES)

@@ -24,6 +24,11 @@ def speed_rows() -> Iterator[tuple[dict, dict]]:
             yield measured, row
 
 
+def lengths_record() -> dict:
+    """What bench.answers.lengths measured on the CPU; one without rows where there is no file."""
+    return read("cpu-lengths.json") if (RESULTS / "cpu-lengths.json").exists() else {"rows": []}
+
+
 def gpu_record() -> dict:
     """The GPU's run as bench/gpu/check.sh wrote it; one without steps where there is none."""
     return read("gpu.json") if (RESULTS / "gpu.json").exists() else {"steps": {}}

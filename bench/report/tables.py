@@ -159,8 +159,35 @@ def _step_over_stage_1(peer: str) -> float:
     return times[peer] / times["stage 1"]
 
 
+def lengths() -> str:
+    """Tokens a round and the draft's share of a round by length of the text, beside those at the shortest."""
+    lines = [
+        "| text | tokens of it | draft's window | T | tokens a round | of those at the shortest | accepted by depth "
+        "| draft, ms a round | round, ms | draft's share |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    first: dict[tuple, float] = {}
+    for row in results.lengths_record()["rows"]:
+        shortest = first.setdefault((row["kind"], row["window_keys"], row["temperature"]), row["tokens_per_round"])
+        cells = (
+            row["kind"],
+            f"{row['tokens']:,}",
+            row["window_keys"] or "all",
+            f"{row['temperature']:g}",
+            f"{row['tokens_per_round']:.2f}",
+            f"{row['tokens_per_round'] / shortest:.0%}",
+            " ".join(f"{share:.2f}" for share in row["acceptance_by_depth"]),
+            f"{row['draft_ms']:.1f}",
+            f"{row['round_ms']:.1f}",
+            f"{row['draft_ms'] / row['round_ms']:.0%}",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) if first else "not measured"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "acceptance": acceptance,
+    "lengths": lengths,
     "speed": speed,
     "result": result,
     "lossless": lossless,

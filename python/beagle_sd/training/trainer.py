@@ -198,3 +198,10 @@ def _check_fits(draft: BeagleDraft, dataset: PackedDataset, config: TrainingConf
             raise ValueError(
                 f"{name} is {length}; allowed: up to the draft's window_keys, {most}: beyond, a row may see no key"
             )
+    stored, window = dataset.window_keys, draft.config.window_keys
+    if stored is not None and (window is None or window > stored):
+        raise ValueError(
+            f"the draft's window_keys is {window}, but only the states within {stored} positions before what is learnt "
+            f"are stored; allowed: 1 to {stored}, or a folder made with a larger `beagle-sd prepare --window-keys`, or "
+            "without"
+        )

@@ -141,6 +141,14 @@ def test_states_of_another_width_are_refused(tmp_path):
         trainer_of(tmp_path / "data", tmp_path / "out", replace(CONFIG, held_out=0))
 
 
+def test_states_within_a_window_are_for_drafts_that_have_it(tmp_path):
+    writer = ShardWriter(tmp_path / "data", MANIFEST | {"window_keys": 8})
+    writer.add(random_sequence(0, 9).within(8))
+    writer.flush()
+    with pytest.raises(ValueError, match="window_keys is None, but only the states within 8 .*allowed: 1 to 8"):
+        trainer_of(tmp_path / "data", tmp_path / "out", replace(CONFIG, held_out=0))
+
+
 def test_nothing_to_train_on_is_said(data, tmp_path):
     with pytest.raises(ValueError, match="no sequence to train on: all 12 are held out"):
         trainer_of(data, tmp_path, replace(CONFIG, held_out=1))

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from beagle_sd.data.evaluation_sets import EVALUATION_SETS, evaluation_ngrams, ngrams, prompts_folder
+from beagle_sd.data.evaluation_sets import EVALUATION_SETS, EVALUATION_TEXTS, evaluation_ngrams, ngrams, prompts_folder
 from beagle_sd.data.prompts.sources import SOURCES
 
 MIX = {
@@ -74,7 +74,7 @@ def build_prompts(
 
 def _barred(folder: Path) -> set[tuple[str, ...]]:
     barred = set()
-    for name in EVALUATION_SETS:
+    for name in (*EVALUATION_SETS, *EVALUATION_TEXTS):
         for home in dict.fromkeys((folder, prompts_folder())):
             try:
                 barred |= evaluation_ngrams([name], home, download=False)

@@ -1,0 +1,85 @@
+"""Prompts of a given length for the measurement of long texts: documents and code with a question, and chats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from beagle_sd.data.answers import Request, write_answers
+from beagle_sd.data.chats import encode_turns
+from beagle_sd.data.conversations import encode_chat
+from beagle_sd.data.evaluation_sets import EVALUATION_TEXTS, evaluation_prompts, evaluation_text
+from beagle_sd.data.shards import Sequence
+from beagle_sd.models.ends import end_tokens
+
+KINDS = ("documents", "chats", "code")
+_ANSWER = 128
+"""Tokens of a chat's answer at most."""
+
+
+def prompts_of(
+    kind: str, target, tokenizer, lengths: list[int], count: int, folder: Path | None = None
+) -> dict[int, list[list[int]]]:
+    """Length -> `count` prompts of about so many ids at most, the same texts at each length.
+
+    Documents and code are cut to the length, the question behind them. Chats are MT-Bench's turns in order, each
+    answered greedily by the target, up to the last turn within the length. folder: where the files are; default the
+    user's cache, into which they are downloaded. Raises ValueError for another kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
+    if kind == "chats":
+        return _chats(target, tokenizer, lengths, count, folder)
+    found: dict[int, list[list[int]]] = {length: [] for length in lengths}
+    for chosen in EVALUATION_TEXTS[kind][:count]:
+        text = evaluation_text(chosen, folder, download=folder is None)
+        for length, prompts in found.items():
+            prompts.append(_asked(tokenizer, text, chosen.question, chosen.language, length))
+    return found
+
+
+def _asked(tokenizer, text: str, question: str, language: str, length: int) -> list[int]:
+    """The prompt's ids: the text's beginning, in a fence if it is code, with the question behind it."""
+    before, behind = (f"```{language}\n", "\n```\n\n") if language else ("", "\n\n")
+    around = len(encode_chat(tokenizer, [{"role": "user", "content": before + behind + question}]))
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: max(0, length - around)]
+    content = before + tokenizer.decode(ids) + behind + question
+    return encode_chat(tokenizer, [{"role": "user", "content": content}])
+
+
+def _chats(target, tokenizer, lengths: list[int], count: int, folder: Path | None) -> dict[int, list[list[int]]]:
+    questions = evaluation_prompts("mt-bench", folder, download=folder is None)
+    requests = []
+    for number in range(count):
+        first = number * len(questions) // count
+        turns = [turn for question in questions[first:] + questions[:first] for turn in question["turns"]]
+        ids, *later = _turns_within(tokenizer, turns, max(lengths))
+        requests.append(Request(number, ids, 0.0, tuple(later)))
+    written = write_answers(
+        target,
+        requests,
+        ends=end_tokens(target, tokenizer),
+        batch=count,
+        max_new_tokens=_ANSWER,
+        context=max(lengths) + _ANSWER,
+        states=False,
+    )
+    chats = sorted(written, key=lambda chat: chat.index)
+    return {length: [_before_an_answer(chat, length) for chat in chats] for length in lengths}
+
+
+def _before_an_answer(chat: Sequence, length: int) -> list[int]:
+    """The chat's ids up to the last answer that begins within the length, or up to the first."""
+    learnt = [False, *chat.loss_mask.tolist()]
+    begins = [place for place in range(1, len(learnt)) if learnt[place] and not learnt[place - 1]]
+    return chat.tokens[: max((begin for begin in begins if begin <= length), default=begins[0])].tolist()
+
+
+def _turns_within(tokenizer, turns: list[str], length: int) -> list[list[int]]:
+    """The ids of a chat of these turns, as many as may come within the length."""
+    size, kept = 0, []
+    for turn in turns:
+        size += len(tokenizer(turn, add_special_tokens=False, verbose=False)["input_ids"])
+        if kept and size > length:
+            break
+        kept.append({"role": "user", "content": turn})
+    return encode_turns(tokenizer, kept)

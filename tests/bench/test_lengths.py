@@ -1,0 +1,84 @@
+"""Acceptance by length of the text: the prompts have their lengths, and a draft's window is measured beside none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from evaluation_files import write_set
+from models import small_draft, small_target
+from tokenizers_for_tests import small_tokenizer
+
+from beagle_sd.data.evaluation_sets import EVALUATION_TEXTS, evaluation_ngrams, evaluation_text, ngrams
+from beagle_sd.data.prompts import build
+from bench.answers import lengths, long_texts
+from bench.report import plots, results, tables
+
+LENGTHS = [120, 300]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files of every long text and of MT-Bench, where the cache would have them."""
+    folder = tmp_path_factory.mktemp("texts")
+    for chosen in (one for kind in EVALUATION_TEXTS.values() for one in kind):
+        for member in chosen.members:
+            (folder / member).parent.mkdir(parents=True, exist_ok=True)
+            head = "Name: x\n\n" if member.endswith("METADATA") else ""
+            (folder / member).write_text(head + f"{member} tells of boats. " * 20, encoding="utf-8")
+    write_set(folder, "mt-bench", {"question_id": 7, "category": "writing", "turns": ["Say a.", "And b?"] * 9})
+    return folder
+
+
+@pytest.mark.parametrize("kind", long_texts.KINDS)
+def test_prompts_have_about_their_lengths(folder, kind):
+    tokenizer = small_tokenizer()
+    target = small_target(max_position_embeddings=600)
+    found = long_texts.prompts_of(kind, target, tokenizer, LENGTHS, 1, folder)
+    for length in LENGTHS:
+        ((*ids,),) = found[length]
+        assert length - 200 * (kind == "chats") <= len(ids) <= length
+        assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+    short, long = (found[length][0] for length in LENGTHS)
+    same = len(short) if kind == "chats" else len(short) // 3
+    assert short[:same] == long[:same] and len(long) > len(short)
+
+
+def test_texts_are_whole_and_barred_from_training(folder, monkeypatch, tmp_path):
+    assert all(len(kind) == 6 for kind in EVALUATION_TEXTS.values())
+    readme = next(one for one in EVALUATION_TEXTS["documents"] if "METADATA" in one.members[0])
+    text = evaluation_text(readme, folder, download=False)
+    assert text.startswith(readme.members[0]) and "Name:" not in text
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    barred = build._barred(folder)
+    assert ngrams(text) and ngrams(text) <= barred and evaluation_ngrams(["code"], folder) <= barred
+    with pytest.raises(ValueError, match="kind is 'songs'; allowed: documents"):
+        long_texts.prompts_of("songs", None, None, [1], 1)
+
+
+def test_a_window_is_measured_beside_none(folder, tmp_path, monkeypatch):
+    target = small_target(max_position_embeddings=600)
+    draft = small_draft(target)
+    monkeypatch.setattr(lengths, "load_target", lambda *args, **options: (target, small_tokenizer()))
+    monkeypatch.setattr(lengths, "load_draft", lambda *args: draft)
+    out, line = tmp_path / "cpu-lengths.json", "--draft d --kinds code --count 1 --window-keys 0 8 --max-new-tokens 8"
+    more = "--lengths 120 300 --tree 2,2,4 --temperatures 0 1"
+    lengths.main([*line.split(), *more.split(), "--folder", str(folder), "--out", str(out)])
+    measured = json.loads(out.read_text())
+    assert draft.config.window_keys is None and (measured["draft"], measured["tree"]) == ("d", "2,2,4")
+    where = [(row["length"], row["window_keys"], row["temperature"]) for row in measured["rows"]]
+    assert where == [(length, window, T) for length in LENGTHS for window in (None, 8) for T in (0.0, 1.0)]
+    for row in measured["rows"]:
+        assert row["kind"] == "code" and 1 <= row["tokens_per_round"] <= 3 and len(row["acceptance_by_depth"]) <= 2
+        assert row["row_rounds"] > 0 and 0 < row["draft_ms"] < row["round_ms"] > row["target_ms"] > 0
+        assert abs(row["tokens"] - row["length"]) < 4
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    shown = tables.lengths().splitlines()
+    assert len(shown) == 10 and "| code | 1" in shown[2] and "| all | 0 |" in shown[2] and "| 8 | 1 |" in shown[-1]
+    (plot,) = plots.draw_lengths(measured["rows"], tmp_path)
+    assert plot.name == "cpu-lengths.svg" and "window 8, T = 1" in plot.read_text()
+
+
+def test_nothing_measured_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert tables.lengths() == "not measured" and plots.draw_lengths([], tmp_path) == []
