@@ -198,7 +198,7 @@ void caches(int threads, bool blocks) {
 void attention(int threads) {
   const int32_t dtype = below(3);
   const int64_t batch = 1 + below(3), nodes = 1 + below(70), kv_heads = 1 + below(2), heads = kv_heads * (1 + below(4));
-  const int64_t width = 1 + below(70), slots = 1 + below(200), words = (nodes + 63) / 64, pages = 1 + below(4);
+  const int64_t width = 1 + below(70), slots = 1 + below(200), words = 1 + below(5), pages = 1 + below(4);
   const int64_t gap = below(3), row = width + gap, table_width = 1 + below(4);
   const auto wild = [](int most) { return below(3) ? int32_t(below(most)) : below(2) ? INT32_MIN + below(2) : INT32_MAX; };
   for (const bool paged : {false, true}) {

@@ -2,7 +2,8 @@
 
 The nodes' query heads that share a key head are packed into the rows of one tile. How many splits do work follows from
 the lengths on the device; the grid follows from shapes alone, so a captured graph serves every length. The prefix runs
-without mask; the tree's slots start at a tile, so that tile w takes word w of the ancestor masks.
+without mask; the tree's slots start at a tile, so that tile w takes word w of the ancestor masks. Of several words, as
+where they show a window of keys, each split takes its share.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ COMBINED = 64
 
 
 @triton.jit
-def splits_in_use(length, splits):
-    return tl.maximum(tl.minimum(tl.cdiv(length, MIN_KEYS), splits), 1)
+def splits_in_use(length, words, splits):
+    return tl.maximum(tl.minimum(tl.cdiv(length + 64 * (words - 1), MIN_KEYS), splits), 1)
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def tree_attention_splits(
     i_m, i_plane, i_split = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
     i_h, i_b = i_plane % (HQ // GROUP), (i_plane // (HQ // GROUP)).to(tl.int64)
     length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), slots)
-    in_use = splits_in_use(length, splits)
+    in_use = splits_in_use(length, WORDS, splits)
     if i_split >= in_use:
         return
     o_row = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -139,7 +140,7 @@ def tree_attention_splits(
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
 
-    # The first splits have a block more: the last one has the tree besides.
+    # The first splits have a block more: the last one has the tree besides, if its mask is one word.
     blocks = tl.cdiv(length, BLOCK_N)
     share, more = blocks // in_use, blocks % in_use
     lo = (i_split * share + tl.minimum(i_split, more)) * BLOCK_N
@@ -157,10 +158,14 @@ def tree_attention_splits(
         b_k = load_slots(p_k, o_slot, m_slot, p_table, num_pages, page, s_kb, s_ks, o_d, D, BLOCK_D, PAGED, True)
         b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_d, D, BLOCK_D, PAGED, True)
         b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_slot[None, :], scale, True)
-    if i_split == in_use - 1:
-        BITS: tl.constexpr = min(BLOCK_N, 64)
+    BITS: tl.constexpr = min(BLOCK_N, 64)
+    first, last = 0, WORDS * 64
+    if WORDS > 1:
+        first = i_split * (WORDS * 64 // BITS) // in_use * BITS
+        last = (i_split + 1) * (WORDS * 64 // BITS) // in_use * BITS
+    if WORDS > 1 or i_split == in_use - 1:
         o_bit = tl.arange(0, BITS)
-        for start in range(0, WORDS * 64, BITS):
+        for start in range(first, last, BITS):
             p_word = p_mask + i_b * s_mb + o_node.to(tl.int64) * s_mn + start // 64 * s_mw
             b_word = tl.load(p_word, mask=m_row, other=0) >> start % 64  # [BM]
             o_slot = length + start + o_bit
@@ -178,15 +183,25 @@ def tree_attention_splits(
     tl.store(p_part_lse + o_part, (b_max + tl.log2(b_safe)) * LN2, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["N", "slots", "splits"])
+@triton.jit(do_not_specialize=["N", "slots", "words", "splits"])
 def tree_attention_combine(
-    p_part, p_part_lse, p_lengths, p_out, N, slots, splits, HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+    p_part,
+    p_part_lse,
+    p_lengths,
+    p_out,
+    N,
+    slots,
+    words,
+    splits,
+    HQ: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """One program a node, head and BLOCK_D columns: the splits' results weighted by their log-sum-exp."""
     i_row = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.maximum(tl.load(p_lengths + i_row // (N * HQ)), 0), slots)
     o_split, o_d = tl.arange(0, MOST_SPLITS), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_split = o_split < splits_in_use(length, splits)
+    m_split = o_split < splits_in_use(length, words, splits)
     b_lse = tl.load(p_part_lse + i_row * splits + o_split, mask=m_split, other=float("-inf"))  # [MOST_SPLITS]
     p_tile = p_part + i_row * splits * D + o_split[:, None] * D + o_d[None, :]
     b_part = tl.load(p_tile, mask=m_split[:, None] & (o_d[None, :] < D), other=0.0)  # [MOST_SPLITS, BD]
@@ -273,7 +288,7 @@ def tree_attention(
             num_stages=config.stages,
         )
         tree_attention_combine[(batch * nodes * heads, triton.cdiv(wide, columns))](
-            part, part_lse, lengths, out, nodes, slots, splits, **constants, BLOCK_D=columns
+            part, part_lse, lengths, out, nodes, slots, mask.shape[2], splits, **constants, BLOCK_D=columns
         )
     return out
 

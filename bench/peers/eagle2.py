@@ -25,12 +25,14 @@ from beagle_sd.training.objective import rows_by_step
 
 
 class EagleConfig(BeagleConfig):
-    """A Beagle config with the norms that EAGLE has not switched off."""
+    """A Beagle config with the norms that EAGLE has not switched off, and without a window: ValueError."""
 
     model_type = "eagle2"
 
     def __init__(self, norm_query: bool = False, norm_state: bool = False, norm_output: bool = False, **kwargs):
         super().__init__(norm_query=norm_query, norm_state=norm_state, norm_output=norm_output, **kwargs)
+        if self.window_keys is not None:
+            raise ValueError(f"window_keys is {self.window_keys}; allowed for EAGLE-2's head: None")
 
 
 class EagleDraft(BeagleDraft):

@@ -30,6 +30,17 @@ inline __attribute__((always_inline)) uint64_t visible(const TreeAttention& op, 
   return there & bits;
 }
 
+// How many slots some node of row b sees.
+int64_t keys_seen(const TreeAttention& op, int64_t b) {
+  int64_t count = std::max<int64_t>(op.lengths[b], 0);
+  for (int64_t word = 0; word < op.words; ++word) {
+    int64_t any = 0;
+    for (int64_t n = 0; n < op.nodes; ++n) any |= op.mask[(b * op.nodes + n) * op.words + word];
+    count += __builtin_popcountll(any);
+  }
+  return count;
+}
+
 template <class T>
 struct Plane {
   const T* base;
@@ -156,9 +167,7 @@ struct Cut {
   int64_t tiles, tasks, splits;
 };
 
-Cut cut(const TreeAttention& op, int64_t rows, int64_t threads) {
-  int64_t longest = 0;
-  for (int64_t b = 0; b < op.batch; ++b) longest = std::max<int64_t>(longest, op.lengths[b]);
+Cut cut(const TreeAttention& op, int64_t rows, int64_t longest, int64_t threads) {
   const int64_t all = (rows + kRows - 1) / kRows, planes = op.batch * op.kv_heads;
   const int64_t chunks = (all + kMostTiles - 1) / kMostTiles;
   Cut cut{(all + chunks - 1) / chunks, chunks, 1};
@@ -170,10 +179,10 @@ Cut cut(const TreeAttention& op, int64_t rows, int64_t threads) {
 }
 
 template <class T>
-void run(const TreeAttention& op, int threads) {
+void run(const TreeAttention& op, int64_t longest, int threads) {
   const int64_t padded = (op.width + kLanes - 1) / kLanes * kLanes;
   const int64_t rows = op.nodes * (op.heads / op.kv_heads), planes = op.batch * op.kv_heads;
-  const Cut by = cut(op, rows, threads);
+  const Cut by = cut(op, rows, longest, threads);
   Part part{op.width, std::vector<float>(by.splits > 1 ? by.splits * planes * rows * (op.width + 2) : 0)};
   parallel(planes * by.tasks * by.splits, threads, [&](int64_t task) {
     const int64_t split = task % by.splits, chunk = task / by.splits % by.tasks, plane = task / by.splits / by.tasks;
@@ -207,14 +216,17 @@ void run(const TreeAttention& op, int threads) {
 
 void tree_attention(const TreeAttention& op, int threads) {
   // below some 100,000 products a second thread costs more than it saves
-  int64_t work = 0;
-  for (int64_t b = 0; b < op.batch; ++b) work += std::max<int64_t>(op.lengths[b], 0) + op.nodes;
-  work *= op.nodes * op.heads * op.width;
+  int64_t work = 0, longest = 0;
+  for (int64_t b = 0; b < op.batch; ++b) {
+    const int64_t keys = keys_seen(op, b);
+    work += keys * op.nodes * op.heads * op.width;
+    longest = std::max(longest, keys);
+  }
   if (work < 100000) threads = 1;
   switch (op.dtype) {
-    case 0: return run<float>(op, threads);
-    case 1: return run<Half>(op, threads);
-    default: return run<BFloat>(op, threads);
+    case 0: return run<float>(op, longest, threads);
+    case 1: return run<Half>(op, longest, threads);
+    default: return run<BFloat>(op, longest, threads);
   }
 }
 

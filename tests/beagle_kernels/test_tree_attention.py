@@ -65,6 +65,26 @@ def paged(x: torch.Tensor, page: int, spare: int, order: torch.Tensor) -> torch.
     return pages
 
 
+def ring_case(nodes=7, hq=4, hkv=2, d=8, ring=263, dtype=torch.float64):
+    """The same of a draft that sees a window: no prefix, but bits for most of a ring of keys, and for a tree behind."""
+    (q, k, v, lengths, _), tree = case(3, nodes, hq, hkv, d, (ring,) * 3, dtype=dtype)
+    seen = torch.zeros(3, 1, ring, dtype=torch.bool)
+    for row, (start, count) in enumerate(((0, 5), (ring - 9, ring - 4), (70, 100))):
+        seen[row, 0, (start + torch.arange(count)) % ring] = True
+        for x in (k, v):
+            x[row, :, :ring][:, ~seen[row, 0]] = float("nan")
+    bits = torch.cat([seen.expand(-1, nodes, -1), tree], 2)
+    return (q, k, v, lengths * 0, pack(bits)), bits
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_mask_alone_of_several_words(backend, dtype):
+    (q, k, v, lengths, mask), bits = ring_case(dtype=dtype)
+    want = literal(q.double(), k.double(), v.double(), lengths, bits)
+    torch.testing.assert_close(tree_attention(q, k, v, lengths, mask, backend=backend), want.to(dtype))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("hq, hkv", [(4, 4), (4, 1), (8, 1), (6, 2)])
 @pytest.mark.parametrize("nodes", [1, 7, 70])

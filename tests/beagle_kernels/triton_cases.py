@@ -16,7 +16,7 @@ from test_block_attention import nothing_out_of_reach_is_read, packed
 from test_distill_loss import naive as naive_distill_loss
 from test_extend_attention import inputs as extend_inputs
 from test_tree_attention import case as tree_case
-from test_tree_attention import paged
+from test_tree_attention import paged, ring_case
 
 from beagle_kernels import block_attention, distill_loss, extend_attention, tree_attention
 from beagle_kernels.reference.block_attention import visible_keys
@@ -270,6 +270,11 @@ def check_tree_attention(device: str, dtype: torch.dtype, group: str) -> int:
         table = order.view(3, -1).int().to(device)
         in_pages = tree_attention(q, *pages, lengths, mask, block_table=table, backend="triton")
         assert torch.equal(got, in_pages), what
+        for ring in (263, 1031) if n == 4 else ():  # a window of keys: one split, and several
+            q, k, v, lengths, mask = (x.to(device) for x in ring_case(n, hq, hkv, d, ring, dtype)[0])
+            got = tree_attention(q, k, v, lengths, mask, backend="triton")
+            exact = eager_tree(q.double(), k.double(), v.double(), lengths, mask)
+            close_as_eager(got, eager_tree(q, k, v, lengths, mask), exact, 2, what, score_rounding(q, k))
     nothing = tree_attention(q, k, v, lengths * 0, mask * 0, backend="triton")
     assert not nothing.any()
     return len(TREE_CASES[group])

@@ -100,10 +100,10 @@ def test_drafting_recomputed_in_full(vocab):
     lengths = torch.tensor([9, 5], dtype=torch.int32)
     tokens, states = batch.tokens.view(2, 12), batch.states.view(2, 12, -1)
     x = draft.pooled(draft.embed(batch.tokens), states_before(batch.states, torch.tensor([0, 12]))).view(2, 12, -1)
-    rows, slots = torch.arange(2), torch.arange(12).expand(2, -1)
+    rows = torch.arange(2)
     depth, branch = 3, 2
-    cache = DraftCache(draft, 2, 12 + branch * depth)
-    cache.append(draft, x, slots, slots)
+    cache = DraftCache(draft, 2, 12, depth, branch)
+    cache.begin(draft, x, lengths)
     root, before = tokens[rows, lengths.long()], states[rows, lengths.long() - 1]
     found = propose(draft, cache, lengths, root, before, Sampling.of(2), depth, branch)
     assert found.tokens.shape == (2, branch + 2 * branch**2)

@@ -75,14 +75,14 @@ def test_every_figure_names_runs_there_are():
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 5), (3, 3, 8)], ids=str)
-@pytest.mark.parametrize("kind", ["beagle", "eagle2"])
+@pytest.mark.parametrize("kind", ["beagle", "window", "eagle2"])
 def test_a_replay_gives_what_decoding_reports(kind, shape, target, states):
     model, _ = target
     if kind == "eagle2":
         torch.manual_seed(1)
         draft = EagleDraft.from_target(model)
     else:
-        draft = small_draft(model)
+        draft = small_draft(model, window_keys=9 if kind == "window" else None)
     answers = greedy_answers(states, 2)
     found = replay(draft, states, 2, *shape)
     assert found["rounds"] > len(answers) and found["tokens_per_round"] >= 1.0

@@ -109,10 +109,10 @@ def _sequences(path: Path) -> list[Sequence]:
     """A file's answers as the writer gave them."""
     stored = stored_answers(path)
     ids, none = torch.from_numpy(stored["ids"].astype("int64")), torch.empty(0)
-    parts = ids.split(stored["lengths"].tolist())
+    parts, masks = (all_of.split(stored["lengths"].tolist()) for all_of in (ids, torch.from_numpy(stored["learn"])))
     return [
-        Sequence(part[:-1], torch.arange(len(part) - 1) >= prompt - 1, none, int(part[-1]), index, temperature)
-        for part, prompt, index, temperature in zip(
-            parts, stored["prompt_lengths"].tolist(), stored["index"].tolist(), stored["temperature"].tolist()
+        Sequence(part[:-1], mask[1:], none, int(part[-1]), index, temperature)
+        for part, mask, index, temperature in zip(
+            parts, masks, stored["index"].tolist(), stored["temperature"].tolist()
         )
     ]

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 
 from beagle_sd.data.conversations import encode_chat
 from beagle_sd.data.evaluation_sets import EVALUATION_SETS, prompts_folder, wheel_file
-from beagle_sd.data.prompt_sources import SOURCES
-from beagle_sd.data.prompts import MIX, build_prompts
+from beagle_sd.data.prompts.build import MIX, build_prompts
+from beagle_sd.data.prompts.sources import SOURCES
 from beagle_sd.files import whole, write_json
 from beagle_sd.models import smollm2
 from bench.recipes.one_gpu.bundles import pack, unpack

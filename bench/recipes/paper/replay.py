@@ -74,9 +74,8 @@ def _decoded(draft, answers, depth: int, branch: int, num_nodes: int) -> list[tu
     # As after the prefill: the first answer token is pending, and all before it are known.
     position = torch.tensor([int(answer.loss_mask.nonzero()[0]) + 1 for answer in answers])
     pairs = _keys_of(draft, text.clamp(min=0), states)
-    cache = drafting.DraftCache(draft, batch, pairs.shape[1] + branch * depth)
-    slots = torch.arange(longest).expand(batch, -1)
-    cache.append(draft, pairs[:, :longest], slots, slots)
+    cache = drafting.DraftCache(draft, batch, longest, depth, branch)
+    cache.begin(draft, pairs[:, :longest], position)
     rows, sampling = torch.arange(batch), Sampling.of(batch)
     emitted = [0] * batch
     accepted: list[list[int]] = [[] for _ in range(batch)]
@@ -86,8 +85,8 @@ def _decoded(draft, answers, depth: int, branch: int, num_nodes: int) -> list[tu
             root, *_propose(draft, cache, lengths, root, states, sampling, depth, branch), num_nodes, depth
         )
         count = accept_tree(tree, text.gather(1, position[:, None] + 1 + tree.depth)).num_accepted.long()
-        slots = position[:, None] + torch.arange(depth + 1)
-        cache.append(draft, pairs[rows[:, None], slots], slots, slots)
+        known = position[:, None] + torch.arange(depth + 1)
+        cache.append_true(draft, pairs[rows[:, None], known], known)
         for row in live.nonzero().flatten().tolist():
             emitted[row] += min(int(count[row]) + 1, int(ends[row] - position[row]))
             accepted[row].append(int(count[row]))

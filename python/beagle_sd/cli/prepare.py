@@ -47,6 +47,7 @@ def prepare(
     batch: Annotated[int, typer.Option(help="Answers written at a time.")] = 128,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 192,
     context: Annotated[int, typer.Option(help="Longest conversation, in tokens; the rest is cut away.")] = 2048,
+    window_keys: Annotated[int, typer.Option(help="Only states for drafts with this window; 0: all.")] = 0,
     limit: Annotated[int, typer.Option(help="Only the first so many conversations; 0: all.")] = 0,
     strict: Annotated[bool, typer.Option(help="End at a row that cannot be used, instead of leaving it out.")] = False,
     seed: Seed = 0,
@@ -59,13 +60,13 @@ def prepare(
     """
     with clear_errors(f"; what is finished is in {out}: run the same command again to go on"):
         sizes: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens, "context": context}
-        _check(source, regenerate, limit, sizes)
+        _check(source, regenerate, {"limit": limit, "window_keys": window_keys}, sizes)
         processes, console = joined_processes(device)
         with processes.main_process_first(), loading(console, target):
             model, tokenizer = load_target(target, dtype=dtype_of(dtype), device=device or processes.device)
         if source.suffix.lower() in _CHATS:
             check_template(tokenizer)
-        manifest = _manifest(model, target, source, regenerate, max_new_tokens, context)
+        manifest = _manifest(model, target, source, regenerate, max_new_tokens, context, window_keys)
         rank = {"process": processes.process_index, "processes": processes.num_processes}
         with processes.main_process_first():
             writer = shards.ShardWriter(out, manifest, **rank)
@@ -82,6 +83,8 @@ def prepare(
             sequences = write_answers(model, requests_of(local), ends=ends, seed=seed, **sizes)
         else:
             sequences = sequences_with_states(model, local)
+        if window_keys:
+            sequences = (sequence.within(window_keys) for sequence in sequences)
         processes.wait_for_everyone()  # none writes before all know what is done
         counts = torch.tensor(_write(console, sequences, writer, len(local)), device=model.device)
         written, tokens = summed(counts).tolist()
@@ -94,9 +97,10 @@ def prepare(
             console.print(f"the answers' token ids alone: {out / 'answers.npz'}")
 
 
-def _check(source: Path, regenerate: bool, limit: int, sizes: dict[str, int]) -> None:
-    if limit < 0:
-        raise ValueError(f"limit is {limit}; allowed: 0 (all conversations) or more")
+def _check(source: Path, regenerate: bool, bounds: dict[str, int], sizes: dict[str, int]) -> None:
+    for name, value in bounds.items():
+        if value < 0:
+            raise ValueError(f"{name} is {value}; allowed: 0 (all) or more")
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; allowed: 1 or more")
@@ -105,12 +109,18 @@ def _check(source: Path, regenerate: bool, limit: int, sizes: dict[str, int]) ->
     if regenerate and source.suffix.lower() not in _CHATS:
         raise ValueError(
             f"{source} ends in {source.suffix!r}; allowed with --regenerate: .jsonl or .json, whose last user turn "
-            "the target answers"
+            "the target answers, or every one where there are no answers between them"
         )
 
 
 def _manifest(
-    target: PreTrainedModel, name: str, source: Path, regenerate: bool, max_new_tokens: int, context: int
+    target: PreTrainedModel,
+    name: str,
+    source: Path,
+    regenerate: bool,
+    max_new_tokens: int,
+    context: int,
+    window_keys: int,
 ) -> dict:
     return {
         "target": name,
@@ -122,6 +132,7 @@ def _manifest(
         "regenerate": regenerate,
         "max_new_tokens": max_new_tokens if regenerate else None,
         "context": context,
+        "window_keys": window_keys or None,
     }
 
 

@@ -10,23 +10,38 @@ import typer
 from rich.markup import escape
 
 from beagle_sd.cli.console import Seed, clear_errors, console, waiting
-from beagle_sd.data.prompts import build_prompts
+from beagle_sd.data.prompts.build import build_prompts
+from beagle_sd.data.prompts.sources import SOURCES
 from beagle_sd.files import whole
 
 
 def prompts(
     out: Annotated[Path, typer.Argument(help="JSONL file to write.")],
     count: Annotated[int, typer.Option(help="How many.")] = 12000,
+    mix: Annotated[
+        list[str] | None, typer.Option(help=f"NAME=WEIGHT, again for each source: {', '.join(SOURCES)}.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Write training prompts from licence-clean sources, for `prepare --regenerate`."""
     with clear_errors():
         missing: list[str] = []
         with waiting(console, "gathering prompts"):
-            made = build_prompts(count, seed, left_out=missing.append)
+            made = build_prompts(count, seed, _weights(mix or []) or None, left_out=missing.append)
         for reason in missing:
             console.print(f"left out: {escape(reason)}", soft_wrap=True)
         with whole(out) as partial:
             lines = [json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in made]
             partial.write_text("".join(lines), encoding="utf-8")
     console.print(f"{len(made)} prompts in {out}")
+
+
+def _weights(mix: list[str]) -> dict[str, float]:
+    weights = {}
+    for entry in mix:
+        name, _, weight = entry.partition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise ValueError(f"mix is {entry!r}; allowed: NAME=WEIGHT, as in chats=0.25") from None
+    return weights

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import typer
@@ -30,7 +30,7 @@ from beagle_sd.data.live import Corpus, LiveDataset
 from beagle_sd.data.rows import LeftOut
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.ends import end_tokens
-from beagle_sd.models.loading import load_target
+from beagle_sd.models.loading import load_draft, load_target
 from beagle_sd.training.config import TrainingConfig
 from beagle_sd.training.parallel import same_everywhere
 from beagle_sd.training.start import passing_start_on
@@ -61,15 +61,22 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+_FREQUENT = "Most frequent tokens the draft may propose"
+_HEADS = "The draft's; more carry more of a state."
+_APPEND = "Let nodes see their ancestors' draft states."
+_WINDOW = "Last keys of the text that the draft sees"
+
+
 @with_settings
 def train(
     data: Annotated[Path, typer.Argument(help="Folder from `prepare`, or a file it takes: states live, none stored.")],
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints; an unfinished run is gone on with.")],
     target: TargetName = "smollm2-135m",
-    draft_vocab: Annotated[int, typer.Option(help="Most frequent tokens the draft may propose; 0: all.")] = 8192,
-    key_value_heads: Annotated[int, typer.Option(help="The draft's; more carry more of a state. 0: the target's.")] = 0,
-    append_states: Annotated[bool, typer.Option(help="Let nodes see their ancestors' draft states.")] = True,
-    window_keys: Annotated[int, typer.Option(help="Last keys of the text that the draft sees; 0: all.")] = 0,
+    start: Annotated[Path | None, typer.Option(help="A draft's folder to begin from, with a fresh optimizer.")] = None,
+    draft_vocab: Annotated[int | None, typer.Option(help=f"{_FREQUENT}; 0: all.", show_default="8192")] = None,
+    key_value_heads: Annotated[int | None, typer.Option(help=_HEADS, show_default="the target's")] = None,
+    append_states: Annotated[bool | None, typer.Option(help=_APPEND, show_default="append-states")] = None,
+    window_keys: Annotated[int | None, typer.Option(help=f"{_WINDOW}; 0: all.", show_default="0")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Also log for TensorBoard, in OUT/tensorboard.")] = False,
     device: Device = None,
     *,
@@ -87,14 +94,13 @@ def train(
         left = LeftOut()
         dataset = _dataset(data, model, tokenizer, config, left)
         print_left_out(console, left)
-        ids = dataset.frequent_tokens(draft_vocab, model.config.vocab_size) if draft_vocab else None
+        shape = {"draft_vocab": draft_vocab, "key_value_heads": key_value_heads, "append_states": append_states}
         torch.manual_seed(config.seed)
-        heads = {"num_key_value_heads": key_value_heads} if key_value_heads else {}
-        draft = BeagleDraft.from_target(
-            model, ids, append_states=append_states, window_keys=window_keys or None, **heads
-        )
+        draft = _fresh(model, dataset, shape) if start is None else _from(start, model, shape)
+        if window_keys is not None:
+            draft.config.window_keys = window_keys or None
         trainer = Trainer(draft, dataset, out, config, tensorboard=tensorboard)
-        if trainer.step == 0:
+        if trainer.step == 0 and start is None:
             same_everywhere(passing_start_on(draft, dataset, config.seed).parameters())
         console.print(
             f"{len(dataset.train)} sequences, {dataset.tokens_of(dataset.train)} tokens; {trainer.block_steps} steps "
@@ -102,6 +108,20 @@ def train(
         )
         _run(trainer, console, alone=processes.num_processes == 1)
         console.print(f"the draft is in {out / 'final'}")
+
+
+def _fresh(model: PreTrainedModel, dataset: PackedDataset, shape: dict[str, Any]) -> BeagleDraft:
+    frequent = 8192 if shape["draft_vocab"] is None else shape["draft_vocab"]
+    ids = dataset.frequent_tokens(frequent, model.config.vocab_size) if frequent else None
+    heads = {"num_key_value_heads": shape["key_value_heads"]} if shape["key_value_heads"] else {}
+    return BeagleDraft.from_target(model, ids, append_states=shape["append_states"] is not False, **heads)
+
+
+def _from(folder: Path, model: PreTrainedModel, shape: dict[str, Any]) -> BeagleDraft:
+    """The draft of a folder in fp32, whose shape no option may change."""
+    if given := ["--" + name.replace("_", "-") for name, value in shape.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)} given with --start; allowed: the shape of the draft in {folder} as it is")
+    return load_draft(folder, model, torch.float32)
 
 
 def _dataset(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from beagle_kernels import STATUS_NO_FINITE, Sampling, choose_tokens
@@ -25,19 +27,25 @@ _PROMPT_TOKENS = 256
 
 
 class Request(NamedTuple):
-    """A prompt's ids, ready for the assistant's turn; the number it is known by; the temperature of its answer."""
+    """A prompt's ids, ready for the assistant's turn; the number it is known by; the temperature of its answers; in a
+    chat, the ids between each answer and the next, which begin with the end of a turn."""
 
     index: int  # type: ignore[assignment]  # tuple.index is not needed
     ids: list[int]
     temperature: float
+    later: tuple[list[int], ...] = ()
+
+    def before_last(self, longest: int) -> int:
+        """Tokens before its last answer, if those before are of `longest`."""
+        return len(self.ids) + sum(longest + len(turn) for turn in self.later)
 
 
 def requests_of(
-    prompts: Iterable[tuple[int, list[int]]], temperatures: Sequence[float] = (0.0, 0.0, 0.7, 1.0), turn: int = 0
+    prompts: Iterable[tuple], temperatures: Sequence[float] = (0.0, 0.0, 0.7, 1.0), turn: int = 0
 ) -> Iterator[Request]:
-    """Prompts (index, ids) to be answered: prompt i at temperatures[(i + turn) % len]."""
-    for index, ids in prompts:
-        yield Request(index, ids, temperatures[(index + turn) % len(temperatures)])
+    """Prompts (index, ids, *later) to be answered: prompt i at temperatures[(i + turn) % len]."""
+    for index, ids, *later in prompts:
+        yield Request(index, ids, temperatures[(index + turn) % len(temperatures)], tuple(later))
 
 
 def seed_of(seed: int, request: Request) -> int:
@@ -58,13 +66,15 @@ def write_answers(
     graph: bool = True,
 ) -> Iterator[shards.Sequence]:
     """An answer to every request, as it is finished: up to the first of `ends`, max_new_tokens tokens, or so many that
-    prompt and answer fill `longest_text(model, context)`. Prompts that leave no room for an answer are skipped.
+    prompt and answer fill `longest_text(model, context)`. Prompts that leave no room for an answer are skipped. In a
+    chat each answer is written after the one before it, whose keys are kept, as long as there is room; all are learnt,
+    and the end of a turn where the answer came to it by itself.
 
     The same seed gives the same answers in any order and batch, up to the model's rounding. batch: answers at a time,
-    to prompts of up to 256 tokens; those to longer ones are written after them, so many at a time as take no more
-    memory. states: also give those of prompt and answer, in bf16 (else they are empty). graph: on a GPU, capture the
-    step as a CUDA graph; where that fails, a warning says why and steps run one kernel at a time. Raises ValueError for
-    sizes below 1, RuntimeError where the model gives no finite logit.
+    to prompts of up to 256 tokens; those to longer ones, and chats, are written after them, so many at a time as take
+    no more memory. states: also give those of prompt and answer, in bf16 (else they are empty). graph: on a GPU,
+    capture the step as a CUDA graph; where that fails, a warning says why and steps run one kernel at a time. Raises
+    ValueError for sizes below 1, RuntimeError where the model gives no finite logit.
     """
     for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("context", context)):
         if value < 1:
@@ -79,11 +89,11 @@ def write_answers(
             slots = min(limit, prompt + max_new_tokens)
             rows = max(1, min(batch, room // slots))
             writer = _Writer(target, ends, rows, slots, limit, max_new_tokens, seed, states, captured)
-            yield from writer.run(_up_to(prompt, pending, longer))
+            yield from writer.run(_up_to(prompt, pending, longer, max_new_tokens))
             del writer  # before the next takes memory
             if not longer:
                 return
-            while prompt < min(len(request.ids) for request in longer):
+            while prompt < min(request.before_last(max_new_tokens) for request in longer):
                 prompt *= 2
             pending = iter(longer)
 
@@ -93,13 +103,24 @@ def longest_text(model: PreTrainedModel, context: int) -> int:
     return min(context, getattr(model.config.get_text_config(), "max_position_embeddings", None) or context)
 
 
-def _up_to(tokens: int, requests: Iterator[Request], longer: list[Request]) -> Iterator[Request]:
-    """The requests of up to so many tokens; the others go to `longer`."""
+def _up_to(tokens: int, requests: Iterator[Request], longer: list[Request], longest: int) -> Iterator[Request]:
+    """The requests of up to so many tokens before a last answer of `longest`; the others go to `longer`."""
     for request in requests:
-        if len(request.ids) <= tokens:
+        if request.before_last(longest) <= tokens:
             yield request
         else:
             longer.append(request)
+
+
+@dataclass
+class _Text:
+    """What a row writes: the ids of its turns so far but for the answer in progress, which of them are learnt, and what
+    stands behind that answer and the next ones."""
+
+    request: Request
+    ids: list[int]
+    learn: list[bool]
+    later: list[list[int]]
 
 
 class _Writer:
@@ -141,19 +162,19 @@ class _Writer:
         self.itself = causal(batch, 1, device)
         shape = (batch, self.cache.capacity, target.config.hidden_size)
         self.states = torch.zeros(shape, dtype=torch.bfloat16, device=device) if states else None
-        self.rows: list[Request | None] = [None] * batch
+        self.rows: list[_Text | None] = [None] * batch
         self.capture, self.play = graph, self._step
 
     def run(self, requests: Iterator[Request]) -> Iterator[shards.Sequence]:
         exhausted = False
         while True:
-            free = [row for row, request in enumerate(self.rows) if request is None]
+            free = [row for row, text in enumerate(self.rows) if text is None]
             if not exhausted and len(free) >= max(1, len(self.rows) // 16):
                 taken = list(islice(requests, len(free)))
                 exhausted = len(taken) < len(free)
                 for part in _groups(taken, _PREFILL_TOKENS[self.target.device.type]):
                     self._admit([free.pop(0) for _ in part], part)
-            if all(request is None for request in self.rows):
+            if all(text is None for text in self.rows):
                 return
             if self.capture:
                 self.capture, self.play = False, self._captured()
@@ -177,15 +198,34 @@ class _Writer:
         seeds = [seed_of(self.seed, request) for request in requests]
         self.sampling.seed[into] = torch.tensor(seeds, device=device)
         self.sampling.temperature[into] = torch.tensor([request.temperature for request in requests], device=device)
-        last = hidden[torch.arange(len(rows), device=device), lengths - 1]
+        self._choose_first(into, hidden[torch.arange(len(rows), device=device), lengths - 1], lengths)
+        for row, request in zip(rows, requests, strict=True):
+            self.rows[row] = _Text(request, [*request.ids], [False] * len(request.ids), [*request.later])
+
+    def _go_on(self, row: int, text: _Text) -> None:
+        """Begin the next answer of a chat, behind the keys of what is written."""
+        device, following = self.target.device, text.later.pop(0)
+        begin, said = len(text.ids) - 1, text.ids[-1]  # which was chosen, but not run
+        ended = bool(self.ends[said])
+        if ended:
+            del text.ids[-1], text.learn[-1]
+        text.learn += [ended and token == said and not place for place, token in enumerate(following)]
+        text.ids += following
+        tokens = torch.tensor([text.ids[begin:]], device=device)
+        count = torch.tensor([tokens.shape[1]], device=device)
+        hidden = self.target.prefill(tokens, count, self.cache.row(row), begin)
+        if self.states is not None:
+            self.states[row, begin : len(text.ids)] = hidden[0].to(torch.bfloat16)
+        self._choose_first(torch.tensor([row], device=device), hidden[:, -1], begin + count)
+
+    def _choose_first(self, into: Tensor, last: Tensor, lengths: Tensor) -> None:
+        """The first tokens of the answers of some rows, by the states [rows, d] before them, and their room."""
         settings = Sampling(*(field[into] for field in self.sampling))
         chosen, status = choose_tokens(self.target.head(last), lengths, settings)
         self.token[into], self.answer[into, 0] = chosen, chosen
         self.count[into], self.status[into] = 1, status
         self.room[into] = (self.limit - lengths).clamp(max=self.longest)
         self.done[into] = self.ends[chosen] | (self.room[into] == 1)
-        for row, request in zip(rows, requests, strict=True):
-            self.rows[row] = request
 
     def _captured(self) -> Callable[[], None]:
         """The step as a graph's replay, captured while no row is live; as it is, with a warning, if it cannot be."""
@@ -216,23 +256,27 @@ class _Writer:
         self.done |= self.ends[self.token] | (self.count >= self.room)
 
     def _collect(self) -> Iterator[shards.Sequence]:
-        """Give out the answers that have ended and free their rows."""
-        ended = [row for row, done in enumerate(self.done.tolist()) if done and self.rows[row] is not None]
+        """Take the answers that have ended: chats go on, other texts are given out and free their rows."""
+        done = self.done.tolist()
+        ended = [(row, text) for row, text in enumerate(self.rows) if text is not None and done[row]]
         if not ended:
             return
-        which = torch.tensor(ended, device=self.done.device)
+        which = torch.tensor([row for row, _ in ended], device=self.done.device)
         answers, counts, status = (part[which].cpu() for part in (self.answer, self.count, self.status))
-        for row, answer, count, bits in zip(ended, answers, counts.tolist(), status.tolist(), strict=True):
-            request = self.rows[row]
-            assert request is not None
+        for (row, text), answer, count, bits in zip(ended, answers, counts.tolist(), status.tolist(), strict=True):
+            request = text.request
             if bits & STATUS_NO_FINITE:
                 raise RuntimeError(
                     f"prompt {request.index}: the target gave no finite logit; check its weights and dtype"
                 )
-            tokens = torch.tensor(request.ids + answer[: count - 1].tolist())
-            mask = torch.arange(len(tokens)) >= len(request.ids) - 1
+            text.ids += answer[:count].tolist()
+            text.learn += [True] * count
+            if text.later and len(text.ids) + len(text.later[0]) < self.limit:
+                self._go_on(row, text)
+                continue
+            tokens, mask = torch.tensor(text.ids[:-1]), torch.tensor(text.learn[1:])
             states = torch.empty(0) if self.states is None else self.states[row, : len(tokens)].to("cpu", copy=True)
-            yield shards.Sequence(tokens, mask, states, int(answer[count - 1]), request.index, request.temperature)
+            yield shards.Sequence(tokens, mask, states, text.ids[-1], request.index, request.temperature)
             self.rows[row] = None
 
 

@@ -32,6 +32,32 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> lis
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def encode_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[list[int]]:
+    """The ids of a chat whose every turn of the user is to be answered: what stands before the first answer, ready for
+    it, and then what stands between each answer and the next, which begins with the end of the turn.
+
+    messages: the user's turns, after at most one of the system. Unusable where the template refuses them, or renders a
+    turn otherwise once there are later ones: then no answer can be gone on from.
+    """
+    template, digits = _Template(tokenizer), _DIGITS
+    while any(digits in message["content"] for message in messages):
+        digits += "7"
+    chat: list[dict] = []
+    parts: list[str] = []
+    for message in messages:
+        chat.append(message)
+        if message["role"] != "user":
+            continue
+        before, text = digits.join([*parts, ""]), template.render(chat, prompt=True)
+        if not text.startswith(before) or digits in text[len(before) :]:
+            raise Unusable(
+                "the chat template changes earlier turns when later ones follow, so that no chat can be gone on"
+            )
+        parts.append(text[len(before) :])
+        chat.append({"role": "assistant", "content": digits})
+    return [tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in parts]
+
+
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict], ends: Collection[int] | None = None
 ) -> tuple[list[int], list[bool]]:

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from beagle_sd.data import shards
-from beagle_sd.data.chats import encode_chat, encode_conversation
+from beagle_sd.data.chats import encode_chat, encode_conversation, encode_turns
 from beagle_sd.data.rows import LeftOut, Unusable, counting, messages_of, read_records, read_text
 from beagle_sd.files import whole
 
@@ -117,22 +117,31 @@ def _turns(path: Path, left: LeftOut) -> Iterator[tuple[int, str, list[dict]]]:
 
 def read_prompts(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, longest: int, left: LeftOut | None = None
-) -> Iterator[tuple[int, list[int]]]:
-    """For each row of a .jsonl or .json file its index and the ids of its messages up to the last user turn, ready for
-    the target to answer; at most `longest` ids, else the row is left out, as is one without a user turn."""
+) -> Iterator[tuple]:
+    """For each row of a .jsonl or .json file (index, ids): those of its messages up to the last user turn, ready for
+    the target to answer; at most `longest` ids, else the row is left out, as is one without a user turn.
+
+    A row with several user turns and no assistant's is a chat whose every turn is to be answered: (index, ids, *later),
+    where each of `later` is what stands between an answer and the next (`encode_turns`).
+    """
     with counting(left) as found:
         for index, place, messages in _turns(Path(path), found):
             turns = [number for number, message in enumerate(messages) if message["role"] == "user"]
             try:
                 if not turns:
                     raise Unusable("no user turn to answer")
-                ids = encode_chat(tokenizer, messages[: turns[-1] + 1])
-                if not 1 <= len(ids) <= longest:
-                    raise Unusable(f"too long: a prompt of more than {longest} tokens" if ids else "an empty prompt")
+                if len(turns) > 1 and not any(message["role"] == "assistant" for message in messages):
+                    ids, *later = encode_turns(tokenizer, messages[: turns[-1] + 1])
+                else:
+                    ids, later = encode_chat(tokenizer, messages[: turns[-1] + 1]), []
+                if not 1 <= len(ids) <= longest or not all(later):
+                    raise Unusable(
+                        f"too long: a prompt of more than {longest} tokens" if len(ids) > longest else "an empty prompt"
+                    )
             except Unusable as reason:
                 found.add(place, reason)
             else:
-                yield index, ids
+                yield index, ids, *later
 
 
 def read_sources(path: str | Path) -> dict[int, str]:
@@ -158,7 +167,7 @@ def write_answer_file(path: str | Path, sequences: list[shards.Sequence], source
     parts: dict[str, Any] = {
         "ids": ids.astype(np.uint16 if ids.max() < 65536 else np.uint32),
         "lengths": np.array([len(sequence.tokens) + 1 for sequence in sequences], dtype=np.int32),
-        "prompt_lengths": np.array([int((~sequence.loss_mask).sum()) + 1 for sequence in sequences], dtype=np.int32),
+        "learn": np.packbits(np.concatenate([np.append(False, sequence.loss_mask.numpy()) for sequence in sequences])),
         "temperature": np.array([sequence.temperature for sequence in sequences], dtype=np.float32),
         "index": np.array([sequence.index for sequence in sequences], dtype=np.int32),
         "source": np.array([names.index(sources.get(sequence.index, "")) for sequence in sequences], dtype=np.int16),
@@ -169,22 +178,34 @@ def write_answer_file(path: str | Path, sequences: list[shards.Sequence], source
 
 
 def stored_answers(path: str | Path) -> dict[str, np.ndarray]:
-    """The parts of a file of answers: ids [all], and lengths, prompt_lengths, temperature, index [answers].
+    """The parts of a file of answers: ids and learn [all], and lengths, temperature, index [answers].
 
-    An answer's ids are its prompt's, then its own. ValueError names a file that is not whole.
+    An answer's ids are its prompt's, then its own, in a chat several times; learn bool tells its own. ValueError names
+    a file that is not whole.
     """
     try:
         with np.load(path) as data:
-            stored = {name: data[name] for name in ("ids", "lengths", "prompt_lengths", "temperature", "index")}
+            learn = (
+                "learn" if "learn" in data else "prompt_lengths"
+            )  # as files had it in which an answer has one prompt
+            stored = {name: data[name] for name in ("ids", "lengths", learn, "temperature", "index")}
     except Exception as error:
         raise ValueError(
             f"{path} is not a whole answers file ({error}); allowed: an .npz that "
             "`beagle-sd prepare --regenerate` wrote"
         ) from error
     count, lengths = len(stored["index"]), stored["lengths"]
-    whole = all(part.shape == (count,) for name, part in stored.items() if name != "ids")
-    integers = all(stored[name].dtype.kind in "iu" for name in ("ids", "lengths", "prompt_lengths", "index"))
-    if not whole or not integers or lengths.min(initial=0) < 0 or stored["ids"].shape != (lengths.sum(),):
+    whole = all(part.shape == (count,) for name, part in stored.items() if name not in ("ids", "learn"))
+    integers = all(stored[name].dtype.kind in "iu" for name in ("ids", "lengths", learn, "index"))
+    if whole and integers and lengths.min(initial=0) >= 0:
+        total = int(lengths.sum())
+        if learn == "prompt_lengths":
+            position = np.arange(total) - np.repeat(lengths.cumsum() - lengths, lengths)
+            stored["learn"] = position >= np.repeat(stored.pop("prompt_lengths"), lengths)
+        elif stored["learn"].shape == (-(-total // 8),) and stored["learn"].dtype == np.uint8:
+            stored["learn"] = np.unpackbits(stored["learn"], count=total).astype(bool)
+        whole = stored["ids"].shape == stored["learn"].shape == (total,)
+    if not whole or not integers or lengths.min(initial=0) < 0:
         raise ValueError(
             f"{path}: its parts do not belong together; allowed: an .npz that `beagle-sd prepare --regenerate` wrote"
         )
@@ -197,8 +218,8 @@ def read_answers(path: str | Path, context: int | None) -> Iterator[Conversation
     start = 0
     for number, length in enumerate(stored["lengths"].tolist()):
         ids = stored["ids"][start : start + length].astype(np.int64).tolist()
+        learn = stored["learn"][start : start + length].tolist()
         start += length
-        learn = [position >= int(stored["prompt_lengths"][number]) for position in range(length)]
         yield Conversation(
             int(stored["index"][number]), ids[:context], learn[:context], float(stored["temperature"][number])
         )

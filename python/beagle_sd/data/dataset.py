@@ -14,11 +14,12 @@ from beagle_sd.data.batch import Batch
 
 
 class Entry(NamedTuple):
-    """A sequence: the file's number, its first row there, rows."""
+    """A sequence: the file's number, its first row there, rows, and where in the file its states begin."""
 
     file: int
     start: int
     rows: int
+    states: int = 0
 
 
 class PackedDataset:
@@ -30,6 +31,8 @@ class PackedDataset:
 
     width: int
     """The size of the states."""
+    window_keys: int | None = None
+    """Only the states that a draft with this window uses are there (None: all)."""
 
     def __init__(self, context: int, held_out: int):
         self.context, self.held_out = context, held_out
@@ -86,7 +89,8 @@ class PackedDataset:
 
 
 class StateDataset(PackedDataset):
-    """The sequences of a folder of shards, read from disk as they are needed."""
+    """The sequences of a folder of shards, read from disk as they are needed. Of a sequence without all of its states
+    each piece that has them is a sequence of its own, its positions from 0: rotary positions are relative."""
 
     def __init__(self, folder: str | Path, *, context: int = 2048, held_out: int = 50):
         super().__init__(context, held_out)
@@ -95,14 +99,17 @@ class StateDataset(PackedDataset):
             raise shards.ShardError(f"{folder} has no shards: run `beagle-sd prepare` first")
         self._learnt: list[Tensor] = []  # of each file, distinct tokens and how often they are to be learnt
         for number, path in enumerate(paths):
-            start, learnt = 0, []
+            start, states, learnt = 0, 0, []
             for sequence in shards.read_shard(path, with_states=False):
-                self._add(sequence.index, Entry(number, start, len(sequence.tokens)))
+                for begin, end in _pieces(sequence):
+                    self._add(sequence.index, Entry(number, start + begin, end - begin, states))
+                    states += end - begin
                 start += len(sequence.tokens)
                 following = torch.cat([sequence.tokens[1:], torch.tensor([sequence.final_token])])
                 learnt.append(following[sequence.loss_mask & (following >= 0)])
             self._learnt.append(torch.stack(torch.unique(torch.cat(learnt), return_counts=True)))
         self._files = [safe_open(path, "pt") for path in paths]
+        self.window_keys = shards.read_manifest(folder).get("window_keys")
         self.width = self._files[0].get_slice("states").get_shape()[1]
 
     def _counts(self, vocab_size: int) -> Tensor:
@@ -118,7 +125,8 @@ class StateDataset(PackedDataset):
         for entry in entries:
             length = self._rows(entry)
             for name, values in parts.items():
-                values.append(self._files[entry.file].get_slice(name)[entry.start : entry.start + length])
+                start = entry.states if name == "states" else entry.start
+                values.append(self._files[entry.file].get_slice(name)[start : start + length])
             lengths.append(length)
         sizes = torch.tensor([0, *lengths])
         return Batch(
@@ -128,6 +136,15 @@ class StateDataset(PackedDataset):
             sizes.cumsum(0).to(torch.int32),
             torch.cat([torch.arange(length) for length in lengths]),
         )
+
+
+def _pieces(sequence: shards.Sequence) -> list[tuple[int, int]]:
+    """[begin, end) of each run of rows with their states."""
+    if sequence.kept is None:
+        return [(0, len(sequence.tokens))]
+    around = torch.nn.functional.pad(sequence.kept.int(), (1, 1))
+    begins, ends = ((around.diff() == sign).nonzero().flatten().tolist() for sign in (1, -1))
+    return list(zip(begins, ends, strict=True))
 
 
 def _packs(order: list[int], lengths: list[int], tokens_per_batch: int) -> list[list[int]]:

@@ -46,23 +46,24 @@ class Corpus(NamedTuple):
     def of_answers(cls, paths: Sequence[str | Path], tokens: int | None = None) -> Corpus:
         """Of files of answers; only the first so many tokens' worth of them if `tokens` is given."""
         stored = [stored_answers(path) for path in paths]
-        kinds = {
+        kinds: dict[str, type] = {
             "ids": np.int32,
             "lengths": np.int64,
-            "prompt_lengths": np.int64,
+            "learn": np.bool_,
             "index": np.int64,
             "temperature": np.float32,
         }
-        parts = {name: np.concatenate([one[name] for one in stored]).astype(kind) for name, kind in kinds.items()}
+        parts: dict[str, np.ndarray] = {
+            name: np.concatenate([one[name] for one in stored]).astype(kind) for name, kind in kinds.items()
+        }
         ends = parts["lengths"].cumsum()
         count = len(ends) if tokens is None else int(np.searchsorted(ends, tokens, side="right"))
         total = int(ends[count - 1]) if count else 0
         lengths, index, temperature = (
             torch.from_numpy(parts[name][:count]) for name in ("lengths", "index", "temperature")
         )
-        position = torch.arange(total) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        learn = position >= torch.repeat_interleave(torch.from_numpy(parts["prompt_lengths"][:count]), lengths)
-        return cls(torch.from_numpy(parts["ids"][:total]), learn, lengths, index, temperature)
+        ids, learn = (torch.from_numpy(parts[name][:total]) for name in ("ids", "learn"))
+        return cls(ids, learn, lengths, index, temperature)
 
 
 class LiveDataset(PackedDataset):

@@ -24,6 +24,7 @@ class Sequence(NamedTuple):
     tokens [n] int64; states [n, d], row i the target's top hidden state at token i; loss_mask [n] bool, row i
     set where the token after i is the assistant's; final_token, the token after the last row (-1: none);
     index, the number of the prompt or conversation it came from; temperature, -1 where a person wrote it.
+    kept [n] bool: which rows have their states, of which `states` then has no others (None: all).
     """
 
     tokens: Tensor
@@ -32,6 +33,16 @@ class Sequence(NamedTuple):
     final_token: int
     index: int  # type: ignore[assignment]  # tuple.index is not needed
     temperature: float
+    kept: Tensor | None = None
+
+    def within(self, window_keys: int) -> Sequence:
+        """With the states alone that a draft with `window_keys` uses: those within so many positions before a row that
+        is learnt, and its own."""
+        before = self.loss_mask.long().cumsum(0)
+        reach = torch.arange(len(before)) + window_keys
+        until = before[reach.clamp(max=len(before) - 1)]
+        kept = until - before + self.loss_mask.long() > 0
+        return self._replace(states=self.states[kept], kept=kept)
 
 
 class ShardError(ValueError):
@@ -84,6 +95,9 @@ class ShardWriter:
         number = 1 + max((int(path.stem.split("-")[1]) for path in shard_paths(self.folder)), default=-1)
         number += (self.process - number) % self.processes  # no other process takes it
         path = self.folder / f"states-{number:05d}.safetensors"
+        if any(s.kept is not None for s in self._open):
+            kept = [torch.ones(len(s.tokens), dtype=torch.bool) if s.kept is None else s.kept for s in self._open]
+            tensors["kept"] = torch.cat(kept).to(torch.uint8)
         try:
             with whole(path) as partial:
                 save_file(tensors, partial, metadata={"format": str(FORMAT)})
@@ -124,8 +138,9 @@ def read_shard(path: str | Path, *, with_states: bool = True) -> list[Sequence]:
     """The sequences of a shard; ShardError if the file is cut short or lacks a tensor."""
     try:
         with safe_open(path, "pt") as file:
-            names = [name for name in _NAMES if with_states or name != "states"]
-            shapes = {name: file.get_slice(name).get_shape() for name in _NAMES}
+            every = [*_NAMES, *({"kept"} & set(file.keys()))]
+            names = [name for name in every if with_states or name != "states"]
+            shapes = {name: file.get_slice(name).get_shape() for name in every}
             data = {name: file.get_tensor(name) for name in names}
     except Exception as error:
         raise ShardError(
@@ -133,16 +148,19 @@ def read_shard(path: str | Path, *, with_states: bool = True) -> list[Sequence]:
         ) from error
     lengths = data["lengths"].tolist()
     _check_parts(path, data, shapes, lengths)
-    states = data["states"].split(lengths) if with_states else [torch.empty(0)] * len(lengths)
+    kept = [part.bool() for part in data["kept"].split(lengths)] if "kept" in data else [None] * len(lengths)
+    rows = [length if part is None else int(part.sum()) for length, part in zip(lengths, kept)]
+    states = data["states"].split(rows) if with_states else [torch.empty(0)] * len(lengths)
     return [
-        Sequence(tokens.long(), mask.bool(), state, final, index, temperature)
-        for tokens, mask, state, final, index, temperature in zip(
+        Sequence(tokens.long(), mask.bool(), state, final, index, temperature, part)
+        for tokens, mask, state, final, index, temperature, part in zip(
             data["tokens"].split(lengths),
             data["loss_mask"].split(lengths),
             states,
             data["final_token"].tolist(),
             data["index"].tolist(),
             data["temperature"].tolist(),
+            kept,
             strict=True,
         )
     ]
@@ -159,7 +177,8 @@ def _check_parts(path: str | Path, data: dict[str, Tensor], shapes: dict[str, li
     rows, sequences = shapes["tokens"][0], shapes["lengths"][0]
     wanted = {
         "loss_mask": [rows],
-        "states": [rows, shapes["states"][-1]],
+        "states": [int(data["kept"].count_nonzero()) if "kept" in data else rows, shapes["states"][-1]],
+        **({"kept": [rows]} if "kept" in data else {}),
         **dict.fromkeys(("final_token", "index", "temperature"), [sequences]),
     }
     for name, shape in wanted.items():

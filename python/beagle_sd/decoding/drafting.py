@@ -22,19 +22,32 @@ class Candidates(NamedTuple):
 
 
 class DraftCache:
-    """Keys and values [B, Hkv, S, D] of the draft's one block: true states below a row's length, and above it the
-    draft states of the round in progress."""
+    """Keys and values [B, Hkv, S, D] of the draft's one block: true states, and those of the round in progress behind.
 
-    def __init__(self, draft: BeagleDraft, batch: int, slots: int):
+    Position j's true state is in slot j, a round's draft states lie from a row's length on, and `reserve` makes room.
+    With window_keys `ring` slots, however long the text is, hold position j in slot j % ring, and the draft states lie
+    behind them. A round writes true states up to `depth` behind the row's new length, which nobody sees; the ring is
+    longer than the window by as much, so that they take no place of a key still to be seen.
+    """
+
+    def __init__(self, draft: BeagleDraft, batch: int, tokens: int, depth: int, branch: int):
+        """Room for `tokens` true states a row and a round's draft states of `depth` levels of `branch` nodes each."""
         config, weight = draft.config, draft.k_proj.weight
-        shape = batch, config.num_key_value_heads, slots, config.head_dim
+        self.window = config.window_keys
+        self.ring = self.window + depth + 1 if self.window else 0
+        self._behind = branch * depth if self.window else max(depth + 1, branch * depth)
+        shape = batch, config.num_key_value_heads, self._slots(tokens), config.head_dim
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
         self._rows = torch.arange(batch, device=weight.device)[:, None]
+        self._none = torch.zeros(batch, dtype=torch.int32, device=weight.device)
 
-    def reserve(self, slots: int) -> None:
-        """Make room for `slots` slots a row at least, behind what is there: the tensors may move."""
-        if slots > self.keys.shape[2]:
+    def _slots(self, tokens: int) -> int:
+        return (self.ring or tokens) + self._behind
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` true states a row at least, behind what is there: the tensors may move."""
+        if (slots := self._slots(tokens)) > self.keys.shape[2]:
             self.keys, self.values = grown(self.keys, 2, slots), grown(self.values, 2, slots)
 
     def append(self, draft: BeagleDraft, states: Tensor, slots: Tensor, positions: Tensor | Angles) -> None:
@@ -42,6 +55,35 @@ class DraftCache:
         keys, values = draft.keys_values(states, positions)
         self.keys[self._rows, :, slots] = keys
         self.values[self._rows, :, slots] = values
+
+    def append_true(self, draft: BeagleDraft, states: Tensor, positions: Tensor) -> None:
+        """Write the true states [B, n, d] of `positions` [B, n]."""
+        self.append(draft, states, positions % self.ring if self.ring else positions, positions)
+
+    def begin(self, draft: BeagleDraft, states: Tensor, lengths: Tensor) -> None:
+        """Write the true states [B, T, d] of new texts, of which a row's first lengths[b] count: a window's alone."""
+        step = torch.arange(states.shape[1], device=states.device)[: self.window]
+        positions = step.expand(len(states), -1)
+        if self.window:
+            positions = (lengths.long()[:, None] - 1 - step).clamp(min=0)
+            states = states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[2]))
+        self.append_true(draft, states, positions)
+
+    def prefix(self, lengths: Tensor) -> Tensor:
+        """[B] int32: the slots at a row's start that every node sees. The draft states begin `ring` slots behind."""
+        return self._none if self.ring else lengths
+
+    def seen(self, lengths: Tensor, depth: int, words: int) -> Tensor | None:
+        """Mask words [B, depth, words] int64 of the true keys that each level sees: at level d the last window - d of
+        them. None if they are all in the prefix."""
+        if self.window is None:
+            return None
+        slot = torch.arange(64 * words, device=lengths.device)
+        length, level = lengths.long()[:, None, None], torch.arange(depth, device=lengths.device)
+        age = (length - 1 - slot) % self.ring  # of the last position that went into the slot: 0 of the last of all
+        most = torch.minimum(length, self.window - level[:, None])
+        bits = torch.where((age < most) & (slot < self.ring), 1 << slot % 64, 0)
+        return bits.unflatten(2, (words, 64)).sum(3)
 
 
 def propose(
@@ -54,7 +96,8 @@ def propose(
     """
     batch, device = len(root), root.device
     branch = min(branch, len(draft.head))
-    bits = _bits(1 + branch * (depth - 1), device)
+    bits = _bits(cache.ring, 1 + branch * (depth - 1), device)
+    prefix, seen = cache.prefix(lengths), cache.seen(lengths, depth, bits.shape[1])
     settings = {1: sampling, branch: sampling.repeat(branch) if branch > 1 else sampling}
     tokens, start = root[:, None], lengths.long()[:, None]
     score = torch.zeros(batch, 1, dtype=torch.float32, device=device)
@@ -66,7 +109,10 @@ def propose(
     for level in range(depth):
         width = tokens.shape[1]
         turn = Angles(*(part[:, level : level + 1] for part in angles))
-        state = _states(draft, cache, tokens, turn, lengths, visible)
+        if cache.window and level > cache.window:  # the window has left the first ancestors behind
+            visible = visible & ~bits[: 1 + (level - cache.window - 1) * branch].sum(0)
+        words = visible if seen is None else visible | seen[:, level : level + 1]
+        state = _states(draft, cache, tokens, turn, prefix, words)
         chosen = (start + (level + 1)).expand(-1, width).flatten()
         child, gain = top_candidates(
             draft.logits(state).flatten(0, 1), branch, chosen, settings[width], token_ids=draft.draft_vocab
@@ -77,8 +123,8 @@ def propose(
         if level + 1 == depth:
             break
         if draft.config.append_states:
-            slots = torch.arange(slot, slot + width, device=device)
-            cache.append(draft, state, start + slots, turn)
+            slots = torch.arange(cache.ring + slot, cache.ring + slot + width, device=device)
+            cache.append(draft, state, prefix.long()[:, None] + slots, turn)
             visible = visible | bits[slot : slot + width]
             slot += width
         score, best = total.flatten(1).topk(branch, dim=1)
@@ -88,15 +134,15 @@ def propose(
     return Candidates(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
 
 
-def _states(draft, cache, tokens, turn, lengths, visible) -> Tensor:
-    """Draft states [B, n, d] of tokens [B, n], which see the row's true keys and the slots set in `visible`."""
+def _states(draft, cache, tokens, turn, prefix, words) -> Tensor:
+    """Draft states [B, n, d] of tokens [B, n], which see the prefix and behind it the slots set in `words`."""
     embedded = draft.embed(tokens)
-    attended = tree_attention(draft.queries(embedded, turn), cache.keys, cache.values, lengths, visible)
+    attended = tree_attention(draft.queries(embedded, turn), cache.keys, cache.values, prefix, words)
     return draft.block(embedded, attended)
 
 
-def _bits(count: int, device: torch.device) -> Tensor:
-    """[count, words] int64: row i has only bit i set."""
-    slot = torch.arange(count, device=device)
-    word = slot[: (count + 63) // 64]
+def _bits(first: int, count: int, device: torch.device) -> Tensor:
+    """[count, words] int64: row i has only bit first + i set."""
+    slot = torch.arange(first, first + count, device=device)
+    word = torch.arange((first + count + 63) // 64, device=device)
     return torch.where(slot[:, None] // 64 == word, 1 << (slot[:, None] % 64), 0)

@@ -48,9 +48,11 @@ class Buffers:
         logprobs: bool = False,
     ):
         device, self.shape, self.tokens = target.device, shape, tokens
-        slots, draft_slots, width = self._sizes()
+        slots, width = self._sizes()
         self.cache = target.new_cache(batch, slots, page_size=page_size, fixed=fixed)
-        self.draft_cache = DraftCache(draft, batch, draft_slots) if draft is not None else None
+        self.draft_cache = None
+        if draft is not None:
+            self.draft_cache = DraftCache(draft, batch, tokens - 1, shape.depth, shape.branch)
         self.pending = torch.zeros(batch, dtype=torch.int64, device=device)
         self.live = torch.zeros(batch, dtype=torch.bool, device=device)
         self.emitted, self.limit = torch.zeros_like(self.pending), torch.zeros_like(self.pending)
@@ -63,11 +65,10 @@ class Buffers:
         self.biased = False
         self.news = torch.zeros(batch, NEWS + shape.depth + 1, dtype=torch.int64, device=device)
 
-    def _sizes(self) -> tuple[int, int, int]:
-        """Slots a row of the target's cache and of the draft's, and columns of the output."""
-        shape, behind = self.shape, self.tokens - 1  # the last token of a row is never cached
-        draft_slots = behind + max(shape.depth + 1, shape.branch * shape.depth)
-        return behind + shape.num_nodes, draft_slots, self.tokens + shape.depth + 1
+    def _sizes(self) -> tuple[int, int]:
+        """Slots a row of the target's cache, and columns of the output."""
+        # the last token of a row is never cached
+        return self.tokens - 1 + self.shape.num_nodes, self.tokens + self.shape.depth + 1
 
     def reserve(self, tokens: int, most: int) -> None:
         """Make room for `tokens` prompt and new tokens a row; if they are too few, for twice as many as before but not
@@ -75,10 +76,10 @@ class Buffers:
         if tokens <= self.tokens:
             return
         self.tokens = min(most, max(tokens, 2 * self.tokens))
-        slots, draft_slots, width = self._sizes()
+        slots, width = self._sizes()
         self.cache.reserve(slots)
         if self.draft_cache is not None:
-            self.draft_cache.reserve(draft_slots)
+            self.draft_cache.reserve(self.tokens - 1)
         self.output = grown(self.output, 1, width)
         if self.logprobs is not None:
             self.logprobs = grown(self.logprobs, 1, width)
@@ -138,8 +139,7 @@ def prefill(target: Target, draft: BeagleDraft | None, prompts: Tensor, lengths:
     scores = _biased(logits, torch.zeros_like(position)[:, None], buffers)
     token, status = choose_tokens(scores[:, 0], position, buffers.sampling)
     if draft is not None and buffers.draft_cache is not None:
-        slots = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
-        buffers.draft_cache.append(draft, hidden, slots, slots)
+        buffers.draft_cache.begin(draft, hidden, lengths)
     # what a root accepts that has no children
     none = torch.zeros_like(status)
     _emit(buffers, Verdict(none[:, None], none, token, status), token[:, None], logits)
@@ -191,8 +191,7 @@ def _keep(draft, buffers: Buffers, tree: DraftTree, verdict: Verdict, hidden: Te
         )
     if buffers.draft_cache is not None:
         states = hidden.gather(1, path[:, :, None].expand(-1, -1, hidden.shape[2]))
-        slots = lengths.long()[:, None] + step
-        buffers.draft_cache.append(draft, states, slots, slots)
+        buffers.draft_cache.append_true(draft, states, lengths.long()[:, None] + step)
     run = verdict.next_token[:, None]
     if path.shape[1] > 1:
         drafted = tree.tokens.gather(1, path).roll(-1, 1)

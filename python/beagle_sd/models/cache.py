@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -62,6 +64,16 @@ class TreeCache(Cache):
         self.states = grown(self.states, 2, batch * pages)
         pages_of = torch.arange(batch * pages, dtype=torch.int32, device=self.lengths.device).view(pages, batch)
         self.block_table = pages_of.T.contiguous()
+
+    def row(self, row: int) -> TreeCache:
+        """One row of a dense cache as a cache of its own, in the same memory, until `reserve` moves it."""
+        one = copy(self)
+        one.states, one.lengths, one._rows = (
+            self.states[:, :, row : row + 1],
+            self.lengths[row : row + 1],
+            self._rows[:1],
+        )
+        return one
 
     def expect(self, count: int, limit: int | None) -> None:
         """Prepare for a forward over `count` new tokens a row, which is to be given `limit` slots (None: all)."""

@@ -71,12 +71,12 @@ def _device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def load_draft(folder: str | Path, target: PreTrainedModel) -> BeagleDraft:
-    """A saved draft, bound to `target` and in its dtype and on its device."""
+def load_draft(folder: str | Path, target: PreTrainedModel, dtype: torch.dtype | None = None) -> BeagleDraft:
+    """A saved draft, bound to `target` and on its device; in its dtype too where none is given."""
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; allowed: a folder that `beagle-sd train` wrote")
     draft = BeagleDraft.from_pretrained(folder)
-    return draft.to(device=target.device, dtype=target.dtype).eval().bind(target)
+    return draft.to(device=target.device, dtype=dtype or target.dtype).eval().bind(target)
 
 
 def measured_acceptance(folder: str | Path) -> list[dict]:

@@ -168,8 +168,9 @@ class Target:
                 **{self._cache_argument: cache},
             ).last_hidden_state
 
-    def prefill(self, tokens: Tensor, lengths: Tensor, cache: TreeCache) -> Tensor:
-        """Run right-padded prompts [B, T] with `lengths` [B] into an empty cache; hidden states [B, T, d].
+    def prefill(self, tokens: Tensor, lengths: Tensor, cache: TreeCache, begin: int = 0) -> Tensor:
+        """Run right-padded texts [B, T] with `lengths` [B] into a cache that holds the `begin` tokens before each, or
+        nothing; hidden states [B, T, d].
 
         What is returned beyond a row's length is padding's and means nothing.
         """
@@ -177,8 +178,8 @@ class Target:
         states = []
         for start in range(0, total, _PREFILL_CHUNK):
             part = tokens[:, start : start + _PREFILL_CHUNK]
-            cache.lengths.fill_(start)
+            cache.lengths.fill_(begin + start)
             step = torch.arange(part.shape[1], device=tokens.device).expand(batch, -1)
             states.append(self.forward(part, step, causal(batch, part.shape[1], tokens.device), cache))
-        cache.lengths.copy_(lengths)
+        cache.lengths.copy_(begin + lengths)
         return torch.cat(states, 1)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from beagle_sd.files import remove_remains, whole
 from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.training.optimizer import Optimizer
 
 _OF_THE_DRAFT = (
     "model_type",
@@ -38,7 +39,7 @@ class Checkpoints:
 
     KEPT = 2
 
-    def __init__(self, folder: Path, draft: BeagleDraft, optimizer: torch.optim.Optimizer, settings: dict):
+    def __init__(self, folder: Path, draft: BeagleDraft, optimizer: Optimizer, settings: dict):
         self.folder, self.draft, self.optimizer = folder, draft, optimizer
         shape = draft.config.to_dict()
         self.settings = settings | {name: shape[name] for name in _OF_THE_DRAFT}

@@ -28,8 +28,9 @@ class TrainingConfig:
     lr: float = _setting(3e-5, "Learning rate; the paper's is for 7B, small targets want 1e-3.")
     schedule: str = _setting("constant", "constant, or cosine to a tenth, after warm-up.")
     warmup_steps: int = _setting(2000, "Steps of linear warm-up.")
+    optimizer: str = _setting("adamw", "adamw, or muon for the matrices: fewer tokens to the same draft.")
     betas: tuple[float, float] = _setting((0.9, 0.95), "AdamW's.")
-    weight_decay: float = _setting(0.0, "AdamW's.")
+    weight_decay: float = _setting(0.0, "Of all weights.")
     clip: float = _setting(0.5, "Largest norm of all gradients together.")
     regression: float = _setting(10.0, "Weight of the hidden-state regression.")
     noise: float = _setting(0.0, "Standard deviation of Gaussian noise on the states that give the keys.")
@@ -48,8 +49,9 @@ class TrainingConfig:
         for name in ("block_epochs", "simulation_epochs", "lr", "warmup_steps", "regression", "noise", "held_out"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: 0 or more")
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"schedule is {self.schedule!r}; allowed: 'constant', 'cosine'")
+        for name, allowed in (("schedule", ("constant", "cosine")), ("optimizer", ("adamw", "muon"))):
+            if (given := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} is {given!r}; allowed: {', '.join(map(repr, allowed))}")
 
     def rate(self, step: int, total_steps: int) -> float:
         """The learning rate of the step after `step` have been done."""

@@ -22,6 +22,7 @@ from beagle_sd.training.config import TrainingConfig
 from beagle_sd.training.held_out import HeldOut
 from beagle_sd.training.log import TrainingLog
 from beagle_sd.training.objective import draft_states, row_weights
+from beagle_sd.training.optimizer import Optimizer
 from beagle_sd.training.parallel import mean_gradients, of_this_process, shares, summed
 
 
@@ -54,10 +55,7 @@ class Trainer:
         self.processes = PartialState(cpu=self.device.type == "cpu")
         # In autocast the loss's products are in bf16, as the draft's are.
         self.head = draft.head.to(torch.bfloat16 if config.autocast else torch.float32)
-        fused = {"fused": True} if self.device.type == "cuda" else {}
-        self.optimizer = torch.optim.AdamW(
-            draft.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, **fused
-        )
+        self.optimizer = Optimizer(draft, config)
         self._epochs: dict[int, list[list[int]]] = {}
         self.block_steps = round(config.block_epochs * len(self._epoch(0)))
         self.total_steps = self.block_steps + round(config.simulation_epochs * len(self._epoch(0)))
@@ -136,10 +134,7 @@ class Trainer:
                 f"the last good checkpoint is kept in {self.folder}; lower lr (now {config.lr})?"
             )
         rate = config.rate(self.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(rate)
         self.tokens_seen += int(tokens)
         return {"stage": stage, "loss": loss, "gradient_norm": norm, "lr": rate, "tokens_seen": self.tokens_seen}
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from beagle_sd.cli.app import app
 from beagle_sd.data.shards import read_sequences
 from beagle_sd.decoding import calibration
+from beagle_sd.models.draft import BeagleDraft
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,13 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
     assert json.loads((tmp_path / "live" / "final" / "config.json").read_text())["window_keys"] == 12
     assert trained.splitlines()[0].split(";")[0] == live.splitlines()[0].split(";")[0]
     assert (tmp_path / "live" / "final" / "model.safetensors").is_file()
+    onward = "train", states, tmp_path / "onward", "--target", target, "--start", out / "final", "--block-epochs", 0
+    said = run(*onward, "--draft-vocab", 40, code=1)
+    assert "--draft-vocab given with --start; allowed: the shape of the draft in" in said
+    run(*onward, "--simulation-epochs", 1, "--warmup-steps", 1, "--lr", 0, "--window-keys", 9)
+    before, after = (BeagleDraft.from_pretrained(folder / "final") for folder in (out, tmp_path / "onward"))
+    assert after.config.window_keys == 9 and after.config.num_key_value_heads == 4
+    assert all(value.equal(after.state_dict()[name]) for name, value in before.state_dict().items())
     again = "prepare", states / "answers.npz", tmp_path / "again", "--target", target
     assert "10 of 10 conversations" in run(*again, "--limit", 10)
     assert "20 of 30 conversations" in run(*again)

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from beagle_sd import generate
 from beagle_sd.data.answers import Request, _Writer, requests_of, seed_of, write_answers
-from beagle_sd.data.conversations import encode_chat
+from beagle_sd.data.conversations import encode_chat, encode_turns
 from beagle_sd.models.ends import end_tokens
 from beagle_sd.models.target import Target
 
@@ -172,3 +172,54 @@ def test_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match="batch is 0; allowed: at least 1"):
         answers(small_target(), requests(1), batch=0)
     assert VOCAB > END
+
+
+@pytest.mark.parametrize("longest", [5, 14])
+def test_every_turn_of_a_chat_is_answered_as_plain_decoding_does(longest, monkeypatch):
+    """Behind the keys of the turns before; answers alone are learnt, and an end of turn that they came to."""
+    monkeypatch.setattr("beagle_sd.data.answers._PROMPT_TOKENS", 16)
+    model, tokenizer = small_target(), small_tokenizer()
+    chats = [["ab", "c", "abc" * 30], ["a"], ["b" * 9, "ca"]]
+    asked = [encode_turns(tokenizer, [{"role": "user", "content": text} for text in chat]) for chat in chats]
+    model.lm_head.weight.data[END] *= 3  # so that some answers come to their end
+    requests = list(requests_of([(number, *turns) for number, turns in enumerate(asked)], (0.0, 1.0)))
+    found = answers(model, requests, batch=2, max_new_tokens=longest, seed=5)
+    ended = 0
+    for request in requests:
+        text, learnt = [], []
+        for turn in (request.ids, *request.later):
+            own_end = bool(text) and text[-1] == END
+            text, learnt = text + turn[own_end:], learnt + [False] * len(turn[own_end:])
+            plain = (
+                generate(
+                    model,
+                    None,
+                    torch.tensor([text]),
+                    max_new_tokens=longest,
+                    eos_token_id=END,
+                    temperature=request.temperature,
+                    seed=torch.tensor([seed_of(5, request)]),
+                )
+                .sequences[0]
+                .tolist()
+            )
+            ended += plain[-1] == END
+            text, learnt = plain, learnt + [True] * (len(plain) - len(text))
+        sequence = found[request.index]
+        assert whole(sequence) == text
+        assert sequence.loss_mask.tolist() == learnt[1:]
+        with torch.no_grad():
+            alone = model.model(sequence.tokens[None]).last_hidden_state[0]
+        torch.testing.assert_close(sequence.states.float(), alone, rtol=2e-2, atol=2e-2)
+    assert 0 < ended < 6 or longest > 5
+
+
+def test_a_chat_ends_where_the_context_does():
+    tokenizer = small_tokenizer()
+    turns = encode_turns(tokenizer, [{"role": "user", "content": "ab"}] * 9)
+    (found,) = write_answers(
+        small_target(), requests_of([(0, *turns)]), ends=(), max_new_tokens=4, context=100, states=False
+    )
+    each = len(turns[1]) + 4
+    assert len(whole(found)) == len(turns[0]) + 4 + (100 - len(turns[0]) - 4) // each * each
+    assert int(found.loss_mask.sum()) == 4 * (1 + (100 - len(turns[0]) - 4) // each)

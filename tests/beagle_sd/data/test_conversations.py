@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from models import small_target
@@ -9,7 +10,14 @@ from tokenizers_for_tests import small_tokenizer
 
 from beagle_sd.data import shards
 from beagle_sd.data.chats import encode_chat, encode_conversation
-from beagle_sd.data.conversations import HUMAN, export_answers, read_conversations, read_prompts
+from beagle_sd.data.conversations import (
+    HUMAN,
+    export_answers,
+    read_conversations,
+    read_prompts,
+    stored_answers,
+    write_answer_file,
+)
 from beagle_sd.data.rows import LeftOut
 from beagle_sd.data.states import sequences_with_states
 
@@ -93,6 +101,23 @@ def test_prompts_end_with_the_last_user_turn(tmp_path):
     assert 0 not in dict(read_prompts(path, tokenizer, exact - 1, LeftOut()))
 
 
+def test_a_row_of_user_turns_alone_is_a_chat_to_be_answered(tmp_path):
+    system, *asked = [{"role": "user", "content": text} for text in ("be kind", "ab", "c", "d")]
+    system["role"] = "system"
+    rows = [{"messages": [system, *asked]}, {"messages": [asked[0], TURNS[1], asked[1]]}]
+    path, tokenizer, left = write_lines(tmp_path / "chats.jsonl", *rows), small_tokenizer(), LeftOut()
+    (index, first, *later), (other, *single) = read_prompts(path, tokenizer, 80, left)
+    assert (index, other) == (0, 1) and len(later) == 2 and len(single) == 1
+    answered = [system, asked[0], {"role": "assistant", "content": "x"}, asked[1]]
+    written = tokenizer("x", add_special_tokens=False)["input_ids"]
+    assert first + written + later[0] == encode_chat(tokenizer, answered)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message['content'] }}", "{{ messages | length }}{{ message['content'] }}"
+    )
+    assert list(read_prompts(path, tokenizer, 80, left))[0][0] == 1
+    assert left.lines()[0].startswith("left out 1: the chat template changes earlier turns")
+
+
 def test_plain_text_is_learned_whole(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("abc " * 10, encoding="utf-8")
@@ -137,6 +162,7 @@ def test_stored_answers_read_back(tmp_path):
         writer.add(shards.Sequence(part, mask, torch.zeros(len(part), 4, dtype=torch.bfloat16), 2, index, 0.7))
     writer.flush()
     assert export_answers(tmp_path / "states", tmp_path / "answers.npz", {1: "a", 3: "b"}) == 2
+    assert set(stored_answers(tmp_path / "answers.npz")) == {"ids", "learn", "lengths", "temperature", "index"}
     first, second = read_conversations(tmp_path / "answers.npz", small_tokenizer(), 2048)
     assert (first.index, first.ids, first.learn) == (1, [9, 10, 2], [False, False, True])
     assert (second.index, second.ids, second.learn) == (3, [5, 6, 7, 8, 2], [False, False, True, True, True])
@@ -144,3 +170,19 @@ def test_stored_answers_read_back(tmp_path):
     left = LeftOut()
     assert [one.index for one in read_conversations(tmp_path / "answers.npz", small_tokenizer(), 2, left=left)] == []
     assert left.count == 2
+    with np.load(tmp_path / "answers.npz") as data:
+        parts = dict(data)
+    np.savez(tmp_path / "old.npz", **parts | {"learn": [[9]]})
+    with pytest.raises(ValueError, match="do not belong together"):
+        stored_answers(tmp_path / "old.npz")
+    del parts["learn"]
+    np.savez(tmp_path / "old.npz", **parts, prompt_lengths=np.array([2, 2]))
+    assert list(read_conversations(tmp_path / "old.npz", small_tokenizer(), 2048)) == [first, second]
+
+
+def test_every_answer_of_a_chat_is_learnt_from_a_file(tmp_path):
+    mask = torch.tensor([False, True, True, False, False, True])
+    one = shards.Sequence(torch.arange(6), mask, torch.empty(0), 9, 4, 0.0)
+    write_answer_file(tmp_path / "answers.npz", [one], {})
+    (found,) = read_conversations(tmp_path / "answers.npz", small_tokenizer(), 2048)
+    assert found.learn == [False, *mask.tolist()] and found.ids == [0, 1, 2, 3, 4, 5, 9]

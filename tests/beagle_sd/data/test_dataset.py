@@ -100,3 +100,36 @@ def test_frequent_tokens_are_the_assistants_and_need_no_second_reading(folder, m
     for count in (0, 98):
         with pytest.raises(ValueError, match=f"draft_vocab is {count}; allowed: 1 to 97"):
             dataset.frequent_tokens(count, 97)
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_states_out_of_a_windows_reach_are_not_stored(tmp_path, window):
+    """What is left in pieces has, for every row that is learnt, all rows that its window reaches."""
+    whole_ones = []
+    for number, length in enumerate(LENGTHS):
+        sequence = random_sequence(number, length)
+        mask = torch.arange(length) % 11 == number % 3
+        whole_ones.append(sequence._replace(loss_mask=mask))
+    writer = ShardWriter(tmp_path, MANIFEST | {"window_keys": window}, tokens_per_shard=90)
+    for sequence in whole_ones:
+        writer.add(sequence.within(window))
+    writer.flush()
+    read = sorted(shards.read_sequences(tmp_path), key=lambda sequence: sequence.index)
+    dataset = StateDataset(tmp_path, held_out=0)
+    assert dataset.window_keys == window
+    pieces = [dataset.load([entry]) for entry in dataset.train]
+    want = []
+    for sequence, stored in zip(whole_ones, read, strict=True):
+        learnt = sequence.loss_mask.nonzero().flatten().tolist()
+        kept = [any(row - window <= place <= row for row in learnt) for place in range(len(sequence.tokens))]
+        assert stored.kept.tolist() == kept and stored.states.equal(sequence.states[kept])
+        assert stored.tokens.equal(sequence.tokens) and stored.loss_mask.equal(sequence.loss_mask)
+        starts = [place for place in range(len(kept)) if kept[place] and not (place and kept[place - 1])]
+        want += [
+            (sequence, start, next((p for p in range(start, len(kept)) if not kept[p]), len(kept))) for start in starts
+        ]
+    assert len(pieces) == len(want) and (window > 3 or len(want) > len(whole_ones))
+    for piece, (sequence, start, end) in zip(pieces, want, strict=True):
+        for name in ("tokens", "loss_mask", "states"):
+            assert torch.equal(getattr(piece, name), getattr(sequence, name)[start:end])
+        assert piece.positions.tolist() == list(range(end - start))

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from beagle_sd.data import prompt_sources
 from beagle_sd.data.evaluation_sets import EVALUATION_SETS, evaluation_ngrams, ngrams
-from beagle_sd.data.prompt_sources import SOURCES
-from beagle_sd.data.prompts import MIX, build_prompts
+from beagle_sd.data.prompts import sources, templates
+from beagle_sd.data.prompts.build import MIX, build_prompts
 from beagle_sd.models import smollm2
 
 TEMPLATES = {"templates": 1.0}
@@ -57,11 +56,11 @@ def test_shape_count_and_distinctness(empty_cache):
 
 
 def test_every_slot_and_list_is_known_and_used():
-    data, topics = prompt_sources._data("templates.json"), prompt_sources._data("topics.json")
-    templates = [t for group in data["groups"].values() for t in group["templates"]]
-    assert len(templates) == len(set(templates)) + 2  # the plain question stands there three times, for its weight
-    asked = set().union(*(slots(t) for t in templates + data["closers"] + sum(topics.values(), [])))
-    functions = set(prompt_sources._function_slots(prompt_sources._data("functions.json")[0]))
+    data, topics = templates.text_file("templates.json"), templates.text_file("topics.json")
+    every = [t for group in data["groups"].values() for t in group["templates"]]
+    assert len(every) == len(set(every)) + 2  # the plain question stands there three times, for its weight
+    asked = set().union(*(slots(t) for t in every + data["closers"] + sum(topics.values(), [])))
+    functions = set(templates.function_slots(templates.text_file("functions.json")[0]))
     assert asked <= set(topics) | functions
     assert set(topics) <= asked
     for name, entries in topics.items():
@@ -69,14 +68,14 @@ def test_every_slot_and_list_is_known_and_used():
 
 
 def test_every_template_fills():
-    groups = prompt_sources._data("templates.json")["groups"]
+    groups = templates.text_file("templates.json")["groups"]
     for template in (t for group in groups.values() for t in group["templates"]):
-        text = prompt_sources._Filler(random.Random(template))(template)
+        text = templates.Filler(random.Random(template))(template)
         assert not slots(text), template
 
 
 def test_slots_repeat_and_differ():
-    filler = prompt_sources._Filler(random.Random(0))
+    filler = templates.Filler(random.Random(0))
     first, same, other = filler("{name}|{name}|{name2}").split("|")
     assert first == same != other
     assert 3 <= int(filler("{int 3 5}")) <= 5
@@ -92,14 +91,14 @@ def test_slots_repeat_and_differ():
     ],
 )
 def test_article(text, expected):
-    assert prompt_sources._article(text) == expected
+    assert templates.article(text) == expected
 
 
 def test_function_tasks_are_python():
-    for task in prompt_sources._data("functions.json"):
+    for task in templates.text_file("functions.json"):
         name = task["signature"].split("(")[0]
         assert re.search(rf"\b{name}\(", task["example"]) and " == " in task["example"], name
-        compile(prompt_sources._function_slots(task)["pyfunc_stub"], name, "exec")
+        compile(templates.function_slots(task)["pyfunc_stub"], name, "exec")
         compile(task["example"], name, "eval")
 
 
@@ -139,7 +138,7 @@ def test_default_build_shares_nothing_with_the_evaluation_sets():
     assert {name: counts[name] for name in MIX} == {name: round(1500 * share) for name, share in MIX.items()}
 
 
-@pytest.mark.parametrize("name", sorted(SOURCES))
+@pytest.mark.parametrize("name", sorted(MIX))
 def test_each_source_is_deterministic_and_readable(name):
     try:
         rows, again = (build_prompts(40, 2, {name: 1.0}) for _ in range(2))
@@ -172,7 +171,7 @@ def test_imported_puzzles_leave_no_module_behind():
     ],
 )
 def test_first_lines_that_stand_alone(text, sensible):
-    assert prompt_sources._sensible(text) is sensible
+    assert sources._sensible(text) is sensible
 
 
 @pytest.mark.slow

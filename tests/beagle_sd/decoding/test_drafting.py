@@ -16,20 +16,21 @@ LENGTHS = [7, 3]
 @torch.no_grad()
 def state_of(draft, states, path: list[int]) -> torch.Tensor:
     """S of the last of `path`, whose first token follows the true states: by dense attention."""
-    true = len(states)
-    seen = list(states)
-    for step, token in enumerate(path):
-        place = torch.tensor([true + step])
+    seen, window = list(enumerate(states)), draft.config.window_keys
+    for place, token in enumerate(path, len(states)):
         embedded = draft.embed(torch.tensor([token]))
-        positions = torch.tensor([*range(true), *range(true, len(seen))])
-        keys, values = draft.keys_values(torch.stack(seen), positions)
-        query = draft.queries(embedded, place)[0]
+        query = draft.queries(embedded, torch.tensor([place]))[0]
+        positions = [position for position, _ in seen if window is None or position >= place - window]
+        shown = torch.stack([state for position, state in seen if position in positions] or [states[0] * 0])
+        keys, values = draft.keys_values(shown, torch.tensor(positions or [0]))
+        if not positions:
+            values = values * 0
         group = query.shape[0] // keys.shape[1]
         keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
         weights = (torch.einsum("hd,khd->hk", query, keys) * query.shape[1] ** -0.5).softmax(-1)
         state = draft.block(embedded, torch.einsum("hk,khd->hd", weights, values)[None])[0]
         if draft.config.append_states:
-            seen.append(state)
+            seen.append((place, state))
     return state
 
 
@@ -37,27 +38,18 @@ def proposed(draft, temperature, depth, branch):
     """Candidates below two ragged rows, with the true states they follow."""
     states = torch.randn(2, 7, 64, dtype=draft.q_proj.weight.dtype)
     lengths, root = torch.tensor(LENGTHS, dtype=torch.int32), torch.tensor([5, 60])
-    cache = DraftCache(draft, 2, 8 + branch * depth)
-    slots = torch.arange(7).expand(2, -1)
+    cache = DraftCache(draft, 2, 7, depth, branch)
     sampling = Sampling.of(2, 4, temperature)
     with torch.no_grad():
-        cache.append(draft, states, slots, slots)
+        cache.begin(draft, states, lengths)
         return states, root, sampling, propose(draft, cache, lengths, root, sampling, depth, branch)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"append_states": False}, {"draft_vocab": torch.arange(1, VOCAB, 2)}],
-    ids=["plain", "no states appended", "reduced vocabulary"],
-)
-def test_candidates_are_the_definitions(settings, temperature):
-    depth, branch = 4, 3
-    draft = small_draft(agreeable_target(), initializer_range=0.2, **settings)
-    states, root, sampling, found = proposed(draft, temperature, depth, branch)
-    ids = settings.get("draft_vocab", torch.arange(VOCAB))
-    assert found.tokens.shape == (2, branch + (depth - 1) * branch * branch)
-    for row, length in enumerate(LENGTHS):
+def check_candidates(draft, states, lengths, root, sampling, found, depth, branch):
+    """Every candidate, its score and its parent against the definition; `states` [B, T, d] are the true ones."""
+    ids = torch.arange(VOCAB) if draft.draft_vocab is None else draft.draft_vocab
+    assert found.tokens.shape == (len(root), branch + (depth - 1) * branch * branch)
+    for row, length in enumerate(lengths.tolist()):
         below = {-1: (0, 0.0, [int(root[row])])}  # candidate: its level, score and path
         expanded = [-1]
         place = 0
@@ -66,7 +58,7 @@ def test_candidates_are_the_definitions(settings, temperature):
                 _, score, path = below[parent]
                 logits = draft.logits(state_of(draft, states[row, :length], path)).float()
                 noise = gumbel(sampling.seed[row : row + 1], torch.tensor([length + level + 1]), VOCAB)[0, ids]
-                ranked = (logits + temperature * noise).log_softmax(-1).topk(branch)
+                ranked = (logits + sampling.temperature[row] * noise).log_softmax(-1).topk(branch)
                 here = slice(place, place + branch)
                 assert found.parents[row, here].tolist() == [parent] * branch
                 assert found.tokens[row, here].tolist() == ids[ranked.indices].tolist()
@@ -77,6 +69,42 @@ def test_candidates_are_the_definitions(settings, temperature):
             level_below = [child for child, (at, *_) in below.items() if at == level + 1]
             expanded = sorted(level_below, key=lambda child: -below[child][1])[:branch]
         assert place == found.tokens.shape[1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"append_states": False}, {"draft_vocab": torch.arange(1, VOCAB, 2)}],
+    ids=["plain", "no states appended", "reduced vocabulary"],
+)
+def test_candidates_are_the_definitions(settings, temperature):
+    draft = small_draft(agreeable_target(), initializer_range=0.2, **settings)
+    states, root, sampling, found = proposed(draft, temperature, 4, 3)
+    check_candidates(draft, states, torch.tensor(LENGTHS), root, sampling, found, 4, 3)
+
+
+@pytest.mark.parametrize("window, append_states", [(1, True), (6, True), (7, False), (60, True), (130, True)])
+def test_a_window_after_rounds_of_which_little_was_kept(window, append_states):
+    """Ragged prompts below, at and beyond the window, then rounds that write true states of nodes nobody accepts."""
+    depth, branch = 4, 3
+    draft = small_draft(agreeable_target(), initializer_range=0.2, window_keys=window, append_states=append_states)
+    states, lengths = torch.randn(2, 80, 64), torch.tensor([60, 3], dtype=torch.int32)
+    root, sampling = torch.tensor([5, 60]), Sampling.of(2, 4, 1.0)
+    cache = DraftCache(draft, 2, 1, depth, branch)
+    cache.keys.fill_(torch.nan)  # what another text may have left
+    cache.values.fill_(torch.nan)
+    room, step = cache.keys.shape, torch.arange(depth + 1)
+    with torch.no_grad():
+        cache.begin(draft, states[:, :60], lengths)
+        for kept in (1, 0, depth + 1, 2):
+            found = propose(draft, cache, lengths, root, sampling, depth, branch)
+            check_candidates(draft, states, lengths, root, sampling, found, depth, branch)
+            positions = lengths.long()[:, None] + step
+            path = states[torch.arange(2)[:, None], positions]
+            cache.append_true(draft, torch.where(step[:, None] < kept, path, 9.0), positions)
+            lengths = lengths + kept
+            cache.reserve(10 * kept)
+    assert cache.keys.shape == cache.values.shape == room
 
 
 def test_a_chain_follows_the_best_token():

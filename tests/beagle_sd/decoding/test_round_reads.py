@@ -65,11 +65,14 @@ def test_a_host_read_of_a_tensor_without_data_raises(read):
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="its rotary embedding asks for autocast, which meta has not")
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("drafting", [True, False], ids=["draft", "plain"])
+@pytest.mark.parametrize("drafting", ["draft", "window", "plain"])
 def test_a_round_reads_nothing_on_the_host(path, drafting, monkeypatch):
     """On tensors without data: no value and no shape can depend on any; nor does a list become a tensor on the way."""
     target = small_target("qwen3")
-    draft = small_draft(target, draft_vocab=torch.arange(0, VOCAB, 2)) if drafting else None
+    draft = None
+    if drafting != "plain":
+        window = 90 if drafting == "window" else None
+        draft = small_draft(target, draft_vocab=torch.arange(0, VOCAB, 2), window_keys=window)
     for model in (target, draft):
         if model is not None:
             model.to("meta")

@@ -119,10 +119,12 @@ class Tape(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("drafting", [True, False], ids=["draft", "plain"])
+@pytest.mark.parametrize("drafting", ["draft", "window", "plain"])
 def test_a_recorded_round_replays_as_any_later_one(pair, path, drafting):
     """Recorded while the rows rest, as a graph is captured; then replayed over other lengths and tokens, to the end."""
-    target, draft = pair if drafting else (pair[0], None)
+    target, draft = pair
+    if drafting != "draft":
+        draft = small_draft(target, window_keys=9) if drafting == "window" else None
     settings = {**PATHS[path], "tree": TREE, "return_logprobs": True}
     settings["bias"] = Bias({7: -torch.inf, 8: 3.0}, {5: 9}) if path == "pages" else None
     with torch.no_grad():

@@ -32,6 +32,22 @@ def test_a_stopped_run_resumes_bit_for_bit(stop, data, whole, tmp_path):
     assert_same_run(tmp_path, whole)
 
 
+def test_a_stopped_run_with_muon_resumes_bit_for_bit(data, tmp_path):
+    def interrupt(step, metrics):
+        if step == 6:
+            raise Stop
+
+    config = replace(CONFIG, optimizer="muon", block_epochs=1.0, simulation_epochs=1.0)
+    whole = trainer_of(data, tmp_path / "whole", config), tmp_path / "whole"
+    whole[0].run()
+    with pytest.raises(Stop):
+        trainer_of(data, tmp_path / "stopped", config).run(interrupt)
+    resumed = trainer_of(data, tmp_path / "stopped", config)
+    assert resumed.step == 4
+    resumed.run()
+    assert_same_run(tmp_path / "stopped", whole)
+
+
 @pytest.mark.parametrize("where", ["between steps", "in a checkpoint"])
 def test_a_killed_run_resumes_bit_for_bit(where, data, whole, tmp_path):
     def progress(step, metrics):

