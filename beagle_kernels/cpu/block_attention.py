@@ -1,8 +1,8 @@
 """`block_attention` on the CPU: blocks of rows against the keys that any of them sees, through PyTorch's flash kernel.
 
-A block of about BLOCK rows reads the keys from its first row's reach to its last row's window and no more. So the cost
-is linear in the text with a reach and near half of dense without, and the memory linear. Query heads that share a key
-head are laid out as [Hkv, G, rows, D], keys as the same with stride 0 over G, so nothing is copied.
+A block of rows reads the keys from its first row's reach to its last row's window and no more. So the cost is linear
+in the text with a reach and near half of dense without, and the memory linear. Query heads that share a key head are
+laid out as [Hkv, G, rows, D], keys as the same with stride 0 over G, so nothing is copied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..backends import implementation
 from ..types import accumulation
 
 BLOCK = 256
-"""Query rows a block."""
+"""Query rows a block; with a reach half of it, since a block reads the keys of both."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -30,11 +30,14 @@ def _blocks(
 
     Which keys a row sees, counted from its block's first row, does not depend on the block: all masks are views of one.
     """
-    reach = rows if reach is None else min(reach, rows)
+    if reach is None or reach >= rows:
+        reach, size = rows, BLOCK
+    else:
+        size = min(BLOCK, max(reach // 2, 32))
     if reach < window:
         block, used = window, reach
     else:
-        block = max(min(BLOCK // window, -(-rows // window)), 1) * window
+        block = max(min(size // window, -(-rows // window)), 1) * window
         used = min(block, rows)
     row, key = torch.arange(used)[:, None], torch.arange(-reach, block - window)
     mask = torch.zeros(used, len(key), dtype=dtype)

@@ -1,4 +1,5 @@
-"""block_attention against dense attention under the same mask, FlexAttention, and causal attention of the same size."""
+"""block_attention against dense attention under the same mask, FlexAttention, and causal attention of the same size;
+and on long texts with a reach, where its cost is linear."""
 
 from __future__ import annotations
 
@@ -21,6 +22,12 @@ SHAPES = {
     "scaling": [(2**n, 9, 3, 64, torch.float32) for n in range(7, 13)],
 }
 WINDOW, OFFSET = 5, 2
+LONG = {
+    # size -> (rows, query heads, key heads, head size, dtype), reach
+    "tiny": ((90, 4, 2, 16, torch.float32), 20),
+    "small": ((16384, 9, 3, 64, torch.float32), 256),
+    "full": ((16384, 32, 8, 128, torch.bfloat16), 256),
+}
 FLEX_ROWS = (70, 8192, 32768)
 """Where FlexAttention is compared: each shape and set of options costs seconds of compilation."""
 SAMPLE = 512
@@ -29,6 +36,16 @@ SAMPLE = 512
 
 def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
     """FlexAttention's last: what its compilation takes, and whether it ends, costs the others nothing."""
+    yield from of_all_keys(device, size)
+    if size in LONG:
+        (rows, hq, hkv, d, dtype), reach = LONG[size]
+        inputs = [drawn(rows, hq, hkv, d, device, dtype) for _ in range(2)]
+        for backward in (False, True):
+            yield of_inputs(inputs, backward, beside_flex=True, reach=reach)
+
+
+def of_all_keys(device: str = "cpu", size: str = "small") -> Iterator[Case]:
+    """Those without a reach."""
     for rows, hq, hkv, d, dtype in SHAPES[size]:
         inputs = [drawn(rows, hq, hkv, d, device, dtype) for _ in range(2)]
         for backward in (False, True):
@@ -56,14 +73,20 @@ def drawn(rows: int, hq: int, hkv: int, d: int, device: str, dtype: torch.dtype)
     return tuple(found)
 
 
-def of_inputs(inputs: list[tuple], backward: bool, beside_flex: bool = False) -> Case:
-    """`backward` times the gradients alone, of outputs computed before."""
+def of_inputs(inputs: list[tuple], backward: bool, beside_flex: bool = False, reach: int | None = None) -> Case:
+    """`backward` times the gradients alone, of outputs computed before. With a reach SDPA takes part beside Flex."""
     q = inputs[0][0]
     (rows, hq, d), hkv, dtype, device = q.shape, inputs[0][1].shape[1], q.dtype, q.device.type
     offset = torch.tensor([OFFSET], dtype=torch.int32, device=device)
-    end = visible_keys(rows, WINDOW, offset, None)[1]
-    peers = flex_peers(rows, end, device, backward) if beside_flex else sdpa_peers(rows, end, hq // hkv, device)
-    forward = {"beagle": lambda q, k, v: block_attention(q, k, v, WINDOW, offset)[0], **peers}
+    limits = visible_keys(rows, WINDOW, offset, None, reach)
+    if reach is not None:
+        compiled = flex_peers(rows, limits, device, backward) if device == "cuda" else {"flex": flex.why_not(device)}
+        peers = {"sdpa mask": sdpa_peers(rows, limits, hq // hkv, device)["sdpa mask"], **compiled}
+    elif beside_flex:
+        peers = flex_peers(rows, limits, device, backward)
+    else:
+        peers = sdpa_peers(rows, limits, hq // hkv, device)
+    forward = {"beagle": lambda q, k, v: block_attention(q, k, v, WINDOW, offset, reach=reach)[0], **peers}
     run = {name: peer if isinstance(peer, str) else without_grad(peer) for name, peer in forward.items()}
     up = torch.randn(rows, hq, d, device=device, dtype=dtype)
     bounds = tuple(name for name in forward if "causal" in name or "mask made" in name)
@@ -83,19 +106,19 @@ def of_inputs(inputs: list[tuple], backward: bool, beside_flex: bool = False) ->
         if name in bounds:
             return
         check = check_gradients if backward else check_forward
-        check("block_attention" if name == "beagle" else name, forward[name], inputs[0], end)
+        check("block_attention" if name == "beagle" else name, forward[name], inputs[0], limits)
 
-    pairs = end.sum().item()
+    pairs = (limits[1] - limits[0]).sum().item()
     direction = "backward" if backward else "forward"
     name = f"block_attention {direction} {rows} x {hq}/{hkv} x {d} {str(dtype)[6:]}"
     return Case(
-        name + ", beside FlexAttention" * beside_flex,
+        name + (f", reach {reach}" if reach is not None else ", beside FlexAttention" * beside_flex),
         run,
         lambda: check_peer("beagle"),
         bounds=bounds,
         device=device,
         check_peer=check_peer,
-        rounds=15 if rows <= 2048 else 5,
+        rounds=15 if rows <= 2048 else 5 if reach is None or device == "cuda" else 2,
         inputs=[(0,), (1,)] if backward else inputs,
         work={"flop": 4.0 * d * hq * pairs * (2.5 if backward else 1)},
         data="normal random, near keys raised",
@@ -116,9 +139,11 @@ def heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x.transpose(0, 1)[None] for x in tensors]
 
 
-def sdpa_peers(rows: int, end: torch.Tensor, group: int, device: str) -> dict:
+def sdpa_peers(rows: int, limits: tuple[torch.Tensor, torch.Tensor], group: int, device: str) -> dict:
     """Each takes q, k, v [T, heads, D] and gives [T, Hq, D]; masks are made here, outside the time."""
-    mask = torch.arange(rows, device=device) < end[:, None]
+    first, end = limits
+    key = torch.arange(rows, device=device)
+    mask = (key < end[:, None]).logical_and_(key >= first[:, None])
 
     def dense(q, k, v):
         q, k, v = heads_first(q, k, v)
@@ -134,9 +159,10 @@ def sdpa_peers(rows: int, end: torch.Tensor, group: int, device: str) -> dict:
     return {"sdpa mask": dense, "sdpa causal": causal(None), **backends}
 
 
-def flex_peers(rows: int, end: torch.Tensor, device: str, backward: bool) -> dict:
+def flex_peers(rows: int, limits: tuple[torch.Tensor, torch.Tensor], device: str, backward: bool) -> dict:
     """As sdpa_peers; each set of options is compiled when it is first called."""
-    blocks = flex.block_mask(end, rows)
+    first, end = limits
+    blocks = flex.block_mask(end, rows, first if first.any() else None)
     plain = flex.attention()
 
     def tuned(q, k, v):
@@ -145,15 +171,19 @@ def flex_peers(rows: int, end: torch.Tensor, device: str, backward: bool) -> dic
 
     return {
         "flex": lambda q, k, v: plain(*heads_first(q, k, v), blocks)[0].transpose(0, 1),
-        "flex, its mask made": lambda q, k, v: flex.block_mask(end, rows),
+        "flex, its mask made": lambda q, k, v: flex.block_mask(end, rows, first if first.any() else None),
         "flex tuned": tuned if device == "cuda" else flex.why_not(device),
     }
 
 
-def dense_rows(q, k, v, end, first: int, last: int) -> torch.Tensor:
-    """Rows [first, last) by the definition, in float32; a row without a key gives 0."""
+def dense_rows(q, k, v, limits, first: int, last: int) -> torch.Tensor:
+    """Rows [first, last) by the definition, in float32; a row without a key gives 0. limits: the first key of each row
+    and the end of its keys."""
     queries = q[first:last].float().unflatten(1, (k.shape[1], -1))  # [R, Hkv, group, D]
-    seen = torch.arange(len(k), device=k.device) < end[first:last, None]
+    low, high = (x[first:last, None] for x in limits)
+    near = slice(int(low.min()), max(int(high.max()), int(low.min()) + 1))
+    key, k, v = torch.arange(len(k), device=k.device)[near], k[near], v[near]
+    seen = (key >= low) & (key < high)
     scores = torch.einsum("rhgd,thd->rhgt", queries, k.float()) * q.shape[-1] ** -0.5
     weight = scores.masked_fill(~seen[:, None, None], -1e30).softmax(-1) * seen.any(1)[:, None, None, None]
     return torch.einsum("rhgt,thd->rhgd", weight, v.float()).flatten(1, 2)
@@ -163,29 +193,30 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-4 if dtype == torch.float32 else 2e-2
 
 
-def check_forward(name: str, attend: Callable, inputs: tuple, end: torch.Tensor) -> None:
+def check_forward(name: str, attend: Callable, inputs: tuple, limits: tuple) -> None:
     """All rows that see a key; of ours the others too, which are 0."""
     with torch.no_grad():
         q, k, v = (x.detach() for x in inputs)
         found = attend(q, k, v)
         for first in range(0 if name == "block_attention" else OFFSET + WINDOW, len(found), 128):
             last = min(first + 128, len(found))
-            truth = dense_rows(q, k, v, end, first, last)
+            truth = dense_rows(q, k, v, limits, first, last)
             assert_near(name, found[first:last], truth, tolerance(found.dtype))
 
 
-def check_gradients(name: str, attend: Callable, inputs: tuple, end: torch.Tensor) -> None:
-    """The gradients of the last rows' outputs, all rows where there are few: those reach every key."""
+def check_gradients(name: str, attend: Callable, inputs: tuple, limits: tuple) -> None:
+    """The gradients of the last rows' outputs, all rows where there are few: without a
+    reach those see every key."""
     rows, dtype = len(inputs[0]), inputs[0].dtype
     first = max(OFFSET + WINDOW, rows - SAMPLE)
-    up = torch.randn(inputs[0].shape, device=end.device, dtype=dtype)
+    up = torch.randn(inputs[0].shape, device=limits[0].device, dtype=dtype)
     up[:first] = 0
     found = torch.autograd.grad(attend(*inputs), inputs, up)
     leaves = q, k, v = tuple(x.detach().float().requires_grad_() for x in inputs)
     truth = [torch.zeros_like(x) for x in leaves]
     for start in range(first, rows, 128):
         stop = min(start + 128, rows)
-        part = torch.autograd.grad(dense_rows(q, k, v, end, start, stop), leaves, up[start:stop].float())
+        part = torch.autograd.grad(dense_rows(q, k, v, limits, start, stop), leaves, up[start:stop].float())
         for total, more in zip(truth, part):
             total += more
     for letter, have, want in zip("qkv", found, truth):
@@ -193,6 +224,6 @@ def check_gradients(name: str, attend: Callable, inputs: tuple, end: torch.Tenso
         assert_near(f"{name}'s gradient to {letter}", have, want, most)
 
 
-@pytest.mark.parametrize("case, peer", parameters(list(cases())), ids=label)
+@pytest.mark.parametrize("case, peer", parameters(list(of_all_keys())), ids=label)
 def test_block_attention(benchmark, case, peer):
     drive(benchmark, case, peer)

@@ -37,9 +37,13 @@ def why_not(device: str) -> str | None:
     return None if device == "cuda" else "compared on a GPU: on a CPU its forward needs a compiler and has no backward"
 
 
-def block_mask(end: Tensor, rows: int) -> BlockMask:
-    """Row i sees the keys below end[i]."""
-    return create_block_mask(lambda b, h, i, j: j < end[i], None, None, rows, rows, device=end.device)
+def block_mask(end: Tensor, rows: int, first: Tensor | None = None) -> BlockMask:
+    """Row i sees the keys below end[i], and with `first` none below first[i]."""
+
+    def within(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return j < end[i] if first is None else (j >= first[i]) & (j < end[i])
+
+    return create_block_mask(within, None, None, rows, rows, device=end.device)
 
 
 def attention(options: Any = None) -> Callable[..., Tensor]:

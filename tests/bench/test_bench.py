@@ -82,19 +82,19 @@ def one_dropped_slot(q, k, v, lengths, mask):
     return beagle_kernels.tree_attention(q, keys, values, lengths - 1, mask)
 
 
-def one_dropped_key(q, k, v, window, offset):
+def one_dropped_key(q, k, v, window, offset, reach):
     """block_attention, one row without the last of its keys."""
-    out, lse = beagle_kernels.block_attention(q, k, v, window, offset)
-    end = bench_block_attention.visible_keys(len(q), window, offset, None)[1]
+    out, lse = beagle_kernels.block_attention(q, k, v, window, offset, reach=reach)
+    first, end = bench_block_attention.visible_keys(len(q), window, offset, None, reach)
     row = len(q) - 1
     out = out.clone()
-    out[row] = bench_block_attention.dense_rows(q, k, v, end - 1, row, row + 1)[0]
+    out[row] = bench_block_attention.dense_rows(q, k, v, (first, end - 1), row, row + 1)[0]
     return out, lse
 
 
-def wrong_gradient(q, k, v, window, offset):
+def wrong_gradient(q, k, v, window, offset, reach):
     """block_attention with the right output and a gradient to k that is off by 1%."""
-    out, lse = beagle_kernels.block_attention(q, k * 1.01 - (k * 0.01).detach(), v, window, offset)
+    out, lse = beagle_kernels.block_attention(q, k * 1.01 - (k * 0.01).detach(), v, window, offset, reach=reach)
     return out, lse
 
 

@@ -26,13 +26,11 @@ def row_weights(batch: Batch, window: int, offset: Tensor, *, simulated: bool) -
 def block_states(draft: BeagleDraft, batch: Batch, keys_of: Tensor, window: int, offset: Tensor) -> Tensor:
     """Stage 1: draft states [T, d]; each row sees the true keys before its window, with window_keys the row i those
     from i - window_keys on. keys_of [T, d] are the states that give the keys: the target's, with noise where training
-    adds it."""
-    embedded = draft.embed(batch.tokens)
-    keys, values = draft.keys_values(keys_of, batch.positions)
-    queries = draft.queries(embedded, batch.positions)
-    reach = draft.config.window_keys
-    attended, _ = block_attention(queries, keys, values, window, offset, batch.cu_seqlens, reach=reach)
-    return draft.block(embedded, attended)
+    adds it. Rows that are not to be learnt are not computed, and 0."""
+    learnt = batch.loss_mask.nonzero().flatten()
+    embedded = draft.embed(batch.tokens.index_select(0, learnt))
+    attended = _attention_to_states(draft, batch, keys_of, window, offset, embedded, learnt)[0]
+    return _at(learnt, draft.block(embedded, attended.index_select(0, learnt)), len(batch.tokens))
 
 
 def simulated_states(
@@ -48,30 +46,49 @@ def simulated_states(
     reach = draft.config.window_keys
     if reach is not None and window > reach:
         raise ValueError(f"{window} steps of simulation; allowed: up to the draft's window_keys, {reach}")
-    embedded = draft.embed(batch.tokens)
-    keys, values = draft.keys_values(keys_of, batch.positions)
-    queries = draft.queries(embedded, batch.positions)
-    prefix, lse = block_attention(queries, keys, values, window, offset, batch.cu_seqlens, reach=reach)
+    by_step = rows_by_step(batch, window, offset)
+    computed = torch.cat(by_step)
+    embedded = draft.embed(batch.tokens.index_select(0, computed))
+    prefix, lse, queries = _attention_to_states(draft, batch, keys_of, window, offset, embedded, computed)
     states: list[Tensor] = []
-    rows_done: list[Tensor] = []
     own_keys: list[Tensor] = []
     own_values: list[Tensor] = []
-    for rows in rows_by_step(batch, window, offset):
+    for rows, known in zip(by_step, embedded.split([len(rows) for rows in by_step]), strict=True):
         attended = prefix.index_select(0, rows)
         if own_keys:
             attended = _again(_extended, prefix, lse, queries, rows, tuple(own_keys), tuple(own_values))
-        state = draft.block(embedded.index_select(0, rows), attended)
+        state = draft.block(known, attended)
         states.append(state)
-        rows_done.append(rows)
         if draft.config.append_states and len(states) < window:
             seen = state.detach() if detach_states else state
             key, value = _again(draft.keys_values, seen, batch.positions.index_select(0, rows))
             own_keys.append(key)
             own_values.append(value)
-    if not states:  # every sequence is shorter than its offset: zeros that backward can still pass
-        return draft.block(embedded, prefix) * 0.0
-    done = torch.cat(states)
-    return done.new_zeros(len(batch.tokens), done.shape[1]).index_copy(0, torch.cat(rows_done), done)
+    return _at(computed, torch.cat(states), len(batch.tokens))
+
+
+def _attention_to_states(
+    draft: BeagleDraft,
+    batch: Batch,
+    keys_of: Tensor,
+    window: int,
+    offset: Tensor,
+    embedded: Tensor,
+    rows: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of `rows`, whose embeddings are `embedded`, to the target's states: out [T, Hq, D], lse [T, Hq] and the
+    queries [T, Hq, D], which mean nothing in other rows."""
+    keys, values = draft.keys_values(keys_of, batch.positions)
+    queries = draft.queries(embedded, batch.positions.index_select(0, rows))
+    queries = _at(rows, queries, len(batch.tokens))
+    reach = draft.config.window_keys
+    out, lse = block_attention(queries, keys, values, window, offset, batch.cu_seqlens, reach=reach)
+    return out, lse, queries
+
+
+def _at(rows: Tensor, values: Tensor, count: int) -> Tensor:
+    """[count, ...]: the values [n, ...] in these rows, elsewhere 0."""
+    return values.new_zeros(count, *values.shape[1:]).index_copy(0, rows, values)
 
 
 def _extended(
@@ -104,18 +121,22 @@ def draft_states(
 
 
 def rows_by_step(batch: Batch, window: int, offset: Tensor) -> list[Tensor]:
-    """For step m, the rows s + m of all windows that reach it, windows that reach further first: so the rows of
-    a step stand in the order of the step before, and a prefix of its keys belongs to them. Reads the device once."""
+    """For step m, the rows s + m of all windows that reach it and have a row to learn, windows that reach further
+    first: so the rows of a step stand in the order of the step before, and a prefix of its keys belongs to them. Reads
+    the device once."""
+    rows = len(batch.tokens)
     start = offset.long() + batch.cu_seqlens[:-1].long()
     end = batch.cu_seqlens[1:].long()
-    length = (end - start).clamp(min=0)
-    steps = torch.arange(window, device=length.device)
-    reached = (((length[:, None] - steps).clamp(min=0) + window - 1) // window).sum(0).tolist()
-    count = (length + window - 1) // window
-    every = torch.arange(len(count), device=count.device)
-    which = torch.repeat_interleave(every, count, output_size=reached[0])
-    first = (torch.cumsum(count, 0) - count).index_select(0, which)
-    starts = start.index_select(0, which) + window * (torch.arange(reached[0], device=which.device) - first)
-    reach = (end.index_select(0, which) - starts).clamp(max=window)
+    windows = ((end - start).clamp(min=0) + window - 1) // window
+    last = windows.cumsum(0)
+    number = torch.arange(rows // window + len(windows), device=start.device)  # no fewer than there are
+    which = torch.searchsorted(last, number, right=True).clamp(max=len(windows) - 1)
+    starts = start.index_select(0, which) + window * (number - (last - windows).index_select(0, which))
+    reach = (end.index_select(0, which) - starts).clamp(0, window)
+    learnt = torch.cat([last.new_zeros(1), batch.loss_mask.cumsum(0)])
+    some = learnt.index_select(0, (starts + reach).clamp(max=rows)) > learnt.index_select(0, starts.clamp(max=rows))
+    reach = reach * (some & (number < last[-1]))
+    steps = torch.arange(window, device=start.device)
+    reached = (reach[:, None] > steps).sum(0).tolist()
     starts = starts.index_select(0, torch.sort(reach, descending=True, stable=True).indices)
-    return [starts[:rows] + step for step, rows in enumerate(reached) if rows]
+    return [starts[:count] + step for step, count in enumerate(reached)]
