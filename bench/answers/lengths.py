@@ -26,7 +26,8 @@ _NOT_OF_A_ROUND = ("prefill", "capture")
 def measure(target, draft, prompts: list[list[int]], tree: TreeShape, temperature: float, args) -> dict:
     """One row: tokens a round and acceptance by depth over all prompts, weighted by rounds, and milliseconds of a round
     and of its draft and target."""
-    tokens, rounds, reached, seconds = 0.0, 0, [], {}
+    tokens, rounds, reached = 0.0, 0, []
+    seconds: dict[str, float] = {}
     for number, ids in enumerate(prompts):
         report = generate(
             target,

@@ -76,7 +76,8 @@ def _before_an_answer(chat: Sequence, length: int) -> list[int]:
 
 def _turns_within(tokenizer, turns: list[str], length: int) -> list[list[int]]:
     """The ids of a chat of these turns, as many as may come within the length."""
-    size, kept = 0, []
+    size = 0
+    kept: list[dict] = []
     for turn in turns:
         size += len(tokenizer(turn, add_special_tokens=False, verbose=False)["input_ids"])
         if kept and size > length:
