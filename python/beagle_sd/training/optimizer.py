@@ -15,10 +15,12 @@ class Optimizer:
     def __init__(self, draft: nn.Module, config: TrainingConfig):
         matrices = [weight for weight in draft.parameters() if weight.ndim == 2 and config.optimizer == "muon"]
         others = [weight for weight in draft.parameters() if weight.ndim != 2 or config.optimizer != "muon"]
-        rate = {"lr": config.lr, "weight_decay": config.weight_decay}
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, betas=config.betas, fused=True, **rate)]
+        lr, decay = config.lr, config.weight_decay
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, lr=lr, betas=config.betas, weight_decay=decay, fused=True)
+        ]
         if matrices:
-            self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **rate))
+            self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
 
     def step(self, rate: float) -> None:
         """One step at this learning rate; the gradients are dropped."""
