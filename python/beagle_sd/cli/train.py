@@ -72,7 +72,9 @@ def train(
     data: Annotated[Path, typer.Argument(help="Folder from `prepare`, or a file it takes: states live, none stored.")],
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints; an unfinished run is gone on with.")],
     target: TargetName = "smollm2-135m",
-    start: Annotated[Path | None, typer.Option(help="A draft's folder to begin from, with a fresh optimizer.")] = None,
+    from_draft: Annotated[
+        Path | None, typer.Option(help="A draft's folder to begin from, with a fresh optimizer.")
+    ] = None,
     draft_vocab: Annotated[int | None, typer.Option(help=f"{_FREQUENT}; 0: all.", show_default="8192")] = None,
     key_value_heads: Annotated[int | None, typer.Option(help=_HEADS, show_default="the target's")] = None,
     append_states: Annotated[bool | None, typer.Option(help=_APPEND, show_default="append-states")] = None,
@@ -96,11 +98,11 @@ def train(
         print_left_out(console, left)
         shape = {"draft_vocab": draft_vocab, "key_value_heads": key_value_heads, "append_states": append_states}
         torch.manual_seed(config.seed)
-        draft = _fresh(model, dataset, shape) if start is None else _from(start, model, shape)
+        draft = _fresh(model, dataset, shape) if from_draft is None else _from(from_draft, model, shape)
         if window_keys is not None:
             draft.config.window_keys = window_keys or None
         trainer = Trainer(draft, dataset, out, config, tensorboard=tensorboard)
-        if trainer.step == 0 and start is None:
+        if trainer.step == 0 and from_draft is None:
             same_everywhere(passing_start_on(draft, dataset, config.seed).parameters())
         console.print(
             f"{len(dataset.train)} sequences, {dataset.tokens_of(dataset.train)} tokens; {trainer.block_steps} steps "
@@ -120,7 +122,9 @@ def _fresh(model: PreTrainedModel, dataset: PackedDataset, shape: dict[str, Any]
 def _from(folder: Path, model: PreTrainedModel, shape: dict[str, Any]) -> BeagleDraft:
     """The draft of a folder in fp32, whose shape no option may change."""
     if given := ["--" + name.replace("_", "-") for name, value in shape.items() if value is not None]:
-        raise ValueError(f"{', '.join(given)} given with --start; allowed: the shape of the draft in {folder} as it is")
+        raise ValueError(
+            f"{', '.join(given)} given with --from-draft; allowed: the shape of the draft in {folder} as it is"
+        )
     return load_draft(folder, model, torch.float32)
 
 

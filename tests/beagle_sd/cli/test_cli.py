@@ -104,9 +104,19 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
     assert json.loads((tmp_path / "live" / "final" / "config.json").read_text())["window_keys"] == 12
     assert trained.splitlines()[0].split(";")[0] == live.splitlines()[0].split(";")[0]
     assert (tmp_path / "live" / "final" / "model.safetensors").is_file()
-    onward = "train", states, tmp_path / "onward", "--target", target, "--start", out / "final", "--block-epochs", 0
+    onward = (
+        "train",
+        states,
+        tmp_path / "onward",
+        "--target",
+        target,
+        "--from-draft",
+        out / "final",
+        "--block-epochs",
+        0,
+    )
     said = run(*onward, "--draft-vocab", 40, code=1)
-    assert "--draft-vocab given with --start; allowed: the shape of the draft in" in said
+    assert "--draft-vocab given with --from-draft; allowed: the shape of the draft in" in said
     run(*onward, "--simulation-epochs", 1, "--warmup-steps", 1, "--lr", 0, "--window-keys", 9)
     before, after = (BeagleDraft.from_pretrained(folder / "final") for folder in (out, tmp_path / "onward"))
     assert after.config.window_keys == 9 and after.config.num_key_value_heads == 4
