@@ -6,11 +6,15 @@
 set -euo pipefail
 work=${1:?"usage: bench/recipes/bundled.sh FOLDER (checkpoints and states go there, about 6 GB)"}
 cd "$(dirname "$0")/../.."
-# The first 9,216 of 25,217 stored answers, at about 1,000 tokens a second on two cores.
-beagle-sd prepare bench/data/smollm2-135m-answers.npz "$work/states" --dtype bfloat16 --limit 9216
-beagle-sd train "$work/states" "$work/run" --draft-vocab 8192 --key-value-heads 9 --window 1 --steps 4 \
-    --block-epochs 1.1 --simulation-epochs 1.4 --tokens-per-step 2048 --lr 2e-3 --schedule cosine --warmup-steps 40 \
-    --regression 1.0 --eval-steps 300 --save-steps 100
+# 8,740 of 25,217 stored answers, at about 1,000 tokens a second on a core, and the answers to long texts.
+beagle-sd prepare bench/data/smollm2-135m-answers.npz "$work/states" --dtype bfloat16 --limit 8740
+beagle-sd prepare bench/data/smollm2-135m-long-answers.npz "$work/long" --dtype bfloat16 --context 6400 --window-keys 264
+common=(--tokens-per-step 2048 --schedule cosine --warmup-steps 40 --regression 1.0 --optimizer muon --autocast
+    --eval-steps 500 --save-steps 200)
+beagle-sd train "$work/states" "$work/first" --draft-vocab 8192 --key-value-heads 9 --window-keys 256 --window 1 \
+    --block-epochs 2 --simulation-epochs 0 --lr 5e-3 "${common[@]}"
+beagle-sd train "$work/states" "$work/run" --more "$work/long" --from-draft "$work/first/final" --window 1 --steps 4 \
+    --block-epochs 0 --simulation-epochs 3 --lr 4e-3 "${common[@]}"
 python - "$work" <<'PYTHON'
 import sys
 import torch

@@ -71,6 +71,7 @@ _WINDOW = "Last keys of the text that the draft sees"
 def train(
     data: Annotated[Path, typer.Argument(help="Folder from `prepare`, or a file it takes: states live, none stored.")],
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints; an unfinished run is gone on with.")],
+    more: Annotated[list[Path] | None, typer.Option(help="A further folder from `prepare` to train on.")] = None,
     target: TargetName = "smollm2-135m",
     from_draft: Annotated[
         Path | None, typer.Option(help="A draft's folder to begin from, with a fresh optimizer.")
@@ -94,7 +95,7 @@ def train(
         with processes.main_process_first(), loading(console, target):
             model, tokenizer = load_target(target, device=device or processes.device)
         left = LeftOut()
-        dataset = _dataset(data, model, tokenizer, config, left)
+        dataset = _dataset([data, *(more or [])], model, tokenizer, config, left)
         print_left_out(console, left)
         shape = {"draft_vocab": draft_vocab, "key_value_heads": key_value_heads, "append_states": append_states}
         torch.manual_seed(config.seed)
@@ -129,19 +130,28 @@ def _from(folder: Path, model: PreTrainedModel, shape: dict[str, Any]) -> Beagle
 
 
 def _dataset(
-    data: Path, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, left: LeftOut
+    data: list[Path],
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainingConfig,
+    left: LeftOut,
 ) -> PackedDataset:
-    """The shards of a folder, or the conversations of a file, whose states the target computes; rows of the file that
+    """The shards of folders, or the conversations of a file, whose states the target computes; rows of the file that
     cannot be used are counted in `left`."""
-    if data.is_file():
+    if files := [path for path in data if path.is_file()]:
+        if len(data) > 1:
+            raise ValueError(
+                f"{files[0]} is a file and given with --more; allowed: one file, or folders from `prepare`"
+            )
         ends = end_tokens(target, tokenizer)
-        found = conversations.read_conversations(data, tokenizer, config.context, ends=ends, left=left)
+        found = conversations.read_conversations(files[0], tokenizer, config.context, ends=ends, left=left)
         corpus = Corpus.of(found)
         if not len(corpus.ids):
-            raise left.nothing_in(data)
+            raise left.nothing_in(files[0])
         return LiveDataset(target, corpus, context=config.context, held_out=config.held_out)
-    shards.check_manifest(data, hidden_size=target.config.hidden_size, vocab_size=target.config.vocab_size)
-    return StateDataset(data, context=config.context, held_out=config.held_out)
+    for folder in data:
+        shards.check_manifest(folder, hidden_size=target.config.hidden_size, vocab_size=target.config.vocab_size)
+    return StateDataset(*data, context=config.context, held_out=config.held_out)
 
 
 def _run(trainer: Trainer, console, alone: bool) -> None:

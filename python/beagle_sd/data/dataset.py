@@ -89,14 +89,16 @@ class PackedDataset:
 
 
 class StateDataset(PackedDataset):
-    """The sequences of a folder of shards, read from disk as they are needed. Of a sequence without all of its states
+    """The sequences of folders of shards, read from disk as they are needed. Of a sequence without all of its states
     each piece that has them is a sequence of its own, its positions from 0: rotary positions are relative."""
 
-    def __init__(self, folder: str | Path, *, context: int = 2048, held_out: int = 50):
+    def __init__(self, *folders: str | Path, context: int = 2048, held_out: int = 50):
         super().__init__(context, held_out)
-        paths = shards.shard_paths(folder)
-        if not paths:
-            raise shards.ShardError(f"{folder} has no shards: run `beagle-sd prepare` first")
+        paths = []
+        for folder in folders:
+            paths += (found := shards.shard_paths(folder))
+            if not found:
+                raise shards.ShardError(f"{folder} has no shards: run `beagle-sd prepare` first")
         self._learnt: list[Tensor] = []  # of each file, distinct tokens and how often they are to be learnt
         for number, path in enumerate(paths):
             start, states, learnt = 0, 0, []
@@ -109,7 +111,8 @@ class StateDataset(PackedDataset):
                 learnt.append(following[sequence.loss_mask & (following >= 0)])
             self._learnt.append(torch.stack(torch.unique(torch.cat(learnt), return_counts=True)))
         self._files = [safe_open(path, "pt") for path in paths]
-        self.window_keys = shards.read_manifest(folder).get("window_keys")
+        windows = [shards.read_manifest(folder).get("window_keys") for folder in folders]
+        self.window_keys = min((window for window in windows if window), default=None)
         self.width = self._files[0].get_slice("states").get_shape()[1]
 
     def _counts(self, vocab_size: int) -> Tensor:

@@ -117,7 +117,9 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
     )
     said = run(*onward, "--draft-vocab", 40, code=1)
     assert "--draft-vocab given with --from-draft; allowed: the shape of the draft in" in said
-    run(*onward, "--simulation-epochs", 1, "--warmup-steps", 1, "--lr", 0, "--window-keys", 9)
+    assert "is a file and given with --more" in run(*onward, "--more", states / "answers.npz", code=1)
+    said = run(*onward, "--more", states, "--simulation-epochs", 1, "--lr", 0, "--window-keys", 9)
+    assert said.startswith(f"{2 * int(trained.split()[0])} sequences")
     before, after = (BeagleDraft.from_pretrained(folder / "final") for folder in (out, tmp_path / "onward"))
     assert after.config.window_keys == 9 and after.config.num_key_value_heads == 4
     assert all(value.equal(after.state_dict()[name]) for name, value in before.state_dict().items())

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from beagle_sd.data.conversations import stored_answers
 from beagle_sd.data.evaluation_sets import EVALUATION_SETS, evaluation_ngrams, ngrams
 from beagle_sd.data.prompts import sources, templates
 from beagle_sd.data.prompts.build import MIX, build_prompts
 from beagle_sd.models import smollm2
 
 TEMPLATES = {"templates": 1.0}
-ANSWERS = Path(__file__).resolve().parents[3] / "bench" / "data" / "smollm2-135m-answers.npz"
+STORED = Path(__file__).resolve().parents[3] / "bench" / "data"
 
 
 @pytest.fixture
@@ -186,14 +187,15 @@ def test_what_drafts_are_trained_on_shares_nothing_with_the_evaluation_sets():
         pytest.skip(str(error))
     assert len(barred) > 10_000
     tokenizer = AutoTokenizer.from_pretrained(smollm2.converted())
-    with np.load(ANSWERS) as stored:
-        answers = np.split(stored["ids"], stored["lengths"].cumsum()[:-1])
-        asked = [ids[:length].tolist() for ids, length in zip(answers, stored["prompt_lengths"], strict=True)]
-    texts = tokenizer.batch_decode(asked)
-    assert len(texts) > 25_000 and texts[0].startswith("<|im_start|>") and "user" in texts[0]
-    shared = [ngrams(text) & barred for text in texts]
-    assert all(word.isdigit() for found in shared for gram in found for word in gram)
-    assert sum(map(bool, shared)) <= 14
+    for name, least, counting in (("answers", 25_000, 14), ("long-answers", 300, 0)):
+        stored = stored_answers(STORED / f"smollm2-135m-{name}.npz")
+        bounds = stored["lengths"].cumsum()[:-1]
+        parts = zip(np.split(stored["ids"], bounds), np.split(stored["learn"], bounds), strict=True)
+        texts = tokenizer.batch_decode([ids[~learn].tolist() for ids, learn in parts])
+        assert len(texts) > least and texts[0].startswith("<|im_start|>") and "user" in texts[0]
+        shared = [ngrams(text) & barred for text in texts]
+        assert all(word.isdigit() for found in shared for gram in found for word in gram), name
+        assert sum(map(bool, shared)) <= counting
     new = contents(build_prompts(2000, 11, {"templates": 0.9, "python-stdlib": 0.1}))
     assert not [text for text in new if ngrams(text) & barred]
     planted = f"so: {' '.join(min(barred))}, then"
