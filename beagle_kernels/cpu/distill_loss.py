@@ -28,9 +28,8 @@ def distill_loss(
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     acc, width = accumulation(student.dtype), student.shape[1]
-    kind = (
-        torch.bfloat16 if student.dtype == torch.bfloat16 else acc
-    )  # of the products: bf16 has instructions, fp16 few
+    # of the products: processors have instructions for bf16, few for fp16
+    kind = torch.bfloat16 if student.dtype == torch.bfloat16 else acc
     head = weight.to(kind)
     used = row_weight.nonzero().squeeze(-1)
     chunk = max(1, min(BUDGET // (2 * weight.shape[0] * acc.itemsize), used.numel()))

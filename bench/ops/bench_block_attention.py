@@ -205,8 +205,7 @@ def check_forward(name: str, attend: Callable, inputs: tuple, limits: tuple) -> 
 
 
 def check_gradients(name: str, attend: Callable, inputs: tuple, limits: tuple) -> None:
-    """The gradients of the last rows' outputs, all rows where there are few: without a
-    reach those see every key."""
+    """The gradients of the last rows' outputs, all rows where there are few: without a reach those see every key."""
     rows, dtype = len(inputs[0]), inputs[0].dtype
     first = max(OFFSET + WINDOW, rows - SAMPLE)
     up = torch.randn(inputs[0].shape, device=limits[0].device, dtype=dtype)

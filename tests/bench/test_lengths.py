@@ -9,7 +9,7 @@ from evaluation_files import write_set
 from models import small_draft, small_target
 from tokenizers_for_tests import small_tokenizer
 
-from beagle_sd.data.evaluation_sets import EVALUATION_TEXTS, evaluation_ngrams, evaluation_text, ngrams
+from beagle_sd.data.evaluation_sets import EVALUATION_TEXTS, evaluation_text, ngrams
 from beagle_sd.data.prompts import build
 from bench.answers import lengths, long_texts
 from bench.report import plots, results, tables
@@ -51,7 +51,13 @@ def test_texts_are_whole_and_barred_from_training(folder, monkeypatch, tmp_path)
     assert text.startswith(readme.members[0]) and "Name:" not in text
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     barred = build._barred(folder)
-    assert ngrams(text) and ngrams(text) <= barred and evaluation_ngrams(["code"], folder) <= barred
+    codes = [ngrams(evaluation_text(one, folder, download=False)) for one in EVALUATION_TEXTS["code"]]
+    assert ngrams(text) and ngrams(text) <= barred and all(found and found <= barred for found in codes)
+    gone = build._barred(tmp_path / "nowhere")
+    assert not gone & barred
+    (tmp_path / "one" / readme.members[0]).parent.mkdir(parents=True)
+    (tmp_path / "one" / readme.members[0]).write_bytes((folder / readme.members[0]).read_bytes())
+    assert build._barred(tmp_path / "one") == ngrams(text), "one text is barred where the others are missing"
     with pytest.raises(ValueError, match="kind is 'songs'; allowed: documents"):
         long_texts.prompts_of("songs", None, None, [1], 1)
 

@@ -37,6 +37,9 @@ from beagle_sd.models.loading import load_target
 from beagle_sd.training.parallel import of_this_process, summed
 
 _CHATS = (".jsonl", ".json")
+_AHEAD = 8
+"""How many rows before the first to learn a window of simulation, or of an evaluation, may begin; they see as far
+back."""
 
 
 def prepare(
@@ -47,7 +50,7 @@ def prepare(
     batch: Annotated[int, typer.Option(help="Answers written at a time.")] = 128,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 192,
     context: Annotated[int, typer.Option(help="Longest conversation, in tokens; the rest is cut away.")] = 2048,
-    window_keys: Annotated[int, typer.Option(help="Only states for drafts with this window; 0: all.")] = 0,
+    window_keys: Annotated[int, typer.Option(help="Store only what a draft with this window uses; 0: all.")] = 0,
     limit: Annotated[int, typer.Option(help="Only the first so many conversations; 0: all.")] = 0,
     strict: Annotated[bool, typer.Option(help="End at a row that cannot be used, instead of leaving it out.")] = False,
     seed: Seed = 0,
@@ -84,7 +87,7 @@ def prepare(
         else:
             sequences = sequences_with_states(model, local)
         if window_keys:
-            sequences = (sequence.within(window_keys) for sequence in sequences)
+            sequences = (sequence.within(window_keys + _AHEAD) for sequence in sequences)
         processes.wait_for_everyone()  # none writes before all know what is done
         counts = torch.tensor(_write(console, sequences, writer, len(local)), device=model.device)
         written, tokens = summed(counts).tolist()

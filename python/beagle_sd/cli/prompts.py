@@ -30,10 +30,15 @@ def prompts(
             made = build_prompts(count, seed, _weights(mix or []) or None, left_out=missing.append)
         for reason in missing:
             console.print(f"left out: {escape(reason)}", soft_wrap=True)
+        if count and not made:
+            raise ValueError(
+                "no source of the mix has prompts; allowed: templates in the mix, or the files named above"
+            )
         with whole(out) as partial:
             lines = [json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in made]
             partial.write_text("".join(lines), encoding="utf-8")
-    console.print(f"{len(made)} prompts in {out}")
+    short = "; templates=WEIGHT in the mix would fill what its sources lack" if len(made) < count else ""
+    console.print(f"{len(made)} prompts in {out}{short}")
 
 
 def _weights(mix: list[str]) -> dict[str, float]:

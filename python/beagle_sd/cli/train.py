@@ -71,10 +71,12 @@ _WINDOW = "Last keys of the text that the draft sees"
 def train(
     data: Annotated[Path, typer.Argument(help="Folder from `prepare`, or a file it takes: states live, none stored.")],
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints; an unfinished run is gone on with.")],
-    more: Annotated[list[Path] | None, typer.Option(help="A further folder from `prepare` to train on.")] = None,
+    more: Annotated[
+        list[Path] | None, typer.Option(help="A further folder from `prepare`; may be given again.")
+    ] = None,
     target: TargetName = "smollm2-135m",
     from_draft: Annotated[
-        Path | None, typer.Option(help="A draft's folder to begin from, with a fresh optimizer.")
+        Path | None, typer.Option(help="A draft's folder to begin from: its shape, a fresh optimizer.")
     ] = None,
     draft_vocab: Annotated[int | None, typer.Option(help=f"{_FREQUENT}; 0: all.", show_default="8192")] = None,
     key_value_heads: Annotated[int | None, typer.Option(help=_HEADS, show_default="the target's")] = None,
@@ -100,6 +102,8 @@ def train(
         shape = {"draft_vocab": draft_vocab, "key_value_heads": key_value_heads, "append_states": append_states}
         torch.manual_seed(config.seed)
         draft = _fresh(model, dataset, shape) if from_draft is None else _from(from_draft, model, shape)
+        if window_keys is not None and window_keys < 0:
+            raise ValueError(f"window_keys is {window_keys}; allowed: 0 (all) or more")
         if window_keys is not None:
             draft.config.window_keys = window_keys or None
         trainer = Trainer(draft, dataset, out, config, tensorboard=tensorboard)
@@ -141,7 +145,7 @@ def _dataset(
     if files := [path for path in data if path.is_file()]:
         if len(data) > 1:
             raise ValueError(
-                f"{files[0]} is a file and given with --more; allowed: one file, or folders from `prepare`"
+                f"{files[0]} is a file, and --more is given; allowed: one file alone, or folders from `prepare`"
             )
         ends = end_tokens(target, tokenizer)
         found = conversations.read_conversations(files[0], tokenizer, config.context, ends=ends, left=left)

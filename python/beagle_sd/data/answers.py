@@ -68,13 +68,14 @@ def write_answers(
     """An answer to every request, as it is finished: up to the first of `ends`, max_new_tokens tokens, or so many that
     prompt and answer fill `longest_text(model, context)`. Prompts that leave no room for an answer are skipped. In a
     chat each answer is written after the one before it, whose keys are kept, as long as there is room; all are learnt,
-    and the end of a turn where the answer came to it by itself.
+    and the end of a turn where the answer came to it by itself and the template repeats it.
 
     The same seed gives the same answers in any order and batch, up to the model's rounding. batch: answers at a time,
-    to prompts of up to 256 tokens; those to longer ones, and chats, are written after them, so many at a time as take
-    no more memory. states: also give those of prompt and answer, in bf16 (else they are empty). graph: on a GPU,
-    capture the step as a CUDA graph; where that fails, a warning says why and steps run one kernel at a time. Raises
-    ValueError for sizes below 1, RuntimeError where the model gives no finite logit.
+    to prompts of up to 256 tokens; those to longer ones, a chat counted with all that stands before its last answer,
+    are written after them, so many at a time as take no more memory. states: also give those of prompt and answer, in
+    bf16 (else they are empty). graph: on a GPU, capture the step as a CUDA graph; where that fails, a warning says why
+    and steps run one kernel at a time. Raises ValueError for sizes below 1, RuntimeError where the model gives no
+    finite logit.
     """
     for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("context", context)):
         if value < 1:

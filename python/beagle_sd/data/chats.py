@@ -51,7 +51,7 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> li
         before, text = digits.join([*parts, ""]), template.render(chat, prompt=True)
         if not text.startswith(before) or digits in text[len(before) :]:
             raise Unusable(
-                "the chat template changes earlier turns when later ones follow, so that no chat can be gone on"
+                "the chat template changes earlier turns when later ones follow, so no answer can be continued from"
             )
         parts.append(text[len(before) :])
         chat.append({"role": "assistant", "content": digits})

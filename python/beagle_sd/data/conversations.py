@@ -185,9 +185,8 @@ def stored_answers(path: str | Path) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path) as data:
-            learn = (
-                "learn" if "learn" in data else "prompt_lengths"
-            )  # as files had it in which an answer has one prompt
+            # older files, in which every answer has one prompt, lack "learn"
+            learn = "learn" if "learn" in data else "prompt_lengths"
             stored = {name: data[name] for name in ("ids", "lengths", learn, "temperature", "index")}
     except Exception as error:
         raise ValueError(
@@ -204,7 +203,7 @@ def stored_answers(path: str | Path) -> dict[str, np.ndarray]:
             stored["learn"] = position >= np.repeat(stored.pop("prompt_lengths"), lengths)
         elif stored["learn"].shape == (-(-total // 8),) and stored["learn"].dtype == np.uint8:
             stored["learn"] = np.unpackbits(stored["learn"], count=total).astype(bool)
-        whole = stored["ids"].shape == stored["learn"].shape == (total,)
+        whole = stored["ids"].shape == stored["learn"].shape == (total,) and stored["learn"].dtype == bool
     if not whole or not integers or lengths.min(initial=0) < 0:
         raise ValueError(
             f"{path}: its parts do not belong together; allowed: an .npz that `beagle-sd prepare --regenerate` wrote"

@@ -190,12 +190,9 @@ def ngrams(text: str, n: int = NGRAM) -> set[tuple[str, ...]]:
 def evaluation_ngrams(
     names: Iterable[str] = tuple(EVALUATION_SETS), folder: Path | None = None, download: bool = True
 ) -> set[tuple[str, ...]]:
-    """The n-grams of every turn of the named sets, and of the texts of the named kinds."""
+    """The n-grams of every turn of the named sets."""
     found = set()
     for name in names:
-        if name in EVALUATION_TEXTS:
-            found |= set().union(*(ngrams(evaluation_text(one, folder, download)) for one in EVALUATION_TEXTS[name]))
-        else:
-            for prompt in evaluation_prompts(name, folder, download):
-                found |= set().union(*map(ngrams, prompt["turns"]))
+        for prompt in evaluation_prompts(name, folder, download):
+            found |= set().union(*map(ngrams, prompt["turns"]))
     return found

@@ -36,8 +36,7 @@ class Sequence(NamedTuple):
     kept: Tensor | None = None
 
     def within(self, window_keys: int) -> Sequence:
-        """With the states alone that a draft with `window_keys` uses: those within so many positions before a row that
-        is learnt, and its own."""
+        """With the states alone that lie within `window_keys` positions before a row that is learnt, and its own."""
         before = self.loss_mask.long().cumsum(0)
         reach = torch.arange(len(before)) + window_keys
         until = before[reach.clamp(max=len(before) - 1)]

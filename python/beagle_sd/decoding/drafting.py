@@ -27,7 +27,7 @@ class DraftCache:
     Position j's true state is in slot j, a round's draft states lie from a row's length on, and `reserve` makes room.
     With window_keys `ring` slots, however long the text is, hold position j in slot j % ring, and the draft states lie
     behind them. A round writes true states up to `depth` behind the row's new length, which nobody sees; the ring is
-    longer than the window by as much, so that they take no place of a key still to be seen.
+    longer than the window by as much, so that they never overwrite a key that is still to be seen.
     """
 
     def __init__(self, draft: BeagleDraft, batch: int, tokens: int, depth: int, branch: int):
@@ -61,7 +61,8 @@ class DraftCache:
         self.append(draft, states, positions % self.ring if self.ring else positions, positions)
 
     def begin(self, draft: BeagleDraft, states: Tensor, lengths: Tensor) -> None:
-        """Write the true states [B, T, d] of new texts, of which a row's first lengths[b] count: a window's alone."""
+        """Write the true states [B, T, d] of new texts, of which a row's first lengths[b] count; with a window,
+        only the last `window` of those."""
         step = torch.arange(states.shape[1], device=states.device)[: self.window]
         positions = step.expand(len(states), -1)
         if self.window:

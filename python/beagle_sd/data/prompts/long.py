@@ -10,6 +10,7 @@ import random
 import re
 import sysconfig
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,25 +25,7 @@ CHARACTERS = {"document": 4.0, "code": 3.4}
 _LANGUAGES = {".py": "python", ".js": "javascript", ".c": "c", ".h": "c", ".go": "go", ".rs": "rust", ".java": "java"}
 _PROSE = (".txt", ".rst", ".md", ".html")
 _SKIPPED = {"script", "style", "nav", "footer", "head"}
-_BLOCKS = {
-    "p",
-    "div",
-    "li",
-    "ul",
-    "ol",
-    "dl",
-    "dt",
-    "dd",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "h5",
-    "pre",
-    "table",
-    "tr",
-    "section",
-}
+_BLOCKS = set("p div li ul ol dl dt dd h1 h2 h3 h4 h5 pre table tr section".split())
 
 
 class _Text(NamedTuple):
@@ -98,23 +81,30 @@ def _documents(folder: Path) -> list[list[_Text]]:
     """The texts of each folder in `documents`, and of Python's documentation."""
     homes = [home for home in sorted((folder / "documents").glob("*")) if home.is_dir()]
     homes += [home for home in [folder / "python-docs"] if home.is_dir()]
-    if not homes:
+    groups = _groups([path for path in sorted(home.rglob("*")) if path.suffix in _PROSE] for home in homes)
+    if not groups:
         raise FileNotFoundError(f"{folder / 'documents'} holds no folder of {', '.join(_PROSE)} files")
-    paths = [[path for path in sorted(home.rglob("*")) if path.suffix in _PROSE] for home in homes]
-    return [group for files in paths if (group := [_Text(path.name, "", _plain(path)) for path in files])]
+    return groups
 
 
 @cache
 def _code(folder: Path) -> list[list[_Text]]:
     """The sources of each folder in `code`, and of the running Python's standard library without its tests."""
     library = Path(sysconfig.get_path("stdlib"))
-    found = [path for path in sorted(library.rglob("*.py")) if not {"test", "tests", "site-packages"} & set(path.parts)]
+    apart = {"test", "tests", "site-packages"}
+    found = [path for path in sorted(library.rglob("*.py")) if not apart & set(path.relative_to(library).parts)]
     homes = [home for home in sorted((folder / "code").glob("*")) if home.is_dir()]
     paths = [found, *([path for path in sorted(home.rglob("*")) if path.suffix in _LANGUAGES] for home in homes)]
-    return [
-        [_Text(path.name, _LANGUAGES[path.suffix], _plain(path)) for path in files if path.stat().st_size > 800]
-        for files in paths
-    ]
+    groups = _groups([path for path in files if path.stat().st_size > 800] for files in paths)
+    if not groups:
+        raise FileNotFoundError(f"neither {library} nor {folder / 'code'} holds source files")
+    return groups
+
+
+def _groups(folders: Iterable[list[Path]]) -> list[list[_Text]]:
+    """The texts of each folder's files that have one, of the folders that have any."""
+    read = ([_Text(path.name, _LANGUAGES.get(path.suffix, ""), _plain(path)) for path in files] for files in folders)
+    return [group for texts in read if (group := [one for one in texts if one.text])]
 
 
 def _passage(rng: random.Random, groups: list[list[_Text]], characters: int) -> _Text:
