@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from beagle_sd.decoding.generate import generate
+from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.files import write_json
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
@@ -23,11 +25,25 @@ TREES = ["2,1,3", "4,1,5", "3,3,6", "4,4,8", "4,6,16"]
 """depth,branch,num_nodes"""
 
 
-def measure(target, draft, prompts, pad, tree: TreeShape, temperature: float, args) -> dict:
-    """One row: tokens a round over all prompts, weighted by rounds."""
+def counted(reports: Iterable[Report]) -> dict:
+    """Tokens a round and acceptance by depth over all reports, weighted by rounds, and those rounds."""
     tokens, rounds, reached = 0.0, 0, []
-    for ids, mask in batches(prompts, args.batch, pad):
-        report = generate(
+    for report in reports:
+        tokens += report.tokens_per_round * report.row_rounds
+        rounds += report.row_rounds
+        reached.append(report.reached)
+    depths = [sum(column) for column in zip(*reached, strict=True)]
+    return {
+        "tokens_per_round": round(tokens / max(rounds, 1), 4),
+        "acceptance_by_depth": [round(b / a, 4) for a, b in zip(depths, depths[1:]) if a],
+        "row_rounds": rounds,
+    }
+
+
+def measure(target, draft, prompts, pad, tree: TreeShape, temperature: float, args) -> dict:
+    """One row, over all prompts."""
+    reports = (
+        generate(
             target,
             draft,
             ids,
@@ -37,17 +53,9 @@ def measure(target, draft, prompts, pad, tree: TreeShape, temperature: float, ar
             seed=args.seed,
             tree=tree,
         ).report
-        tokens += report.tokens_per_round * report.row_rounds
-        rounds += report.row_rounds
-        reached.append(report.reached)
-    depths = [sum(column) for column in zip(*reached, strict=True)]
-    return {
-        **vars(tree),
-        "temperature": temperature,
-        "tokens_per_round": round(tokens / rounds, 4),
-        "acceptance_by_depth": [round(b / a, 4) for a, b in zip(depths, depths[1:]) if a],
-        "row_rounds": rounds,
-    }
+        for ids, mask in batches(prompts, args.batch, pad)
+    )
+    return {**vars(tree), "temperature": temperature, **counted(reports)}
 
 
 def described(target_name: str, prompts_name: str, count: int, target, args) -> dict:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from beagle_sd.decoding.generate import generate
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.files import write_json
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
-from bench.answers.acceptance import described
+from bench.answers.acceptance import counted, described
 from bench.answers.long_texts import KINDS, prompts_of
 
 LENGTHS = [300, 1500, 4000, 7000]
@@ -26,10 +27,8 @@ _NOT_OF_A_ROUND = ("prefill", "capture")
 def measure(target, draft, prompts: list[list[int]], tree: TreeShape, temperature: float, args) -> dict:
     """One row: tokens a round and acceptance by depth over all prompts, weighted by rounds, and milliseconds of a round
     and of its draft and target."""
-    tokens, rounds, reached = 0.0, 0, []
-    seconds: dict[str, float] = {}
-    for number, ids in enumerate(prompts):
-        report = generate(
+    reports = [
+        generate(
             target,
             draft,
             torch.tensor([ids], device=target.device),
@@ -39,23 +38,19 @@ def measure(target, draft, prompts: list[list[int]], tree: TreeShape, temperatur
             tree=tree,
             graph=False,
         ).report
-        tokens += report.tokens_per_round * report.row_rounds
-        rounds += report.row_rounds
-        reached.append(report.reached)
-        for phase, took in report.seconds.items():
-            seconds[phase] = seconds.get(phase, 0.0) + took
-    depths = [sum(column) for column in zip(*reached, strict=True)]
+        for number, ids in enumerate(prompts)
+    ]
+    seconds: Counter[str] = Counter()
+    for report in reports:
+        seconds.update(report.seconds)
+    found = counted(reports)
     of_rounds = sum(took for phase, took in seconds.items() if phase not in _NOT_OF_A_ROUND)
-    each = {name: round(1e3 * seconds.get(name, 0.0) / max(rounds, 1), 3) for name in ("draft", "target")}
+    parts = {"draft_ms": seconds["draft"], "target_ms": seconds["target"], "round_ms": of_rounds}
     return {
         "tokens": round(sum(map(len, prompts)) / len(prompts)),
         "temperature": temperature,
-        "tokens_per_round": round(tokens / max(rounds, 1), 4),
-        "acceptance_by_depth": [round(b / a, 4) for a, b in zip(depths, depths[1:]) if a],
-        "row_rounds": rounds,
-        "draft_ms": each["draft"],
-        "target_ms": each["target"],
-        "round_ms": round(1e3 * of_rounds / max(rounds, 1), 3),
+        **found,
+        **{name: round(1e3 * took / max(found["row_rounds"], 1), 3) for name, took in parts.items()},
     }
 
 
