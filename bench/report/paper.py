@@ -25,22 +25,29 @@ ABLATIONS = {
     ),
     "start": ("start", "tokens a round", {}),
     "append": ("draft states as keys", "tokens/s", {"append": "109.0", "no append": "107.4"}),
+    "order": ("objective", "tokens a round", {"next token": "3.70", "block + simulation": "4.31"}),
+    "losses": ("loss", None, {}),
+    "optimizer": ("optimizer", None, {}),
+    "optimizer_order": ("objective", "tokens a round", {"next token": "3.70", "block + simulation": "4.31"}),
+    "precision": ("products", None, {}),
 }
 """Figure -> what differs, the paper's unit and its values on MT-Bench, of a 7B target's draft after 20 epochs."""
 
 
-def settings() -> str:
-    """What all runs share."""
+def settings(name: str) -> str:
+    """What all runs of a figure share."""
     path = FOLDER / "settings.json"
-    if not path.is_file():
+    found = json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
+    if found is None:
         return "not measured"
-    found = json.loads(path.read_text(encoding="utf-8"))
+    threads = f", {found['threads']} CPU threads a run" if "threads" in found else ""
     return (
         f"Target {found['target']}; {found['tokens']:,} training tokens in {found['sequences']:,} sequences of "
         f"`{found['data']}`, {found['held_out_sequences']} held out; {found['epochs']:g} epochs a phase, "
         f"{found['tokens_per_step']:,} tokens a step, learning rate {found['lr']:g} falling to a tenth by a "
         f"cosine, {found['warmup_steps']} steps of warm-up in each phase, regression "
-        f"weight {found['regression']:g}, draft vocabulary {found['draft_vocab']:,}. A Beagle draft has a key head "
+        f"weight {found['regression']:g}, draft vocabulary {found['draft_vocab']:,}, products in "
+        f"{'bf16' if found['autocast'] else 'fp32'}{threads}. A Beagle draft has a key head "
         f"for every query head and the start of `beagle_sd.training.start`, where a table does not say otherwise. "
         f"Chain of {found['shapes']['chain'][0]}; tree of {found['shapes']['tree'][2]} nodes, "
         f"depth {found['shapes']['tree'][0]}, branch "
@@ -61,25 +68,36 @@ def course() -> str:
     return "\n".join(lines)
 
 
+def seconds() -> str:
+    """Acceptance by depth over seconds of training."""
+    lines = ["| head | seed | seconds | tokens seen | acceptance at depths 0 to 4 |", "|---|---|---|---|---|"]
+    for row in _rows("seconds"):
+        cells = row["run"], row["seed"], f"{float(row['seconds']):.0f}", f"{int(row['tokens_seen']):,}", _by_depth(row)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else "not measured"
+
+
 def ablation(name: str) -> str:
-    """Tokens a round of each run, beside the paper's figure."""
+    """Tokens a round of each run, what training it took where that was measured, and the paper's figure."""
     what, unit, published = ABLATIONS[name]
-    lines = [
-        f"| {what} | seed | tokens seen | chain | tree | accepted by depth, chain | the paper's {unit} |",
-        "|---|---|---|---|---|---|---|",
-    ]
     measured = _rows(name)
+    heads = [what, "seed", "tokens seen", "chain", "tree", "accepted by depth, chain"]
+    costs = bool(measured) and "peak_bytes" in measured[0]
+    heads += ["seconds of training", "peak MB"] if costs else []
+    heads += [f"the paper's {unit}"] if unit else []
+    lines = []
     for row in measured:
-        tokens = " | ".join(
-            f"{float(row[shape]):.3f} ± {float(row[f'{shape}_error']):.3f}" for shape in ("chain", "tree")
-        )
-        lines.append(
-            f"| {row['run']} | {row['seed']} | {int(row['tokens_seen']):,} | {tokens} | {_by_depth(row)} | "
-            f"{published.get(row['run'], '')} |"
-        )
+        cells = [row["run"], row["seed"], f"{int(row['tokens_seen']):,}"]
+        cells += [f"{float(row[shape]):.3f} ± {float(row[f'{shape}_error']):.3f}" for shape in ("chain", "tree")]
+        cells.append(_by_depth(row))
+        cells += [f"{float(row['seconds']):.0f}", f"{int(row['peak_bytes']) / 1e6:.0f}"] if costs else []
+        cells += [published.get(row["run"], "")] if unit else []
+        lines.append(cells)
     if not measured:
-        lines += [f"| {label} | | | not measured | | | {value} |" for label, value in published.items()]
-    return "\n".join(lines)
+        absent = ["", "", "not measured", "", ""]
+        lines = [[label, *absent, value] for label, value in published.items()] or [["", *absent]]
+    rows = [f"| {' | '.join(cells)} |" for cells in [heads, *lines]]
+    return "\n".join([rows[0], "|---" * len(heads) + "|", *rows[1:]])
 
 
 def _rows(name: str) -> list[dict]:
@@ -164,5 +182,6 @@ def _peak(row: dict) -> str:
     return "not measured" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e9:.2f}"
 
 
-TABLES: dict[str, Callable[[], str]] = {"paper": table_1, "paper_settings": settings, "paper_figure3": course}
+TABLES: dict[str, Callable[[], str]] = {"paper": table_1, "paper_figure3": course, "paper_seconds": seconds}
 TABLES |= {f"paper_{name}": partial(ablation, name) for name in ABLATIONS}
+TABLES |= {f"paper_settings_{name}": partial(settings, name) for name in ("figure3", "seconds", *ABLATIONS)}

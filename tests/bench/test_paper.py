@@ -20,7 +20,7 @@ from bench.recipes.paper.replay import greedy_answers, replay
 from bench.recipes.paper.runs import RUNS, Runner, Settings
 
 TOY = Settings(epochs=1.0, tokens_per_step=100, lr=1e-2, warmup_steps=1, draft_vocab=60, held_out=4, eval_tokens=200)
-TOY_OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(TOY).items()]
+TOY_OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(TOY).items() if value is not False]
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,11 @@ and a plot into --out. The states come from `beagle-sd prepare` over answers tha
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict, fields
 from pathlib import Path
+
+import torch
 
 from beagle_sd.data.shards import read_manifest
 from beagle_sd.files import write_json
@@ -32,14 +35,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     for field in fields(Settings):
-        kind = type(field.default)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+        kind = {"action": "store_true"} if field.default is False else {"type": type(field.default)}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **kind)
     options = parser.parse_args(arguments)
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     runner = Runner(options.states, options.work, options.target, settings)
-    for name in FIGURES if "all" in options.figures else options.figures:
-        make(name, runner, options.seeds, options.out)
-        print(f"{name}: {options.out / name}.csv and .svg", flush=True)
     manifest = read_manifest(options.states)
     record = {
         "target": options.target,
@@ -49,9 +49,15 @@ def main(arguments: list[str] | None = None) -> None:
         "sequences": len(runner.dataset.train),
         "tokens": runner.tokens,
         "held_out_sequences": len(runner.dataset.evaluation),
+        "threads": torch.get_num_threads(),
         "versions": versions("beagle_kernels", "torch", "transformers"),
     }
-    write_json(options.out / "settings.json", record)
+    kept = options.out / "settings.json"
+    for name in FIGURES if "all" in options.figures else options.figures:
+        make(name, runner, options.seeds, options.out)
+        others = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+        write_json(kept, others | {name: record})
+        print(f"{name}: {options.out / name}.csv and .svg", flush=True)
 
 
 if __name__ == "__main__":

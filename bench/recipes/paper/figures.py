@@ -11,18 +11,24 @@ from bench.recipes.paper.runs import RUNS, SHAPES, Runner
 
 @dataclass(frozen=True)
 class Figure:
-    """Runs by the name that the figure gives them; course: draw acceptance over the epochs, not tokens a round."""
+    """Runs by the name that the figure gives them; course: draw acceptance over "epoch" or "seconds", not tokens a
+    round."""
 
     title: str
     runs: dict[str, str]
-    course: bool = False
+    course: str | None = None
 
 
 FIGURES = {
     "figure3": Figure(
         "Acceptance by depth over training (figure 3)",
         {"Beagle": "block-block", "EAGLE-2": "eagle2-eagle2"},
-        course=True,
+        course="epoch",
+    ),
+    "seconds": Figure(
+        "Acceptance by depth over seconds of training",
+        {"Beagle": "block-steps4", "Beagle, next token first": "next-steps4", "EAGLE-2": "eagle2-eagle2"},
+        course="seconds",
     ),
     "figure4": Figure(
         "Window of block attention, from random weights (figure 4)",
@@ -50,6 +56,30 @@ FIGURES = {
         },
     ),
     "append": Figure("Draft states as keys", {"append": "block-steps4", "no append": "block-no-append"}),
+    "order": Figure(
+        "Objective, at more tokens",
+        {"next token": "next-next", "block + simulation": "block-steps4", "next token + simulation": "next-steps4"},
+    ),
+    "losses": Figure(
+        "Loss and weights of the simulated steps",
+        {
+            "cross-entropy": "next-steps4",
+            "total variation": "next-total-variation",
+            "acceptance": "next-acceptance",
+            "hybrid": "next-hybrid",
+            "cross-entropy, weights by reach": "next-reached",
+        },
+    ),
+    "optimizer": Figure("Optimizer", {"AdamW, 2e-3": "next-steps4", "Muon, 5e-3": "muon-steps4"}),
+    "optimizer_order": Figure(
+        "Objective, with Muon",
+        {
+            "next token": "muon-next-next",
+            "block + simulation": "muon-block-steps4",
+            "next token + simulation": "muon-steps4",
+        },
+    ),
+    "precision": Figure("Products", {"fp32": "fp32-steps4", "bf16": "bf16-steps4"}),
 }
 
 
@@ -74,13 +104,14 @@ def course_rows(runner: Runner, label: str, run: str, seed: int) -> list[dict]:
     """A row an evaluation, of the run of phase 1 and then of the one that goes on from it."""
     rows: list[dict] = []
     for part in filter(None, (RUNS[run].after, run)):
-        before = rows[-1] if rows else {"epoch": 0.0, "tokens_seen": 0}
+        before = rows[-1] if rows else {"epoch": 0.0, "tokens_seen": 0, "seconds": 0.0}
         rows += [
             {
                 "run": label,
                 "seed": seed,
                 "epoch": round(before["epoch"] + point["epoch"], 2),
                 "tokens_seen": before["tokens_seen"] + point["tokens_seen"],
+                "seconds": round(before["seconds"] + point["seconds"], 1),
                 **by_depth(point["acceptance_by_depth"]),
             }
             for point in runner.result(part, seed)["course"]
@@ -89,9 +120,11 @@ def course_rows(runner: Runner, label: str, run: str, seed: int) -> list[dict]:
 
 
 def result_rows(runner: Runner, label: str, run: str, seed: int) -> list[dict]:
-    """One row: tokens a round of each shape with its standard error, and acceptance by depth in the chain's rounds."""
+    """One row: seconds and memory of training, tokens a round of each shape with its standard error, and acceptance by
+    depth in the chain's rounds."""
     found, last = runner.result(run, seed), course_rows(runner, label, run, seed)[-1]
     row = {"run": label, "seed": seed, "epochs": last["epoch"], "tokens_seen": last["tokens_seen"]}
+    row |= {"seconds": last["seconds"], "peak_bytes": found["peak_bytes"]}
     for shape in SHAPES:
         row |= {shape: found[shape]["tokens_per_round"], f"{shape}_error": found[shape]["standard_error"]}
     deepest = SHAPES["chain"][0]
@@ -109,19 +142,19 @@ def draw(figure: Figure, rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure as Plot
 
     plot = Plot(figsize=(7, 3.5), layout="constrained")
-    axes = plot.subplots(1, len(figure.runs) if figure.course else len(SHAPES), sharey=figure.course)
+    axes = plot.subplots(1, len(figure.runs) if figure.course else len(SHAPES), sharey=bool(figure.course))
     plot.suptitle(figure.title)
     if figure.course:
         for axis, label in zip(axes, figure.runs):
             course = [row for row in rows if row["run"] == label and row["seed"] == rows[0]["seed"]]
             for name in (key for key in rows[0] if key.startswith("depth_")):
                 axis.plot(
-                    [row["epoch"] for row in course],
+                    [row[figure.course] for row in course],
                     [row[name] for row in course],
                     marker=".",
                     label=name.replace("_", " "),
                 )
-            axis.set(title=label, xlabel="epoch", ylim=(0, None))
+            axis.set(title=label, xlabel=figure.course, ylim=(0, None))
         axes[0].set_ylabel("acceptance, given the parent's")
         axes[-1].legend(fontsize="small")
     else:

@@ -7,9 +7,11 @@ of its own. Both see the same tokens, so that all runs of a phase are equal in t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -23,7 +25,9 @@ from beagle_sd.training.log import read_log
 from beagle_sd.training.objective import draft_states
 from beagle_sd.training.start import passing_start_on
 from beagle_sd.training.trainer import Trainer
+from bench.ops.bench_distill_loss import peak_memory
 from bench.peers.eagle2 import EagleDraft, eagle_states
+from bench.recipes.paper.losses import LOSSES, WEIGHTS
 from bench.recipes.paper.replay import replay
 
 
@@ -31,7 +35,8 @@ from bench.recipes.paper.replay import replay
 class Run:
     """window: positions a window has, in stage 1 or, if simulated, in stage 2; after: the run of phase 1 whose draft
     it starts from. A fresh Beagle draft has a key head for every query head unless it shares them as the target's do,
-    and starts by `passing_start` unless at random."""
+    and starts by `passing_start` unless at random. loss, weights: of `losses`; options: settings of the trainer, in
+    place of those that all runs share."""
 
     window: int
     after: str | None = None
@@ -40,8 +45,13 @@ class Run:
     head: str = "beagle"
     shared_keys: bool = False
     random: bool = False
+    loss: str = "cross-entropy"
+    weights: str = "passes"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
+_FP32, _BF16 = {"autocast": False}, {"autocast": True}
+_MUON = {"optimizer": "muon", "lr": 5e-3}
 RUNS = {
     "next": Run(1),
     "block": Run(5),
@@ -49,6 +59,19 @@ RUNS = {
     "next-next": Run(1, after="next"),
     "block-block": Run(5, after="block"),
     "next-steps4": Run(4, after="next", simulated=True),
+    "next-total-variation": Run(4, after="next", simulated=True, loss="total variation"),
+    "next-acceptance": Run(4, after="next", simulated=True, loss="acceptance"),
+    "next-hybrid": Run(4, after="next", simulated=True, loss="hybrid"),
+    "next-reached": Run(4, after="next", simulated=True, weights="reached"),
+    "fp32": Run(1, options=_FP32),
+    "fp32-steps4": Run(4, after="fp32", simulated=True, options=_FP32),
+    "bf16": Run(1, options=_BF16),
+    "bf16-steps4": Run(4, after="bf16", simulated=True, options=_BF16),
+    "muon": Run(1, options=_MUON),
+    "muon-steps4": Run(4, after="muon", simulated=True, options=_MUON),
+    "muon-block": Run(5, options=_MUON),
+    "muon-block-steps4": Run(4, after="muon-block", simulated=True, options=_MUON),
+    "muon-next-next": Run(1, after="muon", options=_MUON),
     "block-steps1": Run(1, after="block", simulated=True),
     "block-steps2": Run(2, after="block", simulated=True),
     "block-steps3": Run(3, after="block", simulated=True),
@@ -87,10 +110,11 @@ class Settings:
     draft_vocab: int = 4096
     held_out: int = 10
     eval_tokens: int = 16384
+    autocast: bool = False
 
     def config(self, run: Run, seed: int, tokens: int) -> TrainingConfig:
         """A run's, evaluated about twice an epoch of `tokens`; the phases go through the data in different orders."""
-        return TrainingConfig(
+        config = TrainingConfig(
             window=run.window,
             steps=run.window,
             block_epochs=0.0 if run.simulated else self.epochs,
@@ -104,8 +128,10 @@ class Settings:
             eval_steps=max(1, tokens // self.tokens_per_step // 2),
             eval_tokens=self.eval_tokens,
             save_steps=20,
+            autocast=self.autocast,
             seed=2 * seed + (run.after is not None),
         )
+        return replace(config, **run.options)
 
 
 class Runner:
@@ -130,6 +156,7 @@ class Runner:
         if not done.is_file():
             draft = self._trained(name, seed)
             found = {"run": name, "seed": seed, "settings": asdict(self.settings), "course": self._course(folder)}
+            found["peak_bytes"] = self._peak_bytes(name, seed)
             for kind, shape in SHAPES.items():
                 found[kind] = replay(draft, self.states, self.settings.held_out, *shape)
             write_json(done, found)
@@ -142,12 +169,9 @@ class Runner:
         return found
 
     def _trained(self, name: str, seed: int) -> BeagleDraft:
-        run = RUNS[name]
-        if run.after is not None:
-            self.result(run.after, seed)
-        draft, states = self._start(run, seed), HEADS[run.head][1]
-        config = self.settings.config(run, seed, self.tokens)
-        trainer = Trainer(draft, self.dataset, self.folder(name, seed), config, states=states)
+        if RUNS[name].after is not None:
+            self.result(RUNS[name].after, seed)
+        trainer = self._trainer(name, seed, self.folder(name, seed))
 
         def show(step: int, metrics: dict) -> None:
             if "acceptance_by_depth" in metrics:
@@ -158,7 +182,27 @@ class Runner:
                 )
 
         trainer.run(show)
-        return draft.eval()
+        return trainer.draft.eval()
+
+    def _trainer(self, name: str, seed: int, folder: Path) -> Trainer:
+        run = RUNS[name]
+        return Trainer(
+            self._start(run, seed),
+            self.dataset,
+            folder,
+            self.settings.config(run, seed, self.tokens),
+            states=HEADS[run.head][1],
+            loss=LOSSES[run.loss],
+            weights=WEIGHTS[run.weights],
+        )
+
+    def _peak_bytes(self, name: str, seed: int) -> int:
+        """What a step allocates at its worst moment, beyond weights and moments, which a first step makes."""
+        with TemporaryDirectory() as folder:
+            trainer = self._trainer(name, seed, Path(folder))
+            trainer.draft.train()
+            trainer.train_step()
+            return peak_memory(trainer.train_step, trainer.device)
 
     def _start(self, run: Run, seed: int) -> BeagleDraft:
         kind = HEADS[run.head][0]
@@ -174,13 +218,16 @@ class Runner:
         return draft
 
     def _course(self, folder: Path) -> list[dict]:
-        """The evaluations of a run: epochs of its phase, tokens seen and acceptance by depth."""
-        return [
-            {
-                "epoch": round(line["tokens_seen"] / self.tokens, 2),
-                "tokens_seen": line["tokens_seen"],
-                "acceptance_by_depth": line["acceptance_by_depth"],
-            }
-            for line in read_log(folder)
-            if "acceptance_by_depth" in line
-        ]
+        """The evaluations of a run: epochs of its phase, tokens seen, seconds of its steps and acceptance by depth."""
+        course, seconds = [], 0.0
+        for line in read_log(folder):
+            seconds += line["seconds"]
+            if "acceptance_by_depth" in line:
+                point = {
+                    "epoch": round(line["tokens_seen"] / self.tokens, 2),
+                    "tokens_seen": line["tokens_seen"],
+                    "seconds": round(seconds, 1),
+                    "acceptance_by_depth": line["acceptance_by_depth"],
+                }
+                course.append(point)
+        return course

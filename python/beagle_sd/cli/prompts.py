@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from beagle_sd.cli.console import Seed, clear_errors, console, waiting
+from beagle_sd.cli.console import Device, Dtype, Seed, clear_errors, console, dtype_of, loading, waiting
 from beagle_sd.data.prompts.build import build_prompts
 from beagle_sd.data.prompts.sources import SOURCES
+from beagle_sd.data.prompts.written import written_prompts
 from beagle_sd.files import whole
+from beagle_sd.models.loading import load_target
 
 
 def prompts(
@@ -21,13 +23,23 @@ def prompts(
     mix: Annotated[
         list[str] | None, typer.Option(help=f"NAME=WEIGHT, again for each source: {', '.join(SOURCES)}.")
     ] = None,
+    written_by: Annotated[
+        str | None, typer.Option(help="A target that writes them all itself: smollm2-135m, a folder, or a hub name.")
+    ] = None,
     seed: Seed = 0,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
 ) -> None:
-    """Write training prompts from licence-clean sources, for `prepare --regenerate`."""
+    """Write training prompts from licence-clean sources, or by the target, for `prepare --regenerate`."""
     with clear_errors():
+        if written_by is not None and mix:
+            raise ValueError(f"written_by is {written_by} and mix {', '.join(mix)}; allowed: one of the two")
         missing: list[str] = []
-        with waiting(console, "gathering prompts"):
-            made = build_prompts(count, seed, _weights(mix or []) or None, left_out=missing.append)
+        if written_by is not None:
+            made = _written(written_by, count, seed, dtype, device)
+        else:
+            with waiting(console, "gathering prompts"):
+                made = build_prompts(count, seed, _weights(mix or []) or None, left_out=missing.append)
         for reason in missing:
             console.print(f"left out: {escape(reason)}", soft_wrap=True)
         if count and not made:
@@ -39,6 +51,13 @@ def prompts(
             partial.write_text("".join(lines), encoding="utf-8")
     short = "; templates=WEIGHT in the mix would fill what its sources lack" if len(made) < count else ""
     console.print(f"{len(made)} prompts in {out}{short}")
+
+
+def _written(name: str, count: int, seed: int, dtype: str, device: str | None) -> list[dict]:
+    with loading(console, name):
+        model, tokenizer = load_target(name, dtype=dtype_of(dtype), device=device)
+    with waiting(console, f"{name} writes prompts"):
+        return written_prompts(model, tokenizer, count, seed)
 
 
 def _weights(mix: list[str]) -> dict[str, float]:

@@ -58,6 +58,18 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> li
     return [tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in parts]
 
 
+def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """What the chat template renders before the text of a user's first turn, and the token that it puts behind it;
+    Unusable where the template hides the text or puts no token of its own behind it."""
+    before, found, behind = _Template(tokenizer).render([{"role": "user", "content": _DIGITS}]).partition(_DIGITS)
+    if not found:
+        raise Unusable(_HIDDEN)
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids or ids[0] not in tokenizer.added_tokens_decoder:
+        raise Unusable("the chat template ends a user's turn with no token of its own, so the target cannot write one")
+    return before, ids[0]
+
+
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict], ends: Collection[int] | None = None
 ) -> tuple[list[int], list[bool]]:

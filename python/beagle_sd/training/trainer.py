@@ -35,6 +35,8 @@ class Trainer:
 
     Under `torchrun` or `accelerate launch` every process makes the same trainer and does its share of each batch.
     states: how the draft's states are had, with the arguments of `draft_states`; another kind of draft brings its own.
+    loss, weights: what is learnt, with the arguments of `distill_loss` (regression and tf32 by name), and what each row
+    counts, with those of `row_weights`.
     tensorboard: also write the metrics for TensorBoard. Raises ValueError where there is nothing to train on, for
     states or a checkpoint that do not fit the draft or the config, and for a window or steps beyond its window_keys.
     """
@@ -47,10 +49,13 @@ class Trainer:
         config: TrainingConfig,
         *,
         states: Callable[..., Tensor] = draft_states,
+        loss: Callable[..., Tensor] = distill_loss,
+        weights: Callable[..., Tensor] = row_weights,
         tensorboard: bool = False,
     ):
         _check_fits(draft, dataset, config)
-        self.draft, self.dataset, self.config, self.states = draft, dataset, config, states
+        self.draft, self.dataset, self.config = draft, dataset, config
+        self.states, self.loss, self.weights = states, loss, weights
         self.folder, self.device = Path(folder), draft.device
         self.processes = PartialState(cpu=self.device.type == "cpu")
         # In autocast the loss's products are in bf16, as the draft's are.
@@ -81,7 +86,7 @@ class Trainer:
         self.draft.train()
         while self.step < self.total_steps:
             began = time.perf_counter()
-            metrics = self._train_step()
+            metrics = self.train_step()
             metrics["seconds"] = time.perf_counter() - began
             self.step += 1
             if self.step % self.config.eval_steps == 0 or self.step in (self.block_steps, self.total_steps):
@@ -110,7 +115,9 @@ class Trainer:
         self.processes.wait_for_everyone()
         return self.checkpoints.path(self.step)
 
-    def _train_step(self) -> dict:
+    def train_step(self) -> dict:
+        """One step of the optimizer, neither counted nor logged: its metrics. TrainingStopped where it is not finite.
+        `run` is what trains."""
         config, stage = self.config, 2 if self.step >= self.block_steps else 1
         window = config.steps if stage == 2 else config.window
         entries = self._next_entries()
@@ -143,12 +150,12 @@ class Trainer:
         config, keys_of = self.config, batch.states.float()
         if noise is not None:
             keys_of = keys_of + noise.to(self.device, non_blocking=True)
-        weights = row_weights(batch, window, offset, simulated=stage == 2)
+        weights = self.weights(batch, window, offset, simulated=stage == 2)
         states = self._draft_states(
             self.draft, batch, keys_of, window, offset, simulated=stage == 2, detach_states=config.detach_states
         )
         drafted, wanted = states.to(self.head.dtype), batch.states.to(self.head.dtype)
-        loss = distill_loss(drafted, wanted, self.head, weights, regression=config.regression, tf32=True)
+        loss = self.loss(drafted, wanted, self.head, weights, regression=config.regression, tf32=True)
         loss.backward()
         tokens = torch.full((), len(batch.tokens), dtype=torch.float64, device=self.device)
         return torch.stack([loss.detach().double(), weights.sum().double(), tokens])

@@ -174,7 +174,7 @@ def test_interrupted_training_goes_on_where_it_was(target, source, tmp_path, mon
         return CliRunner().invoke(app, ["train", str(tmp_path / "states"), str(out), *options], env={"COLUMNS": "300"})
 
     assert train(tmp_path / "whole").exit_code == 0
-    step, interrupted = Trainer._train_step, []
+    step, interrupted = Trainer.train_step, []
 
     def train_step(self):
         if self.step == 3 and not interrupted:
@@ -182,7 +182,7 @@ def test_interrupted_training_goes_on_where_it_was(target, source, tmp_path, mon
             os.kill(os.getpid(), signal.SIGINT)
         return step(self)
 
-    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
     stopped = train(tmp_path / "stopped")
     assert stopped.exit_code == 130 and "run the same command again to go on" in stopped.output, stopped.output
     assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-0000004"]

@@ -54,7 +54,7 @@ def build_prompts(
             f"none negative and not all zero, to some of {sorted(SOURCES)}"
         )
     folder = prompts_folder() if folder is None else Path(folder)
-    barred = _barred(folder)
+    barred = barred_ngrams(folder)
     prompts: dict[tuple[str, ...], str] = {}
     missing = []
     # "templates" last: it has no end and fills what the others lack.
@@ -82,8 +82,8 @@ def build_prompts(
     return rows
 
 
-def _barred(folder: Path) -> set[tuple[str, ...]]:
-    """The n-grams of what there is of the evaluation, set by set and text by text."""
+def barred_ngrams(folder: Path) -> set[tuple[str, ...]]:
+    """The n-grams of what there is of the evaluation in `folder` or the cache, set by set and text by text."""
     texts = [one for kind in EVALUATION_TEXTS.values() for one in kind]
     sources: list[Callable[..., set]] = [partial(evaluation_ngrams, [name]) for name in EVALUATION_SETS]
     sources += [partial(_text_ngrams, one) for one in texts]
