@@ -12,11 +12,14 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from beagle_sd.decoding.generate import generate
+from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.files import write_json
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
+from beagle_sd.models.target import Target
 from bench.answers.acceptance import counted, described
 from bench.answers.long_texts import KINDS, prompts_of
 
@@ -25,9 +28,9 @@ _NOT_OF_A_ROUND = ("prefill", "capture")
 
 
 def measure(target, draft, prompts: list[list[int]], tree: TreeShape, temperature: float, args) -> dict:
-    """One row: tokens a round and acceptance by depth over all prompts, weighted by rounds, and milliseconds of a round
-    and of its draft and target."""
-    reports = [
+    """One row: tokens a round with its standard error over texts and acceptance by depth, weighted by rounds;
+    milliseconds of a round, of its draft and target; the target's certainty of what it wrote."""
+    made = [
         generate(
             target,
             draft,
@@ -37,21 +40,40 @@ def measure(target, draft, prompts: list[list[int]], tree: TreeShape, temperatur
             seed=args.seed + number,
             tree=tree,
             graph=False,
-        ).report
+        )
         for number, ids in enumerate(prompts)
     ]
+    reports = [one.report for one in made]
     seconds: Counter[str] = Counter()
     for report in reports:
         seconds.update(report.seconds)
     found = counted(reports)
     of_rounds = sum(took for phase, took in seconds.items() if phase not in _NOT_OF_A_ROUND)
     parts = {"draft_ms": seconds["draft"], "target_ms": seconds["target"], "round_ms": of_rounds}
+    chances = [_chances(draft.target, one.sequences[0], len(ids)) for one, ids in zip(made, prompts, strict=True)]
     return {
         "tokens": round(sum(map(len, prompts)) / len(prompts)),
         "temperature": temperature,
         **found,
+        "standard_error": round(_error(reports), 4),
         **{name: round(1e3 * took / max(found["row_rounds"], 1), 3) for name, took in parts.items()},
+        "certainty": round(torch.cat(chances).mean().item(), 4),
     }
+
+
+def _error(reports: list[Report]) -> float:
+    """The standard error of tokens a round, texts taken as independent."""
+    rounds = torch.tensor([report.row_rounds for report in reports], dtype=torch.float64)
+    tokens = torch.tensor([report.tokens_per_round for report in reports], dtype=torch.float64) * rounds
+    off = tokens - rounds * tokens.sum() / rounds.sum()
+    return (off.square().sum().sqrt() / rounds.sum()).item()
+
+
+@torch.inference_mode()
+def _chances(target: Target, text: Tensor, prompt: int) -> Tensor:
+    """The probability that the target gives each new token, at temperature 1."""
+    states = target.states(text[None, :-1])[0, prompt - 1 :]
+    return target.head(states).float().softmax(-1).gather(1, text[prompt:, None])[:, 0]
 
 
 def measured_rows(target, tokenizer, draft, args):

@@ -163,8 +163,8 @@ def lengths() -> str:
     """Tokens a round and the draft's share of a round by length of the text, beside those at the shortest."""
     lines = [
         "| text | tokens of it | draft's window | T | tokens a round | of those at the shortest | accepted by depth "
-        "| draft, ms a round | round, ms | draft's share |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| target's certainty | draft, ms a round | round, ms | draft's share |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     first: dict[tuple, float] = {}
     for row in results.lengths_record()["rows"]:
@@ -174,9 +174,10 @@ def lengths() -> str:
             f"{row['tokens']:,}",
             row["window_keys"] or "all",
             f"{row['temperature']:g}",
-            f"{row['tokens_per_round']:.2f}",
+            f"{row['tokens_per_round']:.2f} ± {row['standard_error']:.2f}",
             f"{row['tokens_per_round'] / shortest:.0%}",
             " ".join(f"{share:.2f}" for share in row["acceptance_by_depth"]),
+            f"{row['certainty']:.2f}",
             f"{row['draft_ms']:.1f}",
             f"{row['round_ms']:.1f}",
             f"{row['draft_ms'] / row['round_ms']:.0%}",

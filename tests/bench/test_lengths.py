@@ -50,14 +50,14 @@ def test_texts_are_whole_and_barred_from_training(folder, monkeypatch, tmp_path)
     text = evaluation_text(readme, folder, download=False)
     assert text.startswith(readme.members[0]) and "Name:" not in text
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    barred = build._barred(folder)
+    barred = build.barred_ngrams(folder)
     codes = [ngrams(evaluation_text(one, folder, download=False)) for one in EVALUATION_TEXTS["code"]]
     assert ngrams(text) and ngrams(text) <= barred and all(found and found <= barred for found in codes)
-    gone = build._barred(tmp_path / "nowhere")
+    gone = build.barred_ngrams(tmp_path / "nowhere")
     assert not gone & barred
     (tmp_path / "one" / readme.members[0]).parent.mkdir(parents=True)
     (tmp_path / "one" / readme.members[0]).write_bytes((folder / readme.members[0]).read_bytes())
-    assert build._barred(tmp_path / "one") == ngrams(text), "one text is barred where the others are missing"
+    assert build.barred_ngrams(tmp_path / "one") == ngrams(text), "one text is barred where the others are missing"
     with pytest.raises(ValueError, match="kind is 'songs'; allowed: documents"):
         long_texts.prompts_of("songs", None, None, [1], 1)
 
@@ -77,7 +77,8 @@ def test_a_window_is_measured_beside_none(folder, tmp_path, monkeypatch):
     for row in measured["rows"]:
         assert row["kind"] == "code" and 1 <= row["tokens_per_round"] <= 3 and len(row["acceptance_by_depth"]) <= 2
         assert row["row_rounds"] > 0 and 0 < row["draft_ms"] < row["round_ms"] > row["target_ms"] > 0
-        assert abs(row["tokens"] - row["length"]) < 4
+        assert abs(row["tokens"] - row["length"]) < 4 and 0 < row["certainty"] <= 1
+        assert row["standard_error"] == 0.0, "of one text"
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     shown = tables.lengths().splitlines()
     assert len(shown) == 10 and "| code | 1" in shown[2] and "| all | 0 |" in shown[2] and "| 8 | 1 |" in shown[-1]

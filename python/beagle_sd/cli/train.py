@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import torch
 import typer
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from beagle_sd.cli.console import (
@@ -101,7 +102,7 @@ def train(
         print_left_out(console, left)
         shape = {"draft_vocab": draft_vocab, "key_value_heads": key_value_heads, "append_states": append_states}
         torch.manual_seed(config.seed)
-        draft = _fresh(model, dataset, shape) if from_draft is None else _from(from_draft, model, shape)
+        draft = _fresh(model, dataset, shape) if from_draft is None else _from(from_draft, model, dataset, shape)
         if window_keys is not None and window_keys < 0:
             raise ValueError(f"window_keys is {window_keys}; allowed: 0 (all) or more")
         if window_keys is not None:
@@ -118,19 +119,27 @@ def train(
 
 
 def _fresh(model: PreTrainedModel, dataset: PackedDataset, shape: dict[str, Any]) -> BeagleDraft:
-    frequent = 8192 if shape["draft_vocab"] is None else shape["draft_vocab"]
-    ids = dataset.frequent_tokens(frequent, model.config.vocab_size) if frequent else None
+    ids = _vocab(model, dataset, 8192 if shape["draft_vocab"] is None else shape["draft_vocab"])
     heads = {"num_key_value_heads": shape["key_value_heads"]} if shape["key_value_heads"] else {}
     return BeagleDraft.from_target(model, ids, append_states=shape["append_states"] is not False, **heads)
 
 
-def _from(folder: Path, model: PreTrainedModel, shape: dict[str, Any]) -> BeagleDraft:
-    """The draft of a folder in fp32, whose shape no option may change."""
-    if given := ["--" + name.replace("_", "-") for name, value in shape.items() if value is not None]:
+def _from(folder: Path, model: PreTrainedModel, dataset: PackedDataset, shape: dict[str, Any]) -> BeagleDraft:
+    """The draft of a folder in fp32, of whose shape the options may change the vocabulary alone."""
+    draft_vocab = shape["draft_vocab"]
+    fixed = {name: value for name, value in shape.items() if name != "draft_vocab"}
+    if given := ["--" + name.replace("_", "-") for name, value in fixed.items() if value is not None]:
         raise ValueError(
-            f"{', '.join(given)} given with --from-draft; allowed: the shape of the draft in {folder} as it is"
+            f"{', '.join(given)} given with --from-draft; allowed: the shape of the draft in {folder} as it is, with "
+            "another --draft-vocab or --window-keys"
         )
-    return load_draft(folder, model, torch.float32)
+    draft = load_draft(folder, model, torch.float32)
+    return draft if draft_vocab is None else draft.set_draft_vocab(_vocab(model, dataset, draft_vocab))
+
+
+def _vocab(model: PreTrainedModel, dataset: PackedDataset, count: int) -> Tensor | None:
+    """The ids of the most frequent tokens to learn; None: all."""
+    return dataset.frequent_tokens(count, model.config.vocab_size) if count else None
 
 
 def _dataset(

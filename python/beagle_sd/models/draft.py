@@ -158,6 +158,9 @@ class BeagleDraft(PreTrainedModel):
         """
         target = Target(model)
         self._check_target(target)
+        return self._share(target)
+
+    def _share(self, target: Target) -> Self:
         head = target.head.weight.detach()
         if self.draft_vocab is not None:
             _check_draft_vocab(self.draft_vocab, target.config.vocab_size)
@@ -168,6 +171,16 @@ class BeagleDraft(PreTrainedModel):
             head = head * target.head.scale
         self._shared = (target, head)
         return self
+
+    def set_draft_vocab(self, draft_vocab: Tensor | None) -> Self:
+        """Propose these tokens from now on, [V'] int64 ascending ids; None: all. No weight changes: the head's rows are
+        the target's. ValueError for ids that are not the target's."""
+        target = self.target
+        if draft_vocab is not None:
+            _check_draft_vocab(draft_vocab, target.config.vocab_size)
+            draft_vocab = draft_vocab.to(self.device, torch.int64)
+        self.draft_vocab, self.config.draft_vocab_size = draft_vocab, None if draft_vocab is None else len(draft_vocab)
+        return self._share(target)
 
     def _check_target(self, target: Target) -> None:
         made, given = self.config, target.config

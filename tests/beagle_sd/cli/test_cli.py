@@ -115,15 +115,17 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
         "--block-epochs",
         0,
     )
-    said = run(*onward, "--draft-vocab", 40, code=1)
-    assert "--draft-vocab given with --from-draft; allowed: the shape of the draft in" in said
+    said = run(*onward, "--key-value-heads", 4, code=1)
+    assert "--key-value-heads given with --from-draft; allowed: the shape of the draft in" in said
     assert "is a file, and --more is given" in run(*onward, "--more", states / "answers.npz", code=1)
     assert "window_keys is -5; allowed: 0 (all) or more" in run(*onward, "--window-keys", -5, code=1)
-    said = run(*onward, "--more", states, "--simulation-epochs", 1, "--lr", 0, "--window-keys", 9)
+    said = run(*onward, "--more", states, "--simulation-epochs", 1, "--lr", 0, "--window-keys", 9, "--draft-vocab", 50)
     assert said.startswith(f"{2 * int(trained.split()[0])} sequences")
     before, after = (BeagleDraft.from_pretrained(folder / "final") for folder in (out, tmp_path / "onward"))
     assert after.config.window_keys == 9 and after.config.num_key_value_heads == 4
-    assert all(value.equal(after.state_dict()[name]) for name, value in before.state_dict().items())
+    assert len(after.draft_vocab) == after.config.draft_vocab_size == 50 != len(before.draft_vocab)
+    kept = dict(after.named_parameters())
+    assert all(weight.equal(kept[name]) for name, weight in before.named_parameters())
     again = "prepare", states / "answers.npz", tmp_path / "again", "--target", target
     assert "10 of 10 conversations" in run(*again, "--limit", 10)
     assert "20 of 30 conversations" in run(*again)

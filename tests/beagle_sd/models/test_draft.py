@@ -210,6 +210,21 @@ def test_a_draft_needs_a_target(tmp_path):
             use()
 
 
+def test_another_vocabulary_for_the_same_weights(tmp_path):
+    target = small_target()
+    draft = small_draft(target, draft_vocab=torch.arange(0, VOCAB, 2))
+    other = torch.arange(1, VOCAB, 3)
+    for chosen in (other, None, other):
+        assert draft.set_draft_vocab(chosen) is draft
+        assert draft.head.equal(target.lm_head.weight if chosen is None else target.lm_head.weight[chosen])
+        draft.save_pretrained(tmp_path)
+        again = BeagleDraft.from_pretrained(tmp_path).bind(target)
+        assert again.head.equal(draft.head) and again.config.draft_vocab_size == (None if chosen is None else 32)
+    with pytest.raises(ValueError, match="draft_vocab has 2 ids from"):
+        draft.set_draft_vocab(torch.tensor([5, 4]))
+    assert draft.draft_vocab.equal(other)
+
+
 @pytest.mark.parametrize("ids", [[], [3, 3], [5, 4], [-1, 2], [0, VOCAB]], ids=str)
 def test_a_wrong_draft_vocabulary_is_refused(ids):
     with pytest.raises(ValueError, match=r"draft_vocab has .*; allowed: .* in \[0, 97\)"):
