@@ -169,8 +169,8 @@ class Runner:
         return found
 
     def _trained(self, name: str, seed: int) -> BeagleDraft:
-        if RUNS[name].after is not None:
-            self.result(RUNS[name].after, seed)
+        if (before := RUNS[name].after) is not None:
+            self.result(before, seed)
         trainer = self._trainer(name, seed, self.folder(name, seed))
 
         def show(step: int, metrics: dict) -> None:

@@ -187,7 +187,7 @@ def test_what_drafts_are_trained_on_shares_nothing_with_the_evaluation_sets():
         pytest.skip(str(error))
     assert len(barred) > 10_000
     tokenizer = AutoTokenizer.from_pretrained(smollm2.converted())
-    for name, least, counting in (("answers", 25_000, 14), ("long-answers", 300, 0)):
+    for name, least, counting in (("answers", 25_000, 14), ("long-answers", 300, 0), ("own-answers", 5_000, 0)):
         stored = stored_answers(STORED / f"smollm2-135m-{name}.npz")
         bounds = stored["lengths"].cumsum()[:-1]
         parts = zip(np.split(stored["ids"], bounds), np.split(stored["learn"], bounds), strict=True)

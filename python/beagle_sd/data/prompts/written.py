@@ -63,7 +63,7 @@ def written_prompts(
         )
         start = len(tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"])
         done = sorted((one for one in written if one.final_token in ends), key=lambda one: one.index)
-        texts = (tokenizer.decode(one.tokens[start:], skip_special_tokens=True).strip() for one in done)
+        texts = (str(tokenizer.decode(one.tokens[start:], skip_special_tokens=True)).strip() for one in done)
         found.update(dict.fromkeys(text for text in texts if text and not ngrams(text) & barred))
         asked += number
     if len(found) < count:
