@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -38,6 +38,15 @@ def counted(reports: Iterable[Report]) -> dict:
         "acceptance_by_depth": [round(b / a, 4) for a, b in zip(depths, depths[1:]) if a],
         "row_rounds": rounds,
     }
+
+
+def standard_error(tokens: Sequence[float], rounds: Sequence[int]) -> float | None:
+    """Of sum(tokens) / sum(rounds), texts taken as independent; None for a single text."""
+    made, took = (torch.tensor(values, dtype=torch.float64) for values in (tokens, rounds))
+    if (count := len(made)) < 2:
+        return None
+    off = made - took * made.sum() / took.sum()
+    return round((off.square().sum() * count / (count - 1)).sqrt().item() / took.sum().item(), 4)
 
 
 def measure(target, draft, prompts, pad, tree: TreeShape, temperature: float, args) -> dict:

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from beagle_sd.decoding.generate import generate
-from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.files import write_json
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 from beagle_sd.models.target import Target
-from bench.answers.acceptance import counted, described
+from bench.answers.acceptance import counted, described, standard_error
 from bench.answers.long_texts import KINDS, prompts_of
 
 LENGTHS = [300, 1500, 4000, 7000]
@@ -44,6 +43,7 @@ def measure(target, draft, prompts: list[list[int]], tree: TreeShape, temperatur
         for number, ids in enumerate(prompts)
     ]
     reports = [one.report for one in made]
+    rounds = [report.row_rounds for report in reports]
     seconds: Counter[str] = Counter()
     for report in reports:
         seconds.update(report.seconds)
@@ -55,18 +55,10 @@ def measure(target, draft, prompts: list[list[int]], tree: TreeShape, temperatur
         "tokens": round(sum(map(len, prompts)) / len(prompts)),
         "temperature": temperature,
         **found,
-        "standard_error": round(_error(reports), 4),
+        "standard_error": standard_error([one.tokens_per_round * one.row_rounds for one in reports], rounds),
         **{name: round(1e3 * took / max(found["row_rounds"], 1), 3) for name, took in parts.items()},
         "certainty": round(torch.cat(chances).mean().item(), 4),
     }
-
-
-def _error(reports: list[Report]) -> float:
-    """The standard error of tokens a round, texts taken as independent."""
-    rounds = torch.tensor([report.row_rounds for report in reports], dtype=torch.float64)
-    tokens = torch.tensor([report.tokens_per_round for report in reports], dtype=torch.float64) * rounds
-    off = tokens - rounds * tokens.sum() / rounds.sum()
-    return (off.square().sum().sqrt() / rounds.sum()).item()
 
 
 @torch.inference_mode()

@@ -28,30 +28,30 @@ ABLATIONS = {
     "order": ("objective", "tokens a round", {"next token": "3.70", "block + simulation": "4.31"}),
     "losses": ("loss", None, {}),
     "optimizer": ("optimizer", None, {}),
-    "optimizer_order": ("objective", "tokens a round", {"next token": "3.70", "block + simulation": "4.31"}),
     "precision": ("products", None, {}),
 }
 """Figure -> what differs, the paper's unit and its values on MT-Bench, of a 7B target's draft after 20 epochs."""
 
 
 def settings(name: str) -> str:
-    """What all runs of a figure share."""
+    """What all runs of a figure share, but for what some have of their own."""
     path = FOLDER / "settings.json"
     found = json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
     if found is None:
         return "not measured"
     threads = f", {found['threads']} CPU threads a run" if "threads" in found else ""
+    own = {name for options in found.get("options", {}).values() for name in options}
+    rate = "the learning rate" if "lr" in own else f"learning rate {found['lr']:g}"
+    products = "" if "autocast" in own else f", products in {'bf16' if found['autocast'] else 'fp32'}"
+    shapes = found["shapes"]
     return (
         f"Target {found['target']}; {found['tokens']:,} training tokens in {found['sequences']:,} sequences of "
         f"`{found['data']}`, {found['held_out_sequences']} held out; {found['epochs']:g} epochs a phase, "
-        f"{found['tokens_per_step']:,} tokens a step, learning rate {found['lr']:g} falling to a tenth by a "
-        f"cosine, {found['warmup_steps']} steps of warm-up in each phase, regression "
-        f"weight {found['regression']:g}, draft vocabulary {found['draft_vocab']:,}, products in "
-        f"{'bf16' if found['autocast'] else 'fp32'}{threads}. A Beagle draft has a key head "
-        f"for every query head and the start of `beagle_sd.training.start`, where a table does not say otherwise. "
-        f"Chain of {found['shapes']['chain'][0]}; tree of {found['shapes']['tree'][2]} nodes, "
-        f"depth {found['shapes']['tree'][0]}, branch "
-        f"{found['shapes']['tree'][1]}."
+        f"{found['tokens_per_step']:,} tokens a step, {rate} falling to a tenth by a cosine, {found['warmup_steps']} "
+        f"steps of warm-up in each phase, regression weight {found['regression']:g}, draft vocabulary "
+        f"{found['draft_vocab']:,}{products}{threads}. A Beagle draft has a key head for every query head and the "
+        f"start of `beagle_sd.training.start`, where a table does not say otherwise. Chain of {shapes['chain'][0]}; "
+        f"tree of {shapes['tree'][2]} nodes, depth {shapes['tree'][0]}, branch {shapes['tree'][1]}."
     )
 
 
@@ -95,7 +95,9 @@ def ablation(name: str) -> str:
         lines.append(cells)
     if not measured:
         absent = ["", "", "not measured", "", ""]
-        lines = [[label, *absent, value] for label, value in published.items()] or [["", *absent]]
+        lines = [[label, *absent, value] for label, value in published.items()] or [
+            ["", *absent, *([""] if unit else [])]
+        ]
     rows = [f"| {' | '.join(cells)} |" for cells in [heads, *lines]]
     return "\n".join([rows[0], "|---" * len(heads) + "|", *rows[1:]])
 

@@ -159,6 +159,10 @@ def _step_over_stage_1(peer: str) -> float:
     return times[peer] / times["stage 1"]
 
 
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.2f}"
+
+
 def lengths() -> str:
     """Tokens a round and the draft's share of a round by length of the text, beside those at the shortest."""
     lines = [
@@ -174,7 +178,7 @@ def lengths() -> str:
             f"{row['tokens']:,}",
             row["window_keys"] or "all",
             f"{row['temperature']:g}",
-            f"{row['tokens_per_round']:.2f} ± {row['standard_error']:.2f}",
+            f"{row['tokens_per_round']:.2f}{_plus_minus(row['standard_error'])}",
             f"{row['tokens_per_round'] / shortest:.0%}",
             " ".join(f"{share:.2f}" for share in row["acceptance_by_depth"]),
             f"{row['certainty']:.2f}",

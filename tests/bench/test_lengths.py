@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from evaluation_files import write_set
 from models import small_draft, small_target
 from tokenizers_for_tests import small_tokenizer
 
+from beagle_sd import generate
 from beagle_sd.data.evaluation_sets import EVALUATION_TEXTS, evaluation_text, ngrams
 from beagle_sd.data.prompts import build
-from bench.answers import lengths, long_texts
+from bench.answers import acceptance, lengths, long_texts
 from bench.report import plots, results, tables
 
 LENGTHS = [120, 300]
@@ -78,12 +80,28 @@ def test_a_window_is_measured_beside_none(folder, tmp_path, monkeypatch):
         assert row["kind"] == "code" and 1 <= row["tokens_per_round"] <= 3 and len(row["acceptance_by_depth"]) <= 2
         assert row["row_rounds"] > 0 and 0 < row["draft_ms"] < row["round_ms"] > row["target_ms"] > 0
         assert abs(row["tokens"] - row["length"]) < 4 and 0 < row["certainty"] <= 1
-        assert row["standard_error"] == 0.0, "of one text"
+        assert row["standard_error"] is None, "of one text"
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     shown = tables.lengths().splitlines()
     assert len(shown) == 10 and "| code | 1" in shown[2] and "| all | 0 |" in shown[2] and "| 8 | 1 |" in shown[-1]
     (plot,) = plots.draw_lengths(measured["rows"], tmp_path)
     assert plot.name == "cpu-lengths.svg" and "window 8, T = 1" in plot.read_text()
+
+
+def test_a_standard_error_is_that_of_a_ratio_over_texts():
+    assert acceptance.standard_error([10, 12, 20], [5, 6, 10]) == 0.0
+    # of equal rounds it is that of a mean: the deviations are -1, 0 and 1
+    assert acceptance.standard_error([10, 20, 30], [10, 10, 10]) == pytest.approx((1 / 3) ** 0.5, abs=1e-4)
+    assert acceptance.standard_error([10], [5]) is None
+
+
+def test_the_certainty_is_the_probability_of_what_was_chosen():
+    target = small_target(max_position_embeddings=600)
+    draft, ids = small_draft(target), list(range(5, 40))
+    made = generate(target, draft, torch.tensor([ids]), max_new_tokens=12, eos_token_id=[])
+    found = lengths._chances(draft.target, made.sequences[0], len(ids))
+    logits = target(made.sequences).logits[0, len(ids) - 1 : -1]
+    torch.testing.assert_close(found, logits.softmax(-1).amax(-1))
 
 
 def test_nothing_measured_says_so(tmp_path, monkeypatch):

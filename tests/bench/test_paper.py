@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import asdict, replace
+from itertools import combinations
 
 import pytest
 import torch
 from models import agreeable_target, small_draft
 from shard_cases import MANIFEST, write_states
 
-from beagle_sd import generate
+from beagle_sd import BeagleDraft, generate
 from beagle_sd.data.shards import Sequence, ShardWriter
 from beagle_sd.decoding.tree import TreeShape
 from bench.peers.eagle2 import EagleDraft
@@ -18,6 +20,7 @@ from bench.recipes.paper import __main__ as command
 from bench.recipes.paper.figures import FIGURES, make
 from bench.recipes.paper.replay import greedy_answers, replay
 from bench.recipes.paper.runs import RUNS, Runner, Settings
+from bench.report import paper
 
 TOY = Settings(epochs=1.0, tokens_per_step=100, lr=1e-2, warmup_steps=1, draft_vocab=60, held_out=4, eval_tokens=200)
 TOY_OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(TOY).items() if value is not False]
@@ -65,6 +68,33 @@ def test_figures_from_the_command(target, states, tmp_path):
     make("append", runner, [0], out)
     with pytest.raises(ValueError, match="was run with .*new --work folder"):
         Runner(states, work, target[1], replace(TOY, lr=2e-2)).result("block", 0)
+
+
+def test_losses_weights_and_options_reach_the_trainer(target, states, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    work, names = tmp_path / "work", ("losses", "optimizer", "seconds")
+    monkeypatch.setattr(paper, "FOLDER", tmp_path)
+    places = ["--states", str(states), "--work", str(work), "--out", str(tmp_path), "--target", target[1]]
+    command.main([*names, *places, *TOY_OPTIONS, "--autocast"])
+    runs = {*FIGURES["losses"].runs.values(), "muon-steps4"}
+    keys = {name: _weights(work / f"{name}-seed0")["k_proj.weight"] for name in runs}
+    for one, other in combinations(keys, 2):
+        assert not keys[one].equal(keys[other]), (one, other)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings.keys() == set(names) and all(one["autocast"] for one in settings.values())
+    assert settings["optimizer"]["options"]["Muon, 5e-3"] == {"optimizer": "muon", "lr": 5e-3}
+    assert "products in bf16" in paper.settings("losses") and "learning rate 0.01 falling" in paper.settings("losses")
+    assert "the learning rate falling" in paper.settings("optimizer")
+    shown = paper.TABLES["paper_losses"]().splitlines()
+    assert "| seconds of training | peak MB |" in shown[0] and len(shown) == 2 + len(FIGURES["losses"].runs)
+    rows = [row.split(" | ") for row in paper.seconds().splitlines()[2:]]
+    for head in FIGURES["seconds"].runs:
+        seconds = [float(row[2]) for row in rows if row[0] == f"| {head}"]
+        assert len(seconds) > 2 and seconds == sorted(seconds)
+
+
+def _weights(run):
+    return BeagleDraft.from_pretrained(run / "final").state_dict()
 
 
 def test_every_figure_names_runs_there_are():

@@ -18,7 +18,7 @@ from beagle_sd.data.shards import read_manifest
 from beagle_sd.files import write_json
 from bench.environment import versions
 from bench.recipes.paper.figures import FIGURES, make
-from bench.recipes.paper.runs import SHAPES, Runner, Settings
+from bench.recipes.paper.runs import RUNS, SHAPES, Runner, Settings
 from bench.report.results import RESULTS
 
 
@@ -55,8 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     kept = options.out / "settings.json"
     for name in FIGURES if "all" in options.figures else options.figures:
         make(name, runner, options.seeds, options.out)
+        changed = {label: dict(RUNS[run].options) for label, run in FIGURES[name].runs.items()}
         others = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-        write_json(kept, others | {name: record})
+        write_json(kept, others | {name: record | {"options": changed}})
         print(f"{name}: {options.out / name}.csv and .svg", flush=True)
 
 

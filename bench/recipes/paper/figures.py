@@ -71,14 +71,6 @@ FIGURES = {
         },
     ),
     "optimizer": Figure("Optimizer", {"AdamW, 2e-3": "next-steps4", "Muon, 5e-3": "muon-steps4"}),
-    "optimizer_order": Figure(
-        "Objective, with Muon",
-        {
-            "next token": "muon-next-next",
-            "block + simulation": "muon-block-steps4",
-            "next token + simulation": "muon-steps4",
-        },
-    ),
     "precision": Figure("Products", {"fp32": "fp32-steps4", "bf16": "bf16-steps4"}),
 }
 

@@ -16,6 +16,7 @@ from beagle_kernels import Sampling, accept_tree, build_tree
 from beagle_sd.data import shards
 from beagle_sd.decoding import drafting
 from beagle_sd.models.draft import BeagleDraft
+from bench.answers.acceptance import standard_error
 from bench.peers import eagle2
 
 BATCH = 16
@@ -50,14 +51,11 @@ def replay(draft: BeagleDraft, states: Path, held_out: int, depth: int, branch: 
             tokens.append(emitted)
             rounds.append(len(accepted))
             reached += (torch.tensor(accepted)[:, None] >= torch.arange(depth + 1)).sum(0)
-    total, count = torch.tensor(tokens, dtype=torch.float64), torch.tensor(rounds, dtype=torch.float64)
-    mean = total.sum() / count.sum()
-    error = (total - mean * count).square().sum().sqrt() / count.sum()
     shares = [round(b / a, 4) for a, b in zip(reached.tolist(), reached.tolist()[1:]) if a]
     return {
-        "tokens_per_round": round(mean.item(), 4),
-        "standard_error": round(error.item(), 4),
-        "rounds": int(count.sum()),
+        "tokens_per_round": round(sum(tokens) / sum(rounds), 4),
+        "standard_error": standard_error(tokens, rounds),
+        "rounds": sum(rounds),
         "acceptance_by_depth": shares,
     }
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from beagle_sd.cli.console import Device, Dtype, Seed, clear_errors, console, dtype_of, loading, waiting
+from beagle_sd.cli.console import Device, Seed, clear_errors, console, dtype_of, loading, waiting
 from beagle_sd.data.prompts.build import build_prompts
 from beagle_sd.data.prompts.sources import SOURCES
 from beagle_sd.data.prompts.written import written_prompts
@@ -26,17 +26,22 @@ def prompts(
     written_by: Annotated[
         str | None, typer.Option(help="A target that writes them all itself: smollm2-135m, a folder, or a hub name.")
     ] = None,
-    seed: Seed = 0,
-    dtype: Dtype = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of that target: float32, bfloat16 or float16.", show_default="bfloat16")
+    ] = None,
     device: Device = None,
+    seed: Seed = 0,
 ) -> None:
     """Write training prompts from licence-clean sources, or by the target, for `prepare --regenerate`."""
     with clear_errors():
         if written_by is not None and mix:
             raise ValueError(f"written_by is {written_by} and mix {', '.join(mix)}; allowed: one of the two")
+        for name, value in (("dtype", dtype), ("device", device)):
+            if value is not None and written_by is None:
+                raise ValueError(f"{name} is {value}; allowed only with --written-by, whose target it is for")
         missing: list[str] = []
         if written_by is not None:
-            made = _written(written_by, count, seed, dtype, device)
+            made = _written(written_by, count, seed, dtype or "bfloat16", device)
         else:
             with waiting(console, "gathering prompts"):
                 made = build_prompts(count, seed, _weights(mix or []) or None, left_out=missing.append)
@@ -49,7 +54,10 @@ def prompts(
         with whole(out) as partial:
             lines = [json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in made]
             partial.write_text("".join(lines), encoding="utf-8")
-    short = "; templates=WEIGHT in the mix would fill what its sources lack" if len(made) < count else ""
+    filled = (
+        "the target wrote no more of use" if written_by else "templates=WEIGHT in the mix fills what its sources lack"
+    )
+    short = f"; {filled}" if len(made) < count else ""
     console.print(f"{len(made)} prompts in {out}{short}")
 
 

@@ -64,6 +64,7 @@ class Engine:
             check_capturable(device, self.target.dtype)
         # graphs read this head even where another call has bound the draft anew
         self._head = draft.bind(target).head if draft is not None else None
+        self._draft_vocab = None if draft is None else draft.draft_vocab
         self.batch, self.capacity = batch, capacity
         tree = _checked(tree, device)
         self.tree = PLAIN if draft is None else tree
@@ -103,6 +104,10 @@ class Engine:
             raise ValueError(
                 f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} need room for "
                 f"{longest + max_new_tokens}; allowed: the engine's capacity, {self.capacity}"
+            )
+        if self.draft is not None and self.draft.draft_vocab is not self._draft_vocab:
+            raise ValueError(
+                "the draft was given another vocabulary after the engine was made; allowed: an engine made after that"
             )
         self._sent.clear()
         self._longest, self._emitted = longest, 0

@@ -173,14 +173,14 @@ class BeagleDraft(PreTrainedModel):
         return self
 
     def set_draft_vocab(self, draft_vocab: Tensor | None) -> Self:
-        """Propose these tokens from now on, [V'] int64 ascending ids; None: all. No weight changes: the head's rows are
-        the target's. ValueError for ids that are not the target's."""
-        target = self.target
+        """Propose these tokens from now on: ascending ids [V'] int64 of the vocabulary that the draft was made for;
+        None: all of it. No weight changes, since the head's rows are the target's. To be called before an Engine or a
+        Trainer is made of the draft. ValueError for other ids."""
         if draft_vocab is not None:
-            _check_draft_vocab(draft_vocab, target.config.vocab_size)
-            draft_vocab = draft_vocab.to(self.device, torch.int64)
+            _check_draft_vocab(draft_vocab, self.config.vocab_size)
+            draft_vocab = draft_vocab.to(self.device, copy=True)
         self.draft_vocab, self.config.draft_vocab_size = draft_vocab, None if draft_vocab is None else len(draft_vocab)
-        return self._share(target)
+        return self._share(self.target)
 
     def _check_target(self, target: Target) -> None:
         made, given = self.config, target.config
@@ -248,6 +248,8 @@ class BeagleDraft(PreTrainedModel):
 
 
 def _check_draft_vocab(ids: Tensor, vocab_size: int) -> None:
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise ValueError(f"draft_vocab is {ids.dtype} of shape {tuple(ids.shape)}; allowed: int64 [V']")
     if len(ids) == 0 or int(ids[0]) < 0 or int(ids[-1]) >= vocab_size or not bool((ids[1:] > ids[:-1]).all()):
         raise ValueError(
             f"draft_vocab has {len(ids)} ids from {ids[:1].tolist()} to {ids[-1:].tolist()}; "

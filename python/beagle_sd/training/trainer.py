@@ -36,7 +36,7 @@ class Trainer:
     Under `torchrun` or `accelerate launch` every process makes the same trainer and does its share of each batch.
     states: how the draft's states are had, with the arguments of `draft_states`; another kind of draft brings its own.
     loss, weights: what is learnt, with the arguments of `distill_loss` (regression and tf32 by name), and what each row
-    counts, with those of `row_weights`.
+    counts, with those of `row_weights`: the same for all of a folder's training.
     tensorboard: also write the metrics for TensorBoard. Raises ValueError where there is nothing to train on, for
     states or a checkpoint that do not fit the draft or the config, and for a window or steps beyond its window_keys.
     """
@@ -116,8 +116,8 @@ class Trainer:
         return self.checkpoints.path(self.step)
 
     def train_step(self) -> dict:
-        """One step of the optimizer, neither counted nor logged: its metrics. TrainingStopped where it is not finite.
-        `run` is what trains."""
+        """One step of the optimizer, its metrics; TrainingStopped where it is not finite. `run` is what trains: here
+        `step` stays as it is, so that the next call takes the same batch."""
         config, stage = self.config, 2 if self.step >= self.block_steps else 1
         window = config.steps if stage == 2 else config.window
         entries = self._next_entries()

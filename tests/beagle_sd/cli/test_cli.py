@@ -131,6 +131,21 @@ def test_from_prompts_to_a_draft_that_decodes(target, tmp_path):
     assert "20 of 30 conversations" in run(*again)
 
 
+def test_prompts_written_by_the_target(target, tmp_path):
+    out = tmp_path / "own.jsonl"
+    said = run("prompts", out, "--written-by", target, "--count", 6, "--seed", 3)
+    assert "6 prompts in" in said
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 6 and {row["source"] for row in rows} == {"target"}
+    assert "6 of 6 conversations" in run(
+        "prepare", out, tmp_path / "states", "--target", target, "--regenerate", "--max-new-tokens", 8
+    )
+    said = run("prompts", out, "--written-by", target, "--mix", "templates=1", code=1)
+    assert f"written_by is {target} and mix templates=1; allowed: one of the two" in said
+    assert "device is cpu; allowed only with --written-by" in run("prompts", out, "--device", "cpu", code=1)
+    assert "dtype is 'int4'; allowed" in run("prompts", out, "--written-by", target, "--dtype", "int4", code=1)
+
+
 @pytest.mark.parametrize("regenerate", [True, False])
 def test_processes_share_what_is_prepared(regenerate, target, tmp_path):
     """Two processes go on where one stopped: together they store what one does, each sequence once."""

@@ -3,7 +3,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from chat_templates import Template
+import torch
+from chat_templates import CHATML, MISTRAL, Template
 from models import small_target
 from tokenizers_for_tests import chat_tokenizer, small_tokenizer
 
@@ -17,7 +18,7 @@ SIZES = {"batch": 16, "max_new_tokens": 200}
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("BEAGLE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,41 @@ def test_prompts_of_the_evaluation_sets_are_dropped(pair, monkeypatch):
 
 
 def test_a_target_that_ends_no_turn_is_refused(pair):
-    with pytest.raises(ValueError, match="of [0-9]+ prompts that the target began, [0-9]+ were of use.*allowed"):
-        written_prompts(*pair, 40, batch=64, max_new_tokens=1)
+    target = small_target()
+    target.lm_head.weight.data[2] = 0.0  # the end of a turn; every other logit may be positive
+    with pytest.raises(ValueError, match="of [0-9]+ prompts that the target began none was of use; allowed"):
+        written_prompts(target, pair[1], 2, batch=64, max_new_tokens=1)
+
+
+def test_few_of_use_are_returned_as_they_are(pair, monkeypatch):
+    monkeypatch.setattr(written, "_ROUNDS", 1)
+    rows = written_prompts(*pair, 40, batch=64, max_new_tokens=9)
+    assert 0 < len(rows) < 40
+
+
+def test_the_first_word_is_kept_where_it_takes_the_blank_before_it():
+    """A word and the blanks before it are one token here: the template's last blank goes with the word."""
+    turn = written._UserTurn(chat_tokenizer(MISTRAL, words=True))
+    assert turn.before.endswith("[INST] ") and len(turn.ids) == 2
+    requests = [turn.request(0, index) for index in range(40)]
+    opened = [request.ids for request in requests if request.ids != turn.ids]
+    assert 5 < len(opened) < 35 and {tuple(ids[:-1]) for ids in opened} == {tuple(turn.ids)}
+    assert {turn.text(torch.tensor(ids)) for ids in opened} == {"?"}, "a word that this vocabulary does not know"
+
+
+def test_no_first_word_where_it_would_change_the_template_s_tokens():
+    """The new line before the user's text is one token with a first word, which the model never saw there."""
+    turn = written._UserTurn(chat_tokenizer(CHATML, words=True))
+    assert all(turn.request(0, index).ids == turn.ids for index in range(40))
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_none_and_fewer(count, pair):
+    if count == 0:
+        assert written_prompts(*pair, 0) == []
+        return
+    with pytest.raises(ValueError, match="count is -3; allowed: 0 or more"):
+        written_prompts(*pair, count)
 
 
 def test_a_template_without_an_end_of_its_own_is_refused():

@@ -44,6 +44,18 @@ def test_a_graph_asked_for_where_none_can_be_says_why(pair, monkeypatch):
         check_capturable(torch.device("cuda"), torch.float32)
 
 
+def test_another_vocabulary_after_the_engine_is_refused():
+    target = small_target()
+    draft, ids = small_draft(target, draft_vocab=torch.arange(0, 97, 2)), torch.arange(1, 9)[None]
+    engine = Engine(target, draft, batch=1, capacity=20)
+    before = generate(target, draft, ids, max_new_tokens=8, engine=engine)
+    draft.set_draft_vocab(torch.arange(1, 97, 2))
+    with pytest.raises(ValueError, match="another vocabulary after the engine was made; allowed: an engine made after"):
+        generate(target, draft, ids, max_new_tokens=8, engine=engine)
+    made = Engine(target, draft, batch=1, capacity=20)
+    assert generate(target, draft, ids, max_new_tokens=8, engine=made).sequences.equal(before.sequences)
+
+
 def test_engines_out_of_range(pair):
     for wrong in ({"batch": 0, "capacity": 9}, {"batch": 1, "capacity": 1}):
         with pytest.raises(ValueError, match="allowed: at least"):
