@@ -10,7 +10,22 @@ from bench.report import results
 
 def acceptance() -> str:
     """Tokens a round of the bundled draft, greedy beside T = 1."""
-    measured = json.loads((results.BUNDLED / "acceptance.json").read_text(encoding="utf-8"))
+    return _acceptance(json.loads((results.BUNDLED / "acceptance.json").read_text(encoding="utf-8")))
+
+
+def acceptance_elsewhere() -> str:
+    """The same of one tree on other sets of prompts, a row a set."""
+    lines = [
+        "| prompts | tree | tokens a round, greedy | at T = 1 | accepted by depth, greedy |",
+        "|---|---|---|---|---|",
+    ]
+    for path in sorted(results.RESULTS.glob("acceptance-*.json")):
+        measured = results.read(path.name)
+        lines += [f"| {measured['prompts']} {row}" for row in _acceptance(measured).splitlines()[2:]]
+    return "\n".join(lines) if len(lines) > 2 else "not measured"
+
+
+def _acceptance(measured: dict) -> str:
     found = {(row["num_nodes"], row["depth"], row["branch"], row["temperature"]): row for row in measured["shapes"]}
     lines = ["| tree | tokens a round, greedy | at T = 1 | accepted by depth, greedy |", "|---|---|---|---|"]
     for nodes, depth, branch in sorted({key[:3] for key in found}):
@@ -192,6 +207,7 @@ def lengths() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "acceptance": acceptance,
+    "acceptance_elsewhere": acceptance_elsewhere,
     "lengths": lengths,
     "speed": speed,
     "result": result,

@@ -36,6 +36,10 @@ def test_what_was_not_measured_says_so(tmp_path, monkeypatch):
     (tmp_path / "acceptance.json").write_text(json.dumps({"shapes": [row]}))
     monkeypatch.setattr(results, "BUNDLED", tmp_path)
     assert "| chain of 4 | 1.50 | not measured | 0.50 0.25 |" in tables.acceptance()
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert tables.acceptance_elsewhere() == "not measured"
+    (tmp_path / "acceptance-gsm8k.json").write_text(json.dumps({"prompts": "gsm8k", "shapes": [row]}))
+    assert "| gsm8k | chain of 4 | 1.50 | not measured | 0.50 0.25 |" in tables.acceptance_elsewhere()
 
 
 def test_every_op_row_names_a_peer_and_every_slower_one_a_reason():

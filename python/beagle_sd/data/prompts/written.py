@@ -61,7 +61,7 @@ def written_prompts(
             model,
             (turn.request(seed, index) for index in range(asked, asked + number)),
             ends=ends,
-            batch=batch,
+            batch=min(batch, number),
             max_new_tokens=max_new_tokens,
             seed=seed,
             states=False,
