@@ -6,7 +6,8 @@
 # The long answers: beagle-sd prompts FOLDER/long.jsonl --count 3000 --seed 1923 --mix long-documents=2 --mix long-code=1
 #                   --mix chats=1, then beagle-sd prepare FOLDER/long.jsonl FOLDER/long --regenerate --context 6400 (of
 #                   its first 500 rows those 330 that were done in half an hour)
-# The own ones: beagle-sd prompts FOLDER/own.jsonl --count 9488 --written-by smollm2-135m, then
+# The own ones: beagle-sd prompts FOLDER/own.jsonl --count 9488 --written-by smollm2-135m (those stored were written in
+#               that way before there was the command), then
 #               beagle-sd prepare FOLDER/own.jsonl FOLDER/own --regenerate --dtype bfloat16 (5,802 of them, in 22 minutes)
 set -euo pipefail
 work=${1:?"usage: bench/recipes/bundled.sh FOLDER (checkpoints and states go there, about 9 GB)"}
