@@ -57,11 +57,7 @@ def settings(name: str) -> str:
 
 def course() -> str:
     """Acceptance by depth over training, beside the paper's first and last epoch."""
-    lines = ["| head | seed | epochs | tokens seen | acceptance at depths 0 to 4 |", "|---|---|---|---|---|"]
-    for row in _rows("figure3"):
-        lines.append(
-            f"| {row['run']} | {row['seed']} | {row['epoch']} | {int(row['tokens_seen']):,} | {_by_depth(row)} |"
-        )
+    lines = _course("figure3", "epochs", [row["epoch"] for row in _rows("figure3")])
     for head, (first, last) in COURSE.items():
         for epoch, shares in ((1, first), (10, last)):
             lines.append(f"| {head}, the paper's, 7B | | {epoch} | | {shares} |")
@@ -70,11 +66,16 @@ def course() -> str:
 
 def seconds() -> str:
     """Acceptance by depth over seconds of training."""
-    lines = ["| head | seed | seconds | tokens seen | acceptance at depths 0 to 4 |", "|---|---|---|---|---|"]
-    for row in _rows("seconds"):
-        cells = row["run"], row["seed"], f"{float(row['seconds']):.0f}", f"{int(row['tokens_seen']):,}", _by_depth(row)
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = _course("seconds", "seconds", [f"{float(row['seconds']):.0f}" for row in _rows("seconds")])
     return "\n".join(lines) if len(lines) > 2 else "not measured"
+
+
+def _course(name: str, over: str, places: list[str]) -> list[str]:
+    """The lines of a figure's evaluations, `places` being where each stands."""
+    lines = [f"| head | seed | {over} | tokens seen | acceptance at depths 0 to 4 |", "|---|---|---|---|---|"]
+    for row, place in zip(_rows(name), places, strict=True):
+        lines.append(f"| {row['run']} | {row['seed']} | {place} | {int(row['tokens_seen']):,} | {_by_depth(row)} |")
+    return lines
 
 
 def ablation(name: str) -> str:

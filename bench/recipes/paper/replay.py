@@ -42,8 +42,8 @@ def greedy_answers(states: Path, held_out: int) -> list[shards.Sequence]:
 
 @torch.inference_mode()
 def replay(draft: BeagleDraft, states: Path, held_out: int, depth: int, branch: int, num_nodes: int) -> dict:
-    """Tokens a round over all answers with its standard error (answers taken as independent), rounds, and acceptance
-    by depth given the parent's."""
+    """Tokens a round over all answers with its standard error (answers taken as independent; 0 of a single one),
+    rounds, and acceptance by depth given the parent's."""
     answers = greedy_answers(states, held_out)
     tokens, rounds, reached = [], [], torch.zeros(depth + 1, dtype=torch.int64)
     for start in range(0, len(answers), BATCH):
@@ -54,7 +54,7 @@ def replay(draft: BeagleDraft, states: Path, held_out: int, depth: int, branch: 
     shares = [round(b / a, 4) for a, b in zip(reached.tolist(), reached.tolist()[1:]) if a]
     return {
         "tokens_per_round": round(sum(tokens) / sum(rounds), 4),
-        "standard_error": standard_error(tokens, rounds),
+        "standard_error": standard_error(tokens, rounds) or 0.0,
         "rounds": sum(rounds),
         "acceptance_by_depth": shares,
     }
