@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable
 from functools import partial
+from statistics import fmean
 
 from bench.report import results
 
@@ -79,20 +80,23 @@ def _course(name: str, over: str, places: list[str]) -> list[str]:
 
 
 def ablation(name: str) -> str:
-    """Tokens a round of each run, what training it took where that was measured, and the paper's figure."""
+    """Tokens a round of each run, a step's memory where that was measured, and the paper's figure. A line is the mean
+    over a run's seeds."""
     what, unit, published = ABLATIONS[name]
     measured = _rows(name)
     heads = [what, "seed", "tokens seen", "chain", "tree", "accepted by depth, chain"]
     costs = bool(measured) and "peak_bytes" in measured[0]
-    heads += ["seconds of training", "peak MB"] if costs else []
+    heads += ["peak MB"] if costs else []
     heads += [f"the paper's {unit}"] if unit else []
     lines = []
-    for row in measured:
-        cells = [row["run"], row["seed"], f"{int(row['tokens_seen']):,}"]
-        cells += [f"{float(row[shape]):.3f} ± {float(row[f'{shape}_error']):.3f}" for shape in ("chain", "tree")]
-        cells.append(_by_depth(row))
-        cells += [f"{float(row['seconds']):.0f}", f"{int(row['peak_bytes']) / 1e6:.0f}"] if costs else []
-        cells += [published.get(row["run"], "")] if unit else []
+    for label in dict.fromkeys(row["run"] for row in measured):
+        seeds = [row for row in measured if row["run"] == label]
+        mean = {key: fmean(float(row[key] or 0) for row in seeds) for key in seeds[0] if key not in ("run", "seed")}
+        cells = [label, ", ".join(row["seed"] for row in seeds), f"{mean['tokens_seen']:,.0f}"]
+        cells += [_with_spread(shape, mean, seeds) for shape in ("chain", "tree")]
+        cells.append(_by_depth(mean))
+        cells += [f"{mean['peak_bytes'] / 1e6:.0f}"] if costs else []
+        cells += [published.get(label, "")] if unit else []
         lines.append(cells)
     if not measured:
         absent = ["", "", "not measured", "", ""]
@@ -101,6 +105,14 @@ def ablation(name: str) -> str:
         ]
     rows = [f"| {' | '.join(cells)} |" for cells in [heads, *lines]]
     return "\n".join([rows[0], "|---" * len(heads) + "|", *rows[1:]])
+
+
+def _with_spread(shape: str, mean: dict[str, float], seeds: list[dict]) -> str:
+    """A single seed's standard error over answers, or the least and the most of several seeds."""
+    if len(seeds) == 1:
+        return f"{mean[shape]:.3f} ± {mean[f'{shape}_error']:.3f}"
+    found = [float(row[shape]) for row in seeds]
+    return f"{mean[shape]:.3f} ({min(found):.3f} to {max(found):.3f})"
 
 
 def _rows(name: str) -> list[dict]:

@@ -58,6 +58,16 @@ def test_a_group_without_a_peer_is_no_row():
         results.against_fastest(alone)
 
 
+def test_runs_of_several_seeds_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "FOLDER", tmp_path)
+    head = "run,seed,epochs,tokens_seen,peak_bytes,chain,chain_error,tree,tree_error,depth_0,depth_1"
+    many = ["a,0,2,1000,2e6,1.5,0.1,2.0,0.1,.5,.3", "b,0,2,1000,1e6,1.4,0.1,1.9,0.1,.5,.3"]
+    (tmp_path / "losses.csv").write_text("\n".join([head, *many, "a,1,2,1000,4e6,1.7,0.1,2.4,0.1,.6,.3"]))
+    a, b = paper.ablation("losses").splitlines()[2:]
+    assert a == "| a | 0, 1 | 1,000 | 1.600 (1.500 to 1.700) | 2.200 (2.000 to 2.400) | .55 .30 | 3 |"
+    assert b == "| b | 0 | 1,000 | 1.400 ± 0.100 | 1.900 ± 0.100 | .50 .30 | 1 |"
+
+
 def row(peer: str, seconds: float, **more) -> dict:
     return {"group": "g", **more, "peer": peer, "p50": seconds}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from textwrap import fill
 
 from bench.recipes.paper.runs import RUNS, SHAPES, Runner
 
@@ -112,11 +114,11 @@ def course_rows(runner: Runner, label: str, run: str, seed: int) -> list[dict]:
 
 
 def result_rows(runner: Runner, label: str, run: str, seed: int) -> list[dict]:
-    """One row: seconds and memory of training, tokens a round of each shape with its standard error, and acceptance by
+    """One row: memory of a step of training, tokens a round of each shape with its standard error, and acceptance by
     depth in the chain's rounds."""
     found, last = runner.result(run, seed), course_rows(runner, label, run, seed)[-1]
     row = {"run": label, "seed": seed, "epochs": last["epoch"], "tokens_seen": last["tokens_seen"]}
-    row |= {"seconds": last["seconds"], "peak_bytes": found["peak_bytes"]}
+    row["peak_bytes"] = found["peak_bytes"]
     for shape in SHAPES:
         row |= {shape: found[shape]["tokens_per_round"], f"{shape}_error": found[shape]["standard_error"]}
     deepest = SHAPES["chain"][0]
@@ -129,7 +131,7 @@ def by_depth(shares: list[float]) -> dict[str, float]:
 
 
 def draw(figure: Figure, rows: list[dict], path: Path) -> None:
-    """The first seed's course, or every seed's tokens a round as bars with standard errors."""
+    """The first seed's course, or tokens a round: bars of means, every seed with its standard error on them."""
     import matplotlib
     from matplotlib.figure import Figure as Plot
 
@@ -150,9 +152,12 @@ def draw(figure: Figure, rows: list[dict], path: Path) -> None:
         axes[0].set_ylabel("acceptance, given the parent's")
         axes[-1].legend(fontsize="small")
     else:
+        labels = {label: fill(label, 14) for label in figure.runs}
         for axis, shape in zip(axes, SHAPES):
-            names = [f"{row['run']}\nseed {row['seed']}" for row in rows]
-            axis.bar(names, [row[shape] for row in rows], yerr=[row[f"{shape}_error"] for row in rows])
+            means = [fmean(row[shape] for row in rows if row["run"] == label) for label in labels]
+            axis.bar(list(labels.values()), means)
+            errors = [row[f"{shape}_error"] for row in rows]
+            axis.errorbar([labels[row["run"]] for row in rows], [row[shape] for row in rows], errors, fmt="k.")
             axis.set(title=f"{shape}, tokens a round", ylim=(1, None))
             axis.tick_params(axis="x", labelsize=6)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": figure.title}):
