@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 
 from beagle_sd.data.answers import Request, write_answers
@@ -22,8 +23,8 @@ def prompts_of(
     """Length -> `count` prompts of about so many ids at most, the same texts at each length.
 
     Documents and code are cut to the length, the question behind them. Chats are MT-Bench's turns in order, each
-    answered greedily by the target, up to the last turn within the length. folder: where the files are; default the
-    user's cache, into which they are downloaded. Raises ValueError for another kind.
+    answered greedily by the target, as many as come before the same last question within the length. folder: where
+    the files are; default the user's cache, into which they are downloaded. Raises ValueError for another kind.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
@@ -48,12 +49,13 @@ def _asked(tokenizer, text: str, question: str, language: str, length: int) -> l
 
 def _chats(target, tokenizer, lengths: list[int], count: int, folder: Path | None) -> dict[int, list[list[int]]]:
     questions = evaluation_prompts("mt-bench", folder, download=folder is None)
-    requests = []
+    requests, asked = [], []
     for number in range(count):
         first = number * len(questions) // count
-        turns = [turn for question in questions[first:] + questions[:first] for turn in question["turns"]]
+        last, *turns = [turn for question in questions[first:] + questions[:first] for turn in question["turns"]]
         ids, *later = _turns_within(tokenizer, turns, max(lengths))
         requests.append(Request(number, ids, 0.0, tuple(later)))
+        asked.append((encode_turns(tokenizer, _said(last))[0], encode_turns(tokenizer, _said(turns[0], last))[1]))
     written = write_answers(
         target,
         requests,
@@ -64,23 +66,30 @@ def _chats(target, tokenizer, lengths: list[int], count: int, folder: Path | Non
         states=False,
     )
     chats = sorted(written, key=lambda chat: chat.index)
-    return {length: [_before_an_answer(chat, length) for chat in chats] for length in lengths}
+    return {
+        length: [_asked_last(chat, requests[chat.index].later, *asked[chat.index], length) for chat in chats]
+        for length in lengths
+    }
 
 
-def _before_an_answer(chat: Sequence, length: int) -> list[int]:
-    """The chat's ids up to the last answer that begins within the length, or up to the first."""
+def _asked_last(
+    chat: Sequence, later: tuple[list[int], ...], alone: list[int], behind: list[int], length: int
+) -> list[int]:
+    """The ids of a question behind as many of the chat's turns with their answers as come within the length, or alone.
+    later: the ids between the chat's answers."""
     learnt = [False, *chat.loss_mask.tolist()]
     begins = [place for place in range(1, len(learnt)) if learnt[place] and not learnt[place - 1]]
-    return chat.tokens[: max((begin for begin in begins if begin <= length), default=begins[0])].tolist()
+    ends = [begin - len(between) for begin, between in zip(begins[1:], later)]
+    within = [end for end in ends if end + len(behind) <= length]
+    return chat.tokens[: within[-1]].tolist() + behind if within else alone
 
 
 def _turns_within(tokenizer, turns: list[str], length: int) -> list[list[int]]:
     """The ids of a chat of these turns, as many as may come within the length."""
-    size = 0
-    kept: list[dict] = []
-    for turn in turns:
-        size += len(tokenizer(turn, add_special_tokens=False, verbose=False)["input_ids"])
-        if kept and size > length:
-            break
-        kept.append({"role": "user", "content": turn})
-    return encode_turns(tokenizer, kept)
+    sizes = accumulate(len(tokenizer(turn, add_special_tokens=False, verbose=False)["input_ids"]) for turn in turns)
+    kept = max(1, sum(size <= length for size in sizes))
+    return encode_turns(tokenizer, _said(*turns[:kept]))
+
+
+def _said(*turns: str) -> list[dict]:
+    return [{"role": "user", "content": turn} for turn in turns]

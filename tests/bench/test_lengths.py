@@ -42,8 +42,17 @@ def test_prompts_have_about_their_lengths(folder, kind):
         assert length - 200 * (kind == "chats") <= len(ids) <= length
         assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
     short, long = (found[length][0] for length in LENGTHS)
-    same = len(short) if kind == "chats" else len(short) // 3
-    assert short[:same] == long[:same] and len(long) > len(short)
+    assert len(long) > len(short)
+    assert kind == "chats" or short[: len(short) // 3] == long[: len(short) // 3]
+
+
+def test_a_chat_s_last_question_is_the_same_at_each_length(folder):
+    tokenizer, target = small_tokenizer(), small_target(max_position_embeddings=1000)
+    found = long_texts.prompts_of("chats", target, tokenizer, [40, 120, 400, 700], 1, folder)
+    alone, _, short, long = (tokenizer.decode(ids) for ((*ids,),) in found.values())
+    turn, asked = "<|im_start|>user\n", "<|im_start|>user\nSay a.<|im_end|>\n<|im_start|>assistant\n"
+    assert alone == asked and found[40] == found[120] and short.endswith(asked) and long.endswith(asked)
+    assert 2 < short.count(turn) < long.count(turn) and long.startswith(short.removesuffix(asked))
 
 
 def test_texts_are_whole_and_barred_from_training(folder, monkeypatch, tmp_path):
