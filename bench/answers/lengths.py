@@ -1,7 +1,7 @@
 """Tokens a round, and what a round's parts take, by length of the text: python -m bench.answers.lengths --help
 
-Documents with a question, chats of many turns, and code with a question; the same texts at each length, one prompt at
-a time. With --window-keys the same weights are measured with and without a window.
+Documents and code, cut to each length, with a question, and chats with the same last question behind more and more
+turns; one prompt at a time. With --window-keys the same weights are measured with and without a window.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -68,18 +69,42 @@ def _chances(target: Target, text: Tensor, prompt: int) -> Tensor:
     return target.head(states).float().softmax(-1).gather(1, text[prompt:, None])[:, 0]
 
 
-def measured_rows(target, tokenizer, draft, args):
-    """A row for each kind, length, window and temperature."""
+def measured_rows(target, tokenizer, draft, args, done: list[dict]):
+    """A row for each kind, length, window and temperature, but for those that are done."""
     tree, own = TreeShape.parse(args.tree), draft.config.window_keys
     windows = [own] if args.window_keys is None else [window or None for window in args.window_keys]
+    known = {_place(row) for row in done}
     for kind in args.kinds:
-        for length, prompts in prompts_of(kind, target, tokenizer, args.lengths, args.count, args.folder).items():
-            for window in windows:
-                draft.config.window_keys = window
-                for temperature in args.temperatures:
-                    row = measure(target, draft, prompts, tree, temperature, args)
-                    yield {"kind": kind, "length": length, "window_keys": window, **row}
+        missing = [place for place in product([kind], args.lengths, windows, args.temperatures) if place not in known]
+        if not missing:
+            continue
+        found = prompts_of(kind, target, tokenizer, args.lengths, args.count, args.folder)
+        for _, length, window, temperature in missing:
+            draft.config.window_keys = window
+            row = measure(target, draft, found[length], tree, temperature, args)
+            yield {"kind": kind, "length": length, "window_keys": window, **row}
     draft.config.window_keys = own
+
+
+def _place(row: dict) -> tuple:
+    return row["kind"], row["length"], row["window_keys"], row["temperature"]
+
+
+def _in_order(row: dict) -> tuple:
+    kind, length, window, temperature = _place(row)
+    return KINDS.index(kind), length, window or 0, temperature
+
+
+def _done(out: Path, header: dict) -> list[dict]:
+    """The rows of a file that was measured in the same way; ValueError for another."""
+    if not out.is_file():
+        return []
+    kept = json.loads(out.read_text(encoding="utf-8"))
+    rows = kept.pop("rows")
+    if other := [key for key in kept.keys() | header.keys() if kept.get(key) != header.get(key)]:
+        was, now = ({key: one.get(key) for key in sorted(other)} for one in (kept, header))
+        raise ValueError(f"{out} was measured with {was}, not {now}; allowed: the same, or without --resume")
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -101,15 +126,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--folder", type=Path, help="where the texts are; default: the cache, downloaded if need be")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows of --out; that draft and texts are the same is not checked"
+    )
     args = parser.parse_args(arguments)
     target, tokenizer = load_target(args.target, dtype=getattr(torch, args.dtype))
     draft = load_draft(args.draft or bundled_folder(args.target), target)
     name = "bundled" if args.draft is None else str(args.draft)
     header = described(args.target, "long texts", args.count, target, args)
     header |= {"draft": name, "tree": args.tree, "threads": torch.get_num_threads()}
-    rows = []
-    for row in measured_rows(target, tokenizer, draft, args):
-        rows.append(row)
+    rows = _done(args.out, header) if args.resume else []
+    for row in measured_rows(target, tokenizer, draft, args, rows):
+        rows = sorted([*rows, row], key=_in_order)
         print(json.dumps(row), flush=True)
         write_json(args.out, header | {"rows": rows})
 

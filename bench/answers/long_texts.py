@@ -23,8 +23,9 @@ def prompts_of(
     """Length -> `count` prompts of about so many ids at most, the same texts at each length.
 
     Documents and code are cut to the length, the question behind them. Chats are MT-Bench's turns in order, each
-    answered greedily by the target, as many as come before the same last question within the length. folder: where
-    the files are; default the user's cache, into which they are downloaded. Raises ValueError for another kind.
+    answered greedily by the target, as many as come before the same last question within the length; where none does,
+    that question alone. folder: where the files are; default the user's cache, into which they are downloaded. Raises
+    ValueError for another kind.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
@@ -52,7 +53,8 @@ def _chats(target, tokenizer, lengths: list[int], count: int, folder: Path | Non
     requests, asked = [], []
     for number in range(count):
         first = number * len(questions) // count
-        last, *turns = [turn for question in questions[first:] + questions[:first] for turn in question["turns"]]
+        last = questions[first]["turns"][0]
+        turns = [turn for question in questions[first + 1 :] + questions[:first] for turn in question["turns"]]
         ids, *later = _turns_within(tokenizer, turns, max(lengths))
         requests.append(Request(number, ids, 0.0, tuple(later)))
         asked.append((encode_turns(tokenizer, _said(last))[0], encode_turns(tokenizer, _said(turns[0], last))[1]))
@@ -60,7 +62,7 @@ def _chats(target, tokenizer, lengths: list[int], count: int, folder: Path | Non
         target,
         requests,
         ends=end_tokens(target, tokenizer),
-        batch=count,
+        batch=count * (1 + max(lengths) // 256),  # as much room as lets all chats be written together
         max_new_tokens=_ANSWER,
         context=max(lengths) + _ANSWER,
         states=False,

@@ -40,7 +40,9 @@ def settings(name: str) -> str:
     found = json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
     if found is None:
         return "not measured"
-    threads = f", {found['threads']} CPU threads a run" if "threads" in found else ""
+    threads = ""
+    if count := found.get("threads"):
+        threads = f", {count} CPU thread{'s' if count > 1 else ''} a run"
     own = {name for options in found.get("options", {}).values() for name in options}
     rate = "the learning rate" if "lr" in own else f"learning rate {found['lr']:g}"
     products = "" if "autocast" in own else f", products in {'bf16' if found['autocast'] else 'fp32'}"
@@ -91,7 +93,7 @@ def ablation(name: str) -> str:
     lines = []
     for label in dict.fromkeys(row["run"] for row in measured):
         seeds = [row for row in measured if row["run"] == label]
-        mean = {key: fmean(float(row[key] or 0) for row in seeds) for key in seeds[0] if key not in ("run", "seed")}
+        mean = {key: fmean(float(row[key]) for row in seeds) for key in seeds[0] if key not in ("run", "seed")}
         cells = [label, ", ".join(row["seed"] for row in seeds), f"{mean['tokens_seen']:,.0f}"]
         cells += [_with_spread(shape, mean, seeds) for shape in ("chain", "tree")]
         cells.append(_by_depth(mean))

@@ -28,7 +28,8 @@ def folder(tmp_path_factory):
             (folder / member).parent.mkdir(parents=True, exist_ok=True)
             head = "Name: x\n\n" if member.endswith("METADATA") else ""
             (folder / member).write_text(head + f"{member} tells of boats. " * 20, encoding="utf-8")
-    write_set(folder, "mt-bench", {"question_id": 7, "category": "writing", "turns": ["Say a.", "And b?"] * 9})
+    asked = [["Say a.", "Say it again."], *[[f"Say {n}.", "And b?"] for n in range(9)]]
+    write_set(folder, "mt-bench", *({"question_id": 7, "category": "writing", "turns": turns} for turns in asked))
     return folder
 
 
@@ -39,7 +40,7 @@ def test_prompts_have_about_their_lengths(folder, kind):
     found = long_texts.prompts_of(kind, target, tokenizer, LENGTHS, 1, folder)
     for length in LENGTHS:
         ((*ids,),) = found[length]
-        assert length - 200 * (kind == "chats") <= len(ids) <= length
+        assert (20 if kind == "chats" else length) <= len(ids) <= length
         assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
     short, long = (found[length][0] for length in LENGTHS)
     assert len(long) > len(short)
@@ -52,6 +53,7 @@ def test_a_chat_s_last_question_is_the_same_at_each_length(folder):
     alone, _, short, long = (tokenizer.decode(ids) for ((*ids,),) in found.values())
     turn, asked = "<|im_start|>user\n", "<|im_start|>user\nSay a.<|im_end|>\n<|im_start|>assistant\n"
     assert alone == asked and found[40] == found[120] and short.endswith(asked) and long.endswith(asked)
+    assert "Say it again." not in long and "Say 0." in short
     assert 2 < short.count(turn) < long.count(turn) and long.startswith(short.removesuffix(asked))
 
 
@@ -91,10 +93,23 @@ def test_a_window_is_measured_beside_none(folder, tmp_path, monkeypatch):
         assert abs(row["tokens"] - row["length"]) < 4 and 0 < row["certainty"] <= 1
         assert row["standard_error"] is None, "of one text"
     monkeypatch.setattr(results, "RESULTS", tmp_path)
+    _resumed([*line.split(), *more.split(), "--folder", str(folder), "--out", str(out)], out, measured)
     shown = tables.lengths().splitlines()
     assert len(shown) == 10 and "| code | 1" in shown[2] and "| all | 0 |" in shown[2] and "| 8 | 1 |" in shown[-1]
     (plot,) = plots.draw_lengths(measured["rows"], tmp_path)
     assert plot.name == "cpu-lengths.svg" and "window 8, T = 1" in plot.read_text()
+
+
+def _resumed(line, out, measured):
+    """What is measured is kept, what is missing is measured, and other settings are refused."""
+    out.write_text(json.dumps(measured | {"rows": measured["rows"][2:]}))
+    lengths.main([*line, "--resume"])
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[2:] == measured["rows"][2:] and len(rows) == len(measured["rows"])
+    assert [row["tokens_per_round"] for row in rows[:2]] == [row["tokens_per_round"] for row in measured["rows"][:2]]
+    with pytest.raises(ValueError, match=r"measured with \{'seed': 0\}, not \{'seed': 1\}; allowed: the same"):
+        lengths.main([*line, "--resume", "--seed", "1"])
+    out.write_text(json.dumps(measured))
 
 
 def test_a_standard_error_is_that_of_a_ratio_over_texts():

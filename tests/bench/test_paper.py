@@ -17,7 +17,7 @@ from beagle_sd.data.shards import Sequence, ShardWriter
 from beagle_sd.decoding.tree import TreeShape
 from bench.peers.eagle2 import EagleDraft
 from bench.recipes.paper import __main__ as command
-from bench.recipes.paper.figures import FIGURES, make
+from bench.recipes.paper.figures import FIGURES, draw, make
 from bench.recipes.paper.replay import greedy_answers, replay
 from bench.recipes.paper.runs import RUNS, Runner, Settings
 from bench.report import paper
@@ -91,6 +91,18 @@ def test_losses_weights_and_options_reach_the_trainer(target, states, tmp_path, 
     for head in FIGURES["seconds"].runs:
         seconds = [float(row[2]) for row in rows if row[0] == f"| {head}"]
         assert len(seconds) > 2 and seconds == sorted(seconds)
+
+
+def test_a_bar_is_the_mean_of_seeds(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"run": run, "seed": seed, "chain": 1.5, "chain_error": 0.1, "tree": 2 + seed, "tree_error": 0.1}
+        for run in FIGURES["optimizer"].runs
+        for seed in (0, 1)
+    ]
+    draw(FIGURES["optimizer"], rows, tmp_path / "bars.svg")
+    shown = (tmp_path / "bars.svg").read_text(encoding="utf-8")
+    assert "tree, tokens a round" in shown and shown.count("Muon") == len(("chain", "tree"))
 
 
 def _weights(run):

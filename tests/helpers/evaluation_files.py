@@ -1,4 +1,4 @@
-"""Files of evaluation sets with one prompt each, where the cache would have them."""
+"""Files of evaluation sets with a prompt or a few each, where the cache would have them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ROWS = {
 }
 
 
-def write_set(folder, name, row):
+def write_set(folder, name, *rows):
     path = folder / EVALUATION_SETS[name].member
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = (json.dumps(row) + "\n\n").encode()
+    content = "".join(json.dumps(row) + "\n\n" for row in rows).encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
