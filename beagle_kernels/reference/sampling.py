@@ -44,10 +44,11 @@ def filter_cut(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min
     """The smallest logit [R, 1] that top-k, then top-p, then min-p keep: each filter is a threshold on z.
 
     top-k: the k-th largest, so ties at the boundary stay. top-p: the least z whose mass strictly above is below
-    top_p of what top-k left. min-p: (z - z_max) / T >= log(min_p).
+    top_p of what top-k left. min-p: (z - z_max) (1 / T) >= log(min_p).
     """
     vocab = z.shape[1]
     top = z.amax(-1, keepdim=True)
+    inverse = (1 / temperature).clamp(max=torch.finfo(torch.float32).max)[:, None]
     cut = torch.full_like(top, -torch.inf)
     by_k = (top_k > 0) & (top_k < vocab)
     by_p = top_p < 1
@@ -59,13 +60,13 @@ def filter_cut(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min
         kth = ordered.gather(1, torch.where(by_k, top_k - 1, 0).long()[:, None])
         cut = torch.where(by_k[:, None], kth, cut)
     if by_p.any():
-        mass = torch.where(ordered >= cut, fixed_point((ordered - top) / temperature[:, None]), 0)
+        mass = torch.where(ordered >= cut, fixed_point((ordered - top) * inverse), 0)
         above = mass.cumsum(-1) - mass
         last = (above.double() < top_p.double()[:, None] * mass.sum(-1, keepdim=True)).sum(-1, keepdim=True) - 1
         cut = torch.where(by_p[:, None], torch.maximum(cut, ordered.gather(1, last.clamp(min=0))), cut)
     if (min_p > 0).any():
         floor = min_p.double().log().float()[:, None]
-        least = torch.where((z - top) / temperature[:, None] >= floor, z, torch.inf).amin(-1, keepdim=True)
+        least = torch.where((z - top) * inverse >= floor, z, torch.inf).amin(-1, keepdim=True)
         cut = torch.maximum(cut, least)
     return cut
 

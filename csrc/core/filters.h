@@ -9,6 +9,32 @@
 
 namespace beagle {
 
+// What a row's filters ask of a logit that does not depend on the other logits, once the k-th largest is known.
+struct Kept {
+  float top, inverse;  // the row's largest logit; 1 / T
+  float kth, floor;    // the k-th largest logit, or -inf; log(min_p), or -inf
+
+  BEAGLE_FN Kept(const RowSampling& sampling, float top)
+      : top(top), inverse(least(1.0f / sampling.temperature, kMax)), kth(-kInf),
+        floor(sampling.min_p > 0.0f ? float(log(double(sampling.min_p))) : -kInf) {}
+  // log of its probability over the largest one
+  BEAGLE_FN float log_ratio(float z) const { return (z - top) * inverse; }
+  BEAGLE_FN bool operator()(float z) const { return z >= kth && log_ratio(z) >= floor; }
+  // What it adds to the sums of top-p, which takes what top-k left.
+  BEAGLE_FN uint32_t mass(float z) const { return exp_fixed(log_ratio(z)) & -uint32_t(z >= kth); }
+  // Whether all logits up to z have no mass.
+  BEAGLE_FN bool massless(float z) const { return z < kth || log_ratio(z) * 1.4426950408889634f < -30.5f; }
+};
+
+// top_p keeps a logit if the mass strictly above it is below this.
+BEAGLE_FN uint64_t nucleus_limit(float top_p, uint64_t total) {
+  return most<uint64_t>(uint64_t(ceil(double(top_p) * double(total))), 1);
+}
+
+// Logits whose mass above one pass sums: the noisy choice under top-p is sought among the rising logits z_1 < z_2 < ...
+// of the best token, the best above z_1, the best above z_2, ...: whatever top-p keeps, its choice is one of them.
+constexpr int kRungs = 4;
+
 // Scratch of threshold(): 2^kRadix bins, then what the finder tells the team.
 constexpr int kRadix = 11;
 constexpr int kBins = 1 << kRadix;
@@ -88,15 +114,15 @@ struct CountItem {
 template <class T>
 struct MassItem : CountItem<T> {
   uint32_t cut;
-  float top, temperature;
-  BEAGLE_FN MassItem(const T* row, int64_t count, uint32_t cut, float top, float temperature)
-      : CountItem<T>{row, count}, cut(cut), top(top), temperature(temperature) {}
+  float top, inverse;
+  BEAGLE_FN MassItem(const T* row, int64_t count, uint32_t cut, const Kept& kept)
+      : CountItem<T>{row, count}, cut(cut), top(kept.top), inverse(kept.inverse) {}
   template <int N>
   BEAGLE_FN void weigh(int64_t i, const uint32_t (&key)[N], uint32_t (&weight)[N]) const {
     const int32_t room = int32_t(least<int64_t>(this->count - i, N));
     BEAGLE_UNROLL
     for (int j = 0; j < N; ++j) {
-      const uint32_t mass = exp_fixed((unorder(key[j]) - top) / temperature);
+      const uint32_t mass = exp_fixed((unorder(key[j]) - top) * inverse);
       weight[j] = mass & -uint32_t(key[j] >= cut) & -uint32_t(j < room);
     }
   }
@@ -118,17 +144,16 @@ struct MassItem : CountItem<T> {
 // The least logit that top-k, then top-p, then min-p keep. top is the row's largest, above -inf.
 template <class Team, class T>
 BEAGLE_FN float filter_cut(Team& team, const T* row, int64_t vocab, const RowSampling& sampling, float top, Scratch& scratch) {
+  const Kept kept(sampling, top);
   uint32_t cut = 0;
   if (sampling.top_k > 0 && sampling.top_k < vocab) {
     cut = threshold(team, vocab, CountItem<T>{row, vocab}, uint64_t(sampling.top_k), scratch);
   }
   if (sampling.top_p < 1.0f) {
-    const MassItem<T> mass(row, vocab, cut, top, sampling.temperature);
-    const uint64_t limit = uint64_t(ceil(double(sampling.top_p) * double(mass.total(team))));
-    cut = most(cut, threshold(team, vocab, mass, most<uint64_t>(limit, 1), scratch));
+    const MassItem<T> mass(row, vocab, cut, kept);
+    cut = most(cut, threshold(team, vocab, mass, nucleus_limit(sampling.top_p, mass.total(team)), scratch));
   }
   if (sampling.min_p > 0.0f) {
-    const float floor = float(log(double(sampling.min_p)));
     uint32_t inverse = 0;
     constexpr int kTile = Team::kTile;
     alignas(64) float z[kTile];
@@ -137,7 +162,7 @@ BEAGLE_FN float filter_cut(Team& team, const T* row, int64_t vocab, const RowSam
       BEAGLE_UNROLL
       for (int j = 0; j < kTile; ++j) {
         const uint32_t below = ~order(z[j]);
-        inverse = most(inverse, below & -uint32_t((z[j] - top) / sampling.temperature >= floor));
+        inverse = most(inverse, below & -uint32_t(kept.log_ratio(z[j]) >= kept.floor));
       }
     }
     cut = most(cut, ~uint32_t(team.max(uint64_t(inverse))));

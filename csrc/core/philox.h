@@ -11,12 +11,20 @@ namespace beagle {
 
 enum Purpose : uint32_t { kTarget = 0, kDraft = 1, kAccept = 2, kResidual = 3 };
 
-// Counter words 1 to 3 and the key; counter word 0 is token / 4.
+constexpr int kGroup = 64;           // ids of a group, which draws its largest noise first
+constexpr uint32_t kOfGroups = 4;    // added to the purpose where groups draw
+
+// Counter words 1 to 3 and the key; counter word 0 is token / 4, or group / 2.
 struct Stream {
   uint32_t position, purpose, round, key0, key1;
   BEAGLE_FN Stream(uint64_t seed, int64_t at, uint32_t purpose, int64_t round)
       : position(uint32_t(at)), purpose(purpose), round(uint32_t(round)), key0(uint32_t(seed)),
         key1(uint32_t(seed >> 32)) {}
+  BEAGLE_FN Stream of_groups() const {
+    Stream other = *this;
+    other.purpose += kOfGroups;
+    return other;
+  }
 };
 
 BEAGLE_FN void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t& k0, uint32_t& k1) {
@@ -87,10 +95,18 @@ BEAGLE_FN void philox(const Stream& s, uint32_t group0, uint32_t (*x)[N]) {
 }
 #endif
 
-BEAGLE_FN uint32_t philox_word(const Stream& s, uint32_t token) {
-  uint32_t c0 = token / 4, c1 = s.position, c2 = s.purpose, c3 = s.round, k0 = s.key0, k1 = s.key1;
+struct Words { uint32_t x[4]; };
+
+BEAGLE_FN Words philox(const Stream& s, uint32_t counter) {
+  uint32_t c0 = counter, c1 = s.position, c2 = s.purpose, c3 = s.round, k0 = s.key0, k1 = s.key1;
+  BEAGLE_UNROLL_ROUNDS
   for (int i = 0; i < 10; ++i) philox_round(c0, c1, c2, c3, k0, k1);
-  return token & 2 ? (token & 1 ? c3 : c2) : (token & 1 ? c1 : c0);
+  return {{c0, c1, c2, c3}};
+}
+
+BEAGLE_FN uint32_t philox_word(const Stream& s, uint32_t token) {
+  const Words w = philox(s, token / 4);
+  return token & 2 ? (token & 1 ? w.x[3] : w.x[2]) : (token & 1 ? w.x[1] : w.x[0]);
 }
 
 // Natural logarithm of a positive normal number, within 1e-7 relative.
@@ -147,19 +163,44 @@ BEAGLE_FN float unit(uint32_t x) {
   return least(v, 1.0f - 0x1p-24f);
 }
 
-BEAGLE_FN float gumbel(uint32_t x) {
+// An Exp(1) variable of a word.
+BEAGLE_FN float exponential(uint32_t x) {
   const float v = unit(x), u = 1.0f - v, lost = 1.0f - u;
   // log1p(-v) = log(u) v / (1 - u) undoes the rounding of u
   const float exact = -log_of(u) * (v / (lost > 0.0f ? lost : 1.0f));
-  const float e = lost > 0.0f ? exact : v;
-  return -log_of(e);
+  return lost > 0.0f ? exact : v;
 }
 
-constexpr float kGumbelMax = 22.9f;
+// The least of a group's 64 Exp(1) variables. Its noise, the group's largest, is -log of it, that of any other member
+// -log(least + exponential(the member's own word)).
+BEAGLE_FN float group_least(uint32_t x) { return exponential(x) * (1.0f / kGroup); }
 
-// A word at or above the limit has noise below d: -log(-log1p(-v)) <= -log(v), with room for rounding.
-BEAGLE_FN uint32_t word_limit(float d) {
-  return d <= 0.0f ? 0xffffffffu : uint32_t(least(exp_of(-d) * 4.2955e9f + 4.0f, 4.2949e9f));
+// A group's least and the member that has it.
+struct Group {
+  float least;
+  uint32_t holder;
+  BEAGLE_FN Group(const Stream& s, uint32_t group) {
+    const Words w = philox(s.of_groups(), group / 2);
+    least = group_least(group & 1 ? w.x[2] : w.x[0]);
+    holder = group * kGroup + ((group & 1 ? w.x[3] : w.x[1]) >> 26);
+  }
+  // Gumbel noise of a member whose word is x.
+  BEAGLE_FN float noise(uint32_t token, uint32_t x) const {
+    return -log_of(token == holder ? least : least + exponential(x));
+  }
+};
+
+BEAGLE_FN float token_noise(const Stream& s, uint32_t token) {
+  return Group(s, token / kGroup).noise(token, philox_word(s, token));
+}
+
+// What a value computed from a group's largest noise is raised by, so that rounding of its members' cannot exceed it.
+constexpr float kSlack = 1e-6f;
+
+// No value z + scale * noise of a group whose logits do not exceed `top` and whose largest noise is `noise` exceeds this.
+BEAGLE_FN float group_bound(float top, float scale, float noise) {
+  const float spread = scale * noise, size = (top < 0.0f ? -top : top) + (spread < 0.0f ? -spread : spread);
+  return top > -kInf ? top + spread + kSlack * size : -kInf;
 }
 
 BEAGLE_FN double coin(uint64_t seed, int64_t position, uint32_t purpose, int64_t round) {
