@@ -5,6 +5,7 @@
 
 #include <ucontext.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 
@@ -40,11 +41,12 @@ Gate block_gate, end_gate, warp_gates[kMost / kWarp];
 uint64_t lanes[kMost / kWarp][2][kWarp];
 unsigned warp_turn[kMost], vote_turn[kMost];
 bool votes[3];
-unsigned count, at, finished, idle;
+unsigned team, at, finished, idle;
 Index grid, block;
 void (*body)(const void*);
 const void* argument;
 char started, ended;
+std::atomic<uint64_t> counts[kCounters];
 
 void acquire(char& place) { if (__tsan_acquire) __tsan_acquire(&place); }
 void release(char& place) { if (__tsan_release) __tsan_release(&place); }
@@ -62,11 +64,11 @@ void wait(Gate& gate) {
     return;
   }
   while (gate.turn == turn) {
-    if (++idle > 4 * count) {
+    if (++idle > 4 * team) {
       std::printf("a barrier or shuffle was not reached by all its threads\n");
       std::abort();
     }
-    at = (mine + 1) % count;
+    at = (mine + 1) % team;
     go(members[mine], members[at]);
   }
 }
@@ -92,12 +94,18 @@ void live() {
   }
   release(ended);
   const unsigned mine = at;
-  if (++finished == count) go(members[mine], home);
-  at = (mine + 1) % count;
+  if (++finished == team) go(members[mine], home);
+  at = (mine + 1) % team;
   go(members[mine], members[at]);
 }
 
 }  // namespace
+
+void count(Counter what, uint64_t n) { counts[what].fetch_add(n, std::memory_order_relaxed); }
+uint64_t counted(Counter what) { return counts[what].load(std::memory_order_relaxed); }
+void reset_counts() {
+  for (auto& counter : counts) counter.store(0, std::memory_order_relaxed);
+}
 
 unsigned thread_index() { return at; }
 Index block_index() { return block; }
@@ -123,12 +131,12 @@ uint64_t shuffle(uint64_t x, unsigned from) {
 }
 
 void run(Index blocks, unsigned threads, void (*kernel)(const void*), const void* op) {
-  grid = blocks, block = {0, 0, 0}, count = threads, body = kernel, argument = op, at = finished = idle = 0;
+  grid = blocks, block = {0, 0, 0}, team = threads, body = kernel, argument = op, at = finished = idle = 0;
   block_gate = end_gate = {threads, 0, 0, {}};
   for (Gate& gate : warp_gates) gate = {kWarp, 0, 0, {}};
   if (__tsan_get_current_fiber) home.fiber = __tsan_get_current_fiber();
   release(started);
-  for (unsigned i = 0; i < count; ++i) {
+  for (unsigned i = 0; i < team; ++i) {
     Member& member = members[i];
     if (!member.stack) member.stack = static_cast<char*>(std::malloc(kStack));
     if (__tsan_create_fiber) member.fiber = __tsan_create_fiber(0);
@@ -139,7 +147,7 @@ void run(Index blocks, unsigned threads, void (*kernel)(const void*), const void
   }
   go(home, members[0]);
   acquire(ended);
-  for (unsigned i = 0; i < count && __tsan_destroy_fiber; ++i) __tsan_destroy_fiber(members[i].fiber);
+  for (unsigned i = 0; i < team && __tsan_destroy_fiber; ++i) __tsan_destroy_fiber(members[i].fiber);
 }
 
 }  // namespace emulator

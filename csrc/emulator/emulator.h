@@ -18,4 +18,11 @@ uint64_t shuffle(uint64_t x, unsigned from);
 // Runs kernel(op) in every thread of every block, the blocks one after the other.
 void run(Index blocks, unsigned threads, void (*kernel)(const void*), const void* op);
 
+// What the algorithms count of their work, by any host thread: logits loaded, calls of Philox (four words each), groups
+// of logits looked into one by one.
+enum Counter { kLogits, kPhilox, kLooks, kCounters };
+void count(Counter what, uint64_t n);
+uint64_t counted(Counter what);
+void reset_counts();
+
 }  // namespace emulator
