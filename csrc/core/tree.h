@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "sampling.h"
+#include "filters.h"
 
 namespace beagle {
 
