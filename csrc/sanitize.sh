@@ -1,6 +1,6 @@
 #!/bin/sh
 # Address, undefined-behaviour and thread sanitizer runs of both executors, CUDA's in the emulator: csrc/sanitize.cpp
-# drives every op. `csrc/sanitize.sh none` only compares the two.
+# drives every op. `csrc/sanitize.sh none` only compares the two. BEAGLE_SEED: in which order threads and blocks run.
 set -e
 cd "$(dirname "$0")"
 build=$(mktemp -d)
@@ -18,6 +18,6 @@ for kind in ${@:-address,undefined thread}; do
     compile "cuda/$op.cu" -Iemulator -include cuda_runtime.h -x c++
   done
   ${CXX:-g++} $sanitize "$build"/*.o -o "$build/run" -lpthread
-  "$build/run"
+  "$build/run" "${BEAGLE_SEED:-1}"
   echo "sanitizers clean: $kind"
 done
