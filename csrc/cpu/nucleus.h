@@ -87,6 +87,7 @@ struct Sums {
     const int64_t whole = kept.top < kMax ? part.end / kGroup : 0;
     for (int64_t u = 0; u < whole; ++u) {
       if (!takes(part.tops[u])) continue;
+      BEAGLE_COUNT(kLogits, kGroup);
       const T* row = part.row + u * kGroup;
       add<kTopK>(kept, rung, [&](int v, Reals& z) BEAGLE_INLINED { load_lanes(row + v * kLanes, z); });
     }
