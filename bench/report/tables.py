@@ -101,6 +101,22 @@ def ops() -> str:
     return "\n".join(lines)
 
 
+def counts() -> str:
+    """What choices read and draw, by the host's code and the CUDA kernels' in the emulator."""
+    head = [
+        "| logits | sampling | reads a token: CPU | CUDA | Philox calls a group: CPU | CUDA | groups looked into: CPU | CUDA |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    found: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in results.read("counts.json")["counts"]:
+        found.setdefault((row["logits"], row["sampling"]), {})[row["executor"]] = row
+    shown = {"reads_per_token": ".2f", "philox_calls_per_group": ".2f", "share_of_groups_looked_into": ".2%"}
+    for names, by in found.items():
+        cells = [f"{by[executor][key]:{style}}" for key, style in shown.items() for executor in ("cpu", "cuda")]
+        head.append("| " + " | ".join((*names, *cells)) + " |")
+    return "\n".join(head)
+
+
 def gpu() -> str:
     """Every op on the GPU beside its fastest peer, with its share of the limits measured in the same run."""
     head = [
@@ -213,6 +229,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "result": result,
     "lossless": lossless,
     "ops": ops,
+    "counts": counts,
     "gpu": gpu,
     "compiled": compiled,
     "speedup": speedup,

@@ -58,11 +58,14 @@ def check_candidates(draft, states, lengths, root, sampling, found, depth, branc
                 _, score, path = below[parent]
                 logits = draft.logits(state_of(draft, states[row, :length], path)).float()
                 noise = gumbel(sampling.seed[row : row + 1], torch.tensor([length + level + 1]), VOCAB)[0, ids]
-                ranked = (logits + sampling.temperature[row] * noise).log_softmax(-1).topk(branch)
+                value = logits + sampling.temperature[row] * noise
+                ranked = value.topk(branch)
+                whole = ranked.values if sampling.temperature[row] > 0 else value
                 here = slice(place, place + branch)
                 assert found.parents[row, here].tolist() == [parent] * branch
                 assert found.tokens[row, here].tolist() == ids[ranked.indices].tolist()
-                torch.testing.assert_close(found.scores[row, here], score + ranked.values, rtol=1e-3, atol=1e-3)
+                gain = ranked.values - whole.logsumexp(-1)
+                torch.testing.assert_close(found.scores[row, here], score + gain, rtol=1e-3, atol=1e-3)
                 for child in range(place, place + branch):
                     below[child] = level + 1, float(found.scores[row, child]), [*path, int(found.tokens[row, child])]
                 place += branch
