@@ -23,7 +23,7 @@ void same(const char* what, const std::vector<T>& host, const std::vector<T>& bl
   for (size_t i = 0; i < host.size(); ++i) {
     if (host[i] == block[i] || std::fabs(double(host[i]) - double(block[i])) <= double(slack)) continue;
     std::printf("%s[%zu]: %g on the host, %g in a block\n", what, i, double(host[i]), double(block[i]));
-    std::exit(1);
+    emulator::fail("the executors differ");
   }
 }
 
@@ -230,7 +230,8 @@ void linears(int threads) {
 
 }  // namespace
 
-int main() {
+int main(int, char** arguments) {
+  if (arguments[1]) emulator::seed(std::strtoull(arguments[1], nullptr, 10));
   for (int round = 0; round < 25; ++round) {
     for (const int threads : {1, 3}) {
       const bool blocks = threads == 1 && round % 5 == 0;

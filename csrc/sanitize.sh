@@ -1,11 +1,11 @@
 #!/bin/sh
 # Address, undefined-behaviour and thread sanitizer runs of both executors, CUDA's in the emulator: csrc/sanitize.cpp
-# drives every op. `csrc/sanitize.sh none` only compares the two.
+# drives every op. `csrc/sanitize.sh none` only compares the two. BEAGLE_SEED: in which order threads and blocks run.
 set -e
 cd "$(dirname "$0")"
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-flags="-std=c++17 -O1 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-unknown-pragmas -DBEAGLE_NO_CLONES"
+flags="-std=c++17 -O1 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-unknown-pragmas -DBEAGLE_NO_CLONES -DBEAGLE_EMULATED"
 ops="choose_tokens top_candidates build_tree accept_tree verify_tree verify_chain compact_cache"
 for kind in ${@:-address,undefined thread}; do
   sanitize=$([ "$kind" = none ] || echo "-fsanitize=$kind -fno-sanitize-recover=all")
@@ -15,9 +15,9 @@ for kind in ${@:-address,undefined thread}; do
       cpu/skinny_linear.cpp; do compile "$source"; done
   for op in $ops; do
     compile "cpu/$op.cpp"
-    compile "cuda/$op.cu" -DBEAGLE_EMULATED -Iemulator -include cuda_runtime.h -x c++
+    compile "cuda/$op.cu" -Iemulator -include cuda_runtime.h -x c++
   done
   ${CXX:-g++} $sanitize "$build"/*.o -o "$build/run" -lpthread
-  "$build/run"
+  "$build/run" "${BEAGLE_SEED:-1}"
   echo "sanitizers clean: $kind"
 done

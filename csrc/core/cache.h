@@ -16,30 +16,50 @@ BEAGLE_FN int64_t slot_offset(const CompactCache& op, int64_t b, int64_t slot) {
   return page * op.stride_batch + slot % op.slots * op.stride_slot;
 }
 
-// Moves bytes [column, column + sizeof(Unit)) of every accepted slot. Sources lie at or above their own step, so steps
-// in order never read what was written; a batch is staged in registers before it is stored.
+// Byte offsets of one step's source and place; place is -1 where nothing moves.
+struct Move { int64_t source, place; };
+constexpr int kMoves = 8;  // of a batch
+
+// Accepted steps of a row, none where its length is wrong.
+BEAGLE_FN int64_t steps_of(const CompactCache& op, int64_t b) {
+  return op.lengths[b] < 0 ? 0 : least<int64_t>(int64_t(op.num_accepted[b]) + 1, op.path_length);
+}
+
+BEAGLE_FN Move move_of(const CompactCache& op, int64_t b, int64_t step, int64_t steps) {
+  Move move{-1, -1};
+  if (step >= steps) return move;
+  const int64_t length = op.lengths[b], node = op.path[b * op.path_length + step];
+  if (node <= step) return move;
+  move.source = slot_offset(op, b, length + node);
+  if (move.source >= 0) move.place = slot_offset(op, b, length + step);
+  return move;
+}
+
+// Sources lie at or above their own step, so batches in order never read what was written; a batch is staged in
+// registers before it is stored. `start` and what it moves by are multiples of kAlign.
+template <class Unit, int kAlign>
+BEAGLE_FN void move_batch(const Move* moves, char* start) {
+  Unit staged[kMoves] = {};
+  BEAGLE_UNROLL
+  for (int i = 0; i < kMoves; ++i) {
+    if (moves[i].place < 0) continue;
+    __builtin_memcpy(&staged[i], __builtin_assume_aligned(start + moves[i].source, kAlign), sizeof(Unit));
+  }
+  BEAGLE_UNROLL
+  for (int i = 0; i < kMoves; ++i) {
+    if (moves[i].place < 0) continue;
+    __builtin_memcpy(__builtin_assume_aligned(start + moves[i].place, kAlign), &staged[i], sizeof(Unit));
+  }
+}
+
+// Moves bytes [column, column + sizeof(Unit)) of every accepted slot.
 template <class Unit>
 BEAGLE_FN void move_column(const CompactCache& op, int64_t b, char* plane, int64_t column) {
-  constexpr int kBatch = 8;
-  const int64_t length = op.lengths[b], steps = least<int64_t>(int64_t(op.num_accepted[b]) + 1, op.path_length);
-  if (length < 0) return;
-  const int32_t* path = op.path + b * op.path_length;
-  for (int64_t first = 0; first < steps; first += kBatch) {
-    Unit staged[kBatch] = {};
-    int64_t to[kBatch];
-    BEAGLE_UNROLL
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t step = first + i;
-      to[i] = -1;
-      if (step >= steps || path[step] <= step) continue;
-      const int64_t from = slot_offset(op, b, length + path[step]);
-      to[i] = from < 0 ? -1 : slot_offset(op, b, length + step);
-      if (to[i] >= 0) __builtin_memcpy(&staged[i], plane + from + column, sizeof(Unit));
-    }
-    BEAGLE_UNROLL
-    for (int i = 0; i < kBatch; ++i) {
-      if (to[i] >= 0) __builtin_memcpy(plane + to[i] + column, &staged[i], sizeof(Unit));
-    }
+  const int64_t steps = steps_of(op, b);
+  for (int64_t first = 0; first < steps; first += kMoves) {
+    Move moves[kMoves];
+    for (int i = 0; i < kMoves; ++i) moves[i] = move_of(op, b, first + i, steps);
+    move_batch<Unit, 1>(moves, plane + column);
   }
 }
 

@@ -22,6 +22,14 @@
 #define BEAGLE_UNROLL_ROUNDS _Pragma("GCC unroll 10")
 #endif
 
+// Adds n to emulator::kLogits, kPhilox or kLooks, in builds that count: BEAGLE_COUNT(kLogits, N).
+#if defined(BEAGLE_EMULATED)
+#include "../emulator/emulator.h"
+#define BEAGLE_COUNT(what, n) ::emulator::count(::emulator::what, uint64_t(n))
+#else
+#define BEAGLE_COUNT(what, n) static_cast<void>(0)
+#endif
+
 namespace beagle {
 
 constexpr float kInf = __builtin_huge_valf();

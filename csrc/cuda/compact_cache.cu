@@ -9,13 +9,22 @@ namespace {
 
 template <class Unit>
 __global__ void __launch_bounds__(kThreads) move_columns(const CompactCache op) {
+  __shared__ Move moves[kThreads];
   const int64_t columns = op.width / int64_t(sizeof(Unit)), planes = op.layers * 2 * op.heads;
-  const int64_t b = blockIdx.y;
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < planes * columns;
-       i += int64_t(gridDim.x) * kThreads) {
-    const int64_t column = i % columns, plane = i / columns, head = plane % op.heads, half = plane / op.heads;
-    char* start = op.cache + half / 2 * op.stride_layer + half % 2 * op.stride_kv + head * op.stride_head;
-    move_column<Unit>(op, b, start, column * int64_t(sizeof(Unit)));
+  const int64_t b = blockIdx.y, steps = steps_of(op, b);
+  for (int64_t first = 0; first < steps; first += kThreads) {
+    __syncthreads();
+    moves[threadIdx.x] = move_of(op, b, first + threadIdx.x, steps);
+    __syncthreads();
+    const int count = int(least<int64_t>(steps - first, kThreads));
+    for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < planes * columns;
+         i += int64_t(gridDim.x) * kThreads) {
+      const int64_t column = i % columns, plane = i / columns, head = plane % op.heads, half = plane / op.heads;
+      char* start = op.cache + half / 2 * op.stride_layer + half % 2 * op.stride_kv + head * op.stride_head;
+      for (int step = 0; step < count; step += kMoves) {
+        move_batch<Unit, alignof(Unit)>(moves + step, start + column * int64_t(sizeof(Unit)));
+      }
+    }
   }
 }
 

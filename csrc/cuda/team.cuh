@@ -12,14 +12,15 @@ namespace beagle::cuda {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-// A block of kThreads; shared holds one value a warp, twice, so that consecutive reductions need one barrier each.
-struct Block {
-  static constexpr int kTile = 8;
+// A block of so many threads; shared holds one value a warp, twice, so that consecutive reductions need one barrier each.
+template <int kMembers>
+struct BlockOf {
+  static constexpr int kTile = 8, kWarps = kMembers / 32;
   uint64_t (*shared)[kWarps];
   int turn = 0;
 
   __device__ int rank() const { return threadIdx.x; }
-  __device__ int size() const { return kThreads; }
+  __device__ int size() const { return kMembers; }
   __device__ void sync() const { __syncthreads(); }
 
   template <class T, class Join>
@@ -71,17 +72,56 @@ struct Block {
   static __device__ __forceinline__ T value_of(uint64_t bits) { return bit_cast<T>(bits); }
 };
 
-// Launches blocks of kThreads on the stream; an empty grid launches nothing.
+using Block = BlockOf<kThreads>;
+
+// Launches blocks of so many threads on the stream; an empty grid launches nothing.
 template <class Op>
-void launch(void (*kernel)(Op), dim3 grid, void* stream, const Op& op) {
+void launch(void (*kernel)(Op), dim3 grid, void* stream, const Op& op, unsigned threads = kThreads) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #if defined(BEAGLE_EMULATED)
-  emulator::launch(kernel, grid, kThreads, stream, op);
+  emulator::launch(kernel, grid, threads, stream, op);
 #else
-  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(op);
+  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(op);
 #endif
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+// A kernel may be launched so that it starts before the one ahead of it in the stream ends. Every thread of it must then
+// call wait_for_previous() before it reads what that one wrote or writes what that one may read.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Called by the kernel ahead: the next may start once every block of this one has called it or ended. It orders no memory.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+// launch() of a kernel that waits for the previous one by itself. Code made for older devices does not, wherever it runs.
+template <class Op>
+void launch_dependent(void (*kernel)(Op), dim3 grid, void* stream, const Op& op, unsigned threads = kThreads) {
+#if !defined(BEAGLE_EMULATED)
+  cudaFuncAttributes made;
+  const bool waits = cudaFuncGetAttributes(&made, kernel) == cudaSuccess && made.ptxVersion >= 90;
+  if (waits && grid.x && grid.y && grid.z) {
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = threads, config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &early, config.numAttrs = 1;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, op);
+    if (error == cudaSuccess) return;
+    cudaGetLastError();
+    throw std::runtime_error(cudaGetErrorString(error));
+  }
+#endif
+  launch(kernel, grid, stream, op, threads);
 }
 
 // Calls body with a null pointer of the logits' type.

@@ -23,9 +23,12 @@
 #define __launch_bounds__(...)
 #define threadIdx emulator::Index({emulator::thread_index(), 0, 0})
 #define blockIdx emulator::block_index()
+#define blockDim emulator::block_size()
 #define gridDim emulator::grid_size()
 
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
+// as nvcc has them, they may be read through pointers to anything
+struct __attribute__((may_alias, aligned(8))) uint2 { uint32_t x, y; };
+struct __attribute__((may_alias, aligned(16))) uint4 { uint32_t x, y, z, w; };
 struct dim3 : emulator::Index {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : Index{x, y, z} {}
 };
@@ -36,23 +39,73 @@ inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
 inline void __syncthreads() { emulator::sync(); }
 inline int __syncthreads_or(int x) { return emulator::any(x != 0); }
+inline void cudaGridDependencySynchronize() {}
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+
+namespace emulator {
+inline void check_mask(unsigned mask) {
+  if (mask != ~0u) fail("a warp's function has a mask that leaves lanes out");
+}
 template <class T>
-T shuffle(T x, unsigned from) {
-  static_assert(sizeof(T) == 8);
-  uint64_t bits;
-  __builtin_memcpy(&bits, &x, 8);
-  bits = emulator::shuffle(bits, from);
-  __builtin_memcpy(&x, &bits, 8);
+const uint64_t* of_warp(unsigned mask, T x) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  check_mask(mask);
+  uint64_t bits = 0;
+  __builtin_memcpy(&bits, &x, sizeof(T));
+  return exchange(bits);
+}
+}  // namespace emulator
+
+template <class T>
+T __shfl_sync(unsigned mask, T x, unsigned from) {
+  __builtin_memcpy(&x, &emulator::of_warp(mask, x)[from % 32], sizeof(T));
   return x;
 }
 template <class T>
-T __shfl_xor_sync(unsigned, T x, unsigned lanes) { return shuffle(x, threadIdx.x % 32 ^ lanes); }
+T __shfl_xor_sync(unsigned mask, T x, unsigned lanes) { return __shfl_sync(mask, x, threadIdx.x ^ lanes); }
 template <class T>
-T __shfl_up_sync(unsigned, T x, unsigned by) { return shuffle(x, threadIdx.x % 32 - (threadIdx.x % 32 < by ? 0 : by)); }
+T __shfl_up_sync(unsigned mask, T x, unsigned by) {
+  const unsigned lane = threadIdx.x % 32;
+  return __shfl_sync(mask, x, lane < by ? lane : lane - by);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T x, unsigned by) {
+  const unsigned lane = threadIdx.x % 32;
+  return __shfl_sync(mask, x, lane + by > 31 ? lane : lane + by);
+}
+inline unsigned __ballot_sync(unsigned mask, int vote) {
+  const uint64_t* votes = emulator::of_warp(mask, vote);
+  unsigned all = 0;
+  for (unsigned i = 0; i < 32; ++i) all |= unsigned(votes[i] != 0) << i;
+  return all;
+}
+inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) != 0; }
+inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) == ~0u; }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
+  const uint64_t* all = emulator::of_warp(mask, x);
+  return unsigned(*std::max_element(all, all + 32));
+}
+inline void __syncwarp(unsigned mask = ~0u) {
+  emulator::check_mask(mask);
+  emulator::sync_warp();
+}
+
 template <class T, class U>
 T atomicAdd(T* p, U x) { return __atomic_fetch_add(p, T(x), __ATOMIC_RELAXED); }
 template <class T, class U>
 T atomicOr(T* p, U x) { return __atomic_fetch_or(p, T(x), __ATOMIC_RELAXED); }
+template <class T, class U>
+T atomicMax(T* p, U x) {
+  T old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (old < T(x) && !__atomic_compare_exchange_n(p, &old, T(x), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+  return old;
+}
+template <class T>
+T __ldg(const T* p) { return *p; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline long long __double_as_longlong(double x) {
   long long bits;
   __builtin_memcpy(&bits, &x, 8);
