@@ -70,7 +70,8 @@ std::vector<uint16_t> logits(int64_t count, int dtype) {
 
 void choose(int threads, bool blocks) {
   for (int dtype = 0; dtype < 3; ++dtype) {
-    const int64_t rows = 1 + below(4), vocab = 1 + below(blocks ? 10000 : 3000), chunks = 1 + below(4);
+    const int64_t rows = 1 + below(4), vocab = 1 + below(blocks ? 20000 : 3000);
+    const int64_t chunks = blocks ? vocab / (kChunk >> below(3)) + 1 : 1 + below(4);
     const auto z = logits(rows * vocab, dtype);
     const SamplingData sampling(rows);
     const int32_t k = 1 + below(int(vocab < 40 ? vocab : 40));
@@ -82,11 +83,11 @@ void choose(int threads, bool blocks) {
       if (block && !blocks) continue;
       std::vector<uint64_t> keys(size_t(rows * chunks)), kept(size_t(rows * k * (block ? spans : 2)));
       std::vector<int32_t> flags(size_t(rows * chunks));
-      std::vector<float> sums(size_t(rows * spans * 2));
+      std::vector<float> sums(size_t(rows * spans * 2)), groups(size_t(rows * chunks * 256));
       tokens[block].assign(size_t(rows), 0), status[block].assign(size_t(rows), 0);
       best[block].assign(size_t(rows * k), 0), scores[block].assign(size_t(rows * k), 0);
       const ChooseTokens one{z.data(), dtype, rows, vocab, vocab, sampling.positions.data(), sampling.pointers(), 0, nullptr,
-                             keys.data(), flags.data(), chunks, tokens[block].data(), status[block].data()};
+                             keys.data(), flags.data(), groups.data(), chunks, tokens[block].data(), status[block].data()};
       const TopCandidates many{z.data(), dtype, rows, vocab, vocab, k, sampling.positions.data(), sampling.pointers(),
                                nullptr, kept.data(), sums.data(), spans, best[block].data(), scores[block].data()};
       if (block) cuda::choose_tokens(one, nullptr), cuda::top_candidates(many, nullptr);
@@ -144,8 +145,9 @@ void trees(int threads, bool blocks) {
     const SamplingData sampling(batch);
     std::vector<uint64_t> keys(size_t(batch * nodes * chunks));
     std::vector<int32_t> flags(size_t(batch * nodes * chunks));
+    std::vector<float> groups(size_t(batch * nodes * chunks * 256));
     VerifyTree op{z.data(), 2, batch, vocab, nodes * vocab, vocab, tree, sampling.positions.data(), sampling.pointers(),
-                  keys.data(), flags.data(), chunks, host.verdict()};
+                  keys.data(), flags.data(), groups.data(), chunks, host.verdict()};
     cpu::verify_tree(op, threads);
     op.verdict = block.verdict();
     if (blocks) cuda::verify_tree(op, nullptr), host.check("verify_tree", block);
@@ -250,7 +252,7 @@ int main(int, char** arguments) {
       int64_t tokens[4];
       for (int i = 0; i < 200; ++i) {
         cpu::choose_tokens({z.data(), 2, 4, 500, 500, sampling.positions.data(), sampling.pointers(), 0, nullptr, keys, flags,
-                            2, tokens, status}, 3);
+                            nullptr, 2, tokens, status}, 3);
       }
     });
   }

@@ -72,10 +72,12 @@ struct ChooseTokens {
   const int64_t* rounds;  // or null
   uint64_t* keys;         // workspace [rows, chunks]
   int32_t* flags;         // workspace [rows, chunks]
+  float* groups;          // workspace [rows, chunks, 256] for CUDA
   int64_t chunks;
   int64_t* tokens;
   int32_t* status;
-  BEAGLE_FIELDS(logits, dtype, rows, vocab, stride, positions, sampling, stream, rounds, keys, flags, chunks, tokens, status)
+  BEAGLE_FIELDS(logits, dtype, rows, vocab, stride, positions, sampling, stream, rounds, keys, flags, groups,
+                chunks, tokens, status)
 };
 
 struct TopCandidates {
@@ -128,9 +130,11 @@ struct VerifyTree {
   Sampling sampling;
   uint64_t* keys;  // workspace [batch, nodes, chunks]
   int32_t* flags;  // workspace [batch, nodes, chunks]
+  float* groups;   // workspace [batch, nodes, chunks, 256] for CUDA
   int64_t chunks;
   Verdict verdict;
-  BEAGLE_FIELDS(logits, dtype, batch, vocab, stride_b, stride_n, tree, positions, sampling, keys, flags, chunks, verdict)
+  BEAGLE_FIELDS(logits, dtype, batch, vocab, stride_b, stride_n, tree, positions, sampling, keys, flags, groups,
+                chunks, verdict)
 };
 
 struct VerifyChain {

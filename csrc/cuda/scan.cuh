@@ -1,0 +1,77 @@
+// The first read of rows: a block takes a chunk, of as many tokens as 32 a thread, and leaves the chunk's best key where
+// the row is greedy, else what its groups may reach.
+#pragma once
+
+#include "vectors.cuh"
+
+namespace beagle::cuda {
+
+constexpr int kChunkGroups = kChunk / kGroup;
+
+// Threads of a block so that `chunks` of them take a row of so many tokens.
+__host__ __device__ inline unsigned chunk_threads(int64_t vocab, int64_t chunks) {
+  unsigned threads = 64;
+  while (threads < kThreads && chunks * threads * 32 < vocab) threads *= 2;
+  return threads;
+}
+
+// For each group of a row the bound of z + T g and its largest logit; both padded to whole chunks.
+struct Groups {
+  float *bounds, *tops;
+  int32_t count;
+  __device__ Groups(float* groups, int64_t row, int64_t chunks, unsigned threads)
+      : bounds(groups + row * chunks * threads), tops(bounds + chunks * (threads / 2)), count(int32_t(chunks * (threads / 2))) {}
+};
+
+// The largest noise of groups 2 pair and 2 pair + 1.
+__device__ __forceinline__ void pair_noise(const Stream& stream, uint32_t pair, float (&noise)[2]) {
+  const Words w = philox(stream.of_groups(), pair);
+  noise[0] = -log_of(group_least(w.x[0])), noise[1] = -log_of(group_least(w.x[2]));
+}
+
+// Key of the largest logit of a chunk, from the maxima of its groups; by one warp.
+template <class T>
+__device__ __forceinline__ uint64_t greedy_key(const Row<T>& row, int32_t begin, const float* tops, int32_t count) {
+  const int32_t lane = int32_t(threadIdx.x % 32);
+  uint64_t best = 0;
+  for (int32_t u = lane; u < count; u += 32) best = most(best, make_key(tops[u], uint32_t(u)));
+  best = warp_max(best);
+  const float top = key_value(best);
+  if (top == -kInf) return 0;
+  const int32_t token = begin + int32_t(key_index(best)) * kGroup + lane;
+  const uint32_t low = __ballot_sync(~0u, tidy(row.at(token)) == top);
+  const uint32_t high = __ballot_sync(~0u, tidy(row.at(token + 32)) == top);
+  return make_key(top, uint32_t(token - lane + (low ? __ffs(int(low)) - 1 : 31 + __ffs(int(high)))));
+}
+
+// key and flag: of the chunk. stream(): the row's, which the greedy need not make.
+template <class T, class MakeStream>
+__device__ __forceinline__ void scan_chunk(const T* logits, int64_t vocab, float temperature, const MakeStream& stream,
+                                           const Groups& groups, uint64_t* key, int32_t* flag) {
+  constexpr int kVectors = Row<T>::kVectors;
+  __shared__ float tops[kChunkGroups];
+  const Row<T> row(logits, vocab);
+  const int32_t threads = int32_t(blockDim.x), begin = int32_t(blockIdx.x) * threads * 32;
+  const int32_t from = begin / Row<T>::kPer, rank = int32_t(threadIdx.x);
+  uint4 raw[kVectors];
+  if (from >= row.first && from + threads * kVectors <= row.last) row.load_whole(from + rank, threads, raw);
+  else row.load(from + rank, threads, raw, [](int32_t) { return true; });
+  const bool noisy = temperature > 0.0f, draws = noisy && rank < threads / 4;
+  float noise[2] = {};
+  // drawn while the logits are on their way
+  if (draws) pair_noise(stream(), uint32_t(begin / (2 * kGroup) + rank), noise);
+  const bool nan = __syncthreads_or(store_tops(row, begin, raw, tops));
+  if (rank < 32) {
+    const uint64_t best = noisy ? 0 : greedy_key(row, begin, tops, threads / 2);
+    if (rank == 0) *key = best, *flag = nan ? kStatusNan : 0;
+  }
+  if (!draws) return;
+  BEAGLE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const int32_t u = 2 * rank + i;
+    groups.tops[begin / kGroup + u] = tops[u];
+    groups.bounds[begin / kGroup + u] = group_bound(tops[u], temperature, noise[i]);
+  }
+}
+
+}  // namespace beagle::cuda
