@@ -75,21 +75,20 @@ void choose(int threads, bool blocks) {
     const auto z = logits(rows * vocab, dtype);
     const SamplingData sampling(rows);
     const int32_t k = 1 + below(int(vocab < 40 ? vocab : 40));
-    const int64_t spans = (vocab + kChunk - 1) / kChunk;
     std::vector<int64_t> tokens[2], best[2];
     std::vector<int32_t> status[2];
     std::vector<float> scores[2];
     for (const bool block : {false, true}) {
       if (block && !blocks) continue;
-      std::vector<uint64_t> keys(size_t(rows * chunks)), kept(size_t(rows * k * (block ? spans : 2)));
+      std::vector<uint64_t> keys(size_t(rows * chunks)), kept(size_t(rows * k * 2));
       std::vector<int32_t> flags(size_t(rows * chunks));
-      std::vector<float> sums(size_t(rows * spans * 2)), groups(size_t(rows * chunks * 256));
+      std::vector<float> sums(size_t(rows * chunks * 2)), groups(size_t(rows * chunks * 256));
       tokens[block].assign(size_t(rows), 0), status[block].assign(size_t(rows), 0);
       best[block].assign(size_t(rows * k), 0), scores[block].assign(size_t(rows * k), 0);
       const ChooseTokens one{z.data(), dtype, rows, vocab, vocab, sampling.positions.data(), sampling.pointers(), 0, nullptr,
                              keys.data(), flags.data(), groups.data(), chunks, tokens[block].data(), status[block].data()};
       const TopCandidates many{z.data(), dtype, rows, vocab, vocab, k, sampling.positions.data(), sampling.pointers(),
-                               nullptr, kept.data(), sums.data(), spans, best[block].data(), scores[block].data()};
+                               nullptr, kept.data(), sums.data(), groups.data(), block ? chunks : 1, best[block].data(), scores[block].data()};
       if (block) cuda::choose_tokens(one, nullptr), cuda::top_candidates(many, nullptr);
       else cpu::choose_tokens(one, threads), cpu::top_candidates(many, threads);
     }

@@ -88,12 +88,14 @@ struct TopCandidates {
   const int64_t* positions;
   Sampling sampling;
   const int64_t* token_ids;  // or null
-  uint64_t* keys;            // workspace [rows, chunks, k]
+  uint64_t* keys;            // workspace [rows, chunks, k] for the host
   float* sums;               // workspace [rows, chunks, 2]
+  float* groups;             // workspace [rows, chunks, 256] for CUDA
   int64_t chunks;
   int64_t* tokens;
   float* scores;
-  BEAGLE_FIELDS(logits, dtype, rows, vocab, stride, k, positions, sampling, token_ids, keys, sums, chunks, tokens, scores)
+  BEAGLE_FIELDS(logits, dtype, rows, vocab, stride, k, positions, sampling, token_ids, keys, sums, groups,
+                chunks, tokens, scores)
 };
 
 struct BuildTree {

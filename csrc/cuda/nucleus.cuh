@@ -50,10 +50,9 @@ __device__ __attribute__((noinline)) void sum_masses(RowBlock& team, const Row<T
       for (int i = 0; i < kPer; i += 4) sums.add(z + i, kept, rung, top[n] > rung[0]);
     }
   }
-  // tokens of the row's ends, which no vector holds whole
-  const int32_t head = row.first * kPer, rest = team.rank() < head ? team.rank() : row.last * kPer + team.rank() - head;
-  if (rest < row.vocab) {
-    const float z[4] = {tidy(row.at(rest)), -kInf, -kInf, -kInf};
+  const int32_t odd = row.odd_token(team.rank());
+  if (odd < row.vocab) {
+    const float z[4] = {tidy(row.at(odd)), -kInf, -kInf, -kInf};
     sums.add(z, kept, rung, true);
   }
   const uint64_t total = team.sum(sums.total);

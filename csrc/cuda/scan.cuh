@@ -44,18 +44,23 @@ __device__ __forceinline__ uint64_t greedy_key(const Row<T>& row, int32_t begin,
   return make_key(top, uint32_t(token - lane + (low ? __ffs(int(low)) - 1 : 31 + __ffs(int(high)))));
 }
 
+// The block's chunk of a row, from token `begin` on.
+template <class T>
+__device__ __forceinline__ void load_chunk(const Row<T>& row, int32_t begin, uint4 (&raw)[Row<T>::kVectors]) {
+  const int32_t threads = int32_t(blockDim.x), from = begin / Row<T>::kPer, rank = int32_t(threadIdx.x);
+  if (from >= row.first && from + threads * Row<T>::kVectors <= row.last) row.load_whole(from + rank, threads, raw);
+  else row.load(from + rank, threads, raw, [](int32_t) { return true; });
+}
+
 // key and flag: of the chunk. stream(): the row's, which the greedy need not make.
 template <class T, class MakeStream>
 __device__ __forceinline__ void scan_chunk(const T* logits, int64_t vocab, float temperature, const MakeStream& stream,
                                            const Groups& groups, uint64_t* key, int32_t* flag) {
-  constexpr int kVectors = Row<T>::kVectors;
   __shared__ float tops[kChunkGroups];
   const Row<T> row(logits, vocab);
-  const int32_t threads = int32_t(blockDim.x), begin = int32_t(blockIdx.x) * threads * 32;
-  const int32_t from = begin / Row<T>::kPer, rank = int32_t(threadIdx.x);
-  uint4 raw[kVectors];
-  if (from >= row.first && from + threads * kVectors <= row.last) row.load_whole(from + rank, threads, raw);
-  else row.load(from + rank, threads, raw, [](int32_t) { return true; });
+  const int32_t threads = int32_t(blockDim.x), begin = int32_t(blockIdx.x) * threads * 32, rank = int32_t(threadIdx.x);
+  uint4 raw[Row<T>::kVectors];
+  load_chunk(row, begin, raw);
   const bool noisy = temperature > 0.0f, draws = noisy && rank < threads / 4;
   float noise[2] = {};
   // drawn while the logits are on their way

@@ -53,6 +53,10 @@ struct Row {
     first = shift ? 1 : 0;
     last = most(shift ? (vocab + int32_t(shift / sizeof(T))) / kPer - 1 : vocab / kPer, first);
   }
+  // The i-th token that no vector holds whole, of at most 3 kPer - 1; at least vocab where there are fewer.
+  __device__ __forceinline__ int32_t odd_token(int32_t i) const {
+    return i < first * kPer ? i : i + (last - first) * kPer;
+  }
   __device__ __forceinline__ float at(int32_t token) const { return token < vocab ? to_float(logits[token]) : -kInf; }
 
   // Tokens of two aligned vectors from `shift` on.
