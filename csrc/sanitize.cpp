@@ -1,11 +1,9 @@
 // Drives every op of the host executor on exactly sized buffers, for the sanitizers, and now and then the CUDA executor
 // in the emulator, which must give the same; sanitize.sh builds and runs it.
-#include <cmath>
-#include <cstdio>
+#include "sanitize.h"
+
 #include <cstdlib>
-#include <random>
 #include <thread>
-#include <vector>
 
 #include "core/chain.h"
 #include "cpu/executor.h"
@@ -15,102 +13,100 @@ using namespace beagle;
 
 namespace {
 
-std::mt19937 rng(1);
-int below(int n) { return int(rng() % uint32_t(n)); }
+constexpr int64_t kGroupRoom = kChunk / 32;  // floats of a chunk
 
-template <class T>
-void same(const char* what, const std::vector<T>& host, const std::vector<T>& block, T slack = T(0)) {
-  for (size_t i = 0; i < host.size(); ++i) {
-    if (host[i] == block[i] || std::fabs(double(host[i]) - double(block[i])) <= double(slack)) continue;
-    std::printf("%s[%zu]: %g on the host, %g in a block\n", what, i, double(host[i]), double(block[i]));
-    emulator::fail("the executors differ");
-  }
-}
-
-struct Outcome {
-  std::vector<int32_t> path, accepted, status;
-  std::vector<int64_t> next;
-  Outcome(int64_t batch, int64_t length)
-      : path(size_t(batch * length)), accepted(size_t(batch)), status(size_t(batch)), next(size_t(batch)) {}
-  Verdict verdict() { return {path.data(), accepted.data(), next.data(), status.data()}; }
-  void check(const char* op, const Outcome& block) const {
-    same(op, path, block.path), same(op, accepted, block.accepted), same(op, status, block.status);
-    same(op, next, block.next);
-  }
+// Rows of logits that start at z, which is aligned as its dtype is.
+struct Rows {
+  const void* z;
+  int32_t dtype;
+  int64_t rows, vocab, stride;
 };
 
-struct SamplingData {
-  std::vector<int64_t> seed, positions;
-  std::vector<float> temperature, top_p, min_p;
-  std::vector<int32_t> top_k;
-  explicit SamplingData(int64_t rows) {
-    for (int64_t i = 0; i < rows; ++i) {
-      seed.push_back(int64_t(rng()) << 20), positions.push_back(below(1000));
-      temperature.push_back(float(below(3)) * 0.6f), top_k.push_back(below(3) * 7);
-      top_p.push_back(below(2) ? 1.0f : 0.8f), min_p.push_back(below(2) ? 0.0f : 0.05f);
-    }
+void choose(const Rows& in, const SamplingData& sampling, int32_t k, int64_t chunks, int threads, bool blocks) {
+  const int64_t rows = in.rows;
+  std::vector<int64_t> tokens[2], best[2];
+  std::vector<int32_t> status[2];
+  std::vector<float> scores[2];
+  for (const bool block : {false, true}) {
+    if (block && !blocks) continue;
+    std::vector<uint64_t> keys(size_t(rows * chunks)), kept(size_t(block ? 0 : rows * k));
+    std::vector<int32_t> flags(size_t(rows * chunks));
+    std::vector<float> sums(size_t(rows * chunks * 2)), groups(size_t(rows * chunks * kGroupRoom));
+    tokens[block].assign(size_t(rows), 0), status[block].assign(size_t(rows), 0);
+    best[block].assign(size_t(rows * k), 0), scores[block].assign(size_t(rows * k), 0);
+    const ChooseTokens one{in.z, in.dtype, rows, in.vocab, in.stride, sampling.positions.data(), sampling.pointers(), 0,
+                           nullptr, keys.data(), flags.data(), groups.data(), chunks, tokens[block].data(),
+                           status[block].data()};
+    const TopCandidates many{in.z, in.dtype, rows, in.vocab, in.stride, k, sampling.positions.data(),
+                             sampling.pointers(), nullptr, kept.data(), sums.data(), groups.data(), block ? chunks : 1,
+                             best[block].data(), scores[block].data()};
+    if (block) cuda::choose_tokens(one, nullptr), cuda::top_candidates(many, nullptr);
+    else cpu::choose_tokens(one, threads), cpu::top_candidates(many, threads);
   }
-  Sampling pointers() const {
-    return {seed.data(), temperature.data(), top_k.data(), top_p.data(), min_p.data()};
-  }
-};
-
-// Logits of any dtype as raw bits: normal numbers, with a few infinities and NaNs.
-std::vector<uint16_t> logits(int64_t count, int dtype) {
-  std::vector<uint16_t> bits(size_t(count * (dtype == 0 ? 2 : 1)));
-  std::normal_distribution<float> normal(0, 3);
-  for (int64_t i = 0; i < count; ++i) {
-    const float z = below(500) ? normal(rng) : below(2) ? -kInf : kInf - kInf;
-    if (dtype == 0) __builtin_memcpy(&bits[size_t(2 * i)], &z, 4);
-    if (dtype == 1) bits[size_t(i)] = uint16_t(rng());
-    if (dtype == 2) bits[size_t(i)] = uint16_t(bit_cast<uint32_t>(z) >> 16);
-  }
-  return bits;
+  if (!blocks) return;
+  same("choose_tokens", tokens[0], tokens[1]), same("choose_tokens status", status[0], status[1]);
+  same("top_candidates", best[0], best[1]), same("top_candidates scores", scores[0], scores[1], 1e-4f);
 }
 
-void choose(int threads, bool blocks) {
+void choices(int threads, bool blocks) {
   for (int dtype = 0; dtype < 3; ++dtype) {
     const int64_t rows = 1 + below(4), vocab = 1 + below(blocks ? 20000 : 3000);
     const int64_t chunks = blocks ? vocab / (kChunk >> below(3)) + 1 : 1 + below(4);
     const auto z = logits(rows * vocab, dtype);
     const SamplingData sampling(rows);
-    const int32_t k = 1 + below(int(vocab < 40 ? vocab : 40));
-    std::vector<int64_t> tokens[2], best[2];
-    std::vector<int32_t> status[2];
-    std::vector<float> scores[2];
-    for (const bool block : {false, true}) {
-      if (block && !blocks) continue;
-      std::vector<uint64_t> keys(size_t(rows * chunks)), kept(size_t(rows * k * 2));
-      std::vector<int32_t> flags(size_t(rows * chunks));
-      std::vector<float> sums(size_t(rows * chunks * 2)), groups(size_t(rows * chunks * 256));
-      tokens[block].assign(size_t(rows), 0), status[block].assign(size_t(rows), 0);
-      best[block].assign(size_t(rows * k), 0), scores[block].assign(size_t(rows * k), 0);
-      const ChooseTokens one{z.data(), dtype, rows, vocab, vocab, sampling.positions.data(), sampling.pointers(), 0, nullptr,
-                             keys.data(), flags.data(), groups.data(), chunks, tokens[block].data(), status[block].data()};
-      const TopCandidates many{z.data(), dtype, rows, vocab, vocab, k, sampling.positions.data(), sampling.pointers(),
-                               nullptr, kept.data(), sums.data(), groups.data(), block ? chunks : 1, best[block].data(), scores[block].data()};
-      if (block) cuda::choose_tokens(one, nullptr), cuda::top_candidates(many, nullptr);
-      else cpu::choose_tokens(one, threads), cpu::top_candidates(many, threads);
-    }
-    if (!blocks) continue;
-    same("choose_tokens", tokens[0], tokens[1]), same("choose_tokens status", status[0], status[1]);
-    same("top_candidates", best[0], best[1]), same("top_candidates scores", scores[0], scores[1], 1e-4f);
+    choose({z.data(), dtype, rows, vocab, vocab}, sampling, 1 + below(int(vocab < 40 ? vocab : 40)), chunks, threads,
+           blocks);
   }
 }
 
-void trees(int threads, bool blocks) {
-  const int64_t batch = 1 + below(blocks ? 3 : 20);
-  const int32_t count = below(300), nodes = 1 + below(140), words = (nodes + 63) / 64, max_depth = 1 + below(30);
+void verify(const Rows& in, const Tree& tree, int64_t batch, const SamplingData& sampling, int64_t chunks, int threads,
+            bool blocks) {
+  Outcome host(batch, tree.max_depth + 1), block = host;
+  std::vector<uint64_t> keys(size_t(batch * tree.nodes * chunks));
+  std::vector<int32_t> flags(keys.size());
+  std::vector<float> groups(keys.size() * kGroupRoom);
+  VerifyTree op{in.z, in.dtype, batch, in.vocab, tree.nodes * in.stride, in.stride, tree, sampling.positions.data(),
+                sampling.pointers(), keys.data(), flags.data(), groups.data(), chunks, host.verdict()};
+  cpu::verify_tree(op, threads);
+  op.verdict = block.verdict();
+  if (blocks) cuda::verify_tree(op, nullptr), host.check("verify_tree", block);
+}
+
+// Rows as long as a real vocabulary's that start at any element: greedy, with noise, and with noise and filters.
+void large(int64_t vocab, int64_t gap, int64_t offset) {
+  const int64_t batch = 3, nodes = 2, rows = batch * nodes, stride = vocab + gap;
+  const int64_t chunks = (vocab + kChunk - 1) / kChunk;
+  SamplingData sampling(rows);
+  for (size_t i = 0; i < size_t(rows); ++i) {
+    sampling.temperature[i] = i % 3 ? 0.7f : 0.0f, sampling.top_k[i] = i % 3 == 2 ? 50 : 0;
+    sampling.top_p[i] = i % 3 == 2 ? 0.9f : 1.0f, sampling.min_p[i] = 0.0f;
+  }
+  const std::vector<int64_t> tokens(size_t(rows), vocab / 2), mask{1, 3, 1, 3, 1, 3};
+  const std::vector<int32_t> parents{-1, 0, -1, 0, -1, 0}, depth{0, 1, 0, 1, 0, 1}, size{2, 2, 1};
+  const Tree tree{tokens.data(), parents.data(), depth.data(), mask.data(), size.data(), nodes, 1, 1};
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    const auto z = logits(offset + rows * stride - gap, dtype);
+    const Rows in{z.data() + offset * (dtype == 0 ? 2 : 1), dtype, rows, vocab, stride};
+    choose({in.z, dtype, 3, vocab, stride}, sampling, 8, chunks, 1, true);
+    verify(in, tree, batch, sampling, chunks, 1, true);
+  }
+}
+
+void trees(int threads, bool blocks, bool many) {
+  const int64_t batch = 1 + below(blocks ? 8 : 20);
+  const int32_t count = many ? 2000 + below(2000) : below(300), nodes = 1 + below(blocks ? 70 : 140), words = (nodes + 63) / 64;
+  const int32_t max_depth = 1 + below(30);
   std::vector<int64_t> root(size_t(batch), 3), tokens, out_tokens[2], mask[2];
   std::vector<float> scores;
   std::vector<int32_t> parents, label(size_t(batch * count)), out_parents[2], size[2], depth[2];
   for (int64_t b = 0; b < batch; ++b) {
-    const bool rotten = below(3) == 0;
+    const bool rotten = below(3) == 0, tied = below(2);
     for (int32_t i = 0; i < count; ++i) {
       const int32_t parent = !rotten || below(50) ? below(below(3) ? i + 1 : least(i + 1, 9)) - 1 : below(400) - 100;
       const bool sound = parent >= 0 && parent < i;
       tokens.push_back(below(4)), parents.push_back(parent);
-      scores.push_back((sound ? scores[size_t(b * count + parent)] : 0.0f) - float(below(4)));
+      scores.push_back((sound ? scores[size_t(b * count + parent)] : 0.0f) -
+                       (tied ? float(below(4)) : float(below(1 << 20)) * 1e-6f));
     }
   }
   for (const bool block : {false, true}) {
@@ -142,14 +138,7 @@ void trees(int threads, bool blocks) {
     const int64_t vocab = 70, chunks = 2;
     const auto z = logits(batch * nodes * vocab, 2);
     const SamplingData sampling(batch);
-    std::vector<uint64_t> keys(size_t(batch * nodes * chunks));
-    std::vector<int32_t> flags(size_t(batch * nodes * chunks));
-    std::vector<float> groups(size_t(batch * nodes * chunks * 256));
-    VerifyTree op{z.data(), 2, batch, vocab, nodes * vocab, vocab, tree, sampling.positions.data(), sampling.pointers(),
-                  keys.data(), flags.data(), groups.data(), chunks, host.verdict()};
-    cpu::verify_tree(op, threads);
-    op.verdict = block.verdict();
-    if (blocks) cuda::verify_tree(op, nullptr), host.check("verify_tree", block);
+    verify({z.data(), 2, batch * nodes, vocab, vocab}, tree, batch, sampling, chunks, threads, blocks);
   }
 }
 
@@ -161,26 +150,30 @@ void chains(int threads, bool blocks) {
   for (int64_t i = 0; i < batch * steps; ++i) drafted.push_back(below(30) ? below(int(reduced)) : below(2000) - 1000);
   const SamplingData sampling(batch);
   std::vector<Law> laws(size_t(batch * (2 * steps + 1)));
+  const int64_t chunks = 1;
+  std::vector<float> groups(laws.size() * chunks * kGroupRoom);
+  std::vector<int64_t> parts(laws.size() * chunks * kPartWords);
   Outcome host(batch, steps + 1), block = host;
   for (const bool by_block : {false, true}) {
     VerifyChain op{target.data(), draft.data(), 0, batch, steps, vocab, reduced, (steps + 1) * vocab, vocab,
                    steps * reduced, reduced, drafted.data(), sampling.positions.data(), sampling.pointers(), by_block,
-                   ids.data(), laws.data(), host.verdict()};
+                   ids.data(), laws.data(), groups.data(), parts.data(), chunks, host.verdict()};
     cpu::verify_chain(op, threads);
     op.verdict = block.verdict();
     if (blocks) cuda::verify_chain(op, nullptr), host.check("verify_chain", block);
   }
 }
 
-void caches(int threads, bool blocks) {
-  const int64_t layers = 1 + below(40), batch = 1 + below(3), heads = 1 + below(3), slots = 1 + below(60);
-  const int64_t width = below(2) ? 1 + below(200) : 16 * (1 + below(12)), length = 1 + below(12);
+void caches(int threads, bool blocks, bool many) {
+  const int64_t layers = 1 + below(many ? 3 : 40), batch = 1 + below(3), heads = 1 + below(3);
+  const int64_t slots = many ? 600 : 1 + below(60), length = many ? 300 + below(200) : 1 + below(12);
+  const int64_t width = below(2) ? 1 + below(200) : 16 * (1 + below(12));
   std::vector<char> cache(size_t(layers * 2 * batch * heads * slots * width));
   for (auto& byte : cache) byte = char(rng());
   std::vector<int32_t> path, accepted, lengths, table;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t i = 0; i < length; ++i) path.push_back(int32_t(i) + below(9) - 1);
-    accepted.push_back(below(20) - 1), lengths.push_back(below(70) - 5);
+    accepted.push_back(below(many ? 900 : 20) - 1), lengths.push_back(below(70) - 5);
     // a page of its own somewhere, since rows that share one would race in any engine; the other ids are no page's
     for (int i = 0, own = below(3); i < 3; ++i) table.push_back(int32_t(i == own ? b : below(2) ? -1 : batch + below(9)));
   }
@@ -235,12 +228,14 @@ int main(int, char** arguments) {
   if (arguments[1]) emulator::seed(std::strtoull(arguments[1], nullptr, 10));
   for (int round = 0; round < 25; ++round) {
     for (const int threads : {1, 3}) {
-      const bool blocks = threads == 1 && round % 5 == 0;
-      choose(threads, blocks), trees(threads, blocks), chains(threads, blocks), caches(threads, blocks);
+      // many: more candidates and steps than a block takes at once
+      const bool blocks = threads == 1 && round % 5 == 0, many = round % 10 == 5;
+      choices(threads, blocks), trees(threads, blocks, many), chains(threads, blocks), caches(threads, blocks, many);
     }
     for (int i = 0; i < 4; ++i) attention(1), attention(3);
     linears(1), linears(3);
   }
+  large(128256, 0, 0), large(128256, 7, 1), large(50257, 1, 3);
   std::vector<std::thread> callers;
   const auto z = logits(4 * 500, 2);
   const SamplingData sampling(4);

@@ -9,8 +9,8 @@ from ..types import STATUS_NAN, STATUS_NO_FINITE
 from .philox import gumbel
 
 LOG2_E = 1.4426950408889634
-EXP2 = (0.00189511, 0.00894621, 0.05586328, 0.24014077, 0.69315463, 0.9999999)
-"""2^f on [0, 1), highest power first; every backend evaluates it in f32 by Horner's rule without fused adds."""
+EXP2 = (0.001325328, 0.009667583, 0.05550751, 0.24022356, 0.693147, 0.99999994)
+"""2^f on [-1/2, 1/2], highest power first; every backend evaluates it in f32 by Horner's rule with fused adds."""
 
 
 def clean(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,14 +29,18 @@ def clean(logits: Tensor) -> tuple[Tensor, Tensor]:
     return z, nan.any(-1).int() * STATUS_NAN + empty.int() * STATUS_NO_FINITE
 
 
-def fixed_point(x: Tensor) -> Tensor:
-    """exp(x) of f32 x <= 0 as int64 in units of 2^-30: sums do not depend on their order, nor on the backend."""
-    y = (x * LOG2_E).clamp(min=-31.0)
-    whole = y.floor()
-    fraction = y - whole
-    power = torch.full_like(x, EXP2[0])
-    for coefficient in EXP2[1:]:
-        power = power * fraction + coefficient
+def fixed_point(d: Tensor, scale: Tensor) -> Tensor:
+    """2^(d scale) of f32 d <= 0 as int64 in units of 2^-30: sums do not depend on their order, nor on the backend.
+
+    Products are fused with the sums they enter: what f64 gives, rounded to f32.
+    """
+    d = torch.maximum(d, -31 / scale)
+    exact = d.double() * scale.double()
+    whole = exact.round()
+    fraction = (exact - whole).float().double()
+    power = torch.full_like(d, EXP2[0])
+    for coefficient in torch.tensor(EXP2[1:]).tolist():
+        power = (power.double() * fraction + coefficient).float()
     return (power * 2.0**30).long() >> -whole.long()
 
 
@@ -44,11 +48,11 @@ def filter_cut(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min
     """The smallest logit [R, 1] that top-k, then top-p, then min-p keep: each filter is a threshold on z.
 
     top-k: the k-th largest, so ties at the boundary stay. top-p: the least z whose mass strictly above is below
-    top_p of what top-k left. min-p: (z - z_max) (1 / T) >= log(min_p).
+    top_p of what top-k left. min-p: (z - z_max) log2(e) / T >= log2(min_p).
     """
     vocab = z.shape[1]
     top = z.amax(-1, keepdim=True)
-    inverse = (1 / temperature).clamp(max=torch.finfo(torch.float32).max)[:, None]
+    scale = (1 / temperature * LOG2_E).clamp(max=torch.finfo(torch.float32).max)[:, None]
     cut = torch.full_like(top, -torch.inf)
     by_k = (top_k > 0) & (top_k < vocab)
     by_p = top_p < 1
@@ -60,13 +64,13 @@ def filter_cut(z: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min
         kth = ordered.gather(1, torch.where(by_k, top_k - 1, 0).long()[:, None])
         cut = torch.where(by_k[:, None], kth, cut)
     if by_p.any():
-        mass = torch.where(ordered >= cut, fixed_point((ordered - top) * inverse), 0)
+        mass = torch.where(ordered >= cut, fixed_point(ordered - top, scale), 0)
         above = mass.cumsum(-1) - mass
         last = (above.double() < top_p.double()[:, None] * mass.sum(-1, keepdim=True)).sum(-1, keepdim=True) - 1
         cut = torch.where(by_p[:, None], torch.maximum(cut, ordered.gather(1, last.clamp(min=0))), cut)
     if (min_p > 0).any():
-        floor = min_p.double().log().float()[:, None]
-        least = torch.where((z - top) * inverse >= floor, z, torch.inf).amin(-1, keepdim=True)
+        floor = min_p.double().log2().float()[:, None]
+        least = torch.where((z - top) * scale >= floor, z, torch.inf).amin(-1, keepdim=True)
         cut = torch.maximum(cut, least)
     return cut
 

@@ -13,10 +13,13 @@
 
 #if defined(__CUDACC__)
 #define BEAGLE_FN __host__ __device__ __forceinline__
+#define BEAGLE_INLINED
 #define BEAGLE_UNROLL _Pragma("unroll")
 #define BEAGLE_UNROLL_ROUNDS _Pragma("unroll")
 #else
 #define BEAGLE_FN inline __attribute__((always_inline))
+// of a lambda: [&](int i) BEAGLE_INLINED { ... }
+#define BEAGLE_INLINED __attribute__((always_inline))
 // data loops are left to the vectoriser
 #define BEAGLE_UNROLL
 #define BEAGLE_UNROLL_ROUNDS _Pragma("GCC unroll 10")

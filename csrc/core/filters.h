@@ -11,19 +11,21 @@ namespace beagle {
 
 // What a row's filters ask of a logit that does not depend on the other logits, once the k-th largest is known.
 struct Kept {
-  float top, inverse;  // the row's largest logit; 1 / T
-  float kth, floor;    // the k-th largest logit, or -inf; log(min_p), or -inf
+  float top, scale;   // the row's largest logit; log2(e) / T
+  float kth, floor;   // the k-th largest logit, or -inf; log2(min_p), or -inf
+  float far;          // what lies as far below the largest has no mass
 
   BEAGLE_FN Kept(const RowSampling& sampling, float top)
-      : top(top), inverse(least(1.0f / sampling.temperature, kMax)), kth(-kInf),
-        floor(sampling.min_p > 0.0f ? float(log(double(sampling.min_p))) : -kInf) {}
-  // log of its probability over the largest one
-  BEAGLE_FN float log_ratio(float z) const { return (z - top) * inverse; }
+      : top(top), scale(least(1.0f / sampling.temperature * kLog2E, kMax)), kth(-kInf),
+        floor(sampling.min_p > 0.0f ? float(log2(double(sampling.min_p))) : -kInf),
+        far(-31.0f / scale) {}
+  // log2 of its probability over the largest one
+  BEAGLE_FN float log_ratio(float z) const { return (z - top) * scale; }
   BEAGLE_FN bool operator()(float z) const { return z >= kth && log_ratio(z) >= floor; }
   // What it adds to the sums of top-p, which takes what top-k left.
-  BEAGLE_FN uint32_t mass(float z) const { return exp_fixed(log_ratio(z)) & -uint32_t(z >= kth); }
-  // Whether all logits up to z have no mass.
-  BEAGLE_FN bool massless(float z) const { return z < kth || log_ratio(z) * 1.4426950408889634f < -30.5f; }
+  BEAGLE_FN uint32_t mass(float z) const { return exp2_fixed(most(z - top, far), scale) & -uint32_t(z >= kth); }
+  // Whether no logit up to z has any mass.
+  BEAGLE_FN bool massless(float z) const { return z < kth || log_ratio(z) < -30.5f; }
 };
 
 // top_p keeps a logit if the mass strictly above it is below this.
@@ -114,15 +116,15 @@ struct CountItem {
 template <class T>
 struct MassItem : CountItem<T> {
   uint32_t cut;
-  float top, inverse;
+  Kept kept;
   BEAGLE_FN MassItem(const T* row, int64_t count, uint32_t cut, const Kept& kept)
-      : CountItem<T>{row, count}, cut(cut), top(kept.top), inverse(kept.inverse) {}
+      : CountItem<T>{row, count}, cut(cut), kept(kept) {}
   template <int N>
   BEAGLE_FN void weigh(int64_t i, const uint32_t (&key)[N], uint32_t (&weight)[N]) const {
     const int32_t room = int32_t(least<int64_t>(this->count - i, N));
     BEAGLE_UNROLL
     for (int j = 0; j < N; ++j) {
-      const uint32_t mass = exp_fixed((unorder(key[j]) - top) * inverse);
+      const uint32_t mass = kept.mass(unorder(key[j]));
       weight[j] = mass & -uint32_t(key[j] >= cut) & -uint32_t(j < room);
     }
   }

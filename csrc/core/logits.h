@@ -77,19 +77,6 @@ BEAGLE_FN float lane_sum(const float (&value)[N]) {
   return sum;
 }
 
-// Key of the largest logit in [begin, end) by a plain scan.
-template <class T>
-BEAGLE_FN uint64_t scan_key(const T* row, int64_t begin, int64_t end, int32_t& status) {
-  uint64_t key = 0;
-  float best = -kInf;
-  for (int64_t i = begin; i < end; ++i) {
-    const float x = to_float(row[i]), z = tidy(x);
-    if (x != x) status |= kStatusNan;
-    if (z > best) best = z, key = make_key(z, uint32_t(i));
-  }
-  return key;
-}
-
 // Key of the largest logit in [begin, end), 0 if none is above -inf; status takes kStatusNan.
 template <class Team, class T>
 BEAGLE_FN uint64_t top_key(Team& team, const T* row, int64_t begin, int64_t end, int32_t& status) {
@@ -113,60 +100,5 @@ BEAGLE_FN uint64_t top_key(Team& team, const T* row, int64_t begin, int64_t end,
   if (team.any(nan)) status |= kStatusNan;
   return team.max(key);
 }
-
-#if !defined(__CUDACC__)
-using Floats = float __attribute__((vector_size(64), aligned(4)));
-using Ints = int32_t __attribute__((vector_size(64)));
-using Shorts = uint16_t __attribute__((vector_size(32), aligned(2)));
-
-BEAGLE_FN Ints widen(const void* p) {
-  return __builtin_convertvector(*static_cast<const Shorts*>(p), Ints);
-}
-BEAGLE_FN void load_lanes(const float* p, Floats& z) { z = *reinterpret_cast<const Floats*>(p); }
-BEAGLE_FN void load_lanes(const BFloat* p, Floats& z) { z = reinterpret_cast<Floats>(widen(p) << 16); }
-BEAGLE_FN void load_lanes(const Half* p, Floats& z) {
-  const Ints bits = widen(p), special = (bits & 0x7c00) == 0x7c00;
-  const Floats magnitude = reinterpret_cast<Floats>((bits & 0x7fff) << 13) * 0x1p112f;
-  z = reinterpret_cast<Floats>(reinterpret_cast<Ints>(magnitude) | (special & 0x7f800000) | (bits & 0x8000) << 16);
-}
-
-// The same by vectors: lane l keeps the largest of its tokens and the first tile that held it.
-template <class T>
-BEAGLE_FN uint64_t top_key(Thread&, const T* row, int64_t begin, int64_t end, int32_t& status) {
-  constexpr int kLanes = 16, kVectors = 16, kStep = kLanes * kVectors;
-  const int64_t whole = begin + (end - begin) / kStep * kStep;
-  Floats best = Floats{} - kInf;
-  Ints where = Ints{}, nan = Ints{};
-  int32_t tile = 0;
-  for (int64_t i = begin; i < whole; i += kStep, ++tile) {
-    Floats m = Floats{} - kInf;
-    for (int v = 0; v < kVectors; ++v) {
-      Floats z;
-      load_lanes(row + i + v * kLanes, z);
-      __builtin_prefetch(row + i + v * kLanes + 4 * kStep, 0, 0);
-      nan |= z != z;
-      m = z > m ? z : m;
-    }
-    where = m > best ? Ints{} + tile : where;
-    best = m > best ? m : best;
-  }
-  float top = -kInf;
-  int32_t first = 0, bad = 0;
-  for (int l = 0; l < kLanes; ++l) {
-    if (best[l] > top || (best[l] == top && where[l] < first)) top = best[l], first = where[l];
-    bad |= nan[l];
-  }
-  if (bad) status |= kStatusNan;
-  // an infinite one counts as kMax, which an earlier token may hold
-  if (top > kMax) return scan_key(row, begin, end, status);
-  uint64_t key = 0;
-  if (top > -kInf) {
-    int64_t i = begin + int64_t(first) * kStep;
-    while (i < whole && to_float(row[i]) != top) ++i;
-    key = make_key(top, uint32_t(i));
-  }
-  return whole < end ? most(key, scan_key(row, whole, end, status)) : key;
-}
-#endif
 
 }  // namespace beagle

@@ -17,6 +17,7 @@ namespace beagle {
 enum Dtype : int32_t { kFloat32, kFloat16, kBFloat16, kDtypes };
 constexpr int32_t kMaxNodes = 1024;  // of a tree
 constexpr int64_t kChunk = 8192;     // tokens of a row that one CUDA block takes
+constexpr int64_t kPartWords = 4;    // that verify_chain notes of a chunk on CUDA
 constexpr int32_t kMaxK = 1024;      // candidates of a row, on CUDA
 constexpr int64_t kMaxRows = 65535;  // of a batch, where CUDA counts them in blockIdx.y or z
 
@@ -150,9 +151,12 @@ struct VerifyChain {
   bool block;
   const int64_t* token_ids;  // or null
   void* laws;                // workspace [batch, 2 steps + 1] of Law
+  float* groups;             // workspace [batch, 2 steps + 1, chunks, 256] for CUDA
+  void* parts;               // workspace [batch, 2 steps + 1, chunks, kPartWords] of int64 for CUDA
+  int64_t chunks;            // of a row, for CUDA
   Verdict verdict;
   BEAGLE_FIELDS(target, draft, dtype, batch, steps, vocab, draft_vocab, target_b, target_n, draft_b, draft_n, draft_tokens,
-                positions, sampling, block, token_ids, laws, verdict)
+                positions, sampling, block, token_ids, laws, groups, parts, chunks, verdict)
 };
 
 struct CompactCache {

@@ -1,7 +1,7 @@
 // Philox4x32-10 and Gumbel noise, in basic IEEE operations only: bit-identical on every device.
 #pragma once
 
-#include "common.h"
+#include "arithmetic.h"
 
 #if defined(__AVX2__) && !defined(__CUDACC__)
 #include <immintrin.h>
@@ -46,46 +46,49 @@ using Lanes = __m256i;
 BEAGLE_FN Lanes product(Lanes x, uint32_t m) { return _mm256_mul_epu32(x, _mm256_set1_epi64x(m)); }
 #endif
 using Wide = uint64_t __attribute__((vector_size(sizeof(Lanes))));
-using Narrow = uint32_t __attribute__((vector_size(sizeof(Lanes) / 2)));
 
-// Word w of counter group0 + j goes to x[w][j]. A counter word lives in the low half of a 64-bit lane; what the upper
-// half holds is never read, since the product takes low halves.
+// Word w of counter[j] goes to x[w][j]. A counter word lives in the low half of a 64-bit lane; what the upper half holds
+// is never read, since the product takes low halves. Even and odd counters go through in two vectors, side by side.
 template <int N>
-BEAGLE_FN void philox(const Stream& s, uint32_t group0, uint32_t (*x)[N]) {
-  constexpr int kLanes = sizeof(Lanes) / 8;
-  static_assert(N % kLanes == 0);
-  Wide iota;
-  for (int l = 0; l < kLanes; ++l) iota[l] = uint64_t(l);
-  for (int j = 0; j < N; j += kLanes) {
-    Wide c0 = iota + (uint64_t(group0) + j), c1 = Wide{} + s.position, c2 = Wide{} + s.purpose, c3 = Wide{} + s.round;
+BEAGLE_FN void philox(const Stream& s, const uint32_t (&counter)[N], uint32_t (*x)[N]) {
+  constexpr int kStep = sizeof(Lanes) / 4;
+  static_assert(N % kStep == 0);
+  for (int j = 0; j < N; j += kStep) {
+    Wide c[2][4];
+    __builtin_memcpy(&c[0][0], &counter[j], sizeof(Wide));
+    c[1][0] = c[0][0] >> 32;
+    for (int h = 0; h < 2; ++h) c[h][1] = Wide{} + s.position, c[h][2] = Wide{} + s.purpose, c[h][3] = Wide{} + s.round;
     uint32_t k0 = s.key0, k1 = s.key1;
+    BEAGLE_UNROLL_ROUNDS
     for (int i = 0; i < 10; ++i) {
-      const Wide a = Wide(product(Lanes(c0), 0xD2511F53u)), b = Wide(product(Lanes(c2), 0xCD9E8D57u));
-      c0 = (b >> 32) ^ c1 ^ uint64_t(k0);
-      c2 = (a >> 32) ^ c3 ^ uint64_t(k1);
-      c1 = b;
-      c3 = a;
+      BEAGLE_UNROLL_ROUNDS
+      for (int h = 0; h < 2; ++h) {
+        const Wide a = Wide(product(Lanes(c[h][0]), 0xD2511F53u)), b = Wide(product(Lanes(c[h][2]), 0xCD9E8D57u));
+        c[h][0] = (b >> 32) ^ c[h][1] ^ uint64_t(k0);
+        c[h][2] = (a >> 32) ^ c[h][3] ^ uint64_t(k1);
+        c[h][1] = b;
+        c[h][3] = a;
+      }
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    const Wide words[4] = {c0, c1, c2, c3};
     for (int w = 0; w < 4; ++w) {
-      const Narrow narrow = __builtin_convertvector(words[w], Narrow);
-      __builtin_memcpy(&x[w][j], &narrow, sizeof(narrow));
+      const Wide both = (c[0][w] & 0xffffffffu) | (c[1][w] << 32);
+      __builtin_memcpy(&x[w][j], &both, sizeof(both));
     }
   }
 }
 #else
-// Word w of counter group0 + j goes to x[w][j].
+// Word w of counter[j] goes to x[w][j].
 template <int N>
-BEAGLE_FN void philox(const Stream& s, uint32_t group0, uint32_t (*x)[N]) {
+BEAGLE_FN void philox(const Stream& s, const uint32_t (&counter)[N], uint32_t (*x)[N]) {
 #if !defined(__CUDACC__)
 #pragma GCC ivdep
 #else
 #pragma unroll
 #endif
   for (int j = 0; j < N; ++j) {
-    uint32_t c0 = group0 + uint32_t(j), c1 = s.position, c2 = s.purpose, c3 = s.round, k0 = s.key0, k1 = s.key1;
+    uint32_t c0 = counter[j], c1 = s.position, c2 = s.purpose, c3 = s.round, k0 = s.key0, k1 = s.key1;
     BEAGLE_UNROLL_ROUNDS
     for (int i = 0; i < 10; ++i) {
       philox_round(c0, c1, c2, c3, k0, k1);
@@ -107,54 +110,6 @@ BEAGLE_FN Words philox(const Stream& s, uint32_t counter) {
 BEAGLE_FN uint32_t philox_word(const Stream& s, uint32_t token) {
   const Words w = philox(s, token / 4);
   return token & 2 ? (token & 1 ? w.x[3] : w.x[2]) : (token & 1 ? w.x[1] : w.x[0]);
-}
-
-// Natural logarithm of a positive normal number, within 1e-7 relative.
-BEAGLE_FN float log_of(float x) {
-  const int32_t bits = bit_cast<int32_t>(x), exponent = (bits - 0x3f3504f3) >> 23;
-  const float z = bit_cast<float>(bits - int32_t(uint32_t(exponent) << 23)) - 1.0f, e = float(exponent);
-  float r = 0.07149754f;
-  r = r * z + -0.11571201f;
-  r = r * z + 0.11661512f;
-  r = r * z + -0.124110505f;
-  r = r * z + 0.14249937f;
-  r = r * z + -0.1666848f;
-  r = r * z + 0.20000708f;
-  r = r * z + -0.2499999f;
-  r = r * z + 0.3333333f;
-  const float square = z * z;
-  const float tail = r * z * square + e * -2.12194440e-4f - 0.5f * square;
-  return (z + tail) + e * 0.693359375f;
-}
-
-// 2^fraction of x log2(e), and its whole part; x <= 0.
-BEAGLE_FN float exp_parts(float x, float lowest, int32_t& whole) {
-  const float y = most(x * 1.4426950408889634f, lowest);
-  int32_t n = int32_t(y);
-  n -= float(n) > y;
-  const float f = y - float(n);
-  float p = 0.00189511f;
-  p = p * f + 0.00894621f;
-  p = p * f + 0.05586328f;
-  p = p * f + 0.24014077f;
-  p = p * f + 0.69315463f;
-  p = p * f + 0.9999999f;
-  whole = n;
-  return p;
-}
-
-// exp(x) for x <= 0; below e^-87 it stays there.
-BEAGLE_FN float exp_of(float x) {
-  int32_t whole;
-  const float p = exp_parts(x, -125.0f, whole);
-  return bit_cast<float>(bit_cast<int32_t>(p) + int32_t(uint32_t(whole) << 23));
-}
-
-// exp(x) for x <= 0 in units of 2^-30, the fixed point of the reference: sums do not depend on their order.
-BEAGLE_FN uint32_t exp_fixed(float x) {
-  int32_t whole;
-  const float p = exp_parts(x, -31.0f, whole);
-  return uint32_t(int32_t(p * 0x1p30f)) >> -whole;
 }
 
 BEAGLE_FN float unit(uint32_t x) {
@@ -197,8 +152,19 @@ BEAGLE_FN float token_noise(const Stream& s, uint32_t token) {
 // What a value computed from a group's largest noise is raised by, so that rounding of its members' cannot exceed it.
 constexpr float kSlack = 1e-6f;
 
-// No value z + scale * noise of a group whose logits do not exceed `top` and whose largest noise is `noise` exceeds this.
-BEAGLE_FN float group_bound(float top, float scale, float noise) {
+// No noise of a group, or of a token, of which `word` decides exceeds this (of a token: less log 64): -log(e / 64) <=
+// -log(v / 64), and log2(1 + m) >= m + 0.2787 m (1 - m). What may be the best lies within a hundredth or two of it.
+BEAGLE_FN float noise_bound(uint32_t word) {
+  const float x = float(int32_t(word >> 16)) * 65536.0f + float(int32_t(word & 0xffff));
+  const int32_t bits = bit_cast<int32_t>(most(x, 0.5f));
+  const float m = bit_cast<float>((bits & 0x7fffff) | 0x3f800000) - 1.0f;
+  const float log2 = float((bits >> 23) - 127) + m + 0.2787f * m * (1.0f - m);
+  return (32.0f + 6.0f - log2) * 0.6931472f + 1e-5f;
+}
+constexpr float kLogGroup = 4.1588831f;
+
+// No value z + scale * noise exceeds this where z is at most `top` and the noise at most `noise`.
+BEAGLE_FN float value_bound(float top, float scale, float noise) {
   const float spread = scale * noise, size = (top < 0.0f ? -top : top) + (spread < 0.0f ? -spread : spread);
   return top > -kInf ? top + spread + kSlack * size : -kInf;
 }

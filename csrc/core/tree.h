@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "sampling.h"
+#include "filters.h"
 
 namespace beagle {
 
@@ -16,7 +16,8 @@ BEAGLE_FN bool breaks_rule(const int64_t* tokens, const float* scores, const int
   return score > -kInf && (tokens[i] < 0 || (parent >= 0 && score > tidy(scores[parent])));
 }
 
-// The order of the limit-th largest score.
+// The order of the limit-th largest score, or a lower one that no more scores reach. Executors may have their own for
+// their Team: the CUDA one is in cuda/build_tree.cu.
 template <class Team>
 BEAGLE_FN uint32_t rank_cut(Team& team, const float* scores, int32_t count, uint64_t limit, Scratch& scratch) {
   return threshold(team, count, CountItem<float>{scores, count}, limit, scratch);

@@ -1,5 +1,6 @@
 #include "executor.h"
 #include "pool.h"
+#include "../core/sampling.h"
 #include "rows.h"
 
 namespace beagle::cpu {
@@ -12,7 +13,8 @@ void choose_tokens(const ChooseTokens& op, int threads) {
     const Stream stream(sampling.seed, op.positions[row], op.stream, op.rounds ? op.rounds[row] : 0);
     const void* logits = row_at(op.logits, op.dtype, row_offset(0, row, 0, op.stride));
     op.flags[task] = 0;
-    op.keys[task] = choose(logits, op.vocab, task % op.chunks, op.chunks, sampling, stream, op.flags[task]);
+    op.keys[task] = choose(logits, op.vocab, task % op.chunks, op.chunks, sampling, stream, op.flags[task],
+                          room(room_for(op.vocab)));
   });
   for (int64_t row = 0; row < op.rows; ++row) {
     op.status[row] = 0;

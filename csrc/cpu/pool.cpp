@@ -4,9 +4,11 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 
 namespace beagle::cpu {
@@ -104,6 +106,19 @@ void parallel(int64_t count, int threads, const std::function<void(int64_t)>& ta
   Job job;
   job.task = &task, job.count = count, job.helpers_wanted = helpers;
   Pool::get().run(job);
+}
+
+float* room(int64_t floats) {
+  struct Free { void operator()(float* p) const { std::free(p); } };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t have = 0;
+  if (floats > have) {
+    have = (floats + 1023) / 1024 * 1024;
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, size_t(have) * sizeof(float))));
+    if (!memory) have = 0;
+    if (!memory) throw std::bad_alloc();
+  }
+  return memory.get();
 }
 
 }  // namespace beagle::cpu

@@ -15,4 +15,7 @@ namespace beagle::cpu {
 // Runs task(0) .. task(count - 1) on up to `threads` threads, the caller among them; returns when all are done.
 void parallel(int64_t count, int threads, const std::function<void(int64_t)>& task);
 
+// Scratch of this thread, aligned for any vector, until it asks again.
+float* room(int64_t floats);
+
 }  // namespace beagle::cpu

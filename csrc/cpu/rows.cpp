@@ -1,5 +1,7 @@
 #include "rows.h"
 
+#include "chain.h"
+
 #ifndef BEAGLE_ISA
 #define BEAGLE_ISA baseline
 #endif
@@ -8,52 +10,41 @@ namespace beagle::cpu::BEAGLE_ISA {
 namespace {
 
 template <class T>
-uint64_t choose(const void* row, int64_t vocab, int64_t chunk, int64_t chunks, const RowSampling& sampling, const Stream& stream,
-                int32_t& status) {
-  Thread team;
-  Scratch scratch;
-  return choose_chunk(team, static_cast<const T*>(row), vocab, chunk, chunks, sampling, stream, status, scratch);
-}
-
-template <class T>
-void rank(const TopCandidates& op, const void* logits, const RowSampling& sampling, const Stream& stream, Best& best,
-          LogSum& total) {
-  constexpr int kTile = Thread::kTile;
+uint64_t choose(const void* logits, int64_t vocab, int64_t chunk, int64_t chunks, const RowSampling& sampling,
+                const Stream& stream, int32_t& status, float* room) {
   const T* row = static_cast<const T*>(logits);
-  Thread team;
-  Scratch scratch;
-  const float cut = penalty_cut(team, row, op.vocab, sampling, scratch);
-  alignas(64) float value[kTile];
-  for (int64_t i = 0; i < op.vocab; i += kTile) {
-    load_tile(row, i, op.vocab, value);
-    perturb_tile(value, i, op.vocab, sampling, cut, stream, op.token_ids);
-    const float top = tile_max(value);
-    if (top == -kInf) continue;
-    total.add(top, tile_sum(value, top));
-    if (make_key(top, uint32_t(i)) <= best.least_kept) continue;
-    const float least_value = best.least_kept ? key_value(best.least_kept) : -kInf;
-    for (int j = 0; j < kTile; ++j) {
-      if (!(value[j] >= least_value) || value[j] == -kInf) continue;
-      const uint64_t key = make_key(value[j], uint32_t(i + j));
-      if (key <= best.least_kept) continue;
-      best.keys[best.count++] = key;
-      if (best.count == 2 * best.k) best.shrink();
-    }
-  }
+  const bool filters = sampling.filters(vocab);
+  if (filters && chunk > 0) return 0;
+  constexpr int64_t kPair = 2 * kGroup;
+  const int64_t tokens = filters ? vocab : ((vocab + chunks - 1) / chunks + kPair - 1) / kPair * kPair;
+  const int64_t begin = chunk * tokens, end = least(begin + tokens, vocab);
+  if (begin >= end) return 0;
+  if (!sampling.noisy()) return top_key(row, begin, end, status);
+  Part<T> part(row, begin, end, stream, sampling.temperature, room);
+  part.draw();
+  status |= part.status;
+  float logit;
+  return filters ? choose_filtered(part, sampling) : part.choose(-kInf, -kInf, All{}, logit);
 }
 
 template <class T>
-Law measure(const void* row, int64_t vocab, const RowSampling& sampling) {
-  Thread team;
-  Scratch scratch;
-  return beagle::measure(team, static_cast<const T*>(row), vocab, sampling, scratch);
+float rank(const TopCandidates& op, const void* logits, const RowSampling& sampling, const Stream& stream, Best& best,
+           float* room) {
+  const T* row = static_cast<const T*>(logits);
+  if (!sampling.noisy()) return rank_greedy(row, op.vocab, best, room);
+  rank_noisy(op, row, sampling, stream, best, room);
+  return 0.0f;
 }
 
 template <class T>
-void chain(const VerifyChain& op, int64_t b) {
-  Thread team;
+Law measure(const void* row, int64_t vocab, const RowSampling& sampling, float* room) {
+  return law_of(static_cast<const T*>(row), vocab, sampling, room);
+}
+
+template <class T>
+void chain(const VerifyChain& op, int64_t b, float* room) {
   const Law* laws = static_cast<const Law*>(op.laws) + b * (2 * op.steps + 1);
-  Chain<T>{op, b, op.sampling.at(b), laws}.run(team);
+  Chain<T>{op, b, op.sampling.at(b), laws, room}.run();
 }
 
 }  // namespace

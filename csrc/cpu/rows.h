@@ -2,25 +2,19 @@
 // What rows.cpp includes is always inlined, so no two of its objects share a symbol.
 #pragma once
 
-#include "../core/candidates.h"
 #include "../core/chain.h"
+#include "candidates.h"
 
 namespace beagle::cpu {
 
-// The k largest keys offered so far, kept as up to 2 k unordered ones.
-struct Best {
-  uint64_t* keys;
-  int32_t k, count;
-  uint64_t least_kept;
-  void shrink();
-};
-
 struct Rows {
+  // Chunk `chunk` of `chunks` of a row: the best key, 0 if no token is above -inf. A row with filters is chunk 0's alone.
   uint64_t (*choose[3])(const void* row, int64_t vocab, int64_t chunk, int64_t chunks, const RowSampling&, const Stream&,
-                        int32_t& status);
-  void (*rank[3])(const TopCandidates&, const void* row, const RowSampling&, const Stream&, Best&, LogSum&);
-  Law (*measure[3])(const void* row, int64_t vocab, const RowSampling&);
-  void (*chain[3])(const VerifyChain&, int64_t b);
+                        int32_t& status, float* room);
+  // Leaves a row's k best in the heap. The log-sum-exp of all at T = 0; at T > 0 it is of those kept, and 0 is returned.
+  float (*rank[3])(const TopCandidates&, const void* row, const RowSampling&, const Stream&, Best&, float* room);
+  Law (*measure[3])(const void* row, int64_t vocab, const RowSampling&, float* room);
+  void (*chain[3])(const VerifyChain&, int64_t b, float* room);
 };
 
 const Rows& rows();

@@ -1,4 +1,5 @@
 #include "../core/accept.h"
+#include "../core/sampling.h"
 #include "executor.h"
 #include "pool.h"
 #include "rows.h"
@@ -32,7 +33,8 @@ void verify_tree(const VerifyTree& op, int threads) {
     const Stream stream(sampling.seed, op.positions[b] + (n > 0 ? tree.depth[row] : 0), kTarget, 0);
     const void* logits = row_at(op.logits, op.dtype, row_offset(b, n, op.stride_b, op.stride_n));
     op.flags[task] = 0;
-    op.keys[task] = choose(logits, op.vocab, task % op.chunks, op.chunks, sampling, stream, op.flags[task]);
+    op.keys[task] = choose(logits, op.vocab, task % op.chunks, op.chunks, sampling, stream, op.flags[task],
+                          room(room_for(op.vocab)));
   });
   for (int64_t b = 0; b < op.batch; ++b) accept_row(op, b);
 }

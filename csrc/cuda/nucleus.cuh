@@ -26,13 +26,11 @@ struct Sums {
   }
 };
 
-// Into the room: the total, and what is above each of the room's rungs.
-template <class T>
-__device__ __attribute__((noinline)) void sum_masses(RowBlock& team, const Row<T>& row, const Groups& groups, const Kept& kept, Room& room) {
+// Calls body(z, top) for the row's logits, four at a time, of the groups whose largest logit, `top`, `wants` takes.
+template <class T, class Wants, class Body>
+__device__ __forceinline__ void each_four(const Row<T>& row, const Groups& groups, const Wants& wants, const Body& body) {
   constexpr int kPer = Row<T>::kPer, kBatch = 4;
-  Sums sums;
-  const float* rung = room.rungs;
-  for (int32_t j = team.rank(); j < row.last; j += kBatch * kRowThreads) {
+  for (int32_t j = int32_t(threadIdx.x); j < row.last; j += kBatch * kRowThreads) {
     float top[kBatch];
     BEAGLE_UNROLL
     for (int n = 0; n < kBatch; ++n) {
@@ -40,21 +38,28 @@ __device__ __attribute__((noinline)) void sum_masses(RowBlock& team, const Row<T
       top[n] = at >= row.first && at < row.last ? groups.tops[at / Row<T>::kLanes] : -kInf;
     }
     uint4 raw[kBatch];
-    row.load(j, kRowThreads, raw, [&](int32_t at) { return !kept.massless(top[(at - j) / kRowThreads]); });
+    row.load(j, kRowThreads, raw, [&](int32_t at) { return wants(top[(at - j) / kRowThreads]); });
     BEAGLE_UNROLL
     for (int n = 0; n < kBatch; ++n) {
-      if (kept.massless(top[n])) continue;
+      if (!wants(top[n])) continue;
       float z[kPer];
       unpack<T>(raw[n], z);
       BEAGLE_UNROLL
-      for (int i = 0; i < kPer; i += 4) sums.add(z + i, kept, rung, top[n] > rung[0]);
+      for (int i = 0; i < kPer; i += 4) body(z + i, top[n]);
     }
   }
-  const int32_t odd = row.odd_token(team.rank());
-  if (odd < row.vocab) {
-    const float z[4] = {tidy(row.at(odd)), -kInf, -kInf, -kInf};
-    sums.add(z, kept, rung, true);
-  }
+  const int32_t odd = row.odd_token(int32_t(threadIdx.x));
+  if (odd >= row.vocab) return;
+  const float z[4] = {tidy(row.at(odd)), -kInf, -kInf, -kInf};
+  if (wants(z[0])) body(z, z[0]);
+}
+
+// Into the room: the total, and what is above each of the room's rungs.
+template <class T>
+__device__ void sum_masses(RowBlock& team, const Row<T>& row, const Groups& groups, const Kept& kept, Room& room) {
+  Sums sums;
+  each_four(row, groups, [&](float top) { return !kept.massless(top); },
+            [&](const float* z, float top) { sums.add(z, kept, room.rungs, top > room.rungs[0]); });
   const uint64_t total = team.sum(sums.total);
   if (team.rank() == 0) room.total = total;
   BEAGLE_UNROLL
@@ -63,6 +68,15 @@ __device__ __attribute__((noinline)) void sum_masses(RowBlock& team, const Row<T
     if (team.rank() == 0) room.above[r] = above;
   }
   team.sync();
+}
+
+// The least logit that top-k and then top-p keep.
+template <class T>
+__device__ float nucleus_cut(RowBlock& team, const Row<T>& row, const Kept& kept, float top_p, Room& room) {
+  if (!(top_p < 1.0f) || kept.top == -kInf) return kept.kth;
+  const MassItem<T> mass(row.logits, row.vocab, kept.kth > -kInf ? order(kept.kth) : 0, kept);
+  const uint64_t limit = nucleus_limit(top_p, mass.total(team));
+  return most(kept.kth, unorder(threshold(team, row.vocab, mass, limit, room.scratch)));
 }
 
 // The row's largest logit and what top-k and min-p keep of it.
@@ -88,7 +102,9 @@ __device__ uint64_t choose_noisy(RowBlock& team, const Row<T>& row, const RowSam
     while (rungs < kRungs && logit < kept.top) {
       const float low = logit;
       const uint64_t key = search(room, groups, [&](float top) { return top > low && kept(top); }, [&](uint32_t group) {
-        return look(row, stream, sampling.temperature, group, [&](float z) { return z > low && kept(z); });
+        return look(row, stream, group, [&](uint32_t token, float z, float noise) {
+          return z > low && kept(z) ? make_key(z + sampling.temperature * noise, token) : 0;
+        });
       });
       if (key == 0 || !(sampling.top_p < 1.0f)) return key;
       logit = tidy(row.at(int32_t(key_index(key))));

@@ -52,6 +52,37 @@ __device__ __forceinline__ void load_chunk(const Row<T>& row, int32_t begin, uin
   else row.load(from + rank, threads, raw, [](int32_t) { return true; });
 }
 
+// The block's sum of f(z) over its chunk.
+template <class T, class F>
+__device__ __forceinline__ double sum_chunk(const Row<T>& row, int32_t begin, const uint4 (&raw)[Row<T>::kVectors],
+                                            const F& f) {
+  __shared__ double sums[kWarps];
+  double sum = 0.0;
+  BEAGLE_UNROLL
+  for (int n = 0; n < Row<T>::kVectors; ++n) {
+    float z[Row<T>::kPer];
+    unpack<T>(raw[n], z);
+    BEAGLE_UNROLL
+    for (int j = 0; j < Row<T>::kPer; ++j) z[j] = f(z[j]);
+    sum += double(lane_sum(z));
+  }
+  const int32_t odd = row.odd_token(int32_t(threadIdx.x));
+  if (odd >= begin && odd < begin + int32_t(blockDim.x) * 32) sum += double(f(tidy(row.at(odd))));
+  for (int s = 16; s > 0; s /= 2) sum += __shfl_xor_sync(~0u, sum, s);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = 0.0;
+  for (unsigned w = 0; w < blockDim.x / 32; ++w) sum += sums[w];
+  return sum;
+}
+
+// The largest of a chunk, from the maxima of its groups, to all threads.
+__device__ __forceinline__ float chunk_top(const float* tops) {
+  float top = -kInf;
+  for (unsigned u = threadIdx.x % 32; u < blockDim.x / 2; u += 32) top = most(top, tops[u]);
+  return unorder(__reduce_max_sync(~0u, order(top)));
+}
+
 // key and flag: of the chunk. stream(): the row's, which the greedy need not make.
 template <class T, class MakeStream>
 __device__ __forceinline__ void scan_chunk(const T* logits, int64_t vocab, float temperature, const MakeStream& stream,
@@ -75,7 +106,7 @@ __device__ __forceinline__ void scan_chunk(const T* logits, int64_t vocab, float
   for (int i = 0; i < 2; ++i) {
     const int32_t u = 2 * rank + i;
     groups.tops[begin / kGroup + u] = tops[u];
-    groups.bounds[begin / kGroup + u] = group_bound(tops[u], temperature, noise[i]);
+    groups.bounds[begin / kGroup + u] = value_bound(tops[u], temperature, noise[i]);
   }
 }
 

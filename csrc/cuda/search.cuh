@@ -7,7 +7,7 @@
 
 namespace beagle::cuda {
 
-constexpr int kRowThreads = 512, kRowWarps = kRowThreads / 32;
+constexpr int kRowThreads = 384, kRowWarps = kRowThreads / 32;
 using RowBlock = BlockOf<kRowThreads>;
 
 constexpr int kSurvivors = 2048;
@@ -23,10 +23,9 @@ struct Room {
   float rungs[kRungs];
 };
 
-// Key of the best z + T g of a group among the logits that `keeps` takes, by a warp; 0 if there is none.
-template <class T, class Keeps>
-__device__ __forceinline__ uint64_t look(const Row<T>& row, const Stream& stream, float temperature, uint32_t group,
-                                         const Keeps& keeps) {
+// The best key that `score(token, z, noise)` gives a token of a group, by a warp; 0 if there is none.
+template <class T, class Score>
+__device__ __forceinline__ uint64_t look(const Row<T>& row, const Stream& stream, uint32_t group, const Score& score) {
   const uint32_t lane = threadIdx.x % 32, token = group * kGroup + 2 * lane;
   const float z[2] = {tidy(row.at(int32_t(token))), tidy(row.at(int32_t(token + 1)))};
   const Words words = philox(stream, token / 4);
@@ -35,8 +34,7 @@ __device__ __forceinline__ uint64_t look(const Row<T>& row, const Stream& stream
   BEAGLE_UNROLL
   for (uint32_t i = 0; i < 2; ++i) {
     const uint32_t word = lane & 1 ? words.x[2 + i] : words.x[i];
-    const float value = z[i] + temperature * drawn.noise(token + i, word);
-    if (z[i] > -kInf && keeps(z[i])) best = most(best, make_key(value, token + i));
+    if (z[i] > -kInf) best = most(best, score(token + i, z[i], drawn.noise(token + i, word)));
   }
   return warp_max(best);
 }
@@ -98,7 +96,7 @@ __device__ __forceinline__ int32_t reserve(int32_t* count, int32_t wanted) {
 
 // The k-th largest logit of a row, from the groups whose maximum reaches the k-th largest maximum.
 template <class T>
-__device__ __attribute__((noinline)) float kth_logit(RowBlock& team, const Row<T>& row, const Groups& groups, int32_t k, Room& room) {
+__device__ float kth_logit(RowBlock& team, const Row<T>& row, const Groups& groups, int32_t k, Room& room) {
   float low = -kInf;
   if (k <= groups.count) {
     low = unorder(threshold(team, groups.count, CountItem<float>{groups.tops, groups.count}, uint64_t(k), room.scratch));

@@ -12,7 +12,7 @@ namespace beagle::cuda {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-// A block of so many threads; shared holds one value a warp, twice, so that consecutive reductions need one barrier each.
+// A block of so many threads; shared holds one value a warp, twice: consecutive reductions need one barrier each.
 template <int kMembers>
 struct BlockOf {
   static constexpr int kTile = 8, kWarps = kMembers / 32;
@@ -87,22 +87,23 @@ void launch(void (*kernel)(Op), dim3 grid, void* stream, const Op& op, unsigned 
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
-// A kernel may be launched so that it starts before the one ahead of it in the stream ends. Every thread of it must then
-// call wait_for_previous() before it reads what that one wrote or writes what that one may read.
+// For kernels launched by launch_dependent(), which may start before the one ahead of them in the stream ends: every
+// thread calls it before it reads what that one wrote, writes what that one may read, or ends.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
 }
 
-// Called by the kernel ahead: the next may start once every block of this one has called it or ended. It orders no memory.
+// Called by the kernel ahead: the next may start once all blocks of this one have called it or ended. It orders no
+// memory.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
-// launch() of a kernel that waits for the previous one by itself. Code made for older devices does not, wherever it runs.
+// launch() of a kernel that calls wait_for_previous(). Code made for older devices does not wait, wherever it runs.
 template <class Op>
 void launch_dependent(void (*kernel)(Op), dim3 grid, void* stream, const Op& op, unsigned threads = kThreads) {
 #if !defined(BEAGLE_EMULATED)

@@ -16,29 +16,6 @@ __device__ __forceinline__ const T* logits_of(const TopCandidates& op, int64_t r
   return static_cast<const T*>(op.logits) + row_offset(0, row, 0, op.stride);
 }
 
-// The sum of exp(z - top) over the block's chunk.
-template <class T>
-__device__ float sum_chunk(const Row<T>& row, int32_t begin, const uint4 (&raw)[Row<T>::kVectors], float top) {
-  __shared__ float sums[kWarps];
-  float sum = 0.0f;
-  BEAGLE_UNROLL
-  for (int n = 0; n < Row<T>::kVectors; ++n) {
-    float z[Row<T>::kPer];
-    unpack<T>(raw[n], z);
-    BEAGLE_UNROLL
-    for (int j = 0; j < Row<T>::kPer; ++j) z[j] = exp_of(z[j] - top);
-    sum += lane_sum(z);
-  }
-  const int32_t odd = row.odd_token(int32_t(threadIdx.x));
-  if (odd >= begin && odd < begin + int32_t(blockDim.x) * 32) sum += exp_of(tidy(row.at(odd)) - top);
-  for (int s = 16; s > 0; s /= 2) sum += __shfl_xor_sync(~0u, sum, s);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-  __syncthreads();
-  float all = 0.0f;
-  for (unsigned w = 0; w < blockDim.x / 32; ++w) all += sums[w];
-  return all;
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads) scan_columns(const TopCandidates op) {
   __shared__ float tops[kChunkGroups];
@@ -66,15 +43,14 @@ __global__ void __launch_bounds__(kThreads) scan_columns(const TopCandidates op)
     for (int i = 0; i < 2; ++i) {
       const float top = tops[2 * rank + i];
       groups.tops[begin / kGroup + 2 * rank + i] = top;
-      groups.bounds[begin / kGroup + 2 * rank + i] = noisy ? group_bound(top, temperature, noise[i]) : top;
+      groups.bounds[begin / kGroup + 2 * rank + i] = noisy ? value_bound(top, temperature, noise[i]) : top;
     }
   }
   if (noisy) return;
-  float top = -kInf;
-  for (int u = rank % 32; u < threads / 2; u += 32) top = most(top, tops[u]);
-  top = unorder(__reduce_max_sync(~0u, order(top)));
-  const float sum = sum_chunk(row, begin, raw, most(top, -kMax));
-  if (rank == 0) op.sums[(at * op.chunks + blockIdx.x) * 2] = top, op.sums[(at * op.chunks + blockIdx.x) * 2 + 1] = sum;
+  const float top = chunk_top(tops), base = most(top, -kMax);
+  const double sum = sum_chunk(row, begin, raw, [&](float z) { return exp_of(z - base); });
+  float* part = op.sums + (at * op.chunks + blockIdx.x) * 2;
+  if (rank == 0) part[0] = top, part[1] = float(sum);
 }
 
 // Log-sum-exp of the whole row at T = 0, of what was kept of it otherwise.
@@ -110,11 +86,7 @@ __global__ void __launch_bounds__(kRowThreads) rank_rows(const TopCandidates op)
   Kept kept(sampling, 0.0f);
   if (filters) {
     kept = kept_of(team, row, groups, sampling, room);
-    if (sampling.top_p < 1.0f && kept.top > -kInf) {
-      const MassItem<T> mass(row.logits, row.vocab, kept.kth > -kInf ? order(kept.kth) : 0, kept);
-      const uint64_t limit = nucleus_limit(sampling.top_p, mass.total(team));
-      kept.kth = most(kept.kth, unorder(threshold(team, row.vocab, mass, limit, room.scratch)));
-    }
+    kept.kth = nucleus_cut(team, row, kept, sampling.top_p, room);
   }
   const auto keeps = [&](float z) { return !filters || kept(z); };
   list_best(team, groups, op.k, !sampling.noisy(), room, list, [&](int32_t u, float (&value)[2]) {

@@ -1,0 +1,118 @@
+// Verification of a drafted chain by one thread.
+#pragma once
+
+#include "../core/chain.h"
+#include "nucleus.h"
+
+namespace beagle::cpu {
+
+template <class T>
+BEAGLE_FN Law law_of(const T* row, int64_t vocab, const RowSampling& sampling, float* room) {
+  Law law{0.0f, 1.0f, -kInf, -kInf, 0.0f, 0, 0};
+  const uint64_t key = top_key(row, 0, vocab, law.status);
+  if (key == 0) {
+    law.status |= kStatusNoFinite;
+    return law;
+  }
+  law.best = key_index(key), law.top = key_value(key);
+  if (!sampling.noisy()) return law;
+  const Part<T> part(row, 0, vocab, Stream(0, 0, 0, 0), sampling.temperature, room);
+  const Kept kept = kept_of(part, sampling);
+  law.scale2 = kept.scale, law.floor = kept.floor, law.cut = nucleus_cut(part, kept, sampling.top_p), law.scale = 1.0f;
+  // what lies further below the largest changes no bit of the sum
+  constexpr float kFar = -58.0f;
+  LaneSum sum;
+  alignas(64) float z[kGroup];
+  for (int64_t u = 0; u < part.count; ++u) {
+    if (law.log_ratio(part.tops[u]) < kFar) continue;
+    load_tile(row, part.first(u), vocab, z);
+    for (int j = 0; j < kGroup; ++j) z[j] = law.at(z[j]);
+    sum.add(z);
+  }
+  law.scale = float(1.0 / sum.total());
+  return law;
+}
+
+template <class T>
+struct Chain : ChainRow<T> {
+  float* room;
+  using Row = ChainRow<T>;
+  using Row::op, Row::p, Row::q;
+
+  // sum of max(w p_i - q_i, 0) where both are proper laws over the same vocabulary.
+  BEAGLE_FN double dense_surplus(int64_t i, float w) const {
+    alignas(64) float mine[kGroup], theirs[kGroup];
+    const Law law = p(i), other = q(i);
+    LaneSum sum;
+    for (int64_t c = 0; c < op.vocab; c += kGroup) {
+      load_tile(Row::target(i), c, op.vocab, mine);
+      load_tile(Row::draft(i), c, op.vocab, theirs);
+      for (int j = 0; j < kGroup; ++j) mine[j] = most(w * law.at(mine[j]) - other.at(theirs[j]), 0.0f);
+      sum.add(mine);
+    }
+    return sum.total();
+  }
+
+  // sum of max(w p_i - q_i, 0): w outside the draft's vocabulary, the difference inside.
+  BEAGLE_FN double surplus(int64_t i, double w) const {
+    if (Row::dense(i)) return dense_surplus(i, float(w));
+    double sum = w;
+    for (int64_t c = 0; c < op.draft_vocab; ++c) {
+      const double mine = w * double(p(i)(Row::target(i), op.token_ids ? op.token_ids[c] : c));
+      sum += most(mine - double(q(i)(Row::draft(i), c)), 0.0) - mine;
+    }
+    return most(sum, 0.0);
+  }
+
+  BEAGLE_FN int64_t accept_block(double& kept) const {
+    int64_t n = 0;
+    double w = 1.0;
+    for (int64_t i = 0; i < op.steps; ++i) {
+      w = Row::weight_after(i, w);
+      if (Row::block_passes(i, w, i + 1 < op.steps ? surplus(i + 1, w) : 0.0)) n = i + 1, kept = w;
+    }
+    return n;
+  }
+
+  // argmax of log max(w p_n - q_n, 0) + g, or of log p_n + g where minus is false; 0 if nothing is left.
+  BEAGLE_FN uint64_t draw(int64_t n, float w, bool minus) const {
+    const Law& law = p(n);
+    const float most_likely = law.scale * w;
+    if (!(most_likely > kNoRest)) return 0;
+    Part<T> part(Row::target(n), 0, op.vocab, Row::residual_noise(n), 1.0f, room);
+    part.draw();
+    const float base = log_of(most_likely) + 1e-5f;
+    for (int64_t u = 0; u < part.count; ++u) {
+      const bool none = part.tops[u] == -kInf || part.tops[u] < law.cut;
+      part.bound[u] = none ? -kInf : value_bound(base + law.log_ratio(part.tops[u]) / kLog2E, 1.0f, part.noise[u]);
+    }
+    for (int64_t u = part.count; u < part.padded; ++u) part.bound[u] = -kInf;
+    uint64_t best = 0;
+    const auto least = [&]() BEAGLE_INLINED { return best ? key_value(best) : -kInf; };
+    search(part.frontier(), least, [&](int64_t u) BEAGLE_INLINED {
+      alignas(64) float z[kGroup], value[kGroup];
+      load_tile(part.row, part.first(u), part.end, z);
+      for (int j = 0; j < kGroup; ++j) value[j] = base + law.log_ratio(z[j]) / kLog2E;
+      look_into(value, 1.0f, part.stream, uint32_t(u), least, [&](int j, float noise) BEAGLE_INLINED {
+        const float rest = Row::rest(n, w, minus, part.first(u) + j, z[j]);
+        if (rest > kNoRest) best = most(best, make_key(log_of(rest) + noise, uint32_t(part.first(u) + j)));
+      });
+    });
+    return best;
+  }
+
+  BEAGLE_FN void run() const {
+    const bool good = Row::sound();
+    double w = 1.0;
+    const int64_t n = !good ? 0 : op.block ? accept_block(w) : Row::accept_tokens();
+    int64_t next = p(n).best;
+    if (p(n).scale > 0.0f) {
+      uint64_t key = draw(n, float(w), good && n < op.steps);
+      if (key == 0) key = draw(n, 1.0f, false);
+      if (key != 0) next = key_index(key);
+    }
+    Row::write(n, next, good);
+  }
+};
+
+}  // namespace beagle::cpu

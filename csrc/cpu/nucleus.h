@@ -1,0 +1,171 @@
+// The noisy choice of a row that is filtered, in two reads of its logits: maxima, then the sums of top-p.
+#pragma once
+
+#include "search.h"
+
+namespace beagle::cpu {
+
+// The k-th largest of values, which lose their order; and values sorted, the largest first. Not compiled for an
+// instruction set.
+float kth_largest(float* values, int64_t count, int64_t k);
+void sort_down(float* values, int64_t count);
+
+// The logits of at least `low`, into part.survivors; how many, or -1 if there is no room for them.
+template <class T>
+BEAGLE_FN int64_t survivors(const Part<T>& part, float low) {
+  int64_t found = 0;
+  alignas(64) float z[kGroup];
+  for (int64_t u = 0; u < part.count; ++u) {
+    if (part.tops[u] < low) continue;
+    if (found > kSurvivors - kGroup) return -1;
+    load_tile(part.row, part.first(u), part.end, z);
+    for (int j = 0; j < kGroup; ++j) {
+      part.survivors[found] = z[j];
+      found += z[j] >= low;
+    }
+  }
+  return found;
+}
+
+// The k-th largest logit of the whole row, from the groups whose maximum reaches the k-th largest maximum.
+template <class T>
+BEAGLE_FN float kth_logit(const Part<T>& part, int64_t k) {
+  if (k <= part.count) {
+    for (int64_t u = 0; u < part.count; ++u) part.bound[u] = part.tops[u];
+    const float low = kth_largest(part.bound, part.count, k);
+    const int64_t found = survivors(part, low);
+    if (found >= k) return kth_largest(part.survivors, found, k);
+  }
+  Thread team;
+  Scratch scratch;
+  return unorder(threshold(team, part.end, CountItem<T>{part.row, part.end}, uint64_t(k), scratch));
+}
+
+// What top-k and min-p keep of the row.
+template <class T>
+BEAGLE_FN Kept kept_of(const Part<T>& part, const RowSampling& sampling) {
+  Kept kept(sampling, part.top());
+  if (sampling.top_k > 0 && sampling.top_k < part.end && kept.top > -kInf) kept.kth = kth_logit(part, sampling.top_k);
+  return kept;
+}
+
+using Counts = uint32_t __attribute__((vector_size(4 * kLanes), may_alias));
+using Pairs = uint64_t __attribute__((vector_size(4 * kLanes), may_alias));
+constexpr int kVectors = kGroup / kLanes;
+
+struct Sums {
+  Pairs total = Pairs{}, above = Pairs{};
+  static BEAGLE_FN uint64_t of(const Pairs& pairs) {
+    uint64_t sum = 0;
+    for (int l = 0; l < kLanes / 2; ++l) sum += pairs[l];
+    return sum;
+  }
+  // Adds 64 logits' masses to the total, and to `above` those of logits above `rung`; lanes(v, z) gives the v-th 16.
+  template <bool kTopK, class Load>
+  BEAGLE_FN void add(const Kept& kept, float rung, const Load& lanes) {
+    // a mass is below 2^30, so four fit in 32 bits; pairs of lanes then become 64
+    const auto halves = [](const Counts& x) BEAGLE_INLINED { return (Pairs(x) & 0xffffffffu) + (Pairs(x) >> 32); };
+    Counts all = Counts{}, over = Counts{};
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Reals z;
+      lanes(v, z);
+      Marks whole;
+      const Reals d = at_least(z - kept.top, kept.far), p = exp2_parts(d, Reals{} + kept.scale, 0x1p30f, whole);
+      Counts mass = Counts(__builtin_convertvector(p, Marks)) >> Counts(-whole);
+      if (kTopK) mass &= Counts(z >= kept.kth);
+      all += mass;
+      over += mass & Counts(z > rung);
+    }
+    total += halves(all), above += halves(over);
+  }
+  // The same of every group that `takes(its largest)`.
+  template <bool kTopK, class T, class Takes>
+  BEAGLE_FN void add_those(const Part<T>& part, const Kept& kept, float rung, const Takes& takes) {
+    // an infinite logit has to be tidied
+    const int64_t whole = kept.top < kMax ? part.end / kGroup : 0;
+    for (int64_t u = 0; u < whole; ++u) {
+      if (!takes(part.tops[u])) continue;
+      const T* row = part.row + u * kGroup;
+      add<kTopK>(kept, rung, [&](int v, Reals& z) BEAGLE_INLINED { load_lanes(row + v * kLanes, z); });
+    }
+    for (int64_t u = whole; u < part.count; ++u) {
+      if (!takes(part.tops[u])) continue;
+      alignas(64) float tile[kGroup];
+      load_tile(part.row, part.first(u), part.end, tile);
+      add<kTopK>(kept, rung, [&](int v, Reals& z) BEAGLE_INLINED { z = lanes_at(tile + v * kLanes); });
+    }
+  }
+  // The groups whose largest logit lies in [low, high).
+  template <class T>
+  BEAGLE_FN void add_groups(const Part<T>& part, const Kept& kept, float rung, float low, float high) {
+    const auto takes = [&](float top) BEAGLE_INLINED { return top >= low && top < high; };
+    if (kept.kth > -kInf) add_those<true>(part, kept, rung, takes);
+    else add_those<false>(part, kept, rung, takes);
+  }
+};
+
+// Key of the best z + T g among what the filters keep of a row, 0 if there is none; part is the whole of it.
+//
+// Whatever top-p keeps, its choice is on this chain: the best of all, the best of those with a larger logit, the best of
+// those with a still larger one, ... The first that top-p keeps is it; to know that it is kept, the mass above it and a part
+// of the whole mass may be enough.
+template <class T>
+BEAGLE_FN uint64_t choose_filtered(Part<T>& part, const RowSampling& sampling) {
+  const Kept kept = kept_of(part, sampling);
+  float logit = -kInf;
+  uint64_t key = part.choose(-kInf, kept.kth, kept, logit);
+  if (!(sampling.top_p < 1.0f)) return key;
+  Sums whole;
+  float seen = kInf;  // whole has the groups from here on
+  for (; key != 0; key = part.choose(logit, kept.kth, kept, logit)) {
+    Sums sums;
+    sums.add_groups(part, kept, logit, logit, kInf);
+    const uint64_t above = Sums::of(sums.above);
+    if (seen > logit) whole = sums, seen = logit;
+    while (above >= nucleus_limit(sampling.top_p, Sums::of(whole.total)) && seen > kept.top + kept.far) {
+      const float low = most(seen - 8.0f / kept.scale, kept.top + kept.far);
+      whole.add_groups(part, kept, kInf, low, seen), seen = low;
+    }
+    if (above < nucleus_limit(sampling.top_p, Sums::of(whole.total))) return key;
+  }
+  return 0;
+}
+
+// The mass of the whole row.
+template <class T>
+BEAGLE_FN uint64_t total_mass(const Part<T>& part, const Kept& kept) {
+  Sums sums;
+  sums.add_groups(part, kept, kInf, kept.top + kept.far, kInf);
+  return Sums::of(sums.total);
+}
+
+// The least logit that top-k and top-p keep of a row.
+template <class T>
+BEAGLE_FN float nucleus_cut(const Part<T>& part, const Kept& kept, float top_p) {
+  if (!(top_p < 1.0f) || kept.top == -kInf) return kept.kth;
+  // less than 1 - top_p of the mass can lie in tokens that have no V-th part of that each
+  const float far = log_of(most(1.0f - top_p, 1e-7f) / float(part.end)) * kLog2E / kept.scale;
+  const int64_t found = survivors(part, most(kept.kth, kept.top + far - 1e-3f * (1.0f - far)));
+  if (found > 0) {
+    const uint64_t limit = nucleus_limit(top_p, total_mass(part, kept));
+    sort_down(part.survivors, found);
+    uint64_t above = 0;
+    for (int64_t i = 0; i < found; ++i) {
+      // the mass of equal ones is not above them
+      int64_t same = i;
+      uint64_t mass = 0;
+      while (same < found && part.survivors[same] == part.survivors[i]) mass += kept.mass(part.survivors[same++]);
+      above += mass;
+      if (above >= limit) return part.survivors[i];
+      i = same - 1;
+    }
+    return part.survivors[found - 1];
+  }
+  Thread team;
+  Scratch scratch;
+  const MassItem<T> mass(part.row, part.end, order(kept.kth), kept);
+  return most(kept.kth, unorder(threshold(team, part.end, mass, nucleus_limit(top_p, mass.total(team)), scratch)));
+}
+
+}  // namespace beagle::cpu

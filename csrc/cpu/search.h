@@ -1,0 +1,146 @@
+// Perturbed choices in one row of logits: groups of 64 tokens in the order of what each may reach at most, so that nearly
+// all of them need no noise but a bound of their largest.
+#pragma once
+
+#include "../core/filters.h"
+#include "scan.h"
+
+namespace beagle::cpu {
+
+// Bounds of the noise of `count` groups from `first`, an even one, on; written up to the next multiple of 16.
+BEAGLE_FN void noise_bounds(const Stream& stream, int64_t first, int64_t count, float* noise) {
+  constexpr int kPairs = kLanes;
+  const Stream of_groups = stream.of_groups();
+  for (int64_t u = 0; u < count; u += 2 * kPairs) {
+    alignas(64) uint32_t pair[kPairs], x[4][kPairs], word[2 * kPairs];
+    for (int p = 0; p < kPairs; ++p) pair[p] = uint32_t((first + u) / 2 + p);
+    philox(of_groups, pair, x);
+    for (int p = 0; p < kPairs; ++p) word[2 * p] = x[0][p], word[2 * p + 1] = x[2][p];
+    const int groups = int(least<int64_t>((count - u + kLanes - 1) / kLanes, 2)) * kLanes;
+    for (int l = 0; l < groups; ++l) noise[u + l] = noise_bound(word[l]);
+  }
+}
+
+// Bounds of groups that have not been looked into, with their numbers.
+struct Frontier {
+  float* bound;
+  int32_t* group;
+  int64_t count;
+
+  // Numbers the groups from 0 on, and makes the count a multiple of 16.
+  BEAGLE_FN void start() {
+    for (int64_t u = 0; u < count; ++u) group[u] = int32_t(u);
+    pad();
+  }
+  BEAGLE_FN void pad() {
+    for (; count % kLanes != 0; ++count) bound[count] = -kInf;
+  }
+  // Leaves those that reach `low`.
+  BEAGLE_FN void keep(float low) {
+    int64_t kept = 0;
+    for (int64_t u = 0; u < count; u += kLanes) {
+      const Reals x = lanes_at(bound + u);
+      for (uint32_t bits = bits_of(x >= low & x > -kInf); bits; bits &= bits - 1) {
+        const int64_t at = u + __builtin_ctz(bits);
+        bound[kept] = bound[at], group[kept++] = group[at];
+      }
+    }
+    count = kept;
+    pad();
+  }
+};
+
+// Looks into the groups whose bound is at least `least()`, the highest bound first, until none is left.
+template <class Least, class Look>
+BEAGLE_FN void search(Frontier frontier, const Least& least, const Look& look) {
+  constexpr int kBetween = 8;  // looks, before those that are left are gathered again
+  frontier.start();
+  for (int looks = 0; frontier.count > 0; ++looks) {
+    const int64_t at = index_of_largest(frontier.bound, frontier.count);
+    if (frontier.bound[at] == -kInf || frontier.bound[at] < least()) return;
+    frontier.bound[at] = -kInf;
+    BEAGLE_COUNT(kLooks, 1);
+    look(int64_t(frontier.group[at]));
+    if (looks % kBetween == 0) frontier.keep(least());
+  }
+}
+
+// Calls offer(j, noise) for the members of a group whose `value` (what they have without noise) may reach `least()`.
+template <class Least, class Offer>
+BEAGLE_FN void look_into(const float (&value)[kGroup], float scale, const Stream& stream, uint32_t group, const Least& least,
+                         const Offer& offer) {
+  constexpr int kQuads = kGroup / 4;
+  alignas(64) uint32_t quad[kQuads], x[4][kQuads], word[kGroup];
+  alignas(64) float reach[kGroup];
+  for (int q = 0; q < kQuads; ++q) quad[q] = group * kQuads + uint32_t(q);
+  philox(stream, quad, x);
+  for (int q = 0; q < kQuads; ++q)
+    for (int w = 0; w < 4; ++w) word[4 * q + w] = x[w][q];
+  const Group drawn(stream, group);
+  offer(int(drawn.holder % kGroup), -log_of(drawn.least));
+  for (int j = 0; j < kGroup; ++j) reach[j] = value_bound(value[j], scale, noise_bound(word[j]) - kLogGroup);
+  reach[drawn.holder % kGroup] = -kInf;
+  for_lanes(reach, least(), [&](int j) BEAGLE_INLINED { offer(j, -log_of(drawn.least + exponential(word[j]))); });
+}
+
+// Floats of room that a row of so many tokens needs.
+constexpr int64_t kSurvivors = 4096;
+constexpr int64_t room_for(int64_t tokens) { return 4 * ((tokens / kGroup + kLanes) / kLanes * kLanes) + kSurvivors; }
+
+// Part [begin, end) of a row that is sampled at T > 0; begin lies at an even group.
+template <class T>
+struct Part {
+  const T* row;
+  int64_t begin, end, count, padded;
+  Stream stream;
+  float temperature;
+  float *tops, *noise, *bound, *survivors;
+  int32_t* number;
+  int32_t status = 0;
+
+  BEAGLE_FN Part(const T* row, int64_t begin, int64_t end, const Stream& stream, float temperature, float* room)
+      : row(row), begin(begin), end(end), count((end - begin + kGroup - 1) / kGroup),
+        padded((count + kLanes - 1) / kLanes * kLanes), stream(stream), temperature(temperature), tops(room),
+        noise(tops + padded), bound(noise + padded), survivors(bound + 2 * padded),
+        number(reinterpret_cast<int32_t*>(bound + padded)) {
+    if (group_tops(row, begin, end, tops)) status = kStatusNan;
+    for (int64_t u = count; u < padded; ++u) tops[u] = -kInf;
+  }
+  // Draws what bounds the groups' noise: before anything is chosen.
+  BEAGLE_FN void draw() { noise_bounds(stream, begin / kGroup, count, noise); }
+  BEAGLE_FN float top() const { return largest(tops, padded); }
+  BEAGLE_FN Frontier frontier() const { return {bound, number, padded}; }
+  BEAGLE_FN int64_t first(int64_t u) const { return begin + u * kGroup; }
+
+  // Bounds of the groups with a logit above `low` and of at least `kth`.
+  BEAGLE_FN void set_bounds(float low, float kth) {
+    for (int64_t u = 0; u < padded; ++u) {
+      const float reach = value_bound(tops[u], temperature, noise[u]);
+      bound[u] = tops[u] > low && tops[u] >= kth ? reach : -kInf;
+    }
+  }
+
+  // Key of the best z + T g among the logits above `low` that `keeps` takes, 0 if there is none; `logit` is its z.
+  template <class Keeps>
+  BEAGLE_FN uint64_t choose(float low, float kth, const Keeps& keeps, float& logit) {
+    set_bounds(low, kth);
+    uint64_t best = 0;
+    const auto least = [&]() BEAGLE_INLINED { return best ? key_value(best) : -kInf; };
+    search(frontier(), least, [&](int64_t u) BEAGLE_INLINED {
+      alignas(64) float z[kGroup];
+      load_tile(row, first(u), end, z);
+      look_into(z, temperature, stream, uint32_t(first(u) / kGroup), least, [&](int j, float noise) BEAGLE_INLINED {
+        if (!(z[j] > low && keeps(z[j]))) return;
+        const uint64_t key = make_key(z[j] + temperature * noise, uint32_t(first(u) + j));
+        if (key > best) best = key, logit = z[j];
+      });
+    });
+    return best;
+  }
+};
+
+struct All {
+  BEAGLE_FN bool operator()(float) const { return true; }
+};
+
+}  // namespace beagle::cpu
