@@ -2,6 +2,7 @@
 // in the emulator, which must give the same; sanitize.sh builds and runs it.
 #include "sanitize.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <thread>
 
@@ -142,22 +143,30 @@ void trees(int threads, bool blocks, bool many) {
   }
 }
 
-void chains(int threads, bool blocks) {
-  const int64_t batch = 1 + below(4), steps = below(5), vocab = 5 + below(600), reduced = 1 + below(int(vocab));
-  const auto target = logits(batch * (steps + 1) * vocab, 0), draft = logits(batch * steps * reduced, 0);
+void chains(int threads, bool blocks, bool many) {
+  const int32_t dtype = below(3);
+  const int64_t batch = 1 + below(4), steps = many ? 64 + below(9) : below(5);
+  const int64_t vocab = 5 + below(blocks && !many ? 20000 : 600), chunks = (vocab + kChunk / 4 - 1) / (kChunk / 4);
+  const bool all = below(2);
+  const int64_t reduced = all ? vocab : 1 + below(int(vocab));
+  auto target = logits(batch * (steps + 1) * vocab, dtype), draft = logits(batch * steps * reduced, dtype);
+  // a chain's rows alike enough for some tokens to be accepted
+  if (all && below(2)) for (int64_t b = 0; b < batch; ++b) {
+    const size_t item = target.size() / size_t(batch * (steps + 1) * vocab), row = size_t(steps * vocab) * item;
+    std::copy_n(target.begin() + b * (steps + 1) * vocab * int64_t(item), row, draft.begin() + size_t(b) * row);
+  }
   std::vector<int64_t> ids, drafted;
-  for (int64_t i = 0; i < reduced; ++i) ids.push_back(i);
-  for (int64_t i = 0; i < batch * steps; ++i) drafted.push_back(below(30) ? below(int(reduced)) : below(2000) - 1000);
+  for (int64_t i = 0, id = vocab - reduced ? below(int(vocab - reduced)) : 0; i < reduced; ++i) ids.push_back(id + i);
+  for (int64_t i = 0; i < batch * steps; ++i) drafted.push_back(below(90) ? ids[size_t(below(int(reduced)))] : below(2000) - 1000);
   const SamplingData sampling(batch);
   std::vector<Law> laws(size_t(batch * (2 * steps + 1)));
-  const int64_t chunks = 1;
-  std::vector<float> groups(laws.size() * chunks * kGroupRoom);
-  std::vector<int64_t> parts(laws.size() * chunks * kPartWords);
+  std::vector<float> groups(laws.size() * size_t(chunks * kGroupRoom));
+  std::vector<int64_t> parts(laws.size() * size_t(chunks * kPartWords));
   Outcome host(batch, steps + 1), block = host;
   for (const bool by_block : {false, true}) {
-    VerifyChain op{target.data(), draft.data(), 0, batch, steps, vocab, reduced, (steps + 1) * vocab, vocab,
+    VerifyChain op{target.data(), draft.data(), dtype, batch, steps, vocab, reduced, (steps + 1) * vocab, vocab,
                    steps * reduced, reduced, drafted.data(), sampling.positions.data(), sampling.pointers(), by_block,
-                   ids.data(), laws.data(), groups.data(), parts.data(), chunks, host.verdict()};
+                   all ? nullptr : ids.data(), laws.data(), groups.data(), parts.data(), chunks, host.verdict()};
     cpu::verify_chain(op, threads);
     op.verdict = block.verdict();
     if (blocks) cuda::verify_chain(op, nullptr), host.check("verify_chain", block);
@@ -230,7 +239,7 @@ int main(int, char** arguments) {
     for (const int threads : {1, 3}) {
       // many: more candidates and steps than a block takes at once
       const bool blocks = threads == 1 && round % 5 == 0, many = round % 10 == 5;
-      choices(threads, blocks), trees(threads, blocks, many), chains(threads, blocks), caches(threads, blocks, many);
+      choices(threads, blocks), trees(threads, blocks, many), chains(threads, blocks, many), caches(threads, blocks, many);
     }
     for (int i = 0; i < 4; ++i) attention(1), attention(3);
     linears(1), linears(3);
