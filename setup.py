@@ -23,7 +23,7 @@ CSRC = ROOT / "csrc"
 DEFAULT_ARCHS = "80;90a"
 INSTRUCTION_SETS = {
     "avx2": "-mavx2 -mfma",
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
+    "avx512": "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
 """Of x86-64: what is IN_SETS is compiled for each besides the baseline, and one is chosen at run time."""
 IN_SETS = ("rows", "products")
