@@ -157,7 +157,9 @@ void chains(int threads, bool blocks, bool many) {
   }
   std::vector<int64_t> ids, drafted;
   for (int64_t i = 0, id = vocab - reduced ? below(int(vocab - reduced)) : 0; i < reduced; ++i) ids.push_back(id + i);
-  for (int64_t i = 0; i < batch * steps; ++i) drafted.push_back(below(90) ? ids[size_t(below(int(reduced)))] : below(2000) - 1000);
+  for (int64_t i = 0; i < batch * steps; ++i) {
+    drafted.push_back(below(90) ? ids[size_t(below(int(reduced)))] : below(2000) - 1000);
+  }
   const SamplingData sampling(batch);
   std::vector<Law> laws(size_t(batch * (2 * steps + 1)));
   std::vector<float> groups(laws.size() * size_t(chunks * kGroupRoom));

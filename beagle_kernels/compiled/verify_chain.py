@@ -6,7 +6,20 @@ import torch
 from torch import Tensor
 
 from ..accept_tree import empty_verdict
-from ..extension import _C, DTYPES, address, addresses, allow, chunks_of, compiled, contiguous, dense, executor, flat, group_room
+from ..extension import (
+    _C,
+    DTYPES,
+    address,
+    addresses,
+    allow,
+    chunks_of,
+    compiled,
+    contiguous,
+    dense,
+    executor,
+    flat,
+    group_room,
+)
 
 
 @compiled("verify_chain")

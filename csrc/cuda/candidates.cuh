@@ -59,8 +59,8 @@ struct List {
 
 // The values z + T g of a group's columns 2 lane and 2 lane + 1, less 2 T where `kept` does not take z; by a warp.
 template <class T, class Keeps>
-__device__ __forceinline__ void perturbed(const Row<T>& row, const Columns& columns, const Stream& stream, float temperature,
-                                          const Keeps& keeps, int32_t group, float (&value)[2]) {
+__device__ __forceinline__ void perturbed(const Row<T>& row, const Columns& columns, const Stream& stream,
+                                          float temperature, const Keeps& keeps, int32_t group, float (&value)[2]) {
   const int32_t column = group * kGroup + 2 * int32_t(threadIdx.x % 32);
   BEAGLE_UNROLL
   for (int i = 0; i < 2; ++i) {

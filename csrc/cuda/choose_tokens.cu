@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) choose_rows(const ChooseTokens
   uint64_t key = 0;
   if (sampling.noisy()) {
     const Groups groups(op.groups, row, op.chunks, chunk_threads(op.vocab, op.chunks));
-    key = choose_noisy(team, Row<T>(logits_of<T>(op, row), op.vocab), sampling, stream_of(op, row), groups, room);
+    const Row<T> logits(logits_of<T>(op, row), op.vocab);
+    key = choose_noisy(team, logits, sampling, stream_of(op, row), groups, room);
   }
   if (team.rank() != 0) return;
   int32_t status = 0;

@@ -28,7 +28,8 @@ struct Sums {
 
 // Calls body(z, top) for the row's logits, four at a time, of the groups whose largest logit, `top`, `wants` takes.
 template <class T, class Wants, class Body>
-__device__ __forceinline__ void each_four(const Row<T>& row, const Groups& groups, const Wants& wants, const Body& body) {
+__device__ __forceinline__ void each_four(const Row<T>& row, const Groups& groups, const Wants& wants,
+                                          const Body& body) {
   constexpr int kPer = Row<T>::kPer, kBatch = 4;
   for (int32_t j = int32_t(threadIdx.x); j < row.last; j += kBatch * kRowThreads) {
     float top[kBatch];
@@ -81,7 +82,8 @@ __device__ float nucleus_cut(RowBlock& team, const Row<T>& row, const Kept& kept
 
 // The row's largest logit and what top-k and min-p keep of it.
 template <class T>
-__device__ Kept kept_of(RowBlock& team, const Row<T>& row, const Groups& groups, const RowSampling& sampling, Room& room) {
+__device__ Kept kept_of(RowBlock& team, const Row<T>& row, const Groups& groups, const RowSampling& sampling,
+                        Room& room) {
   float top = -kInf;
   for (int32_t u = team.rank(); u < groups.count; u += kRowThreads) top = most(top, groups.tops[u]);
   Kept kept(sampling, unorder(uint32_t(team.max(uint64_t(order(top))))));

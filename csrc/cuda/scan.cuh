@@ -1,5 +1,5 @@
-// The first read of rows: a block takes a chunk, of as many tokens as 32 a thread, and leaves the chunk's best key where
-// the row is greedy, else what its groups may reach.
+// The first read of rows: a block takes a chunk, 32 tokens a thread, and leaves the chunk's best key where the row is
+// greedy, else what its groups may reach.
 #pragma once
 
 #include "vectors.cuh"
@@ -20,7 +20,8 @@ struct Groups {
   float *bounds, *tops;
   int32_t count;
   __device__ Groups(float* groups, int64_t row, int64_t chunks, unsigned threads)
-      : bounds(groups + row * chunks * threads), tops(bounds + chunks * (threads / 2)), count(int32_t(chunks * (threads / 2))) {}
+      : bounds(groups + row * chunks * threads), tops(bounds + chunks * (threads / 2)),
+        count(int32_t(chunks * (threads / 2))) {}
 };
 
 // The largest noise of groups 2 pair and 2 pair + 1.
@@ -92,7 +93,7 @@ __device__ __forceinline__ void scan_chunk(const T* logits, int64_t vocab, float
   const int32_t threads = int32_t(blockDim.x), begin = int32_t(blockIdx.x) * threads * 32, rank = int32_t(threadIdx.x);
   uint4 raw[Row<T>::kVectors];
   load_chunk(row, begin, raw);
-  const bool noisy = temperature > 0.0f, draws = noisy && rank < threads / 4;
+  const bool noisy = temperature > 0.0f, draws = noisy && threadIdx.x < blockDim.x / 4;
   float noise[2] = {};
   // drawn while the logits are on their way
   if (draws) pair_noise(stream(), uint32_t(begin / (2 * kGroup) + rank), noise);

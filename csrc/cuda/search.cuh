@@ -7,7 +7,8 @@
 
 namespace beagle::cuda {
 
-constexpr int kRowThreads = 384, kRowWarps = kRowThreads / 32;
+// of two blocks so large each thread has the 96 registers that the sums of top-p take
+constexpr int kRowThreads = 320, kRowWarps = kRowThreads / 32;
 using RowBlock = BlockOf<kRowThreads>;
 
 constexpr int kSurvivors = 2048;
@@ -62,8 +63,8 @@ __device__ uint64_t search(Room& room, const Groups& groups, const Counts& count
   while (true) {
     const uint64_t next = warp_max(mine);
     uint64_t leader = 0;
-    if (threadIdx.x % 32 == 0) leader = most<uint64_t>(found, atomicMax(&room.best, static_cast<unsigned long long>(found)));
-    leader = __shfl_sync(~0u, leader, 0);
+    if (threadIdx.x % 32 == 0) leader = atomicMax(&room.best, static_cast<unsigned long long>(found));
+    leader = most(__shfl_sync(~0u, leader, 0), found);
     if (next == 0 || (leader != 0 && key_value(next) < key_value(leader))) break;
     BEAGLE_COUNT(kLooks, threadIdx.x % 32 == 0);
     found = look(key_index(next));
@@ -99,7 +100,8 @@ template <class T>
 __device__ float kth_logit(RowBlock& team, const Row<T>& row, const Groups& groups, int32_t k, Room& room) {
   float low = -kInf;
   if (k <= groups.count) {
-    low = unorder(threshold(team, groups.count, CountItem<float>{groups.tops, groups.count}, uint64_t(k), room.scratch));
+    const CountItem<float> tops{groups.tops, groups.count};
+    low = unorder(threshold(team, groups.count, tops, uint64_t(k), room.scratch));
   }
   if (low > -kInf) {
     if (team.rank() == 0) room.count = 0;

@@ -1,5 +1,5 @@
-// Two launches: a block for each chunk of each row notes what its groups may reach, and at T = 0 its log-sum-exp; then a
-// block for each row lists the best.
+// Two launches: a block for each chunk of each row notes what its groups may reach, and at T = 0 its log-sum-exp; then
+// a block for each row lists the best.
 #include "candidates.cuh"
 #include "executor.h"
 #include "nucleus.cuh"
@@ -70,7 +70,7 @@ __device__ float log_sum(RowBlock& team, const TopCandidates& op, int64_t row, b
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads) rank_rows(const TopCandidates op) {
+__global__ void __launch_bounds__(kRowThreads, 2) rank_rows(const TopCandidates op) {
   __shared__ uint64_t slots[2][kRowWarps];
   __shared__ Room room;
   __shared__ List list;

@@ -83,8 +83,8 @@ struct Row {
     for (int n = 0; n < N; ++n) raw[n] = join(raw[n], start[j + n * stride + 1]);
   }
 
-  // Vectors j, j + stride, ... of those that `wants` takes; the others, and what is beyond the row, are -inf. A vector of
-  // the row that cannot be read whole is NaN.
+  // Vectors j, j + stride, ... of those that `wants` takes; the others, and what is beyond the row, are -inf. A vector
+  // of the row that cannot be read whole is NaN.
   template <int N, class Wants>
   __device__ __forceinline__ void load(int32_t j, int32_t stride, uint4 (&raw)[N], const Wants& wants) const {
     bool whole[N];
@@ -165,29 +165,29 @@ __device__ bool retake_top(const Row<T>& row, int32_t group, float& top) {
 template <class T>
 __device__ __forceinline__ bool store_tops(const Row<T>& row, int32_t begin, const uint4 (&raw)[Row<T>::kVectors],
                                            float* tops) {
-  constexpr int kVectors = Row<T>::kVectors, kLanes = Row<T>::kLanes;
-  const int32_t per_step = int32_t(blockDim.x) / kLanes, mine = int32_t(threadIdx.x) / kLanes;
-  float top[kVectors];
+  constexpr unsigned kVectors = Row<T>::kVectors, kLanes = Row<T>::kLanes;
+  const unsigned per_step = blockDim.x / kLanes, lane = threadIdx.x % 32;
+  float top[kVectors], *place = tops + threadIdx.x / kLanes;
   group_tops<T>(raw, top);
   bool strange = false;
   BEAGLE_UNROLL
-  for (int n = 0; n < kVectors; ++n) {
+  for (unsigned n = 0; n < kVectors; ++n, place += per_step) {
     top[n] = top[n] > kMax ? kMax : top[n];
     strange |= top[n] != top[n];
-    if (threadIdx.x % kLanes == 0) tops[n * per_step + mine] = top[n];
+    if (lane % kLanes == 0) *place = top[n];
   }
   if (!__any_sync(~0u, strange)) return false;
   __syncwarp();
   bool nan = false;
-  const int32_t own = int32_t(threadIdx.x) / 32 * (32 / kLanes);
-  for (int n = 0; n < kVectors; ++n) {
-    for (int32_t u = n * per_step + own; u < n * per_step + own + 32 / kLanes; ++u) {
+  const unsigned own = threadIdx.x / 32 * (32 / kLanes);
+  for (unsigned n = 0; n < kVectors; ++n) {
+    for (unsigned u = n * per_step + own; u < n * per_step + own + 32 / kLanes; ++u) {
       const float before = tops[u];
       if (before == before) continue;
       float taken;
-      nan |= retake_top(row, begin / kGroup + u, taken);
+      nan |= retake_top(row, begin / kGroup + int32_t(u), taken);
       __syncwarp();
-      if (threadIdx.x % 32 == 0) tops[u] = taken;
+      if (lane == 0) tops[u] = taken;
     }
   }
   return nan;

@@ -98,7 +98,9 @@ __global__ void __launch_bounds__(kRowThreads, 2) make_laws(const VerifyChain op
       // what lies further below the largest changes no bit of the sum
       constexpr float kFar = -58.0f;
       each_four(row, groups, [&](float top) { return top >= law.cut && law.log_ratio(top) >= kFar; },
-                [&](const float* z, float) { sum += double(law.at(z[0]) + law.at(z[1]) + (law.at(z[2]) + law.at(z[3]))); });
+                [&](const float* z, float) {
+                  sum += double(law.at(z[0]) + law.at(z[1]) + (law.at(z[2]) + law.at(z[3])));
+                });
       sum = team.sum(sum);
     } else {
       law.scale2 = Kept(sampling, law.top).scale;
@@ -151,10 +153,12 @@ __global__ void __launch_bounds__(kThreads) sum_surplus(const VerifyChain op) {
   for (int64_t s = team.rank(); s < op.steps; s += kThreads) bad |= !chain.sound(s);
   if (team.any(bad)) return;
   double w = 1.0;
-  each_drafted(chain, nullptr, i, [&](int64_t, const Drafted& drafted) { w = next_weight(w, drafted.p, drafted.q); });
+  each_drafted(chain, nullptr, i,
+               [&](int64_t, const Drafted& drafted) { w = next_weight(w, drafted.p, drafted.q); });
   const T *target = chain.target(i), *draft = chain.draft(i);
   const Law law = chain.p(i), other = chain.q(i);
-  const int64_t tokens = 32 * chunk_threads(most(op.vocab, op.draft_vocab), op.chunks), begin = int64_t(blockIdx.x) * tokens;
+  const int64_t tokens = 32 * chunk_threads(most(op.vocab, op.draft_vocab), op.chunks);
+  const int64_t begin = int64_t(blockIdx.x) * tokens;
   double sum = 0.0;
   if (chain.dense(i)) {
     const float weight = float(w);
@@ -209,7 +213,7 @@ __device__ uint64_t draw(const ChainRow<T>& chain, int64_t n, float w, bool minu
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads) verify_rows(const VerifyChain op) {
+__global__ void __launch_bounds__(kRowThreads, 2) verify_rows(const VerifyChain op) {
   __shared__ uint64_t slots[2][kRowWarps];
   __shared__ Room room;
   RowBlock team{slots};
@@ -235,8 +239,11 @@ __global__ void __launch_bounds__(kRowThreads) verify_rows(const VerifyChain op)
   }
   int64_t next = chain.p(n).best;
   if (chain.p(n).scale > 0.0f) {
-    uint64_t key = draw(chain, n, float(kept), good && n < op.steps, room);
-    if (key == 0) key = draw(chain, n, 1.0f, false, room);
+    uint64_t key = 0;
+    // where nothing is left, from p alone
+    for (int again = 0; key == 0 && again < 2; ++again) {
+      key = draw(chain, n, again ? 1.0f : float(kept), !again && good && n < op.steps, room);
+    }
     if (key != 0) next = key_index(key);
   }
   if (team.rank() == 0) chain.write(n, next, good);
