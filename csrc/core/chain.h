@@ -7,15 +7,16 @@ namespace beagle {
 
 // softmax(filtered(z) / T) of one row, or the point mass on `best`.
 struct Law {
-  float top, scale2, cut, floor;  // largest logit, log2(e) / T; kept: z >= cut, and log2 of its ratio to top's >= floor
-  float scale;                     // 1 / sum of exp((z - top) / T) over what is kept; 0: point mass
+  float top, scale2, far;  // largest logit; log2(e) / T; -125 over that
+  float cut, floor;        // kept is z >= cut, if log2 of its probability over the largest is at least floor
+  float scale;             // 1 / sum of exp((z - top) / T) over what is kept; 0: point mass
   uint32_t best;
   int32_t status;
   BEAGLE_FN float log_ratio(float z) const { return (z - top) * scale2; }
   BEAGLE_FN float at(float z) const {
     // a product, for a choice would become a branch and keep the loop from being vectorised
     const float d = z - top, kept = z >= cut ? scale : 0.0f;
-    return exp2_of(most(d, -125.0f / scale2), scale2) * (d * scale2 >= floor ? kept : 0.0f);
+    return exp2_of(most(d, far), scale2) * (d * scale2 >= floor ? kept : 0.0f);
   }
   template <class T>
   BEAGLE_FN float operator()(const T* row, int64_t token) const {

@@ -149,9 +149,6 @@ BEAGLE_FN float token_noise(const Stream& s, uint32_t token) {
   return Group(s, token / kGroup).noise(token, philox_word(s, token));
 }
 
-// What a value computed from a group's largest noise is raised by, so that rounding of its members' cannot exceed it.
-constexpr float kSlack = 1e-6f;
-
 // No noise of a group, or of a token, of which `word` decides exceeds this (of a token: less log 64): -log(e / 64) <=
 // -log(v / 64), and log2(1 + m) >= m + 0.2787 m (1 - m). What may be the best lies within a hundredth or two of it.
 BEAGLE_FN float noise_bound(uint32_t word) {
@@ -163,10 +160,9 @@ BEAGLE_FN float noise_bound(uint32_t word) {
 }
 constexpr float kLogGroup = 4.1588831f;
 
-// No value z + scale * noise exceeds this where z is at most `top` and the noise at most `noise`.
-BEAGLE_FN float value_bound(float top, float scale, float noise) {
-  const float spread = scale * noise, size = (top < 0.0f ? -top : top) + (spread < 0.0f ? -spread : spread);
-  return top > -kInf ? top + spread + kSlack * size : -kInf;
+// A bound below this cannot reach z + T g = `value`, whatever rounding adds near it.
+BEAGLE_FN float reach_of(float value, float temperature) {
+  return value - 2e-6f * ((value < 0.0f ? -value : value) + 64.0f * temperature);
 }
 
 BEAGLE_FN double coin(uint64_t seed, int64_t position, uint32_t purpose, int64_t round) {

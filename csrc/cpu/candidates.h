@@ -41,9 +41,8 @@ BEAGLE_FN float log_sum(const T* row, int64_t vocab, const float* tops, float to
   alignas(64) float z[kGroup];
   for (int64_t i = 0; i < vocab; i += kGroup) {
     if (tops[i / kGroup] < top - kFar) continue;
-    load_tile(row, i, vocab, z);
-    for (int j = 0; j < kGroup; ++j) z[j] = exp_of(z[j] - top);
-    sum.add(z);
+    load_finite(row, i, vocab, top, z);
+    for (int v = 0; v < kGroup; v += kLanes) sum.add(exp2_of(at_least(lanes_at(z + v) - top, -86.0f), kLog2E));
   }
   return top + log_of(float(sum.total()));
 }
@@ -96,7 +95,7 @@ struct Columns {
     for (int j = 0; j < kGroup; ++j) quad[j] = uint32_t(ids[begin + beagle::least(j, have - 1)]) / 4;
     philox(stream, quad, x);
     for (int j = 0; j < kGroup; ++j) word[j] = j < have ? x[ids[begin + j] % 4][j] : 0;
-    for (int j = 0; j < kGroup; ++j) reach[j] = value_bound(value[j], scale, noise_bound(word[j]) - kLogGroup);
+    for (int j = 0; j < kGroup; ++j) reach[j] = value[j] + (noise_bound(word[j]) - kLogGroup) * scale;
     for (int j = 0; j < have;) {
       const int64_t group = ids[begin + j] / kGroup;
       const Group drawn(stream, uint32_t(group));
@@ -114,6 +113,8 @@ BEAGLE_FN void rank_noisy(const TopCandidates& op, const T* row, const RowSampli
                           float* room) {
   const float t = sampling.temperature;
   Part<T> part(row, 0, op.vocab, stream, t, room);
+  if (op.token_ids) part.read();
+  else part.read_and_draw();
   Kept kept(sampling, part.top());
   if (sampling.filters(op.vocab)) {
     kept = kept_of(part, sampling);
@@ -124,20 +125,19 @@ BEAGLE_FN void rank_noisy(const TopCandidates& op, const T* row, const RowSampli
     float* noise = room + room_for(op.vocab);
     noise_bounds(stream, 0, columns.groups, noise);
     for (int64_t u = 0; u < part.count; ++u) part.noise[u] = columns.bound_of(noise, part.first(u));
-  } else {
-    part.draw();
+    for (int64_t u = part.count; u < part.padded; ++u) part.noise[u] = 0.0f;
   }
   part.set_bounds(-kInf, -kInf);
-  const auto least = [&]() BEAGLE_INLINED { return best.least_value(); };
+  const auto least = [&]() BEAGLE_INLINED { return reach_of(best.least_value(), t); };
   search(part.frontier(), least, [&](int64_t u) BEAGLE_INLINED {
     alignas(64) float z[kGroup];
-    load_tile(row, part.first(u), part.end, z);
+    load_group(row, part.first(u), part.end, z);
     const auto offer = [&](int j, float noise) BEAGLE_INLINED {
-      const float value = z[j] + t * noise;
-      if (z[j] > -kInf) best.offer(make_key(kept(z[j]) ? value : value - 2.0f * t, uint32_t(part.first(u) + j)));
+      const float x = tidy(z[j]), noisy = x + t * noise;
+      if (x > -kInf) best.offer(make_key(kept(x) ? noisy : noisy - 2.0f * t, uint32_t(part.first(u) + j)));
     };
     if (op.token_ids) columns.look_into(z, t, stream, part.first(u), least, offer);
-    else look_into(z, t, stream, uint32_t(u), least, offer);
+    else look_into(z, t, stream, uint32_t(u), part.noise[u], least, offer);
   });
 }
 

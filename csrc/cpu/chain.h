@@ -6,28 +6,37 @@
 
 namespace beagle::cpu {
 
+// Probabilities of 16 logits under a law that is no point mass.
+BEAGLE_FN Reals probability(const Law& law, const Reals& z) {
+  const Reals d = z - law.top, p = exp2_of(at_least(d, law.far), law.scale2) * law.scale;
+  return Reals(Marks(p) & (z >= law.cut) & (d * law.scale2 >= law.floor));
+}
+
 template <class T>
 BEAGLE_FN Law law_of(const T* row, int64_t vocab, const RowSampling& sampling, float* room) {
-  Law law{0.0f, 1.0f, -kInf, -kInf, 0.0f, 0, 0};
-  const uint64_t key = top_key(row, 0, vocab, law.status);
-  if (key == 0) {
+  Law law{0.0f, 1.0f, 0.0f, -kInf, -kInf, 0.0f, 0, 0};
+  Part<T> part(row, 0, vocab, Stream(0, 0, 0, 0), sampling.temperature, room);
+  part.read();
+  law.status = part.status, law.top = part.top();
+  if (law.top == -kInf) {
     law.status |= kStatusNoFinite;
     return law;
   }
-  law.best = key_index(key), law.top = key_value(key);
+  int64_t u = 0;
+  while (part.tops[u] != law.top) ++u;
+  law.best = key_index(scan_key(row, part.first(u), least(part.first(u) + kGroup, vocab), law.status));
   if (!sampling.noisy()) return law;
-  const Part<T> part(row, 0, vocab, Stream(0, 0, 0, 0), sampling.temperature, room);
   const Kept kept = kept_of(part, sampling);
-  law.scale2 = kept.scale, law.floor = kept.floor, law.cut = nucleus_cut(part, kept, sampling.top_p), law.scale = 1.0f;
+  law.scale2 = kept.scale, law.far = -125.0f / kept.scale;
+  law.floor = kept.floor, law.cut = nucleus_cut(part, kept, sampling.top_p), law.scale = 1.0f;
   // what lies further below the largest changes no bit of the sum
-  constexpr float kFar = -58.0f;
+  const float low = law.top - 58.0f / kept.scale;
   LaneSum sum;
   alignas(64) float z[kGroup];
-  for (int64_t u = 0; u < part.count; ++u) {
-    if (law.log_ratio(part.tops[u]) < kFar) continue;
-    load_tile(row, part.first(u), vocab, z);
-    for (int j = 0; j < kGroup; ++j) z[j] = law.at(z[j]);
-    sum.add(z);
+  for (u = 0; u < part.count; ++u) {
+    if (part.tops[u] < low) continue;
+    load_finite(row, part.first(u), vocab, law.top, z);
+    for (int v = 0; v < kGroup; v += kLanes) sum.add(probability(law, lanes_at(z + v)));
   }
   law.scale = float(1.0 / sum.total());
   return law;
@@ -45,10 +54,12 @@ struct Chain : ChainRow<T> {
     const Law law = p(i), other = q(i);
     LaneSum sum;
     for (int64_t c = 0; c < op.vocab; c += kGroup) {
-      load_tile(Row::target(i), c, op.vocab, mine);
-      load_tile(Row::draft(i), c, op.vocab, theirs);
-      for (int j = 0; j < kGroup; ++j) mine[j] = most(w * law.at(mine[j]) - other.at(theirs[j]), 0.0f);
-      sum.add(mine);
+      load_finite(Row::target(i), c, op.vocab, law.top, mine);
+      load_finite(Row::draft(i), c, op.vocab, other.top, theirs);
+      for (int v = 0; v < kGroup; v += kLanes) {
+        const Reals rest = probability(law, lanes_at(mine + v)) * w - probability(other, lanes_at(theirs + v));
+        sum.add(at_least(rest, 0.0f));
+      }
     }
     return sum.total();
   }
@@ -80,20 +91,20 @@ struct Chain : ChainRow<T> {
     const float most_likely = law.scale * w;
     if (!(most_likely > kNoRest)) return 0;
     Part<T> part(Row::target(n), 0, op.vocab, Row::residual_noise(n), 1.0f, room);
-    part.draw();
+    part.read_and_draw();
     const float base = log_of(most_likely) + 1e-5f;
     for (int64_t u = 0; u < part.count; ++u) {
       const bool none = part.tops[u] == -kInf || part.tops[u] < law.cut;
-      part.bound[u] = none ? -kInf : value_bound(base + law.log_ratio(part.tops[u]) / kLog2E, 1.0f, part.noise[u]);
+      part.bound[u] = none ? -kInf : base + law.log_ratio(part.tops[u]) / kLog2E + part.noise[u];
     }
     for (int64_t u = part.count; u < part.padded; ++u) part.bound[u] = -kInf;
     uint64_t best = 0;
-    const auto least = [&]() BEAGLE_INLINED { return best ? key_value(best) : -kInf; };
+    const auto least = [&]() BEAGLE_INLINED { return best ? reach_of(key_value(best), 1.0f) : -kInf; };
     search(part.frontier(), least, [&](int64_t u) BEAGLE_INLINED {
       alignas(64) float z[kGroup], value[kGroup];
       load_tile(part.row, part.first(u), part.end, z);
       for (int j = 0; j < kGroup; ++j) value[j] = base + law.log_ratio(z[j]) / kLog2E;
-      look_into(value, 1.0f, part.stream, uint32_t(u), least, [&](int j, float noise) BEAGLE_INLINED {
+      look_into(value, 1.0f, part.stream, uint32_t(u), part.noise[u], least, [&](int j, float noise) BEAGLE_INLINED {
         const float rest = Row::rest(n, w, minus, part.first(u) + j, z[j]);
         if (rest > kNoRest) best = most(best, make_key(log_of(rest) + noise, uint32_t(part.first(u) + j)));
       });

@@ -9,22 +9,31 @@
 namespace beagle::cpu::BEAGLE_ISA {
 namespace {
 
+// On its own, as the compiler then keeps more of either way in registers.
+template <class T>
+__attribute__((noinline)) uint64_t choose_row_filtered(const T* row, int64_t vocab, const RowSampling& sampling,
+                                                       const Stream& stream, int32_t& status, float* room) {
+  Part<T> part(row, 0, vocab, stream, sampling.temperature, room);
+  part.read_and_draw();
+  status |= part.status;
+  return choose_filtered(part, sampling);
+}
+
 template <class T>
 uint64_t choose(const void* logits, int64_t vocab, int64_t chunk, int64_t chunks, const RowSampling& sampling,
                 const Stream& stream, int32_t& status, float* room) {
   const T* row = static_cast<const T*>(logits);
-  const bool filters = sampling.filters(vocab);
-  if (filters && chunk > 0) return 0;
+  if (sampling.filters(vocab)) return chunk > 0 ? 0 : choose_row_filtered(row, vocab, sampling, stream, status, room);
   constexpr int64_t kPair = 2 * kGroup;
-  const int64_t tokens = filters ? vocab : ((vocab + chunks - 1) / chunks + kPair - 1) / kPair * kPair;
+  const int64_t tokens = ((vocab + chunks - 1) / chunks + kPair - 1) / kPair * kPair;
   const int64_t begin = chunk * tokens, end = least(begin + tokens, vocab);
   if (begin >= end) return 0;
   if (!sampling.noisy()) return top_key(row, begin, end, status);
   Part<T> part(row, begin, end, stream, sampling.temperature, room);
-  part.draw();
+  part.read_and_draw();
   status |= part.status;
   float logit;
-  return filters ? choose_filtered(part, sampling) : part.choose(-kInf, -kInf, All{}, logit);
+  return part.choose(-kInf, -kInf, All{}, logit);
 }
 
 template <class T>

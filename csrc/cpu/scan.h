@@ -21,12 +21,30 @@ BEAGLE_FN void load_lanes(const Half* p, Reals& z) {
   z = reinterpret_cast<Reals>(reinterpret_cast<Marks>(magnitude) | (special & 0x7f800000) | (bits & 0x8000) << 16);
 }
 
-// x, or `low` where x is below it or no number.
-BEAGLE_FN Reals at_least(const Reals& x, float low) {
+// The larger of the two; y where x is no number.
+BEAGLE_FN Reals larger(const Reals& x, const Reals& y) {
 #if defined(__AVX512F__)
-  return Reals(_mm512_max_ps(__m512(x), _mm512_set1_ps(low)));
+  return Reals(_mm512_max_ps(__m512(x), __m512(y)));
 #else
-  return x > low ? x : Reals{} + low;
+  return x > y ? x : y;
+#endif
+}
+BEAGLE_FN Reals at_least(const Reals& x, float low) { return larger(x, Reals{} + low); }
+
+// 2^(d scale) for d scale from -125 to 0.
+BEAGLE_FN Reals exp2_of(const Reals& d, float scale) {
+  Marks whole;
+  const Reals p = exp2_parts(d, Reals{} + scale, 1.0f, whole);
+  return Reals(Marks(p) + (whole << 23));
+}
+
+BEAGLE_FN float largest_lane(const Reals& x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(__m512(x));
+#else
+  float top = x[0];
+  for (int l = 1; l < kLanes; ++l) top = most(top, x[l]);
+  return top;
 #endif
 }
 
@@ -43,6 +61,28 @@ BEAGLE_FN uint32_t bits_of(const Marks& marks) {
   for (int l = 0; l < kLanes; ++l) bits |= uint32_t(marks[l] & 1) << l;
   return bits;
 #endif
+}
+
+// 64 logits from i, -inf from end on; NaN and +inf stay what they are, but for the last few.
+template <class T>
+BEAGLE_FN void load_group(const T* row, int64_t i, int64_t end, float (&z)[kGroup]) {
+  if (i + kGroup > end) {
+    load_tile(row, i, end, z);
+    return;
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kGroup; v += kLanes) {
+    Reals x;
+    load_lanes(row + i + v, x);
+    *reinterpret_cast<Reals*>(z + v) = x;
+  }
+}
+
+// 64 logits of a row whose largest is `top`, tidied where an infinite one is about; NaN may stay.
+template <class T>
+BEAGLE_FN void load_finite(const T* row, int64_t i, int64_t end, float top, float (&z)[kGroup]) {
+  if (top < kMax) load_group(row, i, end, z);
+  else load_tile(row, i, end, z);
 }
 
 // Key of the largest logit in [begin, end) by a plain scan.
@@ -108,35 +148,48 @@ BEAGLE_FN void fold_tops(Reals* m, std::integer_sequence<int, kLane...> lanes) {
     const Reals a = __builtin_shuffle(m[j], m[j + kRun], Marks{source<kLanes, kRun>(kLane, false)...});
     const Reals b = __builtin_shuffle(m[j], m[j + kRun], Marks{source<kLanes, kRun>(kLane, true)...});
 #endif
-    m[j] = a > b ? a : b;
+    m[j] = larger(a, b);
   }
   if constexpr (kRun > 1) fold_tops<kRun>(m, lanes);
 }
 
+// Whether a lane of any vector seen was NaN: of two at a time where one instruction compares them.
+struct Nans {
+#if defined(__AVX512F__)
+  uint32_t lanes = 0;
+  BEAGLE_FN void see(const Reals& x, const Reals& y) { lanes |= _mm512_cmp_ps_mask(__m512(x), __m512(y), _CMP_UNORD_Q); }
+  BEAGLE_FN bool any() const { return lanes != 0; }
+#else
+  Marks lanes = Marks{};
+  BEAGLE_FN void see(const Reals& x, const Reals& y) { lanes |= (x != x) | (y != y); }
+  BEAGLE_FN bool any() const { return bits_of(lanes) != 0; }
+#endif
+};
+
 // The largest tidied logit of each group of 64 in [begin, end); whether a logit was NaN.
 template <class T>
 BEAGLE_FN bool group_tops(const T* row, int64_t begin, int64_t end, float* tops) {
-  constexpr int kVectors = kGroup / kLanes;
-  Marks nan = Marks{};
+  Nans nans;
   int64_t i = begin;
   for (; i + kLanes * kGroup <= end; tops += kLanes) {
     Reals m[kLanes];
 #pragma GCC unroll 16
-    for (int g = 0; g < kLanes; ++g) {
+    for (int g = 0; g < kLanes; ++g, i += kGroup) {
+      Reals z[4];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        load_lanes(row + i + v * kLanes, z[v]);
+        __builtin_prefetch(row + i + v * kLanes + kLanes * kGroup, 0, 0);
+      }
+      nans.see(z[0], z[1]), nans.see(z[2], z[3]);
       m[g] = Reals{} - kInf;
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v, i += kLanes) {
-        Reals z;
-        load_lanes(row + i, z);
-        __builtin_prefetch(row + i + kLanes * kGroup, 0, 0);
-        nan |= z != z;
-        m[g] = z > m[g] ? z : m[g];
-      }
+      for (int v = 0; v < 4; ++v) m[g] = larger(z[v], m[g]);
     }
     fold_tops(m, std::make_integer_sequence<int, kLanes>());
     *reinterpret_cast<Reals*>(tops) = m[0] > kMax ? Reals{} + kMax : m[0];
   }
-  bool bad = bits_of(nan) != 0;
+  bool bad = nans.any();
   alignas(64) float z[kGroup];
   for (; i < end; i += kGroup) {
     bad |= load_tile(row, i, end, z);
@@ -150,34 +203,22 @@ BEAGLE_FN const Reals& lanes_at(const float* p) { return *reinterpret_cast<const
 // The largest of `count` values, a multiple of 16 above 0.
 BEAGLE_FN float largest(const float* value, int64_t count) {
   Reals best = Reals{} - kInf;
-  for (int64_t i = 0; i < count; i += kLanes) best = lanes_at(value + i) > best ? lanes_at(value + i) : best;
-  float top = best[0];
-  for (int l = 1; l < kLanes; ++l) top = most(top, best[l]);
-  return top;
+  for (int64_t i = 0; i < count; i += kLanes) best = larger(lanes_at(value + i), best);
+  return largest_lane(best);
 }
 
 // Index of one of the largest of `count` values, a multiple of 16 above 0.
 BEAGLE_FN int64_t index_of_largest(const float* value, int64_t count) {
-  constexpr int kTurns = 4;  // independent chains of comparisons
-  Reals best[kTurns];
-  Marks where[kTurns];
-  for (int t = 0; t < kTurns; ++t) best[t] = Reals{} - kInf, where[t] = Marks{};
-  const auto take = [&](int t, int32_t i) BEAGLE_INLINED {
+  Reals best = lanes_at(value);
+  Marks where = Marks{};
+  for (int32_t i = kLanes; i < count; i += kLanes) {
     const Reals x = lanes_at(value + i);
-    where[t] = x > best[t] ? Marks{} + i : where[t];
-    best[t] = x > best[t] ? x : best[t];
-  };
-  int32_t i = 0;
-  for (; i + kTurns * kLanes <= count; i += kTurns * kLanes)
-    for (int t = 0; t < kTurns; ++t) take(t, i + t * kLanes);
-  for (; i < count; i += kLanes) take(0, i);
-  for (int t = 1; t < kTurns; ++t) {
-    where[0] = best[t] > best[0] ? where[t] : where[0];
-    best[0] = best[t] > best[0] ? best[t] : best[0];
+    where = x > best ? Marks{} + i : where;
+    best = x > best ? x : best;
   }
-  int lane = 0;
-  for (int l = 1; l < kLanes; ++l) lane = best[0][l] > best[0][lane] ? l : lane;
-  return where[0][lane] + lane;
+  const uint32_t lanes = bits_of(best == largest_lane(best));
+  const int lane = lanes ? __builtin_ctz(lanes) : 0;
+  return where[lane] + lane;
 }
 
 // Calls each(j) for the values that are at least `low` and above -inf.
@@ -194,9 +235,9 @@ struct LaneSum {
   Reals lanes = Reals{};
   double whole = 0.0;
   int vectors = 0;
-  BEAGLE_FN void add(const float (&value)[kGroup]) {
-    for (int v = 0; v < kGroup; v += kLanes) lanes += lanes_at(value + v);
-    if (++vectors == 16) flush();
+  BEAGLE_FN void add(const Reals& value) {
+    lanes += value;
+    if (++vectors == 64) flush();
   }
   BEAGLE_FN void flush() {
     for (int l = 0; l < kLanes; ++l) whole += double(lanes[l]);

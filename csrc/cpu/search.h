@@ -53,32 +53,44 @@ struct Frontier {
 // Looks into the groups whose bound is at least `least()`, the highest bound first, until none is left.
 template <class Least, class Look>
 BEAGLE_FN void search(Frontier frontier, const Least& least, const Look& look) {
-  constexpr int kBetween = 8;  // looks, before those that are left are gathered again
+  constexpr int64_t kShort = 2 * kLanes;  // not worth gathering again
   frontier.start();
-  for (int looks = 0; frontier.count > 0; ++looks) {
+  for (float kept = -kInf; frontier.count > 0;) {
     const int64_t at = index_of_largest(frontier.bound, frontier.count);
     if (frontier.bound[at] == -kInf || frontier.bound[at] < least()) return;
     frontier.bound[at] = -kInf;
     BEAGLE_COUNT(kLooks, 1);
     look(int64_t(frontier.group[at]));
-    if (looks % kBetween == 0) frontier.keep(least());
+    if (frontier.count > kShort && least() > kept) kept = least(), frontier.keep(kept);
   }
 }
 
-// Calls offer(j, noise) for the members of a group whose `value` (what they have without noise) may reach `least()`.
+// Calls offer(j, noise) for the members of a group whose `value` (what they have without noise) may reach `least()`; one
+// that is NaN reaches nothing. The group's noise is at most `roof`.
 template <class Least, class Offer>
-BEAGLE_FN void look_into(const float (&value)[kGroup], float scale, const Stream& stream, uint32_t group, const Least& least,
-                         const Offer& offer) {
-  constexpr int kQuads = kGroup / 4;
+BEAGLE_FN void look_into(const float (&value)[kGroup], float scale, const Stream& stream, uint32_t group, float roof,
+                         const Least& least, const Offer& offer) {
+  constexpr int kQuads = kGroup / 4, kFew = 3;
+  const Group drawn(stream, group);
+  const float low = least();
+  uint64_t near = 0;
+  for (int v = 0; v < kGroup; v += kLanes) near |= uint64_t(bits_of(lanes_at(value + v) + scale * roof >= low)) << v;
+  if (__builtin_popcountll(near) <= kFew) {
+    for (; near; near &= near - 1) {
+      const int j = __builtin_ctzll(near);
+      const uint32_t token = group * kGroup + uint32_t(j);
+      offer(j, drawn.noise(token, philox_word(stream, token)));
+    }
+    return;
+  }
   alignas(64) uint32_t quad[kQuads], x[4][kQuads], word[kGroup];
   alignas(64) float reach[kGroup];
   for (int q = 0; q < kQuads; ++q) quad[q] = group * kQuads + uint32_t(q);
   philox(stream, quad, x);
   for (int q = 0; q < kQuads; ++q)
     for (int w = 0; w < 4; ++w) word[4 * q + w] = x[w][q];
-  const Group drawn(stream, group);
   offer(int(drawn.holder % kGroup), -log_of(drawn.least));
-  for (int j = 0; j < kGroup; ++j) reach[j] = value_bound(value[j], scale, noise_bound(word[j]) - kLogGroup);
+  for (int j = 0; j < kGroup; ++j) reach[j] = value[j] + (noise_bound(word[j]) - kLogGroup) * scale;
   reach[drawn.holder % kGroup] = -kInf;
   for_lanes(reach, least(), [&](int j) BEAGLE_INLINED { offer(j, -log_of(drawn.least + exponential(word[j]))); });
 }
@@ -103,11 +115,19 @@ struct Part {
         padded((count + kLanes - 1) / kLanes * kLanes), stream(stream), temperature(temperature), tops(room),
         noise(tops + padded), bound(noise + padded), survivors(bound + 2 * padded),
         number(reinterpret_cast<int32_t*>(bound + padded)) {
-    if (group_tops(row, begin, end, tops)) status = kStatusNan;
     for (int64_t u = count; u < padded; ++u) tops[u] = -kInf;
   }
-  // Draws what bounds the groups' noise: before anything is chosen.
-  BEAGLE_FN void draw() { noise_bounds(stream, begin / kGroup, count, noise); }
+  BEAGLE_FN void read() {
+    if (group_tops(row, begin, end, tops)) status = kStatusNan;
+  }
+  // The same, and what bounds the groups' noise: by turns, so that one computes while the other waits for memory.
+  BEAGLE_FN void read_and_draw() {
+    constexpr int64_t kTurn = 2 * kLanes;
+    for (int64_t u = 0; u < count; u += kTurn) {
+      noise_bounds(stream, begin / kGroup + u, least(kTurn, count - u), noise + u);
+      if (group_tops(row, first(u), least(first(u + kTurn), end), tops + u)) status = kStatusNan;
+    }
+  }
   BEAGLE_FN float top() const { return largest(tops, padded); }
   BEAGLE_FN Frontier frontier() const { return {bound, number, padded}; }
   BEAGLE_FN int64_t first(int64_t u) const { return begin + u * kGroup; }
@@ -115,7 +135,7 @@ struct Part {
   // Bounds of the groups with a logit above `low` and of at least `kth`.
   BEAGLE_FN void set_bounds(float low, float kth) {
     for (int64_t u = 0; u < padded; ++u) {
-      const float reach = value_bound(tops[u], temperature, noise[u]);
+      const float reach = tops[u] + temperature * noise[u];
       bound[u] = tops[u] > low && tops[u] >= kth ? reach : -kInf;
     }
   }
@@ -125,14 +145,15 @@ struct Part {
   BEAGLE_FN uint64_t choose(float low, float kth, const Keeps& keeps, float& logit) {
     set_bounds(low, kth);
     uint64_t best = 0;
-    const auto least = [&]() BEAGLE_INLINED { return best ? key_value(best) : -kInf; };
+    const auto least = [&]() BEAGLE_INLINED { return best ? reach_of(key_value(best), temperature) : -kInf; };
     search(frontier(), least, [&](int64_t u) BEAGLE_INLINED {
       alignas(64) float z[kGroup];
-      load_tile(row, first(u), end, z);
-      look_into(z, temperature, stream, uint32_t(first(u) / kGroup), least, [&](int j, float noise) BEAGLE_INLINED {
-        if (!(z[j] > low && keeps(z[j]))) return;
-        const uint64_t key = make_key(z[j] + temperature * noise, uint32_t(first(u) + j));
-        if (key > best) best = key, logit = z[j];
+      load_group(row, first(u), end, z);
+      look_into(z, temperature, stream, uint32_t(first(u) / kGroup), noise[u], least, [&](int j, float g) BEAGLE_INLINED {
+        const float x = tidy(z[j]);
+        if (!(x > low && keeps(x))) return;
+        const uint64_t key = make_key(x + temperature * g, uint32_t(first(u) + j));
+        if (key > best) best = key, logit = x;
       });
     });
     return best;
