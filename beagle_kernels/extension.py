@@ -106,9 +106,10 @@ def chunks_of(rows: int, vocab: int, device: torch.device) -> int:
     return 1 if rows >= threads or vocab < LONG_ROW else min(-(-threads // max(rows, 1)), vocab // (LONG_ROW // 2))
 
 
-def group_room(logits: Tensor, chunks: int) -> Tensor | None:
-    """What the CUDA executor notes of each group of 64 tokens of so many chunks, in all."""
-    return logits.new_empty(chunks * _C.chunk // 32, dtype=torch.float32) if logits.is_cuda else None
+def group_room(logits: Tensor, rows: int, chunks: int) -> Tensor | None:
+    """Where the CUDA executor notes what it knows of each group of 64 tokens of so many rows of so many chunks."""
+    floats = rows * (chunks * _C.chunk // 32 + 2 * _C.row_words)
+    return logits.new_empty(floats, dtype=torch.float32) if logits.is_cuda else None
 
 
 def allow(op: str, name: str, value: int, most: int, device: torch.device) -> None:

@@ -14,7 +14,7 @@ using namespace beagle;
 
 namespace {
 
-constexpr int64_t kGroupRoom = kChunk / 32;  // floats of a chunk
+constexpr int64_t group_room(int64_t chunks) { return chunks * (kChunk / 32) + 2 * kRowWords; }
 
 // Rows of logits that start at z, which is aligned as its dtype is.
 struct Rows {
@@ -32,7 +32,7 @@ void choose(const Rows& in, const SamplingData& sampling, int32_t k, int64_t chu
     if (block && !blocks) continue;
     std::vector<uint64_t> keys(size_t(rows * chunks)), kept(size_t(block ? 0 : rows * k));
     std::vector<int32_t> flags(size_t(rows * chunks));
-    std::vector<float> sums(size_t(rows * chunks * 2)), groups(size_t(rows * chunks * kGroupRoom));
+    std::vector<float> sums(size_t(rows * chunks * 2)), groups(size_t(rows * group_room(chunks)));
     tokens[block].assign(size_t(rows), 0), status[block].assign(size_t(rows), 0);
     best[block].assign(size_t(rows * k), 0), scores[block].assign(size_t(rows * k), 0);
     const ChooseTokens one{in.z, in.dtype, rows, in.vocab, in.stride, sampling.positions.data(), sampling.pointers(), 0,
@@ -65,7 +65,7 @@ void verify(const Rows& in, const Tree& tree, int64_t batch, const SamplingData&
   Outcome host(batch, tree.max_depth + 1), block = host;
   std::vector<uint64_t> keys(size_t(batch * tree.nodes * chunks));
   std::vector<int32_t> flags(keys.size());
-  std::vector<float> groups(keys.size() * kGroupRoom);
+  std::vector<float> groups(size_t(batch * tree.nodes * group_room(chunks)));
   VerifyTree op{in.z, in.dtype, batch, in.vocab, tree.nodes * in.stride, in.stride, tree, sampling.positions.data(),
                 sampling.pointers(), keys.data(), flags.data(), groups.data(), chunks, host.verdict()};
   cpu::verify_tree(op, threads);
@@ -162,7 +162,7 @@ void chains(int threads, bool blocks, bool many) {
   }
   const SamplingData sampling(batch);
   std::vector<Law> laws(size_t(batch * (2 * steps + 1)));
-  std::vector<float> groups(laws.size() * size_t(chunks * kGroupRoom));
+  std::vector<float> groups(laws.size() * size_t(group_room(chunks)));
   std::vector<int64_t> parts(laws.size() * size_t(chunks * kPartWords));
   Outcome host(batch, steps + 1), block = host;
   for (const bool by_block : {false, true}) {

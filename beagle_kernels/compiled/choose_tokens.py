@@ -27,7 +27,7 @@ def choose_tokens(
         return tokens, status
     chunks = chunks_of(rows, vocab, logits.device)
     keys, flags = positions.new_empty(rows * chunks), status.new_empty(rows * chunks)
-    groups = group_room(logits, rows * chunks)
+    groups = group_room(logits, rows, chunks)
     kept, settings = flat(seed, temperature, top_k, top_p, min_p)
     with executor(logits.device) as (module, where):
         module.choose_tokens(

@@ -47,7 +47,7 @@ def verify_chain(
     if target.is_cuda:
         rows = batch * (2 * steps + 1)
         chunks = chunks_of(rows, vocab, target.device)
-        groups, parts = group_room(target, rows * chunks), draft_tokens.new_empty(rows * chunks * _C.part_words)
+        groups, parts = group_room(target, rows, chunks), draft_tokens.new_empty(rows * chunks * _C.part_words)
     kept, (drafted, at, *settings) = flat(draft_tokens, positions, seed, temperature, top_k, top_p, min_p)
     strides = (*target.stride()[:2], *draft.stride()[:2])
     with executor(target.device) as (module, where):

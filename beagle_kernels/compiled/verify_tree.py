@@ -30,7 +30,7 @@ def verify_tree(
     chunks = chunks_of(batch * nodes, vocab, logits.device)
     # one workspace: the keys, then the flags
     rows = batch * nodes * chunks
-    keys, groups = tokens.new_empty(rows + (rows + 1) // 2), group_room(logits, rows)
+    keys, groups = tokens.new_empty(rows + (rows + 1) // 2), group_room(logits, batch * nodes, chunks)
     kept, (at, *given) = flat(positions, tokens, parents, depth, mask, size, seed, temperature, top_k, top_p, min_p)
     tree, settings = (*given[:5], nodes, mask.shape[2], max_depth), given[5:]
     with executor(logits.device) as (module, where):

@@ -17,6 +17,7 @@ namespace beagle {
 enum Dtype : int32_t { kFloat32, kFloat16, kBFloat16, kDtypes };
 constexpr int32_t kMaxNodes = 1024;  // of a tree
 constexpr int64_t kChunk = 8192;     // tokens of a row that one CUDA block takes
+constexpr int64_t kRowWords = 8;     // of 64 bits, that the CUDA blocks of a row share
 constexpr int64_t kPartWords = 4;    // that verify_chain notes of a chunk on CUDA
 constexpr int32_t kMaxK = 1024;      // candidates of a row, on CUDA
 constexpr int64_t kMaxRows = 65535;  // of a batch, where CUDA counts them in blockIdx.y or z
@@ -73,7 +74,7 @@ struct ChooseTokens {
   const int64_t* rounds;  // or null
   uint64_t* keys;         // workspace [rows, chunks]
   int32_t* flags;         // workspace [rows, chunks]
-  float* groups;          // workspace [rows, chunks, 256] for CUDA
+  float* groups;          // workspace [rows, 256 chunks + 2 kRowWords] for CUDA
   int64_t chunks;
   int64_t* tokens;
   int32_t* status;
@@ -91,7 +92,7 @@ struct TopCandidates {
   const int64_t* token_ids;  // or null
   uint64_t* keys;            // workspace [rows, chunks, k] for the host
   float* sums;               // workspace [rows, chunks, 2]
-  float* groups;             // workspace [rows, chunks, 256] for CUDA
+  float* groups;             // workspace [rows, 256 chunks + 2 kRowWords] for CUDA
   int64_t chunks;
   int64_t* tokens;
   float* scores;
@@ -133,7 +134,7 @@ struct VerifyTree {
   Sampling sampling;
   uint64_t* keys;  // workspace [batch, nodes, chunks]
   int32_t* flags;  // workspace [batch, nodes, chunks]
-  float* groups;   // workspace [batch, nodes, chunks, 256] for CUDA
+  float* groups;   // workspace [batch, nodes, 256 chunks + 2 kRowWords] for CUDA
   int64_t chunks;
   Verdict verdict;
   BEAGLE_FIELDS(logits, dtype, batch, vocab, stride_b, stride_n, tree, positions, sampling, keys, flags, groups,
@@ -151,7 +152,7 @@ struct VerifyChain {
   bool block;
   const int64_t* token_ids;  // or null
   void* laws;                // workspace [batch, 2 steps + 1] of Law
-  float* groups;             // workspace [batch, 2 steps + 1, chunks, 256] for CUDA
+  float* groups;             // workspace [batch, 2 steps + 1, 256 chunks + 2 kRowWords] for CUDA
   void* parts;               // workspace [batch, 2 steps + 1, chunks, kPartWords] of int64 for CUDA
   int64_t chunks;            // of a row, for CUDA
   Verdict verdict;

@@ -75,7 +75,7 @@ __device__ __forceinline__ void perturbed(const Row<T>& row, const Columns& colu
 
 // Lists the k best keys of the row, and some others, sorted. values(u, value): of group u, two a lane.
 template <class Values>
-__device__ void list_best(RowBlock& team, const Groups& groups, int32_t k, bool exact, Room& room, List& list,
+__device__ void list_best(RowBlock& team, const Groups& groups, int32_t k, float temperature, Room& room, List& list,
                           const Values& values) {
   float low = -kInf;
   if (k <= groups.count) {
@@ -84,7 +84,7 @@ __device__ void list_best(RowBlock& team, const Groups& groups, int32_t k, bool 
   }
   if (team.rank() == 0) list.count = 0, room.best = 0;
   team.sync();
-  if (!exact && low > -kInf) {
+  if (temperature > 0.0f && low > -kInf) {
     // the least of k groups' best values is at most the k-th best value
     const float highest = low;
     each_group(groups.count, [&](int32_t u) { return groups.bounds[u] >= highest; }, [&](int32_t u) {
@@ -96,13 +96,14 @@ __device__ void list_best(RowBlock& team, const Groups& groups, int32_t k, bool 
     team.sync();
     low = unorder(~uint32_t(room.best));
   }
+  float reach = reach_of(low, most(temperature, 0.0f));
   int32_t base = team.rank() / 32 * 32 - kRowThreads;
   uint32_t left = 0;
   while (true) {
     while (left == 0 && base + kRowThreads < groups.count) {
       base += kRowThreads;
       const int32_t u = base + team.rank() % 32;
-      left = __ballot_sync(~0u, u < groups.count && groups.bounds[u] > -kInf && groups.bounds[u] >= low);
+      left = __ballot_sync(~0u, u < groups.count && groups.bounds[u] > -kInf && !(groups.bounds[u] < reach));
     }
     if (!team.any(left != 0)) break;
     if (left) {
@@ -122,7 +123,7 @@ __device__ void list_best(RowBlock& team, const Groups& groups, int32_t k, bool 
     if (!full) continue;
     list.sort();
     if (team.rank() == 0) list.count = k;
-    low = key_value(list.keys[k - 1]);
+    low = key_value(list.keys[k - 1]), reach = reach_of(low, most(temperature, 0.0f));
     team.sync();
   }
   list.sort();

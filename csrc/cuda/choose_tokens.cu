@@ -1,4 +1,4 @@
-// Two launches: a block for each chunk of each row, then a block for each row.
+// Two launches: a block for each chunk of each row, then a block for each row, or some where there are few rows.
 #include "../core/sampling.h"
 #include "executor.h"
 #include "nucleus.cuh"
@@ -28,14 +28,16 @@ __global__ void __launch_bounds__(kRowThreads, 2) choose_rows(const ChooseTokens
   __shared__ uint64_t slots[2][kRowWarps];
   __shared__ Room room;
   RowBlock team{slots};
-  const int64_t row = blockIdx.x;
+  const int64_t row = blockIdx.y;
   const RowSampling sampling = op.sampling.at(row);
   wait_for_previous();
   uint64_t key = 0;
   if (sampling.noisy()) {
     const Groups groups(op.groups, row, op.chunks, chunk_threads(op.vocab, op.chunks));
     const Row<T> logits(logits_of<T>(op, row), op.vocab);
-    key = choose_noisy(team, logits, sampling, stream_of(op, row), groups, room);
+    if (!choose_noisy(team, logits, sampling, stream_of(op, row), groups, room, key)) return;
+  } else if (blockIdx.x > 0) {
+    return;
   }
   if (team.rank() != 0) return;
   int32_t status = 0;
@@ -52,14 +54,14 @@ void choose_tokens(const ChooseTokens& op, void* stream) {
     part.rows = least(op.rows - first, kMaxRows);
     part.logits = static_cast<const char*>(op.logits) + first * op.stride * (op.dtype == kFloat32 ? 4 : 2);
     part.positions += first, part.keys += first * op.chunks, part.flags += first * op.chunks;
-    part.groups += first * op.chunks * kThreads, part.tokens += first, part.status += first;
+    part.groups += first * (op.chunks * kThreads + 2 * kRowWords), part.tokens += first, part.status += first;
     part.rounds = op.rounds ? op.rounds + first : nullptr;
     part.sampling = {op.sampling.seed + first, op.sampling.temperature + first, op.sampling.top_k + first,
                      op.sampling.top_p + first, op.sampling.min_p + first};
     by_dtype(op.dtype, [&](auto* type) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       launch(scan_chunks<T>, dim3(op.chunks, part.rows), stream, part, chunk_threads(op.vocab, op.chunks));
-      launch_dependent(choose_rows<T>, part.rows, stream, part, kRowThreads);
+      launch_dependent(choose_rows<T>, dim3(row_splits(part.rows), part.rows), stream, part, kRowThreads);
     });
   }
 }

@@ -26,12 +26,14 @@ struct Sums {
   }
 };
 
-// Calls body(z, top) for the row's logits, four at a time, of the groups whose largest logit, `top`, `wants` takes.
+// Calls body(z, top) for the row's logits, four at a time, of the groups whose largest logit, `top`, `wants` takes; for
+// those of one of `splits` blocks.
 template <class T, class Wants, class Body>
-__device__ __forceinline__ void each_four(const Row<T>& row, const Groups& groups, const Wants& wants,
-                                          const Body& body) {
+__device__ __forceinline__ void each_four(const Row<T>& row, const Groups& groups, int32_t split, int32_t splits,
+                                          const Wants& wants, const Body& body) {
   constexpr int kPer = Row<T>::kPer, kBatch = 4;
-  for (int32_t j = int32_t(threadIdx.x); j < row.last; j += kBatch * kRowThreads) {
+  constexpr int32_t kStep = kBatch * kRowThreads;
+  for (int32_t j = split * kStep + int32_t(threadIdx.x); j < row.last; j += splits * kStep) {
     float top[kBatch];
     BEAGLE_UNROLL
     for (int n = 0; n < kBatch; ++n) {
@@ -50,25 +52,40 @@ __device__ __forceinline__ void each_four(const Row<T>& row, const Groups& group
     }
   }
   const int32_t odd = row.odd_token(int32_t(threadIdx.x));
-  if (odd >= row.vocab) return;
+  if (odd >= row.vocab || split > 0) return;
   const float z[4] = {tidy(row.at(odd)), -kInf, -kInf, -kInf};
   if (wants(z[0])) body(z, z[0]);
 }
 
-// Into the room: the total, and what is above each of the room's rungs.
+// Into the room: what is above each of its rungs, and the total. The blocks of a row add up theirs; false for all but
+// the last to come.
 template <class T>
-__device__ void sum_masses(RowBlock& team, const Row<T>& row, const Groups& groups, const Kept& kept, Room& room) {
+__device__ bool sum_masses(RowBlock& team, const Row<T>& row, const Groups& groups, const Kept& kept, int32_t splits,
+                           Room& room) {
   Sums sums;
-  each_four(row, groups, [&](float top) { return !kept.massless(top); },
+  each_four(row, groups, splits > 1 ? int32_t(blockIdx.x) : 0, splits, [&](float top) { return !kept.massless(top); },
             [&](const float* z, float top) { sums.add(z, kept, room.rungs, top > room.rungs[0]); });
   const uint64_t total = team.sum(sums.total);
-  if (team.rank() == 0) room.total = total;
+  if (team.rank() == 0) room.sums[kRungs] = total;
   BEAGLE_UNROLL
   for (int r = 0; r < kRungs; ++r) {
     const uint64_t above = team.sum(sums.above[r]);
-    if (team.rank() == 0) room.above[r] = above;
+    if (team.rank() == 0) room.sums[r] = above;
   }
   team.sync();
+  if (splits == 1) return true;
+  if (team.rank() <= kRungs) {
+    atomicAdd(&groups.words[team.rank()], static_cast<unsigned long long>(room.sums[team.rank()]));
+    fence();
+  }
+  team.sync();
+  bool last = false;
+  if (team.rank() == 0) last = int32_t(atomicAdd(&groups.words[kRungs + 1], 1ull)) + 1 == splits;
+  if (!team.any(last)) return false;
+  fence();
+  if (team.rank() <= kRungs) room.sums[team.rank()] = atomicAdd(&groups.words[team.rank()], 0ull);
+  team.sync();
+  return true;
 }
 
 // The least logit that top-k and then top-p keep.
@@ -92,36 +109,51 @@ __device__ Kept kept_of(RowBlock& team, const Row<T>& row, const Groups& groups,
   return kept;
 }
 
-// Key of the best z + T g among what the filters keep of a row, 0 if there is none.
+// Key of the best z + T g among what the filters keep of a row, 0 if there is none. By one or more blocks, which choose
+// alike and share the sums of top-p; false for all but one of them.
 template <class T>
-__device__ uint64_t choose_noisy(RowBlock& team, const Row<T>& row, const RowSampling& sampling, const Stream& stream,
-                                 const Groups& groups, Room& room) {
+__device__ bool choose_noisy(RowBlock& team, const Row<T>& row, const RowSampling& sampling, const Stream& stream,
+                             const Groups& groups, Room& room, uint64_t& key) {
+  const bool nucleus = sampling.top_p < 1.0f, first = blockIdx.x == 0;
+  key = 0;
+  if (!nucleus && !first) return false;
   const Kept kept = kept_of(team, row, groups, sampling, room);
   float logit = -kInf;
-  while (true) {
+  for (int32_t splits = int32_t(gridDim.x);; splits = 1) {
     int rungs = 0;
     // the chain ends with the largest logit, above which there is no mass
     while (rungs < kRungs && logit < kept.top) {
       const float low = logit;
-      const uint64_t key = search(room, groups, [&](float top) { return top > low && kept(top); }, [&](uint32_t group) {
+      const float t = sampling.temperature;
+      key = search(room, groups, t, [&](float top) { return top > low && kept(top); }, [&](uint32_t group) {
         return look(row, stream, group, [&](uint32_t token, float z, float noise) {
-          return z > low && kept(z) ? make_key(z + sampling.temperature * noise, token) : 0;
+          return z > low && kept(z) ? make_key(z + t * noise, token) : 0;
         });
       });
-      if (key == 0 || !(sampling.top_p < 1.0f)) return key;
+      if (key == 0 || !nucleus) return first;
+      const bool began = logit > -kInf;
       logit = tidy(row.at(int32_t(key_index(key))));
+      if (!began && logit == kept.top) return first;
       if (team.rank() == 0) room.keys[rungs] = key, room.rungs[rungs] = logit;
       ++rungs;
     }
-    if (rungs == 0) return 0;
+    if (rungs == 0) return first;
     if (team.rank() < kRungs && team.rank() >= rungs) room.rungs[team.rank()] = kInf;
     team.sync();
-    sum_masses(team, row, groups, kept, room);
-    const uint64_t limit = nucleus_limit(sampling.top_p, room.total);
-    for (int r = 0; r < rungs; ++r)
-      if (room.above[r] < limit) return room.keys[r];
-    if (rungs < kRungs) return 0;
+    if (!sum_masses(team, row, groups, kept, splits, room)) return false;
+    const uint64_t limit = nucleus_limit(sampling.top_p, room.sums[kRungs]);
+    for (int r = 0; r < rungs; ++r) {
+      key = room.keys[r];
+      if (room.sums[r] < limit) return true;
+    }
+    if (rungs < kRungs) return true;
   }
+}
+
+// Blocks for each of so many rows, for few of which the sums of top-p are long.
+inline unsigned row_splits(int64_t rows) {
+  constexpr int64_t kEnough = 256, kMost = 16;
+  return unsigned(most<int64_t>(least(kEnough / most<int64_t>(rows, 1), kMost), 1));
 }
 
 }  // namespace beagle::cuda

@@ -15,19 +15,22 @@ __host__ __device__ inline unsigned chunk_threads(int64_t vocab, int64_t chunks)
   return threads;
 }
 
-// For each group of a row the bound of z + T g and its largest logit; both padded to whole chunks.
+// For each group of a row the bound of z + T g and its largest logit, both padded to whole chunks; and words in which
+// the blocks of a row add up, 0 after the first read.
 struct Groups {
+  unsigned long long* words;
   float *bounds, *tops;
   int32_t count;
   __device__ Groups(float* groups, int64_t row, int64_t chunks, unsigned threads)
-      : bounds(groups + row * chunks * threads), tops(bounds + chunks * (threads / 2)),
+      : words(reinterpret_cast<unsigned long long*>(groups + row * (chunks * threads + 2 * kRowWords))),
+        bounds(reinterpret_cast<float*>(words + kRowWords)), tops(bounds + chunks * (threads / 2)),
         count(int32_t(chunks * (threads / 2))) {}
 };
 
-// The largest noise of groups 2 pair and 2 pair + 1.
+// What no noise of groups 2 pair and 2 pair + 1 exceeds.
 __device__ __forceinline__ void pair_noise(const Stream& stream, uint32_t pair, float (&noise)[2]) {
   const Words w = philox(stream.of_groups(), pair);
-  noise[0] = -log_of(group_least(w.x[0])), noise[1] = -log_of(group_least(w.x[2]));
+  noise[0] = noise_bound(w.x[0]), noise[1] = noise_bound(w.x[2]);
 }
 
 // Key of the largest logit of a chunk, from the maxima of its groups; by one warp.
@@ -103,11 +106,12 @@ __device__ __forceinline__ void scan_chunk(const T* logits, int64_t vocab, float
     if (rank == 0) *key = best, *flag = nan ? kStatusNan : 0;
   }
   if (!draws) return;
+  if (begin == 0 && rank < kRowWords) groups.words[rank] = 0;
   BEAGLE_UNROLL
   for (int i = 0; i < 2; ++i) {
     const int32_t u = 2 * rank + i;
     groups.tops[begin / kGroup + u] = tops[u];
-    groups.bounds[begin / kGroup + u] = value_bound(tops[u], temperature, noise[i]);
+    groups.bounds[begin / kGroup + u] = tops[u] + temperature * noise[i];
   }
 }
 

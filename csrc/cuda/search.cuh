@@ -20,7 +20,7 @@ struct Room {
   unsigned long long best;
   int32_t count;
   // of the choice under top-p
-  uint64_t keys[kRungs], above[kRungs], total;
+  uint64_t keys[kRungs], sums[kRungs + 1];
   float rungs[kRungs];
 };
 
@@ -53,9 +53,10 @@ __device__ __forceinline__ uint64_t next_group(const Groups& groups, uint64_t la
 }
 
 // The best of what `look(group)` finds in the groups that count, by their largest logit. Every warp searches groups of
-// its own until their bounds are below the best of all.
+// its own until their bounds cannot reach the best of all.
 template <class Counts, class Look>
-__device__ uint64_t search(Room& room, const Groups& groups, const Counts& counts, const Look& look) {
+__device__ uint64_t search(Room& room, const Groups& groups, float temperature, const Counts& counts,
+                           const Look& look) {
   __syncthreads();
   if (threadIdx.x == 0) room.best = 0;
   __syncthreads();
@@ -65,7 +66,7 @@ __device__ uint64_t search(Room& room, const Groups& groups, const Counts& count
     uint64_t leader = 0;
     if (threadIdx.x % 32 == 0) leader = atomicMax(&room.best, static_cast<unsigned long long>(found));
     leader = most(__shfl_sync(~0u, leader, 0), found);
-    if (next == 0 || (leader != 0 && key_value(next) < key_value(leader))) break;
+    if (next == 0 || (leader != 0 && key_value(next) < reach_of(key_value(leader), temperature))) break;
     BEAGLE_COUNT(kLooks, threadIdx.x % 32 == 0);
     found = look(key_index(next));
     if (mine == next) mine = next_group(groups, next, counts);

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) scan_columns(const TopCandidates op)
     for (int i = 0; i < 2; ++i) {
       const float top = tops[2 * rank + i];
       groups.tops[begin / kGroup + 2 * rank + i] = top;
-      groups.bounds[begin / kGroup + 2 * rank + i] = noisy ? value_bound(top, temperature, noise[i]) : top;
+      groups.bounds[begin / kGroup + 2 * rank + i] = noisy ? top + temperature * noise[i] : top;
     }
   }
   if (noisy) return;
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) rank_rows(const TopCandidates 
     kept.kth = nucleus_cut(team, row, kept, sampling.top_p, room);
   }
   const auto keeps = [&](float z) { return !filters || kept(z); };
-  list_best(team, groups, op.k, !sampling.noisy(), room, list, [&](int32_t u, float (&value)[2]) {
+  list_best(team, groups, op.k, sampling.temperature, room, list, [&](int32_t u, float (&value)[2]) {
     perturbed(row, columns, stream, sampling.temperature, keeps, u, value);
   });
   const float total = log_sum(team, op, at, sampling.noisy(), list);

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) make_laws(const VerifyChain op
       law.scale = 1.0f;
       // what lies further below the largest changes no bit of the sum
       constexpr float kFar = -58.0f;
-      each_four(row, groups, [&](float top) { return top >= law.cut && law.log_ratio(top) >= kFar; },
+      each_four(row, groups, 0, 1, [&](float top) { return top >= law.cut && law.log_ratio(top) >= kFar; },
                 [&](const float* z, float) {
                   sum += double(law.at(z[0]) + law.at(z[1]) + (law.at(z[2]) + law.at(z[3])));
                 });
@@ -201,10 +201,10 @@ __device__ uint64_t draw(const ChainRow<T>& chain, int64_t n, float w, bool minu
     for (int i = 0; i < 2; ++i) {
       const float top = groups.tops[2 * pair + i];
       const bool none = top == -kInf || top < law.cut;
-      groups.bounds[2 * pair + i] = none ? -kInf : value_bound(base + law.log_ratio(top) / kLog2E, 1.0f, noise[i]);
+      groups.bounds[2 * pair + i] = none ? -kInf : base + law.log_ratio(top) / kLog2E + noise[i];
     }
   }
-  return search(room, groups, [](float) { return true; }, [&](uint32_t group) {
+  return search(room, groups, 1.0f, [](float) { return true; }, [&](uint32_t group) {
     return look(row, stream, group, [&](uint32_t token, float z, float noise) {
       const float rest = chain.rest(n, w, minus, int64_t(token), z);
       return rest > kNoRest ? make_key(log_of(rest) + noise, token) : 0;

@@ -1,5 +1,5 @@
-// Three launches: a block for each chunk of each node's row, a block for each node that is sampled, a block for each
-// tree.
+// Three launches: a block for each chunk of each node's row, one or more for each node, which do the sampled ones, a
+// block for each tree.
 #include "../core/accept.h"
 #include "../core/sampling.h"
 #include "executor.h"
@@ -35,7 +35,7 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads, 2) choose_nodes(const VerifyTree op) {
   __shared__ uint64_t slots[2][kRowWarps];
   __shared__ Room room;
-  const int64_t b = blockIdx.y, n = blockIdx.x, row = b * op.tree.nodes + n;
+  const int64_t b = blockIdx.z, n = blockIdx.y, row = b * op.tree.nodes + n;
   const RowSampling sampling = op.sampling.at(b);
   let_next_start();
   // also where there is nothing to do: the next kernel waits for this one alone
@@ -44,8 +44,9 @@ __global__ void __launch_bounds__(kRowThreads, 2) choose_nodes(const VerifyTree 
   RowBlock team{slots};
   const Groups groups(op.groups, row, op.chunks, chunk_threads(op.vocab, op.chunks));
   const Row<T> logits(logits_of<T>(op, b, n), op.vocab);
-  const uint64_t key = choose_noisy(team, logits, sampling, stream_of(op, b, n), groups, room);
-  if (team.rank() == 0) op.keys[row * op.chunks] = key;
+  uint64_t key;
+  const bool decides = choose_noisy(team, logits, sampling, stream_of(op, b, n), groups, room, key);
+  if (decides && team.rank() == 0) op.keys[row * op.chunks] = key;
 }
 
 __global__ void __launch_bounds__(kThreads) accept_chosen(const VerifyTree op) {
@@ -71,7 +72,8 @@ void verify_tree(const VerifyTree& op, void* stream) {
   by_dtype(op.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     launch(scan_nodes<T>, dim3(op.chunks, op.tree.nodes, op.batch), stream, op, chunk_threads(op.vocab, op.chunks));
-    launch_dependent(choose_nodes<T>, dim3(op.tree.nodes, op.batch), stream, op, kRowThreads);
+    const unsigned splits = row_splits(op.tree.nodes * op.batch);
+    launch_dependent(choose_nodes<T>, dim3(splits, op.tree.nodes, op.batch), stream, op, kRowThreads);
   });
   launch_dependent(accept_chosen, op.batch, stream, op);
 }
