@@ -30,7 +30,8 @@ def top_candidates(
     tokens = column if token_ids is None else token_ids[column]
     # a row without a number is the point mass on column 0 for the sampler, but has no candidate worth drafting
     finite = (kept > -torch.inf) & (status < 2)[:, None]
-    scores = kept - value.logsumexp(-1, keepdim=True)
+    whole = torch.where(temperature[:, None] > 0, kept.logsumexp(-1, keepdim=True), value.logsumexp(-1, keepdim=True))
+    scores = kept - whole
     return torch.where(finite, tokens, 0), torch.where(finite, scores, -torch.inf)
 
 

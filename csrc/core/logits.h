@@ -30,6 +30,7 @@ template <int N, class T>
 BEAGLE_FN bool load_tile(const T* row, int64_t i, int64_t end, float (&z)[N]) {
   alignas(64) T raw[N];
   int32_t nan = 0;
+  BEAGLE_COUNT(kLogits, least<int64_t>(N, end - i));
   if (i + N <= end) {
     load_full(row + i, raw);
     BEAGLE_UNROLL

@@ -53,6 +53,7 @@ template <int N>
 BEAGLE_FN void philox(const Stream& s, const uint32_t (&counter)[N], uint32_t (*x)[N]) {
   constexpr int kStep = sizeof(Lanes) / 4;
   static_assert(N % kStep == 0);
+  BEAGLE_COUNT(kPhilox, N);
   for (int j = 0; j < N; j += kStep) {
     Wide c[2][4];
     __builtin_memcpy(&c[0][0], &counter[j], sizeof(Wide));
@@ -82,6 +83,7 @@ BEAGLE_FN void philox(const Stream& s, const uint32_t (&counter)[N], uint32_t (*
 // Word w of counter[j] goes to x[w][j].
 template <int N>
 BEAGLE_FN void philox(const Stream& s, const uint32_t (&counter)[N], uint32_t (*x)[N]) {
+  BEAGLE_COUNT(kPhilox, N);
 #if !defined(__CUDACC__)
 #pragma GCC ivdep
 #else
@@ -101,6 +103,7 @@ BEAGLE_FN void philox(const Stream& s, const uint32_t (&counter)[N], uint32_t (*
 struct Words { uint32_t x[4]; };
 
 BEAGLE_FN Words philox(const Stream& s, uint32_t counter) {
+  BEAGLE_COUNT(kPhilox, 1);
   uint32_t c0 = counter, c1 = s.position, c2 = s.purpose, c3 = s.round, k0 = s.key0, k1 = s.key1;
   BEAGLE_UNROLL_ROUNDS
   for (int i = 0; i < 10; ++i) philox_round(c0, c1, c2, c3, k0, k1);

@@ -85,28 +85,42 @@ struct Chain : ChainRow<T> {
     return n;
   }
 
+  // w p_n - q_n, or w p_n, of the tokens of a group.
+  BEAGLE_FN void rests(int64_t n, float w, bool minus, int64_t first, float (&rest)[kGroup]) const {
+    const Law law = p(n);
+    load_finite(Row::target(n), first, op.vocab, law.top, rest);
+    if (minus && !Row::dense(n)) {
+      const int have = int(least<int64_t>(kGroup, op.vocab - first));
+      for (int j = 0; j < have; ++j) rest[j] = Row::rest(n, w, minus, first + j, rest[j]);
+      return;
+    }
+    for (int v = 0; v < kGroup; v += kLanes) *reinterpret_cast<Reals*>(rest + v) = probability(law, lanes_at(rest + v)) * w;
+    if (!minus) return;
+    alignas(64) float theirs[kGroup];
+    const Law other = q(n);
+    load_finite(Row::draft(n), first, op.vocab, other.top, theirs);
+    for (int v = 0; v < kGroup; v += kLanes)
+      *reinterpret_cast<Reals*>(rest + v) = lanes_at(rest + v) - probability(other, lanes_at(theirs + v));
+  }
+
   // argmax of log max(w p_n - q_n, 0) + g, or of log p_n + g where minus is false; 0 if nothing is left.
   BEAGLE_FN uint64_t draw(int64_t n, float w, bool minus) const {
-    const Law& law = p(n);
-    const float most_likely = law.scale * w;
-    if (!(most_likely > kNoRest)) return 0;
     Part<T> part(Row::target(n), 0, op.vocab, Row::residual_noise(n), 1.0f, room);
-    part.read_and_draw();
-    const float base = log_of(most_likely) + 1e-5f;
+    noise_bounds(part.stream, 0, part.count, part.noise);
+    alignas(64) float rest[kGroup];
     for (int64_t u = 0; u < part.count; ++u) {
-      const bool none = part.tops[u] == -kInf || part.tops[u] < law.cut;
-      part.bound[u] = none ? -kInf : base + law.log_ratio(part.tops[u]) / kLog2E + part.noise[u];
+      rests(n, w, minus, part.first(u), rest);
+      const float top = largest(rest, kGroup);
+      part.tops[u] = top > kNoRest ? log_of(top) : -kInf;
     }
-    for (int64_t u = part.count; u < part.padded; ++u) part.bound[u] = -kInf;
+    part.set_bounds(-kInf, -kInf);
     uint64_t best = 0;
     const auto least = [&]() BEAGLE_INLINED { return best ? reach_of(key_value(best), 1.0f) : -kInf; };
     search(part.frontier(), least, [&](int64_t u) BEAGLE_INLINED {
-      alignas(64) float z[kGroup], value[kGroup];
-      load_tile(part.row, part.first(u), part.end, z);
-      for (int j = 0; j < kGroup; ++j) value[j] = base + law.log_ratio(z[j]) / kLog2E;
-      look_into(value, 1.0f, part.stream, uint32_t(u), part.noise[u], least, [&](int j, float noise) BEAGLE_INLINED {
-        const float rest = Row::rest(n, w, minus, part.first(u) + j, z[j]);
-        if (rest > kNoRest) best = most(best, make_key(log_of(rest) + noise, uint32_t(part.first(u) + j)));
+      rests(n, w, minus, part.first(u), rest);
+      for (int j = 0; j < kGroup; ++j) rest[j] = rest[j] > kNoRest ? log_of(rest[j]) : -kInf;
+      look_into(rest, 1.0f, part.stream, uint32_t(u), part.noise[u], least, [&](int j, float g) BEAGLE_INLINED {
+        if (rest[j] > -kInf) best = most(best, make_key(rest[j] + g, uint32_t(part.first(u) + j)));
       });
     });
     return best;

@@ -10,19 +10,20 @@ namespace beagle::cpu {
 float kth_largest(float* values, int64_t count, int64_t k);
 void sort_down(float* values, int64_t count);
 
-// The logits of at least `low`, into part.survivors; how many, or -1 if there is no room for them.
+// The logits above `low` and up to `high`, into part.survivors; how many, or -1 if they are more than `room`.
 template <class T>
-BEAGLE_FN int64_t survivors(const Part<T>& part, float low) {
+BEAGLE_FN int64_t survivors(const Part<T>& part, float low, float high, int64_t room) {
   int64_t found = 0;
   alignas(64) float z[kGroup];
   for (int64_t u = 0; u < part.count; ++u) {
-    if (part.tops[u] < low) continue;
-    if (found > kSurvivors - kGroup) return -1;
+    if (!(part.tops[u] > low)) continue;
     load_tile(part.row, part.first(u), part.end, z);
-    for (int j = 0; j < kGroup; ++j) {
-      part.survivors[found] = z[j];
-      found += z[j] >= low;
+    for (int v = 0; v < kGroup; v += kLanes) {
+      const Reals x = lanes_at(z + v);
+      for (uint32_t bits = bits_of(x > low & x <= high); bits; bits &= bits - 1)
+        part.survivors[found++] = z[v + __builtin_ctz(bits)];
     }
+    if (found > room) return -1;
   }
   return found;
 }
@@ -33,7 +34,7 @@ BEAGLE_FN float kth_logit(const Part<T>& part, int64_t k) {
   if (k <= part.count) {
     for (int64_t u = 0; u < part.count; ++u) part.bound[u] = part.tops[u];
     const float low = kth_largest(part.bound, part.count, k);
-    const int64_t found = survivors(part, low);
+    const int64_t found = survivors(part, __builtin_nextafterf(low, -kInf), kInf, kSurvivors - kGroup);
     if (found >= k) return kth_largest(part.survivors, found, k);
   }
   Thread team;
@@ -86,6 +87,7 @@ struct Sums {
     const int64_t whole = kept.top < kMax ? part.end / kGroup : 0;
     for (int64_t u = 0; u < whole; ++u) {
       if (!takes(part.tops[u])) continue;
+      BEAGLE_COUNT(kLogits, kGroup);
       const T* row = part.row + u * kGroup;
       add<kTopK>(kept, rung, [&](int v, Reals& z) BEAGLE_INLINED { load_lanes(row + v * kLanes, z); });
     }
@@ -140,32 +142,42 @@ BEAGLE_FN uint64_t total_mass(const Part<T>& part, const Kept& kept) {
   return Sums::of(sums.total);
 }
 
-// The least logit that top-k and top-p keep of a row.
+// The least of `count` logits that have less mass above them than the limit; `above`: what lies above all.
+BEAGLE_FN float walk_down(float* logits, int64_t count, const Kept& kept, uint64_t limit, uint64_t above) {
+  sort_down(logits, count);
+  float cut = kInf;
+  uint64_t equal = 0;  // mass of those that are equal to the cut
+  for (int64_t i = 0; i < count; ++i) {
+    if (logits[i] != cut) above += equal, equal = 0;
+    if (above >= limit) break;
+    cut = logits[i], equal += kept.mass(cut);
+  }
+  return cut;
+}
+
+// The least logit that top-k and top-p keep of a row: halving the range it may lie in until that holds few logits.
 template <class T>
 BEAGLE_FN float nucleus_cut(const Part<T>& part, const Kept& kept, float top_p) {
   if (!(top_p < 1.0f) || kept.top == -kInf) return kept.kth;
-  // less than 1 - top_p of the mass can lie in tokens that have no V-th part of that each
-  const float far = log_of(most(1.0f - top_p, 1e-7f) / float(part.end)) * kLog2E / kept.scale;
-  const int64_t found = survivors(part, most(kept.kth, kept.top + far - 1e-3f * (1.0f - far)));
-  if (found > 0) {
-    const uint64_t limit = nucleus_limit(top_p, total_mass(part, kept));
-    sort_down(part.survivors, found);
-    uint64_t above = 0;
-    for (int64_t i = 0; i < found; ++i) {
-      // the mass of equal ones is not above them
-      int64_t same = i;
-      uint64_t mass = 0;
-      while (same < found && part.survivors[same] == part.survivors[i]) mass += kept.mass(part.survivors[same++]);
-      above += mass;
-      if (above >= limit) return part.survivors[i];
-      i = same - 1;
+  constexpr int kHalvings = 4;
+  constexpr int64_t kFew = 512;
+  const uint64_t limit = nucleus_limit(top_p, total_mass(part, kept));
+  // the cut lies above `low` and up to `high`, over which there is the mass `above`
+  float low = kept.top + kept.far, high = kept.top;
+  uint64_t above = 0;
+  for (int halvings = 0;; ++halvings) {
+    const float middle = low + 0.5f * (high - low);
+    if (!(middle > low && middle < high)) return high;
+    if (halvings >= kHalvings) {
+      const int64_t found = survivors(part, low, high, kFew);
+      if (found >= 0) return walk_down(part.survivors, found, kept, limit, above);
     }
-    return part.survivors[found - 1];
+    Sums sums;
+    sums.add_groups(part, kept, middle, middle, kInf);
+    const uint64_t over = Sums::of(sums.above);
+    if (over < limit) high = middle, above = over;
+    else low = middle;
   }
-  Thread team;
-  Scratch scratch;
-  const MassItem<T> mass(part.row, part.end, order(kept.kth), kept);
-  return most(kept.kth, unorder(threshold(team, part.end, mass, nucleus_limit(top_p, mass.total(team)), scratch)));
 }
 
 }  // namespace beagle::cpu

@@ -70,6 +70,7 @@ BEAGLE_FN void load_group(const T* row, int64_t i, int64_t end, float (&z)[kGrou
     load_tile(row, i, end, z);
     return;
   }
+  BEAGLE_COUNT(kLogits, kGroup);
 #pragma GCC unroll 4
   for (int v = 0; v < kGroup; v += kLanes) {
     Reals x;
@@ -103,6 +104,7 @@ BEAGLE_FN uint64_t scan_key(const T* row, int64_t begin, int64_t end, int32_t& s
 template <class T>
 BEAGLE_FN uint64_t top_key(const T* row, int64_t begin, int64_t end, int32_t& status) {
   constexpr int kVectors = 16, kStep = kLanes * kVectors;
+  BEAGLE_COUNT(kLogits, end - begin);
   const int64_t whole = begin + (end - begin) / kStep * kStep;
   Reals best = Reals{} - kInf;
   Marks where = Marks{}, nan = Marks{};
@@ -172,6 +174,7 @@ BEAGLE_FN bool group_tops(const T* row, int64_t begin, int64_t end, float* tops)
   Nans nans;
   int64_t i = begin;
   for (; i + kLanes * kGroup <= end; tops += kLanes) {
+    BEAGLE_COUNT(kLogits, kLanes * kGroup);
     Reals m[kLanes];
 #pragma GCC unroll 16
     for (int g = 0; g < kLanes; ++g, i += kGroup) {

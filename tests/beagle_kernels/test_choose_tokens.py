@@ -46,6 +46,17 @@ def test_distribution(settings):
     assert chi_square_ok(torch.bincount(tokens, minlength=vocab), filtered_softmax(z, *settings))
 
 
+@pytest.mark.parametrize("vocab", [2, 3, 64, 65, 300, 1000])
+@pytest.mark.parametrize("settings", [(1.0, 0, 1.0, 0.0), (0.8, 0, 0.9, 0.0), (1.0, 40, 1.0, 0.0)])
+def test_distribution_over_groups(vocab, settings):
+    """Vocabularies below, at and above a group of ids, and over several: each token as often as the law says."""
+    n = 30_000
+    z = torch.randn(vocab)
+    seeds, positions = torch.arange(n), torch.arange(n) % 7
+    tokens, _ = choose_tokens(z.expand(n, -1), positions, Sampling.of(n, seeds, *settings))
+    assert chi_square_ok(torch.bincount(tokens, minlength=vocab), filtered_softmax(z, *settings))
+
+
 def test_streams_and_rounds_draw_anew():
     logits, positions = torch.zeros(2000, 50), torch.arange(2000)
     sampling = Sampling.of(2000, torch.zeros(2000, dtype=torch.int64), 1.0)
@@ -75,11 +86,12 @@ def test_top_p_always_keeps_the_best():
 
 
 def test_fixed_point_is_exp():
-    x = -torch.rand(10_000) * 15
-    error = fixed_point(x).double() * 2**-30 - x.double().exp()
-    # the rounding of x log2(e) in f32 is part of the definition; the polynomial adds less than 1e-6
-    assert (error.abs() <= x.double().exp() * 3e-6 + 2**-30).all()
-    assert fixed_point(torch.tensor([-INF, -1e30, -50.0])).eq(0).all()
+    d, scale = -torch.rand(10_000) * 15, torch.rand(10_000) * 2 + 0.1
+    exact = (d.double() * scale.double()).exp2()
+    # truncation, and a polynomial that is off by less than 3e-7
+    assert ((fixed_point(d, scale) * 2.0**-30 - exact).abs() <= exact * 3e-7 + 2**-30).all()
+    assert fixed_point(torch.tensor([-INF, -1e30, -50.0]), torch.ones(3)).eq(0).all()
+    assert fixed_point(torch.zeros(2), torch.tensor([1e-30, 3e38])).eq(2**30 - 64).all()
 
 
 def test_sums_do_not_depend_on_order():
