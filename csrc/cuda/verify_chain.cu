@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) make_laws(const VerifyChain op
   const Row<T> row = place.row();
   const RowSampling sampling = op.sampling.at(place.b);
   const Part* parts = place.parts();
-  Law law{0.0f, 1.0f, -kInf, -kInf, 0.0f, 0, 0};
+  Law law{};
+  law.scale2 = 1.0f, law.cut = law.floor = -kInf;
   uint64_t key = 0;
   for (int64_t c = 0; c < op.chunks; ++c) {
     key = most(key, parts[c].key);
@@ -90,10 +91,11 @@ __global__ void __launch_bounds__(kRowThreads, 2) make_laws(const VerifyChain op
   else law.best = key_index(key), law.top = key_value(key);
   if (key != 0 && sampling.noisy()) {
     const Groups groups = place.groups();
+    law.scale2 = Kept(sampling, law.top).scale, law.far = -125.0f / law.scale2;
     double sum = 0.0;
     if (sampling.filters(row.vocab)) {
       const Kept kept = kept_of(team, row, groups, sampling, room);
-      law.scale2 = kept.scale, law.floor = kept.floor, law.cut = nucleus_cut(team, row, kept, sampling.top_p, room);
+      law.floor = kept.floor, law.cut = nucleus_cut(team, row, kept, sampling.top_p, room);
       law.scale = 1.0f;
       // what lies further below the largest changes no bit of the sum
       constexpr float kFar = -58.0f;
@@ -103,7 +105,6 @@ __global__ void __launch_bounds__(kRowThreads, 2) make_laws(const VerifyChain op
                 });
       sum = team.sum(sum);
     } else {
-      law.scale2 = Kept(sampling, law.top).scale;
       for (int64_t c = 0; c < op.chunks; ++c) {
         if (parts[c].key) sum += parts[c].sum * double(ratio_of(key_value(parts[c].key), law.top, law.scale2));
       }
