@@ -32,6 +32,8 @@ class _Codes(dict):
 
 DTYPES = _Codes({getattr(torch, name): code for name, code in _CODES.items()})
 """The extension's number for each dtype that it takes."""
+ENOUGH_BLOCKS = 256
+"""Blocks that keep a CUDA device busy."""
 LONG_ROW = 16384
 """Tokens from which rows are split over CPU threads, if there are fewer rows than threads."""
 
@@ -96,11 +98,18 @@ def executor(device: torch.device):
 
 
 def chunks_of(rows: int, vocab: int, device: torch.device) -> int:
-    """Parts a row is split into: by length on CUDA, to feed idle threads on the CPU."""
+    """Parts a row is split into: on CUDA of a chunk's length, less where few rows would leave most of a device idle."""
     if device.type == "cuda":
-        return max(1, -(-vocab // _C.chunk))
+        chunks = [max(1, -(-vocab // (_C.chunk // split))) for split in (1, 2, 4)]
+        return next((count for count in chunks if rows * count >= ENOUGH_BLOCKS), chunks[-1])
     threads = torch.get_num_threads()
     return 1 if rows >= threads or vocab < LONG_ROW else min(-(-threads // max(rows, 1)), vocab // (LONG_ROW // 2))
+
+
+def group_room(logits: Tensor, rows: int, chunks: int) -> Tensor | None:
+    """Where the CUDA executor notes what it knows of each group of 64 tokens of so many rows of so many chunks."""
+    floats = rows * (chunks * _C.chunk // 32 + 2 * _C.row_words)
+    return logits.new_empty(floats, dtype=torch.float32) if logits.is_cuda else None
 
 
 def allow(op: str, name: str, value: int, most: int, device: torch.device) -> None:

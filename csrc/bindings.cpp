@@ -151,6 +151,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("law_size") = sizeof(Law);
   m.attr("max_nodes") = kMaxNodes;
   m.attr("chunk") = kChunk;
+  m.attr("row_words") = kRowWords;
+  m.attr("part_words") = kPartWords;
   m.attr("max_k") = kMaxK;
   m.attr("max_rows") = kMaxRows;
   py::dict dtypes;

@@ -2,6 +2,7 @@
 // in the emulator, which must give the same; sanitize.sh builds and runs it.
 #include "sanitize.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <thread>
 
@@ -13,6 +14,8 @@ using namespace beagle;
 
 namespace {
 
+constexpr int64_t group_room(int64_t chunks) { return chunks * (kChunk / 32) + 2 * kRowWords; }
+
 // Rows of logits that start at z, which is aligned as its dtype is.
 struct Rows {
   const void* z;
@@ -21,22 +24,23 @@ struct Rows {
 };
 
 void choose(const Rows& in, const SamplingData& sampling, int32_t k, int64_t chunks, int threads, bool blocks) {
-  const int64_t rows = in.rows, spans = (in.vocab + kChunk - 1) / kChunk;
+  const int64_t rows = in.rows;
   std::vector<int64_t> tokens[2], best[2];
   std::vector<int32_t> status[2];
   std::vector<float> scores[2];
   for (const bool block : {false, true}) {
     if (block && !blocks) continue;
-    std::vector<uint64_t> keys(size_t(rows * chunks)), kept(size_t(rows * k * (block ? spans : 2)));
+    std::vector<uint64_t> keys(size_t(rows * chunks)), kept(size_t(block ? 0 : rows * k));
     std::vector<int32_t> flags(size_t(rows * chunks));
-    std::vector<float> sums(size_t(rows * spans * 2));
+    std::vector<float> sums(size_t(rows * chunks * 2)), groups(size_t(rows * group_room(chunks)));
     tokens[block].assign(size_t(rows), 0), status[block].assign(size_t(rows), 0);
     best[block].assign(size_t(rows * k), 0), scores[block].assign(size_t(rows * k), 0);
     const ChooseTokens one{in.z, in.dtype, rows, in.vocab, in.stride, sampling.positions.data(), sampling.pointers(), 0,
-                           nullptr, keys.data(), flags.data(), chunks, tokens[block].data(), status[block].data()};
+                           nullptr, keys.data(), flags.data(), groups.data(), chunks, tokens[block].data(),
+                           status[block].data()};
     const TopCandidates many{in.z, in.dtype, rows, in.vocab, in.stride, k, sampling.positions.data(),
-                             sampling.pointers(), nullptr, kept.data(), sums.data(), spans, best[block].data(),
-                             scores[block].data()};
+                             sampling.pointers(), nullptr, kept.data(), sums.data(), groups.data(), block ? chunks : 1,
+                             best[block].data(), scores[block].data()};
     if (block) cuda::choose_tokens(one, nullptr), cuda::top_candidates(many, nullptr);
     else cpu::choose_tokens(one, threads), cpu::top_candidates(many, threads);
   }
@@ -47,7 +51,8 @@ void choose(const Rows& in, const SamplingData& sampling, int32_t k, int64_t chu
 
 void choices(int threads, bool blocks) {
   for (int dtype = 0; dtype < 3; ++dtype) {
-    const int64_t rows = 1 + below(4), vocab = 1 + below(blocks ? 10000 : 3000), chunks = 1 + below(4);
+    const int64_t rows = 1 + below(4), vocab = 1 + below(blocks ? 20000 : 3000);
+    const int64_t chunks = blocks ? vocab / (kChunk >> below(3)) + 1 : 1 + below(4);
     const auto z = logits(rows * vocab, dtype);
     const SamplingData sampling(rows);
     choose({z.data(), dtype, rows, vocab, vocab}, sampling, 1 + below(int(vocab < 40 ? vocab : 40)), chunks, threads,
@@ -60,8 +65,9 @@ void verify(const Rows& in, const Tree& tree, int64_t batch, const SamplingData&
   Outcome host(batch, tree.max_depth + 1), block = host;
   std::vector<uint64_t> keys(size_t(batch * tree.nodes * chunks));
   std::vector<int32_t> flags(keys.size());
+  std::vector<float> groups(size_t(batch * tree.nodes * group_room(chunks)));
   VerifyTree op{in.z, in.dtype, batch, in.vocab, tree.nodes * in.stride, in.stride, tree, sampling.positions.data(),
-                sampling.pointers(), keys.data(), flags.data(), chunks, host.verdict()};
+                sampling.pointers(), keys.data(), flags.data(), groups.data(), chunks, host.verdict()};
   cpu::verify_tree(op, threads);
   op.verdict = block.verdict();
   if (blocks) cuda::verify_tree(op, nullptr), host.check("verify_tree", block);
@@ -137,19 +143,32 @@ void trees(int threads, bool blocks, bool many) {
   }
 }
 
-void chains(int threads, bool blocks) {
-  const int64_t batch = 1 + below(4), steps = below(5), vocab = 5 + below(600), reduced = 1 + below(int(vocab));
-  const auto target = logits(batch * (steps + 1) * vocab, 0), draft = logits(batch * steps * reduced, 0);
+void chains(int threads, bool blocks, bool many) {
+  const int32_t dtype = below(3);
+  const int64_t batch = 1 + below(4), steps = many ? 64 + below(9) : below(5);
+  const int64_t vocab = 5 + below(blocks && !many ? 20000 : 600), chunks = (vocab + kChunk / 4 - 1) / (kChunk / 4);
+  const bool all = below(2);
+  const int64_t reduced = all ? vocab : 1 + below(int(vocab));
+  auto target = logits(batch * (steps + 1) * vocab, dtype), draft = logits(batch * steps * reduced, dtype);
+  // a chain's rows alike enough for some tokens to be accepted
+  if (all && below(2)) for (int64_t b = 0; b < batch; ++b) {
+    const size_t item = target.size() / size_t(batch * (steps + 1) * vocab), row = size_t(steps * vocab) * item;
+    std::copy_n(target.begin() + b * (steps + 1) * vocab * int64_t(item), row, draft.begin() + size_t(b) * row);
+  }
   std::vector<int64_t> ids, drafted;
-  for (int64_t i = 0; i < reduced; ++i) ids.push_back(i);
-  for (int64_t i = 0; i < batch * steps; ++i) drafted.push_back(below(30) ? below(int(reduced)) : below(2000) - 1000);
+  for (int64_t i = 0, id = vocab - reduced ? below(int(vocab - reduced)) : 0; i < reduced; ++i) ids.push_back(id + i);
+  for (int64_t i = 0; i < batch * steps; ++i) {
+    drafted.push_back(below(90) ? ids[size_t(below(int(reduced)))] : below(2000) - 1000);
+  }
   const SamplingData sampling(batch);
   std::vector<Law> laws(size_t(batch * (2 * steps + 1)));
+  std::vector<float> groups(laws.size() * size_t(group_room(chunks)));
+  std::vector<int64_t> parts(laws.size() * size_t(chunks * kPartWords));
   Outcome host(batch, steps + 1), block = host;
   for (const bool by_block : {false, true}) {
-    VerifyChain op{target.data(), draft.data(), 0, batch, steps, vocab, reduced, (steps + 1) * vocab, vocab,
+    VerifyChain op{target.data(), draft.data(), dtype, batch, steps, vocab, reduced, (steps + 1) * vocab, vocab,
                    steps * reduced, reduced, drafted.data(), sampling.positions.data(), sampling.pointers(), by_block,
-                   ids.data(), laws.data(), host.verdict()};
+                   all ? nullptr : ids.data(), laws.data(), groups.data(), parts.data(), chunks, host.verdict()};
     cpu::verify_chain(op, threads);
     op.verdict = block.verdict();
     if (blocks) cuda::verify_chain(op, nullptr), host.check("verify_chain", block);
@@ -222,7 +241,7 @@ int main(int, char** arguments) {
     for (const int threads : {1, 3}) {
       // many: more candidates and steps than a block takes at once
       const bool blocks = threads == 1 && round % 5 == 0, many = round % 10 == 5;
-      choices(threads, blocks), trees(threads, blocks, many), chains(threads, blocks), caches(threads, blocks, many);
+      choices(threads, blocks), trees(threads, blocks, many), chains(threads, blocks, many), caches(threads, blocks, many);
     }
     for (int i = 0; i < 4; ++i) attention(1), attention(3);
     linears(1), linears(3);
@@ -238,7 +257,7 @@ int main(int, char** arguments) {
       int64_t tokens[4];
       for (int i = 0; i < 200; ++i) {
         cpu::choose_tokens({z.data(), 2, 4, 500, 500, sampling.positions.data(), sampling.pointers(), 0, nullptr, keys, flags,
-                            2, tokens, status}, 3);
+                            nullptr, 2, tokens, status}, 3);
       }
     });
   }

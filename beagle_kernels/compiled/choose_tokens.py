@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..extension import DTYPES, address, chunks_of, compiled, contiguous, dense, executor, flat
+from ..extension import DTYPES, address, chunks_of, compiled, contiguous, dense, executor, flat, group_room
 
 
 @compiled("choose_tokens")
@@ -27,6 +27,7 @@ def choose_tokens(
         return tokens, status
     chunks = chunks_of(rows, vocab, logits.device)
     keys, flags = positions.new_empty(rows * chunks), status.new_empty(rows * chunks)
+    groups = group_room(logits, rows, chunks)
     kept, settings = flat(seed, temperature, top_k, top_p, min_p)
     with executor(logits.device) as (module, where):
         module.choose_tokens(
@@ -42,6 +43,7 @@ def choose_tokens(
             address(rounds),
             keys.data_ptr(),
             flags.data_ptr(),
+            address(groups),
             chunks,
             tokens.data_ptr(),
             status.data_ptr(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..extension import _C, DTYPES, address, allow, chunks_of, compiled, contiguous, dense, executor, flat
+from ..extension import _C, DTYPES, address, allow, chunks_of, compiled, contiguous, dense, executor, flat, group_room
 
 
 @compiled("top_candidates")
@@ -28,7 +28,8 @@ def top_candidates(
     allow("top_candidates", "k", k, _C.max_k, logits.device)
     allow("top_candidates", "the number of rows", rows, _C.max_rows, logits.device)
     chunks = chunks_of(rows, vocab, logits.device) if logits.is_cuda else 1
-    keys, sums = positions.new_empty(rows * chunks * k), scores.new_empty(rows * chunks * 2)
+    keys, sums = positions.new_empty(0 if logits.is_cuda else rows * chunks * k), scores.new_empty(rows * chunks * 2)
+    groups = group_room(logits, rows, chunks)
     kept, settings = flat(seed, temperature, top_k, top_p, min_p)
     with executor(logits.device) as (module, where):
         module.top_candidates(
@@ -44,6 +45,7 @@ def top_candidates(
             address(token_ids),
             keys.data_ptr(),
             sums.data_ptr(),
+            address(groups),
             chunks,
             tokens.data_ptr(),
             scores.data_ptr(),

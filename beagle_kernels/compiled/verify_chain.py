@@ -6,7 +6,20 @@ import torch
 from torch import Tensor
 
 from ..accept_tree import empty_verdict
-from ..extension import _C, DTYPES, address, addresses, allow, compiled, contiguous, dense, executor, flat
+from ..extension import (
+    _C,
+    DTYPES,
+    address,
+    addresses,
+    allow,
+    chunks_of,
+    compiled,
+    contiguous,
+    dense,
+    executor,
+    flat,
+    group_room,
+)
 
 
 @compiled("verify_chain")
@@ -30,6 +43,11 @@ def verify_chain(
     target, draft, token_ids = dense(target_logits), dense(draft_logits), contiguous(token_ids)
     verdict = empty_verdict(draft_tokens, top_k, steps)
     laws = torch.empty(batch * (2 * steps + 1) * _C.law_size, dtype=torch.uint8, device=target.device)
+    chunks, groups, parts = 0, None, None
+    if target.is_cuda:
+        rows = batch * (2 * steps + 1)
+        chunks = chunks_of(rows, vocab, target.device)
+        groups, parts = group_room(target, rows, chunks), draft_tokens.new_empty(rows * chunks * _C.part_words)
     kept, (drafted, at, *settings) = flat(draft_tokens, positions, seed, temperature, top_k, top_p, min_p)
     strides = (*target.stride()[:2], *draft.stride()[:2])
     with executor(target.device) as (module, where):
@@ -49,6 +67,9 @@ def verify_chain(
             rule == "block",
             address(token_ids),
             laws.data_ptr(),
+            address(groups),
+            address(parts),
+            chunks,
             *addresses(verdict),
         )
     return verdict

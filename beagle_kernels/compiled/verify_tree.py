@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..accept_tree import empty_verdict
-from ..extension import _C, DTYPES, addresses, allow, chunks_of, compiled, dense, executor, flat
+from ..extension import _C, DTYPES, address, addresses, allow, chunks_of, compiled, dense, executor, flat, group_room
 
 
 @compiled("verify_tree")
@@ -30,7 +30,7 @@ def verify_tree(
     chunks = chunks_of(batch * nodes, vocab, logits.device)
     # one workspace: the keys, then the flags
     rows = batch * nodes * chunks
-    keys = tokens.new_empty(rows + (rows + 1) // 2)
+    keys, groups = tokens.new_empty(rows + (rows + 1) // 2), group_room(logits, batch * nodes, chunks)
     kept, (at, *given) = flat(positions, tokens, parents, depth, mask, size, seed, temperature, top_k, top_p, min_p)
     tree, settings = (*given[:5], nodes, mask.shape[2], max_depth), given[5:]
     with executor(logits.device) as (module, where):
@@ -47,6 +47,7 @@ def verify_tree(
             *settings,
             keys.data_ptr(),
             keys.data_ptr() + 8 * rows,
+            address(groups),
             chunks,
             *addresses(verdict),
         )

@@ -36,6 +36,15 @@ BEAGLE_FN int64_t column_of(const int64_t* ids, int64_t count, int64_t token) {
   return low < count && ids[low] == token ? low : -1;
 }
 
+// Weight of the block rule after a drafted token of these probabilities, from that before it.
+BEAGLE_FN double next_weight(double w, float drafted_p, float drafted_q) {
+  const double mine = w * double(drafted_p), theirs = double(drafted_q);
+  return mine > 0.0 ? (mine < theirs ? mine / theirs : 1.0) : 0.0;
+}
+
+// Whether the token rule takes a drafted token by its coin.
+BEAGLE_FN bool token_passes(double u, float drafted_p, float drafted_q) { return u * double(drafted_q) < double(drafted_p); }
+
 // One row of verify_chain; T is the type of both logits.
 template <class T>
 struct ChainRow {
@@ -57,10 +66,11 @@ struct ChainRow {
   BEAGLE_FN double coin_at(int64_t i) const { return coin(sampling.seed, op.positions[b] + i, kAccept, op.positions[b]); }
   BEAGLE_FN Stream residual_noise(int64_t n) const { return {sampling.seed, op.positions[b] + n, kResidual, op.positions[b]}; }
 
-  // Whether every draft token is one the draft could have drawn.
+  // Whether draft token i, or every one, is one the draft could have drawn.
+  BEAGLE_FN bool sound(int64_t i) const { return column(token(i)) >= 0 && token(i) >= 0 && token(i) < op.vocab; }
   BEAGLE_FN bool sound() const {
     bool good = true;
-    for (int64_t i = 0; i < op.steps; ++i) good &= column(token(i)) >= 0 && token(i) >= 0 && token(i) < op.vocab;
+    for (int64_t i = 0; i < op.steps; ++i) good &= sound(i);
     return good;
   }
   BEAGLE_FN float p_drafted(int64_t i) const { return p(i)(target(i), token(i)); }
@@ -70,18 +80,15 @@ struct ChainRow {
 
   BEAGLE_FN int64_t accept_tokens() const {
     int64_t n = 0;
-    while (n < op.steps && coin_at(n) * double(q_drafted(n)) < double(p_drafted(n))) ++n;
+    while (n < op.steps && token_passes(coin_at(n), p_drafted(n), q_drafted(n))) ++n;
     return n;
   }
-  // Weight of the block rule after drafted token i, from that before it.
-  BEAGLE_FN double weight_after(int64_t i, double w) const {
-    const double mine = w * double(p_drafted(i)), theirs = double(q_drafted(i));
-    return mine > 0.0 ? (mine < theirs ? mine / theirs : 1.0) : 0.0;
-  }
+  BEAGLE_FN double weight_after(int64_t i, double w) const { return next_weight(w, p_drafted(i), q_drafted(i)); }
   // Whether the block rule takes the first i + 1 tokens; more: the surplus of step i + 1, where there is one.
-  BEAGLE_FN bool block_passes(int64_t i, double w, double more) const {
-    return i + 1 < op.steps ? coin_at(i) * (more + 1.0 - w) < more : coin_at(i) < w;
+  BEAGLE_FN bool block_passes(int64_t i, double u, double w, double more) const {
+    return i + 1 < op.steps ? u * (more + 1.0 - w) < more : u < w;
   }
+  BEAGLE_FN bool block_passes(int64_t i, double w, double more) const { return block_passes(i, coin_at(i), w, more); }
   // w p_n - q_n of a token, or w p_n.
   BEAGLE_FN float rest(int64_t n, float w, bool minus, int64_t token, float z) const {
     const float mine = p(n).at(z) * w;

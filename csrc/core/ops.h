@@ -17,6 +17,8 @@ namespace beagle {
 enum Dtype : int32_t { kFloat32, kFloat16, kBFloat16, kDtypes };
 constexpr int32_t kMaxNodes = 1024;  // of a tree
 constexpr int64_t kChunk = 8192;     // tokens of a row that one CUDA block takes
+constexpr int64_t kRowWords = 8;     // of 64 bits, that the CUDA blocks of a row share
+constexpr int64_t kPartWords = 4;    // that verify_chain notes of a chunk on CUDA
 constexpr int32_t kMaxK = 1024;      // candidates of a row, on CUDA
 constexpr int64_t kMaxRows = 65535;  // of a batch, where CUDA counts them in blockIdx.y or z
 
@@ -72,10 +74,12 @@ struct ChooseTokens {
   const int64_t* rounds;  // or null
   uint64_t* keys;         // workspace [rows, chunks]
   int32_t* flags;         // workspace [rows, chunks]
+  float* groups;          // workspace [rows, 256 chunks + 2 kRowWords] for CUDA
   int64_t chunks;
   int64_t* tokens;
   int32_t* status;
-  BEAGLE_FIELDS(logits, dtype, rows, vocab, stride, positions, sampling, stream, rounds, keys, flags, chunks, tokens, status)
+  BEAGLE_FIELDS(logits, dtype, rows, vocab, stride, positions, sampling, stream, rounds, keys, flags, groups,
+                chunks, tokens, status)
 };
 
 struct TopCandidates {
@@ -86,12 +90,14 @@ struct TopCandidates {
   const int64_t* positions;
   Sampling sampling;
   const int64_t* token_ids;  // or null
-  uint64_t* keys;            // workspace [rows, chunks, k]
+  uint64_t* keys;            // workspace [rows, chunks, k] for the host
   float* sums;               // workspace [rows, chunks, 2]
+  float* groups;             // workspace [rows, 256 chunks + 2 kRowWords] for CUDA
   int64_t chunks;
   int64_t* tokens;
   float* scores;
-  BEAGLE_FIELDS(logits, dtype, rows, vocab, stride, k, positions, sampling, token_ids, keys, sums, chunks, tokens, scores)
+  BEAGLE_FIELDS(logits, dtype, rows, vocab, stride, k, positions, sampling, token_ids, keys, sums, groups,
+                chunks, tokens, scores)
 };
 
 struct BuildTree {
@@ -128,9 +134,11 @@ struct VerifyTree {
   Sampling sampling;
   uint64_t* keys;  // workspace [batch, nodes, chunks]
   int32_t* flags;  // workspace [batch, nodes, chunks]
+  float* groups;   // workspace [batch, nodes, 256 chunks + 2 kRowWords] for CUDA
   int64_t chunks;
   Verdict verdict;
-  BEAGLE_FIELDS(logits, dtype, batch, vocab, stride_b, stride_n, tree, positions, sampling, keys, flags, chunks, verdict)
+  BEAGLE_FIELDS(logits, dtype, batch, vocab, stride_b, stride_n, tree, positions, sampling, keys, flags, groups,
+                chunks, verdict)
 };
 
 struct VerifyChain {
@@ -144,9 +152,12 @@ struct VerifyChain {
   bool block;
   const int64_t* token_ids;  // or null
   void* laws;                // workspace [batch, 2 steps + 1] of Law
+  float* groups;             // workspace [batch, 2 steps + 1, 256 chunks + 2 kRowWords] for CUDA
+  void* parts;               // workspace [batch, 2 steps + 1, chunks, kPartWords] of int64 for CUDA
+  int64_t chunks;            // of a row, for CUDA
   Verdict verdict;
   BEAGLE_FIELDS(target, draft, dtype, batch, steps, vocab, draft_vocab, target_b, target_n, draft_b, draft_n, draft_tokens,
-                positions, sampling, block, token_ids, laws, verdict)
+                positions, sampling, block, token_ids, laws, groups, parts, chunks, verdict)
 };
 
 struct CompactCache {

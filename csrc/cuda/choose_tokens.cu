@@ -1,32 +1,47 @@
-// Two launches: a block for each chunk of each row, then a thread for each row.
+// Two launches: a block for each chunk of each row, then a block for each row, or some where there are few rows.
 #include "../core/sampling.h"
 #include "executor.h"
-#include "team.cuh"
+#include "nucleus.cuh"
 
 namespace beagle::cuda {
 namespace {
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2) choose_chunks(const ChooseTokens op) {
-  __shared__ uint64_t slots[2][kWarps];
-  __shared__ Scratch scratch;
-  Block team{slots};
-  const int64_t row = blockIdx.y, chunk = blockIdx.x;
-  const RowSampling sampling = op.sampling.at(row);
-  const Stream stream(sampling.seed, op.positions[row], op.stream, op.rounds ? op.rounds[row] : 0);
-  const T* logits = static_cast<const T*>(op.logits) + row_offset(0, row, 0, op.stride);
-  int32_t status = 0;
-  const uint64_t key = choose_chunk(team, logits, op.vocab, chunk, op.chunks, sampling, stream, status, scratch);
-  if (team.rank() == 0) {
-    op.keys[row * op.chunks + chunk] = key;
-    op.flags[row * op.chunks + chunk] = status;
-  }
+__device__ __forceinline__ Stream stream_of(const ChooseTokens& op, int64_t row) {
+  return {uint64_t(op.sampling.seed[row]), op.positions[row], op.stream, op.rounds ? op.rounds[row] : 0};
 }
 
-__global__ void __launch_bounds__(kThreads) finish_rows(const ChooseTokens op) {
-  const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (row >= op.rows) return;
+template <class T>
+__device__ __forceinline__ const T* logits_of(const ChooseTokens& op, int64_t row) {
+  return static_cast<const T*>(op.logits) + row_offset(0, row, 0, op.stride);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) scan_chunks(const ChooseTokens op) {
+  const int64_t row = blockIdx.y, at = row * op.chunks + blockIdx.x;
+  let_next_start();
+  scan_chunk(logits_of<T>(op, row), op.vocab, op.sampling.temperature[row], [&] { return stream_of(op, row); },
+             Groups(op.groups, row, op.chunks, blockDim.x), op.keys + at, op.flags + at);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 2) choose_rows(const ChooseTokens op) {
+  __shared__ uint64_t slots[2][kRowWarps];
+  __shared__ Room room;
+  RowBlock team{slots};
+  const int64_t row = blockIdx.y;
+  const RowSampling sampling = op.sampling.at(row);
+  wait_for_previous();
+  uint64_t key = 0;
+  if (sampling.noisy()) {
+    const Groups groups(op.groups, row, op.chunks, chunk_threads(op.vocab, op.chunks));
+    const Row<T> logits(logits_of<T>(op, row), op.vocab);
+    if (!choose_noisy(team, logits, sampling, stream_of(op, row), groups, room, key)) return;
+  } else if (blockIdx.x > 0) {
+    return;
+  }
+  if (team.rank() != 0) return;
   int32_t status = 0;
+  if (key) op.keys[row * op.chunks] = key;
   op.tokens[row] = finish_choice(op.keys + row * op.chunks, op.flags + row * op.chunks, op.chunks, status);
   op.status[row] = status;
 }
@@ -39,15 +54,16 @@ void choose_tokens(const ChooseTokens& op, void* stream) {
     part.rows = least(op.rows - first, kMaxRows);
     part.logits = static_cast<const char*>(op.logits) + first * op.stride * (op.dtype == kFloat32 ? 4 : 2);
     part.positions += first, part.keys += first * op.chunks, part.flags += first * op.chunks;
+    part.groups += first * (op.chunks * kThreads + 2 * kRowWords), part.tokens += first, part.status += first;
     part.rounds = op.rounds ? op.rounds + first : nullptr;
     part.sampling = {op.sampling.seed + first, op.sampling.temperature + first, op.sampling.top_k + first,
                      op.sampling.top_p + first, op.sampling.min_p + first};
     by_dtype(op.dtype, [&](auto* type) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-      launch(choose_chunks<T>, dim3(op.chunks, part.rows), stream, part);
+      launch(scan_chunks<T>, dim3(op.chunks, part.rows), stream, part, chunk_threads(op.vocab, op.chunks));
+      launch_dependent(choose_rows<T>, dim3(row_splits(part.rows), part.rows), stream, part, kRowThreads);
     });
   }
-  launch(finish_rows, (op.rows + kThreads - 1) / kThreads, stream, op);
 }
 
 }  // namespace beagle::cuda

@@ -125,6 +125,13 @@ void launch_dependent(void (*kernel)(Op), dim3 grid, void* stream, const Op& op,
   launch(kernel, grid, stream, op, threads);
 }
 
+// What this thread wrote to global memory before is seen before what it writes after.
+__device__ __forceinline__ void fence() {
+#if !defined(BEAGLE_EMULATED)
+  __threadfence();
+#endif
+}
+
 // Calls body with a null pointer of the logits' type.
 template <class Body>
 void by_dtype(int32_t dtype, const Body& body) {

@@ -1,28 +1,52 @@
-// Two launches: a block for each chunk of each node's row, then a block for each tree.
+// Three launches: a block for each chunk of each node's row, one or more for each node, which do the sampled ones, a
+// block for each tree.
 #include "../core/accept.h"
 #include "../core/sampling.h"
 #include "executor.h"
-#include "team.cuh"
+#include "nucleus.cuh"
 
 namespace beagle::cuda {
 namespace {
 
+__device__ __forceinline__ bool in_use(const VerifyTree& op, int64_t b, int64_t n) {
+  return n == 0 || n < op.tree.size[b];
+}
+
+__device__ __forceinline__ Stream stream_of(const VerifyTree& op, int64_t b, int64_t n) {
+  const int32_t depth = n > 0 ? op.tree.depth[b * op.tree.nodes + n] : 0;
+  return {uint64_t(op.sampling.seed[b]), op.positions[b] + depth, kTarget, 0};
+}
+
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) choose_nodes(const VerifyTree op) {
-  __shared__ uint64_t slots[2][kWarps];
-  __shared__ Scratch scratch;
-  const int64_t b = blockIdx.z, n = blockIdx.y, chunk = blockIdx.x, row = b * op.tree.nodes + n;
-  if (n > 0 && n >= op.tree.size[b]) return;
-  Block team{slots};
+__device__ __forceinline__ const T* logits_of(const VerifyTree& op, int64_t b, int64_t n) {
+  return static_cast<const T*>(op.logits) + row_offset(b, n, op.stride_b, op.stride_n);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) scan_nodes(const VerifyTree op) {
+  const int64_t b = blockIdx.z, n = blockIdx.y, row = b * op.tree.nodes + n, at = row * op.chunks + blockIdx.x;
+  let_next_start();
+  if (!in_use(op, b, n)) return;
+  scan_chunk(logits_of<T>(op, b, n), op.vocab, op.sampling.temperature[b], [&] { return stream_of(op, b, n); },
+             Groups(op.groups, row, op.chunks, blockDim.x), op.keys + at, op.flags + at);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 2) choose_nodes(const VerifyTree op) {
+  __shared__ uint64_t slots[2][kRowWarps];
+  __shared__ Room room;
+  const int64_t b = blockIdx.z, n = blockIdx.y, row = b * op.tree.nodes + n;
   const RowSampling sampling = op.sampling.at(b);
-  const Stream stream(sampling.seed, op.positions[b] + (n > 0 ? op.tree.depth[row] : 0), kTarget, 0);
-  const T* logits = static_cast<const T*>(op.logits) + row_offset(b, n, op.stride_b, op.stride_n);
-  int32_t status = 0;
-  const uint64_t key = choose_chunk(team, logits, op.vocab, chunk, op.chunks, sampling, stream, status, scratch);
-  if (team.rank() == 0) {
-    op.keys[row * op.chunks + chunk] = key;
-    op.flags[row * op.chunks + chunk] = status;
-  }
+  let_next_start();
+  // also where there is nothing to do: the next kernel waits for this one alone
+  wait_for_previous();
+  if (!sampling.noisy() || !in_use(op, b, n)) return;
+  RowBlock team{slots};
+  const Groups groups(op.groups, row, op.chunks, chunk_threads(op.vocab, op.chunks));
+  const Row<T> logits(logits_of<T>(op, b, n), op.vocab);
+  uint64_t key;
+  const bool decides = choose_noisy(team, logits, sampling, stream_of(op, b, n), groups, room, key);
+  if (decides && team.rank() == 0) op.keys[row * op.chunks] = key;
 }
 
 __global__ void __launch_bounds__(kThreads) accept_chosen(const VerifyTree op) {
@@ -31,6 +55,7 @@ __global__ void __launch_bounds__(kThreads) accept_chosen(const VerifyTree op) {
   Block team{slots};
   const int64_t b = blockIdx.x;
   const int32_t size = least(most(op.tree.size[b], 1), op.tree.nodes);
+  wait_for_previous();
   int32_t status = 0;
   for (int32_t n = team.rank(); n < size; n += team.size()) {
     const int64_t at = (b * op.tree.nodes + n) * op.chunks;
@@ -46,9 +71,11 @@ __global__ void __launch_bounds__(kThreads) accept_chosen(const VerifyTree op) {
 void verify_tree(const VerifyTree& op, void* stream) {
   by_dtype(op.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    launch(choose_nodes<T>, dim3(op.chunks, op.tree.nodes, op.batch), stream, op);
+    launch(scan_nodes<T>, dim3(op.chunks, op.tree.nodes, op.batch), stream, op, chunk_threads(op.vocab, op.chunks));
+    const unsigned splits = row_splits(op.tree.nodes * op.batch);
+    launch_dependent(choose_nodes<T>, dim3(splits, op.tree.nodes, op.batch), stream, op, kRowThreads);
   });
-  launch(accept_chosen, op.batch, stream, op);
+  launch_dependent(accept_chosen, op.batch, stream, op);
 }
 
 }  // namespace beagle::cuda

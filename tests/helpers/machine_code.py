@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -143,3 +143,34 @@ def _run(*command: str) -> str:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
     return done.stdout
+
+
+def ways(kernel: Kernel, opcode: str, goal: str) -> list[tuple[Instruction, ...]]:
+    """The shortest ways from the kernel's start through an instruction of `opcode` to the next one of `goal`, one for
+    each that can be passed: what a thread runs that takes every branch around what it has no need of."""
+    code, place = kernel.instructions, {i.address: n for n, i in enumerate(kernel.instructions)}
+
+    def follow(start: int, ends) -> list[int]:
+        before, queue = {start: start}, deque([start])
+        while queue:
+            n = queue.popleft()
+            if n != start and ends(n):
+                way = [n]
+                while way[-1] != start:
+                    way.append(before[way[-1]])
+                return way[::-1]
+            branch = re.search(r"0x([0-9a-f]+)$", code[n].operands) if code[n].opcode.startswith("BRA") else None
+            after = [place[int(branch[1], 16)]] if branch else []
+            always = code[n].opcode.startswith(("BRA", "EXIT")) and not code[n].guard and "P" not in code[n].operands
+            for m in after if always else [*after, n + 1]:
+                if m < len(code) and m not in before:
+                    before[m] = n
+                    queue.append(m)
+        return []
+
+    found = []
+    for via in (n for n, i in enumerate(code) if i.opcode == opcode and not i.guard):
+        first, rest = follow(0, lambda n, via=via: n == via), follow(via, lambda n: code[n].opcode.startswith(goal))
+        if first and rest:
+            found.append(tuple(code[n] for n in (*first, *rest[1:])))
+    return sorted(found, key=len)

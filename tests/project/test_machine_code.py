@@ -6,7 +6,7 @@ import shutil
 
 import machine_code
 import pytest
-from machine_code import CUDA, Kernel, find, hot_loop, loads_in_flight, loops, opcodes, read
+from machine_code import CUDA, Kernel, find, hot_loop, loads_in_flight, loops, opcodes, read, ways
 
 ARCHS = ("80", "90a")
 HOT = sorted(path.stem for path in CUDA.glob("*.cu") if path.stem != "why_not")
@@ -70,3 +70,16 @@ def test_the_cache_moves_sixteen_bytes_an_instruction_and_eight_loads_at_once(co
     assert loads_in_flight(hot_loop(kernel)) == 8
     words = opcodes(find(code("compact_cache", arch), "move_columnsIj").instructions)
     assert words["STG.E"] == 8 and not [opcode for opcode in words if opcode.endswith("U8")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("name", "kernel"), [("choose_tokens", "scan_chunks"), ("verify_tree", "scan_nodes")])
+def test_a_greedy_row_is_read_by_wide_loads_at_once_in_few_instructions(code, arch, name, kernel):
+    for dtype, registers, a_token in (("INS_6BFloat", 48, 5.5), ("INS_4Half", 48, 6.5), ("If", 64, 8.5)):
+        scan = find(code(name, arch), kernel + dtype)
+        assert scan.registers <= registers
+        # of a thread that has whole, aligned vectors and draws no noise, which takes 32 tokens
+        greedy = next(way for way in ways(scan, "LDG.E.128", "BAR") if opcodes(way)["LDG.E.128"] >= 4)
+        assert loads_in_flight(greedy) >= 4
+        assert len(greedy) <= 32 * a_token
