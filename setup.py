@@ -92,7 +92,7 @@ def ninja_file(target: Path, nvcc: str | None, why_not: str) -> str:
     includes = [f"-isystem {sysconfig.get_path('include')}", f"-isystem {pybind11.get_include()}"]
     host = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
     # gcc 12 warns of its own intrinsics header
-    host += ["-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+    host += ["-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
     defines = ["-DBEAGLE_CUDA"] if nvcc else []
     texts = {"BEAGLE_NO_CUDA": why_not, "BEAGLE_ARCHS": ";".join(cuda_archs())}
     told = " ".join(f"-D{name}='\"{text}\"'" for name, text in texts.items())

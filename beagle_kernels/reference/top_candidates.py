@@ -30,8 +30,9 @@ def top_candidates(
     tokens = column if token_ids is None else token_ids[column]
     # a row without a number is the point mass on column 0 for the sampler, but has no candidate worth drafting
     finite = (kept > -torch.inf) & (status < 2)[:, None]
-    whole = torch.where(temperature[:, None] > 0, kept.logsumexp(-1, keepdim=True), value.logsumexp(-1, keepdim=True))
-    scores = kept - whole
+    # the others' noise is not drawn: they count as without it
+    others = z.scatter(1, column, -torch.inf)
+    scores = kept - torch.logaddexp(kept.logsumexp(-1, keepdim=True), others.logsumexp(-1, keepdim=True))
     return torch.where(finite, tokens, 0), torch.where(finite, scores, -torch.inf)
 
 

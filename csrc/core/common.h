@@ -14,10 +14,13 @@
 #if defined(__CUDACC__)
 #define BEAGLE_FN __host__ __device__ __forceinline__
 #define BEAGLE_INLINED
+#define BEAGLE_OWN BEAGLE_FN
 #define BEAGLE_UNROLL _Pragma("unroll")
 #define BEAGLE_UNROLL_ROUNDS _Pragma("unroll")
 #else
 #define BEAGLE_FN inline __attribute__((always_inline))
+// A function that each object file has for itself: called, where inlining it everywhere would take long to compile.
+#define BEAGLE_OWN static inline __attribute__((noinline))
 // of a lambda: [&](int i) BEAGLE_INLINED { ... }
 #define BEAGLE_INLINED __attribute__((always_inline))
 // data loops are left to the vectoriser

@@ -143,33 +143,4 @@ struct MassItem : CountItem<T> {
   }
 };
 
-// The least logit that top-k, then top-p, then min-p keep. top is the row's largest, above -inf.
-template <class Team, class T>
-BEAGLE_FN float filter_cut(Team& team, const T* row, int64_t vocab, const RowSampling& sampling, float top, Scratch& scratch) {
-  const Kept kept(sampling, top);
-  uint32_t cut = 0;
-  if (sampling.top_k > 0 && sampling.top_k < vocab) {
-    cut = threshold(team, vocab, CountItem<T>{row, vocab}, uint64_t(sampling.top_k), scratch);
-  }
-  if (sampling.top_p < 1.0f) {
-    const MassItem<T> mass(row, vocab, cut, kept);
-    cut = most(cut, threshold(team, vocab, mass, nucleus_limit(sampling.top_p, mass.total(team)), scratch));
-  }
-  if (sampling.min_p > 0.0f) {
-    uint32_t inverse = 0;
-    constexpr int kTile = Team::kTile;
-    alignas(64) float z[kTile];
-    for (int64_t i = team.rank() * kTile; i < vocab; i += int64_t(team.size()) * kTile) {
-      load_tile(row, i, vocab, z);
-      BEAGLE_UNROLL
-      for (int j = 0; j < kTile; ++j) {
-        const uint32_t below = ~order(z[j]);
-        inverse = most(inverse, below & -uint32_t(kept.log_ratio(z[j]) >= kept.floor));
-      }
-    }
-    cut = most(cut, ~uint32_t(team.max(uint64_t(inverse))));
-  }
-  return cut == 0 ? -kInf : unorder(cut);
-}
-
 }  // namespace beagle

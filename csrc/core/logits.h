@@ -78,28 +78,4 @@ BEAGLE_FN float lane_sum(const float (&value)[N]) {
   return sum;
 }
 
-// Key of the largest logit in [begin, end), 0 if none is above -inf; status takes kStatusNan.
-template <class Team, class T>
-BEAGLE_FN uint64_t top_key(Team& team, const T* row, int64_t begin, int64_t end, int32_t& status) {
-  constexpr int kTile = Team::kTile;
-  alignas(64) float z[kTile];
-  float best = -kInf;
-  int64_t where = begin;
-  bool nan = false;
-  for (int64_t i = begin + team.rank() * kTile; i < end; i += int64_t(team.size()) * kTile) {
-    nan |= load_tile(row, i, end, z);
-    const float m = tile_max(z);
-    if (m > best) best = m, where = i;
-  }
-  uint64_t key = 0;
-  if (best > -kInf) {
-    load_tile(row, where, end, z);
-    uint32_t first = 0;
-    for (int j = kTile - 1; j >= 0; --j) first = z[j] == best ? uint32_t(j) : first;
-    key = make_key(best, uint32_t(where) + first);
-  }
-  if (team.any(nan)) status |= kStatusNan;
-  return team.max(key);
-}
-
 }  // namespace beagle

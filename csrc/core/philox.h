@@ -50,7 +50,7 @@ using Wide = uint64_t __attribute__((vector_size(sizeof(Lanes))));
 // Word w of counter[j] goes to x[w][j]. A counter word lives in the low half of a 64-bit lane; what the upper half holds
 // is never read, since the product takes low halves. Even and odd counters go through in two vectors, side by side.
 template <int N>
-BEAGLE_FN void philox(const Stream& s, const uint32_t (&counter)[N], uint32_t (*x)[N]) {
+BEAGLE_OWN void philox(const Stream& s, const uint32_t (&counter)[N], uint32_t (*x)[N]) {
   constexpr int kStep = sizeof(Lanes) / 4;
   static_assert(N % kStep == 0);
   BEAGLE_COUNT(kPhilox, N);
@@ -82,7 +82,7 @@ BEAGLE_FN void philox(const Stream& s, const uint32_t (&counter)[N], uint32_t (*
 #else
 // Word w of counter[j] goes to x[w][j].
 template <int N>
-BEAGLE_FN void philox(const Stream& s, const uint32_t (&counter)[N], uint32_t (*x)[N]) {
+BEAGLE_OWN void philox(const Stream& s, const uint32_t (&counter)[N], uint32_t (*x)[N]) {
   BEAGLE_COUNT(kPhilox, N);
 #if !defined(__CUDACC__)
 #pragma GCC ivdep

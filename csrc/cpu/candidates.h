@@ -32,9 +32,9 @@ BEAGLE_FN void offer_all(const float (&value)[kGroup], int64_t first, Best& best
   for_lanes(value, best.least_value(), [&](int j) BEAGLE_INLINED { best.offer(make_key(value[j], uint32_t(first + j))); });
 }
 
-// Natural log-sum-exp of a row whose largest logit is `top`, from the maxima of its groups.
+// Sum of exp(z - top) over a row whose largest logit is `top`, from the maxima of its groups.
 template <class T>
-BEAGLE_FN float log_sum(const T* row, int64_t vocab, const float* tops, float top) {
+BEAGLE_OWN double sum_of_exps(const T* row, int64_t vocab, const float* tops, float top) {
   // beyond e^-40 of the largest even a million logits change no bit
   constexpr float kFar = 40.0f;
   LaneSum sum;
@@ -44,12 +44,12 @@ BEAGLE_FN float log_sum(const T* row, int64_t vocab, const float* tops, float to
     load_finite(row, i, vocab, top, z);
     for (int v = 0; v < kGroup; v += kLanes) sum.add(exp2_of(at_least(lanes_at(z + v) - top, -86.0f), kLog2E));
   }
-  return top + log_of(float(sum.total()));
+  return sum.total();
 }
 
 // The k best of a row at T = 0; returns its log-sum-exp.
 template <class T>
-BEAGLE_FN float rank_greedy(const T* row, int64_t vocab, Best& best, float* room) {
+BEAGLE_OWN float rank_greedy(const T* row, int64_t vocab, Best& best, float* room) {
   const int64_t count = (vocab + kGroup - 1) / kGroup;
   float *tops = room, *order = room + count;
   group_tops(row, 0, vocab, tops);
@@ -64,7 +64,7 @@ BEAGLE_FN float rank_greedy(const T* row, int64_t vocab, Best& best, float* room
     load_tile(row, u * kGroup, vocab, z);
     offer_all(z, u * kGroup, best);
   }
-  return top == -kInf ? -kInf : log_sum(row, vocab, tops, top);
+  return top == -kInf ? -kInf : top + log_of(float(sum_of_exps(row, vocab, tops, top)));
 }
 
 // Columns of a row of a reduced vocabulary: noise belongs to the full ids, which ascend.
@@ -107,9 +107,23 @@ struct Columns {
   }
 };
 
-// The k best z + T g of a row, less 2 T where the filters would drop.
+// Log of the sum of exp(value) over the kept and of exp(z), without noise, over the others.
 template <class T>
-BEAGLE_FN void rank_noisy(const TopCandidates& op, const T* row, const RowSampling& sampling, const Stream& stream, Best& best,
+BEAGLE_OWN float log_sum_of(const T* row, const Best& best, float top, double exps) {
+  float roof = top;
+  for (int32_t i = 0; i < best.count; ++i) roof = most(roof, key_value(best.keys[i]));
+  double kept = 0.0;
+  for (int32_t i = 0; i < best.count; ++i) {
+    kept += double(exp_of(key_value(best.keys[i]) - roof));
+    exps -= double(exp_of(tidy(to_float(row[key_index(best.keys[i])])) - top));
+  }
+  return roof + log_of(float(kept + most(exps, 0.0) * double(exp_of(top - roof))));
+}
+
+// The k best z + T g of a row, less 2 T where the filters would drop; returns their log-sum-exp and that of the others
+// without noise.
+template <class T>
+BEAGLE_OWN float rank_noisy(const TopCandidates& op, const T* row, const RowSampling& sampling, const Stream& stream, Best& best,
                           float* room) {
   const float t = sampling.temperature;
   Part<T> part(row, 0, op.vocab, stream, t, room);
@@ -139,6 +153,9 @@ BEAGLE_FN void rank_noisy(const TopCandidates& op, const T* row, const RowSampli
     if (op.token_ids) columns.look_into(z, t, stream, part.first(u), least, offer);
     else look_into(z, t, stream, uint32_t(u), part.noise[u], least, offer);
   });
+  if (best.count == 0) return -kInf;
+  const float top = part.top();
+  return log_sum_of(row, best, top, sum_of_exps(row, op.vocab, part.tops, top));
 }
 
 }  // namespace beagle::cpu

@@ -13,8 +13,9 @@ BEAGLE_FN Reals probability(const Law& law, const Reals& z) {
 }
 
 template <class T>
-BEAGLE_FN Law law_of(const T* row, int64_t vocab, const RowSampling& sampling, float* room) {
-  Law law{0.0f, 1.0f, 0.0f, -kInf, -kInf, 0.0f, 0, 0};
+BEAGLE_OWN Law law_of(const T* row, int64_t vocab, const RowSampling& sampling, float* room) {
+  Law law{};
+  law.scale2 = 1.0f, law.cut = law.floor = -kInf;
   Part<T> part(row, 0, vocab, Stream(0, 0, 0, 0), sampling.temperature, room);
   part.read();
   law.status = part.status, law.top = part.top();

@@ -12,7 +12,7 @@ void sort_down(float* values, int64_t count);
 
 // The logits above `low` and up to `high`, into part.survivors; how many, or -1 if they are more than `room`.
 template <class T>
-BEAGLE_FN int64_t survivors(const Part<T>& part, float low, float high, int64_t room) {
+BEAGLE_OWN int64_t survivors(const Part<T>& part, float low, float high, int64_t room) {
   int64_t found = 0;
   alignas(64) float z[kGroup];
   for (int64_t u = 0; u < part.count; ++u) {
@@ -20,7 +20,7 @@ BEAGLE_FN int64_t survivors(const Part<T>& part, float low, float high, int64_t 
     load_tile(part.row, part.first(u), part.end, z);
     for (int v = 0; v < kGroup; v += kLanes) {
       const Reals x = lanes_at(z + v);
-      for (uint32_t bits = bits_of(x > low & x <= high); bits; bits &= bits - 1)
+      for (uint32_t bits = bits_of((x > low) & (x <= high)); bits; bits &= bits - 1)
         part.survivors[found++] = z[v + __builtin_ctz(bits)];
     }
     if (found > room) return -1;
@@ -30,7 +30,7 @@ BEAGLE_FN int64_t survivors(const Part<T>& part, float low, float high, int64_t 
 
 // The k-th largest logit of the whole row, from the groups whose maximum reaches the k-th largest maximum.
 template <class T>
-BEAGLE_FN float kth_logit(const Part<T>& part, int64_t k) {
+BEAGLE_OWN float kth_logit(const Part<T>& part, int64_t k) {
   if (k <= part.count) {
     for (int64_t u = 0; u < part.count; ++u) part.bound[u] = part.tops[u];
     const float low = kth_largest(part.bound, part.count, k);
@@ -62,7 +62,7 @@ struct Sums {
     return sum;
   }
   // Adds 64 logits' masses to the total, and to `above` those of logits above `rung`; lanes(v, z) gives the v-th 16.
-  template <bool kTopK, class Load>
+  template <bool kTopK, bool kAbove, class Load>
   BEAGLE_FN void add(const Kept& kept, float rung, const Load& lanes) {
     // a mass is below 2^30, so four fit in 32 bits; pairs of lanes then become 64
     const auto halves = [](const Counts& x) BEAGLE_INLINED { return (Pairs(x) & 0xffffffffu) + (Pairs(x) >> 32); };
@@ -76,12 +76,12 @@ struct Sums {
       Counts mass = Counts(__builtin_convertvector(p, Marks)) >> Counts(-whole);
       if (kTopK) mass &= Counts(z >= kept.kth);
       all += mass;
-      over += mass & Counts(z > rung);
+      if (kAbove) over += mass & Counts(z > rung);
     }
     total += halves(all), above += halves(over);
   }
   // The same of every group that `takes(its largest)`.
-  template <bool kTopK, class T, class Takes>
+  template <bool kTopK, bool kAbove, class T, class Takes>
   BEAGLE_FN void add_those(const Part<T>& part, const Kept& kept, float rung, const Takes& takes) {
     // an infinite logit has to be tidied
     const int64_t whole = kept.top < kMax ? part.end / kGroup : 0;
@@ -89,23 +89,27 @@ struct Sums {
       if (!takes(part.tops[u])) continue;
       BEAGLE_COUNT(kLogits, kGroup);
       const T* row = part.row + u * kGroup;
-      add<kTopK>(kept, rung, [&](int v, Reals& z) BEAGLE_INLINED { load_lanes(row + v * kLanes, z); });
+      add<kTopK, kAbove>(kept, rung, [&](int v, Reals& z) BEAGLE_INLINED { load_lanes(row + v * kLanes, z); });
     }
     for (int64_t u = whole; u < part.count; ++u) {
       if (!takes(part.tops[u])) continue;
       alignas(64) float tile[kGroup];
       load_tile(part.row, part.first(u), part.end, tile);
-      add<kTopK>(kept, rung, [&](int v, Reals& z) BEAGLE_INLINED { z = lanes_at(tile + v * kLanes); });
+      add<kTopK, kAbove>(kept, rung, [&](int v, Reals& z) BEAGLE_INLINED { z = lanes_at(tile + v * kLanes); });
     }
   }
-  // The groups whose largest logit lies in [low, high).
-  template <class T>
-  BEAGLE_FN void add_groups(const Part<T>& part, const Kept& kept, float rung, float low, float high) {
-    const auto takes = [&](float top) BEAGLE_INLINED { return top >= low && top < high; };
-    if (kept.kth > -kInf) add_those<true>(part, kept, rung, takes);
-    else add_those<false>(part, kept, rung, takes);
-  }
 };
+
+// Adds the groups whose largest logit lies in [low, high).
+template <class T>
+BEAGLE_OWN void add_groups(Sums& sums, const Part<T>& part, const Kept& kept, float rung, float low, float high) {
+  const auto takes = [&](float top) BEAGLE_INLINED { return top >= low && top < high; };
+  Sums own = sums;
+  if (kept.kth > -kInf) own.template add_those<true, true>(part, kept, rung, takes);
+  else if (rung < kInf) own.template add_those<false, true>(part, kept, rung, takes);
+  else own.template add_those<false, false>(part, kept, rung, takes);
+  sums = own;
+}
 
 // Key of the best z + T g among what the filters keep of a row, 0 if there is none; part is the whole of it.
 //
@@ -113,32 +117,31 @@ struct Sums {
 // those with a still larger one, ... The first that top-p keeps is it; to know that it is kept, the mass above it and a part
 // of the whole mass may be enough.
 template <class T>
-BEAGLE_FN uint64_t choose_filtered(Part<T>& part, const RowSampling& sampling) {
+BEAGLE_OWN uint64_t choose_filtered(Part<T>& part, const RowSampling& sampling) {
   const Kept kept = kept_of(part, sampling);
-  float logit = -kInf;
-  uint64_t key = part.choose(-kInf, kept.kth, kept, logit);
-  if (!(sampling.top_p < 1.0f)) return key;
+  const bool nucleus = sampling.top_p < 1.0f;
   Sums whole;
-  float seen = kInf;  // whole has the groups from here on
-  for (; key != 0; key = part.choose(logit, kept.kth, kept, logit)) {
+  float logit = -kInf, seen = kInf;  // whole has the groups from `seen` on
+  while (true) {
+    const uint64_t key = choose_above(part, logit, kept.kth, kept, logit);
+    if (key == 0 || !nucleus) return key;
     Sums sums;
-    sums.add_groups(part, kept, logit, logit, kInf);
+    add_groups(sums, part, kept, logit, logit, kInf);
     const uint64_t above = Sums::of(sums.above);
     if (seen > logit) whole = sums, seen = logit;
     while (above >= nucleus_limit(sampling.top_p, Sums::of(whole.total)) && seen > kept.top + kept.far) {
       const float low = most(seen - 8.0f / kept.scale, kept.top + kept.far);
-      whole.add_groups(part, kept, kInf, low, seen), seen = low;
+      add_groups(whole, part, kept, kInf, low, seen), seen = low;
     }
     if (above < nucleus_limit(sampling.top_p, Sums::of(whole.total))) return key;
   }
-  return 0;
 }
 
 // The mass of the whole row.
 template <class T>
 BEAGLE_FN uint64_t total_mass(const Part<T>& part, const Kept& kept) {
   Sums sums;
-  sums.add_groups(part, kept, kInf, kept.top + kept.far, kInf);
+  add_groups(sums, part, kept, kInf, kept.top + kept.far, kInf);
   return Sums::of(sums.total);
 }
 
@@ -157,7 +160,7 @@ BEAGLE_FN float walk_down(float* logits, int64_t count, const Kept& kept, uint64
 
 // The least logit that top-k and top-p keep of a row: halving the range it may lie in until that holds few logits.
 template <class T>
-BEAGLE_FN float nucleus_cut(const Part<T>& part, const Kept& kept, float top_p) {
+BEAGLE_OWN float nucleus_cut(const Part<T>& part, const Kept& kept, float top_p) {
   if (!(top_p < 1.0f) || kept.top == -kInf) return kept.kth;
   constexpr int kHalvings = 4;
   constexpr int64_t kFew = 512;
@@ -173,7 +176,7 @@ BEAGLE_FN float nucleus_cut(const Part<T>& part, const Kept& kept, float top_p) 
       if (found >= 0) return walk_down(part.survivors, found, kept, limit, above);
     }
     Sums sums;
-    sums.add_groups(part, kept, middle, middle, kInf);
+    add_groups(sums, part, kept, middle, middle, kInf);
     const uint64_t over = Sums::of(sums.above);
     if (over < limit) high = middle, above = over;
     else low = middle;

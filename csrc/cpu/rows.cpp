@@ -9,23 +9,14 @@
 namespace beagle::cpu::BEAGLE_ISA {
 namespace {
 
-// On its own, as the compiler then keeps more of either way in registers.
-template <class T>
-__attribute__((noinline)) uint64_t choose_row_filtered(const T* row, int64_t vocab, const RowSampling& sampling,
-                                                       const Stream& stream, int32_t& status, float* room) {
-  Part<T> part(row, 0, vocab, stream, sampling.temperature, room);
-  part.read_and_draw();
-  status |= part.status;
-  return choose_filtered(part, sampling);
-}
-
 template <class T>
 uint64_t choose(const void* logits, int64_t vocab, int64_t chunk, int64_t chunks, const RowSampling& sampling,
                 const Stream& stream, int32_t& status, float* room) {
   const T* row = static_cast<const T*>(logits);
-  if (sampling.filters(vocab)) return chunk > 0 ? 0 : choose_row_filtered(row, vocab, sampling, stream, status, room);
+  const bool filters = sampling.filters(vocab);
+  if (filters && chunk > 0) return 0;
   constexpr int64_t kPair = 2 * kGroup;
-  const int64_t tokens = ((vocab + chunks - 1) / chunks + kPair - 1) / kPair * kPair;
+  const int64_t tokens = filters ? vocab : ((vocab + chunks - 1) / chunks + kPair - 1) / kPair * kPair;
   const int64_t begin = chunk * tokens, end = least(begin + tokens, vocab);
   if (begin >= end) return 0;
   if (!sampling.noisy()) return top_key(row, begin, end, status);
@@ -33,16 +24,14 @@ uint64_t choose(const void* logits, int64_t vocab, int64_t chunk, int64_t chunks
   part.read_and_draw();
   status |= part.status;
   float logit;
-  return part.choose(-kInf, -kInf, All{}, logit);
+  return filters ? choose_filtered(part, sampling) : choose_above(part, -kInf, -kInf, All{}, logit);
 }
 
 template <class T>
 float rank(const TopCandidates& op, const void* logits, const RowSampling& sampling, const Stream& stream, Best& best,
            float* room) {
   const T* row = static_cast<const T*>(logits);
-  if (!sampling.noisy()) return rank_greedy(row, op.vocab, best, room);
-  rank_noisy(op, row, sampling, stream, best, room);
-  return 0.0f;
+  return sampling.noisy() ? rank_noisy(op, row, sampling, stream, best, room) : rank_greedy(row, op.vocab, best, room);
 }
 
 template <class T>

@@ -11,7 +11,7 @@ struct Rows {
   // Chunk `chunk` of `chunks` of a row: the best key, 0 if no token is above -inf. A row with filters is chunk 0's alone.
   uint64_t (*choose[3])(const void* row, int64_t vocab, int64_t chunk, int64_t chunks, const RowSampling&, const Stream&,
                         int32_t& status, float* room);
-  // Leaves a row's k best in the heap. The log-sum-exp of all at T = 0; at T > 0 it is of those kept, and 0 is returned.
+  // Leaves a row's k best in the heap and returns what their scores are measured from.
   float (*rank[3])(const TopCandidates&, const void* row, const RowSampling&, const Stream&, Best&, float* room);
   Law (*measure[3])(const void* row, int64_t vocab, const RowSampling&, float* room);
   void (*chain[3])(const VerifyChain&, int64_t b, float* room);

@@ -86,9 +86,22 @@ BEAGLE_FN void load_finite(const T* row, int64_t i, int64_t end, float top, floa
   else load_tile(row, i, end, z);
 }
 
+// Moves the marked ones of 16 values together to `to`, at or below `from`, and returns how many they are; what lies behind
+// them up to `from` + 16 is lost.
+template <class T>
+BEAGLE_FN int store_marked(const T* from, uint32_t lanes, T* to) {
+  static_assert(sizeof(T) == 4);
+#if defined(__AVX512F__)
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(lanes), _mm512_loadu_si512(from)));
+#else
+  for (uint32_t rest = lanes; rest; rest &= rest - 1) *to++ = from[__builtin_ctz(rest)];
+#endif
+  return __builtin_popcount(lanes);
+}
+
 // Key of the largest logit in [begin, end) by a plain scan.
 template <class T>
-BEAGLE_FN uint64_t scan_key(const T* row, int64_t begin, int64_t end, int32_t& status) {
+BEAGLE_OWN uint64_t scan_key(const T* row, int64_t begin, int64_t end, int32_t& status) {
   uint64_t key = 0;
   float best = -kInf;
   for (int64_t i = begin; i < end; ++i) {
@@ -102,7 +115,7 @@ BEAGLE_FN uint64_t scan_key(const T* row, int64_t begin, int64_t end, int32_t& s
 // Key of the largest logit in [begin, end), 0 if none is above -inf; status takes kStatusNan. Lane l keeps the largest
 // of its tokens and the first tile that held it.
 template <class T>
-BEAGLE_FN uint64_t top_key(const T* row, int64_t begin, int64_t end, int32_t& status) {
+BEAGLE_OWN uint64_t top_key(const T* row, int64_t begin, int64_t end, int32_t& status) {
   constexpr int kVectors = 16, kStep = kLanes * kVectors;
   BEAGLE_COUNT(kLogits, end - begin);
   const int64_t whole = begin + (end - begin) / kStep * kStep;
@@ -170,7 +183,7 @@ struct Nans {
 
 // The largest tidied logit of each group of 64 in [begin, end); whether a logit was NaN.
 template <class T>
-BEAGLE_FN bool group_tops(const T* row, int64_t begin, int64_t end, float* tops) {
+BEAGLE_OWN bool group_tops(const T* row, int64_t begin, int64_t end, float* tops) {
   Nans nans;
   int64_t i = begin;
   for (; i + kLanes * kGroup <= end; tops += kLanes) {
@@ -229,7 +242,7 @@ template <class Each>
 BEAGLE_FN void for_lanes(const float (&value)[kGroup], float low, const Each& each) {
   for (int v = 0; v < kGroup; v += kLanes) {
     const Reals x = lanes_at(value + v);
-    for (uint32_t bits = bits_of(x >= low & x > -kInf); bits; bits &= bits - 1) each(v + __builtin_ctz(bits));
+    for (uint32_t bits = bits_of((x >= low) & (x > -kInf)); bits; bits &= bits - 1) each(v + __builtin_ctz(bits));
   }
 }
 

@@ -8,7 +8,7 @@
 namespace beagle::cpu {
 
 // Bounds of the noise of `count` groups from `first`, an even one, on; written up to the next multiple of 16.
-BEAGLE_FN void noise_bounds(const Stream& stream, int64_t first, int64_t count, float* noise) {
+BEAGLE_OWN void noise_bounds(const Stream& stream, int64_t first, int64_t count, float* noise) {
   constexpr int kPairs = kLanes;
   const Stream of_groups = stream.of_groups();
   for (int64_t u = 0; u < count; u += 2 * kPairs) {
@@ -40,10 +40,9 @@ struct Frontier {
     int64_t kept = 0;
     for (int64_t u = 0; u < count; u += kLanes) {
       const Reals x = lanes_at(bound + u);
-      for (uint32_t bits = bits_of(x >= low & x > -kInf); bits; bits &= bits - 1) {
-        const int64_t at = u + __builtin_ctz(bits);
-        bound[kept] = bound[at], group[kept++] = group[at];
-      }
+      const uint32_t lanes = bits_of((x >= low) & (x > -kInf));
+      store_marked(group + u, lanes, group + kept);
+      kept += store_marked(bound + u, lanes, bound + kept);
     }
     count = kept;
     pad();
@@ -53,15 +52,15 @@ struct Frontier {
 // Looks into the groups whose bound is at least `least()`, the highest bound first, until none is left.
 template <class Least, class Look>
 BEAGLE_FN void search(Frontier frontier, const Least& least, const Look& look) {
-  constexpr int64_t kShort = 2 * kLanes;  // not worth gathering again
   frontier.start();
-  for (float kept = -kInf; frontier.count > 0;) {
+  for (uint32_t looks = 1; frontier.count > 0; ++looks) {
     const int64_t at = index_of_largest(frontier.bound, frontier.count);
     if (frontier.bound[at] == -kInf || frontier.bound[at] < least()) return;
     frontier.bound[at] = -kInf;
     BEAGLE_COUNT(kLooks, 1);
     look(int64_t(frontier.group[at]));
-    if (frontier.count > kShort && least() > kept) kept = least(), frontier.keep(kept);
+    // now and then, ever more seldom, those that are still to be looked into are gathered
+    if ((looks & (looks - 1)) == 0) frontier.keep(least());
   }
 }
 
@@ -89,9 +88,10 @@ BEAGLE_FN void look_into(const float (&value)[kGroup], float scale, const Stream
   philox(stream, quad, x);
   for (int q = 0; q < kQuads; ++q)
     for (int w = 0; w < 4; ++w) word[4 * q + w] = x[w][q];
-  offer(int(drawn.holder % kGroup), -log_of(drawn.least));
+  const int holder = int(drawn.holder % kGroup);
+  if (near >> holder & 1) offer(holder, -log_of(drawn.least));
   for (int j = 0; j < kGroup; ++j) reach[j] = value[j] + (noise_bound(word[j]) - kLogGroup) * scale;
-  reach[drawn.holder % kGroup] = -kInf;
+  reach[holder] = -kInf;
   for_lanes(reach, least(), [&](int j) BEAGLE_INLINED { offer(j, -log_of(drawn.least + exponential(word[j]))); });
 }
 
@@ -139,26 +139,30 @@ struct Part {
       bound[u] = tops[u] > low && tops[u] >= kth ? reach : -kInf;
     }
   }
-
-  // Key of the best z + T g among the logits above `low` that `keeps` takes, 0 if there is none; `logit` is its z.
-  template <class Keeps>
-  BEAGLE_FN uint64_t choose(float low, float kth, const Keeps& keeps, float& logit) {
-    set_bounds(low, kth);
-    uint64_t best = 0;
-    const auto least = [&]() BEAGLE_INLINED { return best ? reach_of(key_value(best), temperature) : -kInf; };
-    search(frontier(), least, [&](int64_t u) BEAGLE_INLINED {
-      alignas(64) float z[kGroup];
-      load_group(row, first(u), end, z);
-      look_into(z, temperature, stream, uint32_t(first(u) / kGroup), noise[u], least, [&](int j, float g) BEAGLE_INLINED {
-        const float x = tidy(z[j]);
-        if (!(x > low && keeps(x))) return;
-        const uint64_t key = make_key(x + temperature * g, uint32_t(first(u) + j));
-        if (key > best) best = key, logit = x;
-      });
-    });
-    return best;
-  }
 };
+
+// Key of the best z + T g among the logits above `low`, of at least `kth`, that `keeps` takes; 0 if there is none. `logit`
+// is its z.
+template <class T, class Keeps>
+BEAGLE_OWN uint64_t choose_above(Part<T>& given, float low, float kth, const Keeps& keeps, float& logit) {
+  Part<T> part = given;  // nobody else's, so that it may stay in registers
+  part.set_bounds(low, kth);
+  uint64_t best = 0;
+  const float t = part.temperature;
+  const auto least = [&]() BEAGLE_INLINED { return best ? reach_of(key_value(best), t) : -kInf; };
+  search(part.frontier(), least, [&](int64_t u) BEAGLE_INLINED {
+    alignas(64) float z[kGroup];
+    const int64_t first = part.first(u);
+    load_group(part.row, first, part.end, z);
+    look_into(z, t, part.stream, uint32_t(first / kGroup), part.noise[u], least, [&](int j, float g) BEAGLE_INLINED {
+      const float x = tidy(z[j]);
+      if (!(x > low && keeps(x))) return;
+      const uint64_t key = make_key(x + t * g, uint32_t(first + j));
+      if (key > best) best = key, logit = x;
+    });
+  });
+  return best;
+}
 
 struct All {
   BEAGLE_FN bool operator()(float) const { return true; }

@@ -16,21 +16,14 @@ void sort_down(float* values, int64_t count) { std::sort(values, values + count,
 
 namespace {
 
-float log_sum_of(const uint64_t* keys, int32_t count) {
-  double sum = 0.0;
-  for (int32_t i = 0; i < count; ++i) sum += double(exp_of(key_value(keys[i]) - key_value(keys[0])));
-  return count ? key_value(keys[0]) + log_of(float(sum)) : 0.0f;
-}
-
 void rank_row(const TopCandidates& op, int64_t row) {
   const RowSampling sampling = op.sampling.at(row);
   const Stream stream(sampling.seed, op.positions[row], kTarget, 0);
   Best best{op.keys + row * op.k, op.k, 0};
   const int64_t groups = Columns::groups_of(op.token_ids, op.vocab) + kLanes;
   const void* logits = row_at(op.logits, op.dtype, row_offset(0, row, 0, op.stride));
-  float total = rows().rank[op.dtype](op, logits, sampling, stream, best, room(room_for(op.vocab) + groups));
+  const float total = rows().rank[op.dtype](op, logits, sampling, stream, best, room(room_for(op.vocab) + groups));
   std::sort(best.keys, best.keys + best.count, std::greater<uint64_t>());
-  if (sampling.noisy()) total = log_sum_of(best.keys, best.count);
   for (int32_t i = 0; i < op.k; ++i) {
     const bool real = i < best.count;
     const int64_t column = real ? int64_t(key_index(best.keys[i])) : 0;
