@@ -1,5 +1,5 @@
-// Two launches: a block for each chunk of each row notes what its groups may reach, and at T = 0 its log-sum-exp; then
-// a block for each row lists the best.
+// Two launches: a block for each chunk of each row notes what its groups may reach and its log-sum-exp; then a block for
+// each row lists the best.
 #include "candidates.cuh"
 #include "executor.h"
 #include "nucleus.cuh"
@@ -46,27 +46,28 @@ __global__ void __launch_bounds__(kThreads) scan_columns(const TopCandidates op)
       groups.bounds[begin / kGroup + 2 * rank + i] = noisy ? top + temperature * noise[i] : top;
     }
   }
-  if (noisy) return;
   const float top = chunk_top(tops), base = most(top, -kMax);
   const double sum = sum_chunk(row, begin, raw, [&](float z) { return exp_of(z - base); });
   float* part = op.sums + (at * op.chunks + blockIdx.x) * 2;
   if (rank == 0) part[0] = top, part[1] = float(sum);
 }
 
-// Log-sum-exp of the whole row at T = 0, of what was kept of it otherwise.
-__device__ float log_sum(RowBlock& team, const TopCandidates& op, int64_t row, bool noisy, const List& list) {
-  const int32_t n = noisy ? least(op.k, list.count) : int32_t(op.chunks);
-  const float* part = op.sums + row * op.chunks * 2;
-  float top = noisy && n > 0 ? key_value(list.keys[0]) : -kInf;
-  if (!noisy)
-    for (int32_t c = 0; c < n; ++c) top = most(top, part[2 * c]);
-  double sum = 0.0;
-  for (int32_t i = team.rank(); i < n; i += kRowThreads) {
-    const float value = noisy ? key_value(list.keys[i]) : part[2 * i];
-    if (value > -kInf) sum += double(exp_of(value - top)) * (noisy ? 1.0 : double(part[2 * i + 1]));
+// Log of the sum of exp(value) over the kept and of exp(z), without noise, over the others.
+template <class T>
+__device__ float log_sum(RowBlock& team, const Row<T>& row, const float* parts, int64_t chunks, int32_t k, bool noisy,
+                         const List& list) {
+  float roof = list.count > 0 ? key_value(list.keys[0]) : -kInf;
+  for (int64_t c = 0; c < chunks; ++c) roof = most(roof, parts[2 * c]);
+  double others = 0.0, kept = 0.0;
+  for (int64_t c = team.rank(); c < chunks; c += kRowThreads)
+    if (parts[2 * c] > -kInf) others += double(exp_of(parts[2 * c] - roof)) * double(parts[2 * c + 1]);
+  for (int32_t i = team.rank(); noisy && i < least(k, list.count); i += kRowThreads) {
+    others -= double(exp_of(tidy(row.at(int32_t(key_index(list.keys[i])))) - roof));
+    kept += double(exp_of(key_value(list.keys[i]) - roof));
   }
-  sum = team.sum(sum);
-  return sum > 0.0 ? top + log_of(float(sum)) : 0.0f;
+  others = team.sum(others), kept = team.sum(kept);
+  const double sum = most(others, 0.0) + kept;
+  return sum > 0.0 ? roof + log_of(float(sum)) : 0.0f;
 }
 
 template <class T>
@@ -92,7 +93,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) rank_rows(const TopCandidates 
   list_best(team, groups, op.k, sampling.temperature, room, list, [&](int32_t u, float (&value)[2]) {
     perturbed(row, columns, stream, sampling.temperature, keeps, u, value);
   });
-  const float total = log_sum(team, op, at, sampling.noisy(), list);
+  const float* parts = op.sums + at * op.chunks * 2;
+  const float total = log_sum(team, row, parts, op.chunks, op.k, sampling.noisy(), list);
   for (int32_t i = team.rank(); i < op.k; i += kRowThreads) {
     const uint64_t key = i < list.count ? list.keys[i] : 0;
     const int64_t column = key ? int64_t(key_index(key)) : 0;
