@@ -27,9 +27,10 @@ def top_candidates(
     logits [R, V] f32, f16 or bf16; positions int64 [R] of the tokens being drafted; sampling, R rows. token_ids int64
     [V], ascending: the full ids of a reduced vocabulary; noise, ties and output use them.
 
-    Returns tokens int64 [R, k] and scores f32 [R, k], the log-softmax over the row of z + T g (at temperature 0: of
-    z), less 2 T where a filter would drop. Tokens at -inf or NaN are never kept: a row with fewer than k others ends
-    in token 0 with score -inf. Raises ValueError or TypeError on wrong shapes, dtypes, or k outside 1..V; the "cuda"
+    Returns tokens int64 [R, k] and scores f32 [R, k]: the values z + T g, less 2 T where a filter would drop, minus the
+    log of the sum of their exponentials and of exp(z) over the tokens that are not kept, whose noise is not drawn (at
+    temperature 0: the log-softmax of z). Tokens at -inf or NaN are never kept: a row with fewer than k others ends in
+    token 0 with score -inf. Raises ValueError or TypeError on wrong shapes, dtypes, or k outside 1..V; the "cuda"
     backend takes k up to 1024 and R up to 65535 (BackendError).
     """
     checks.tensor("top_candidates", "logits", logits, [None, None], checks.LOGITS)

@@ -2,6 +2,7 @@
 // float32 logits. Prints a line of JSON for each way to sample; bench/counts.py builds and runs it.
 #include <cstdlib>
 
+#include "core/philox.h"
 #include "cpu/executor.h"
 #include "cuda/executor.h"
 #include "sanitize.h"

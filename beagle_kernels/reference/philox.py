@@ -62,8 +62,8 @@ def gumbel(
 
     seed, position and rounds are int64 [R]; token_ids int64 [V] gives the columns' ids, None means 0..V-1. Group
     u = token // 64 takes words 2 (u % 2), 2 (u % 2) + 1 = x, y of counter (u // 2, position, stream + 4, round). The
-    least of 64 Exp(1) variables is w = e(x) / 64, and its member y >> 26 has it: g = -log(w). Each of the others exceeds
-    it by Exp(1) again: g = -log(w + e(x')), x' the word token % 4 of counter (token // 4, position, stream, round).
+    least of 64 Exp(1) variables is w = e(x) / 64, and its member y >> 26 has it: g = -log(w). Each other one exceeds it
+    by Exp(1) again: g = -log(w + e(x')), x' the word token % 4 of counter (token // 4, position, stream, round).
     """
     rounds = torch.zeros_like(position) if rounds is None else rounds
     ids = torch.arange(vocab, device=seed.device) if token_ids is None else token_ids

@@ -104,7 +104,7 @@ def ops() -> str:
 def counts() -> str:
     """What choices read and draw, by the host's code and the CUDA kernels' in the emulator."""
     head = [
-        "| logits | sampling | reads a token: CPU | CUDA | Philox calls a group: CPU | CUDA | groups looked into: CPU | CUDA |",
+        "| logits | sampling | reads a token: CPU | CUDA | Philox a group: CPU | CUDA | looked into: CPU | CUDA |",
         "|---|---|---|---|---|---|---|---|",
     ]
     found: dict[tuple[str, str], dict[str, dict]] = {}

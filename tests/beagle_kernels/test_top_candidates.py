@@ -23,9 +23,11 @@ def test_matches_a_stable_sort_of_the_definition():
     want = value.sort(dim=1, descending=True, stable=True)
     tokens, scores = top_candidates(z, 7, positions, sampling)
     assert torch.equal(tokens, want.indices[:, :7])
-    kept = value.double().gather(1, tokens)
-    whole = torch.where(hot[:, None], kept.logsumexp(1, keepdim=True), value.double().logsumexp(1, keepdim=True))
+    kept, others = value.double().gather(1, tokens), z.double().scatter(1, tokens, -INF)
+    whole = torch.logaddexp(kept.logsumexp(1), others.logsumexp(1))[:, None]
     torch.testing.assert_close(scores, (kept - whole).float(), rtol=1e-5, atol=1e-5)
+    greedy = z[~hot].double().log_softmax(1).gather(1, tokens[~hot])
+    torch.testing.assert_close(scores[~hot], greedy.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_first_candidate_is_what_coupled_sampling_chooses():

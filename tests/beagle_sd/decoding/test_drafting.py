@@ -60,11 +60,11 @@ def check_candidates(draft, states, lengths, root, sampling, found, depth, branc
                 noise = gumbel(sampling.seed[row : row + 1], torch.tensor([length + level + 1]), VOCAB)[0, ids]
                 value = logits + sampling.temperature[row] * noise
                 ranked = value.topk(branch)
-                whole = ranked.values if sampling.temperature[row] > 0 else value
+                others = logits.index_fill(0, ranked.indices, -torch.inf)
                 here = slice(place, place + branch)
                 assert found.parents[row, here].tolist() == [parent] * branch
                 assert found.tokens[row, here].tolist() == ids[ranked.indices].tolist()
-                gain = ranked.values - whole.logsumexp(-1)
+                gain = ranked.values - torch.cat((ranked.values, others)).logsumexp(0)
                 torch.testing.assert_close(found.scores[row, here], score + gain, rtol=1e-3, atol=1e-3)
                 for child in range(place, place + branch):
                     below[child] = level + 1, float(found.scores[row, child]), [*path, int(found.tokens[row, child])]
