@@ -1,0 +1,40 @@
+"""bench.counts: what choices read and draw stays what docs/performance.md says of it, in both executors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import counts
+from bench.processes import ROOT
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
+def test_few_groups_are_looked_into_and_logits_are_read_twice_at_most(tmp_path):
+    out = tmp_path / "counts.json"
+    command = [sys.executable, "-m", "bench.counts", "--rows", "4", "--out", out]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())["counts"]
+    assert {row["executor"] for row in rows} == {"cpu", "cuda"} and len({row["logits"] for row in rows}) == 3
+    for row in rows:
+        filtered = "top" in row["sampling"]
+        assert 1 <= row["reads_per_token"] <= (2.1 if filtered else 1.05) or "0.5" in row["sampling"], row
+        if row["sampling"] == "greedy":
+            assert row["philox_calls_per_group"] == row["share_of_groups_looked_into"] == 0
+        elif not filtered and row["logits"] == "SmolLM2-135M":
+            assert 0 < row["share_of_groups_looked_into"] < 0.03 and row["philox_calls_per_group"] >= 0.5, row
+
+
+def test_a_failure_says_why(tmp_path):
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho the executors differ\nexit 1\n")
+    program.chmod(0o755)
+    with pytest.raises(RuntimeError, match=r"\[2, 5\] logits.*the executors differ"):
+        counts.counted(program, torch.zeros(2, 5), tmp_path)
