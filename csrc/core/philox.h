@@ -165,7 +165,8 @@ constexpr float kLogGroup = 4.1588831f;
 
 // A bound below this cannot reach z + T g = `value`, whatever rounding adds near it.
 BEAGLE_FN float reach_of(float value, float temperature) {
-  return value - 2e-6f * ((value < 0.0f ? -value : value) + 64.0f * temperature);
+  const float finite = least(value, kMax);
+  return finite - 2e-6f * ((finite < 0.0f ? -finite : finite) + 64.0f * temperature);
 }
 
 BEAGLE_FN double coin(uint64_t seed, int64_t position, uint32_t purpose, int64_t round) {

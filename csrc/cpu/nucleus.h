@@ -130,7 +130,9 @@ BEAGLE_OWN uint64_t choose_filtered(Part<T>& part, const RowSampling& sampling) 
     const uint64_t above = Sums::of(sums.above);
     if (seen > logit) whole = sums, seen = logit;
     while (above >= nucleus_limit(sampling.top_p, Sums::of(whole.total)) && seen > kept.top + kept.far) {
-      const float low = most(seen - 8.0f / kept.scale, kept.top + kept.far);
+      const float next = most(seen - 8.0f / kept.scale, kept.top + kept.far);
+      // at once where the steps are below the logits' resolution
+      const float low = next < seen ? next : kept.top + kept.far;
       add_groups(whole, part, kept, kInf, low, seen), seen = low;
     }
     if (above < nucleus_limit(sampling.top_p, Sums::of(whole.total))) return key;
