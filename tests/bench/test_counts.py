@@ -23,12 +23,13 @@ def test_few_groups_are_looked_into_and_logits_are_read_twice_at_most(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(out.read_text())["counts"]
     assert {row["executor"] for row in rows} == {"cpu", "cuda"} and len({row["logits"] for row in rows}) == 3
+    # top-p 0.5 of flat logits may need more; with so few rows, blocks of CUDA that share a row find its k-th logit each
+    reads = {"greedy": 1.05, "T = 0.7": 1.05, "T = 1": 1.05, "T = 1, top-p 0.9": 2.1, "T = 1, top-k 50": 2.1}
     for row in rows:
-        filtered = "top" in row["sampling"]
-        assert 1 <= row["reads_per_token"] <= (2.1 if filtered else 1.05) or "0.5" in row["sampling"], row
+        assert 1 <= row["reads_per_token"] <= reads.get(row["sampling"], 4), row
         if row["sampling"] == "greedy":
             assert row["philox_calls_per_group"] == row["share_of_groups_looked_into"] == 0
-        elif not filtered and row["logits"] == "SmolLM2-135M":
+        elif row["sampling"] in ("T = 0.7", "T = 1") and row["logits"] == "SmolLM2-135M":
             assert 0 < row["share_of_groups_looked_into"] < 0.03 and row["philox_calls_per_group"] >= 0.5, row
 
 
