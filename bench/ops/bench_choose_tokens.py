@@ -62,7 +62,7 @@ def of_logits(z: torch.Tensor, positions: torch.Tensor) -> Iterator[Case]:
             "FlashInfer": peer(flashinfer.sample),
         },
         lambda: same_as_truth(choose_tokens, z, positions, warm),
-        rounds=5,
+        rounds=15,
         **common,
     )
     yield Case(
@@ -73,7 +73,7 @@ def of_logits(z: torch.Tensor, positions: torch.Tensor) -> Iterator[Case]:
             "FlashInfer": peer(lambda: flashinfer.sample_top_p(0.9)),
         },
         lambda: same_as_truth(choose_tokens, z, positions, nucleus),
-        rounds=3,
+        rounds=9,
         **common,
     )
 

@@ -83,7 +83,7 @@ def of_logits(logits: torch.Tensor, tree: DraftTree, sampling: Sampling, data: s
         peers,
         lambda: same_as_truth(verify_tree, *args),
         bounds=("amax",),
-        rounds=15 if mode == "greedy" else 5,
+        rounds=15,
         device=device,
         data=data,
         work={"byte": float(logits.numel() * logits.element_size())},

@@ -14,7 +14,7 @@ void choose_tokens(const ChooseTokens& op, int threads) {
     const void* logits = row_at(op.logits, op.dtype, row_offset(0, row, 0, op.stride));
     op.flags[task] = 0;
     op.keys[task] = choose(logits, op.vocab, task % op.chunks, op.chunks, sampling, stream, op.flags[task],
-                          room(room_for(op.vocab)));
+                          sampling.noisy() ? room(room_for(op.vocab)) : nullptr);
   });
   for (int64_t row = 0; row < op.rows; ++row) {
     op.status[row] = 0;

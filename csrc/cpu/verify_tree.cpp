@@ -34,7 +34,7 @@ void verify_tree(const VerifyTree& op, int threads) {
     const void* logits = row_at(op.logits, op.dtype, row_offset(b, n, op.stride_b, op.stride_n));
     op.flags[task] = 0;
     op.keys[task] = choose(logits, op.vocab, task % op.chunks, op.chunks, sampling, stream, op.flags[task],
-                          room(room_for(op.vocab)));
+                          sampling.noisy() ? room(room_for(op.vocab)) : nullptr);
   });
   for (int64_t b = 0; b < op.batch; ++b) accept_row(op, b);
 }
