@@ -13,3 +13,5 @@ max_nodes: int
 chunk: int
 max_k: int
 max_rows: int
+row_words: int
+part_words: int

@@ -32,7 +32,8 @@ def data(rows: int) -> Iterator[tuple[str, Tensor]]:
     each, found = 8, []
     with torch.no_grad():
         for prompt in encoded_prompts("mt-bench", tokenizer, -(-rows // each)):
-            text = target.generate(torch.as_tensor(prompt).view(1, -1), max_new_tokens=4 * each, do_sample=False)
+            start = torch.as_tensor(prompt).view(1, -1)
+            text = target.generate(start, max_new_tokens=4 * each, do_sample=False)  # type: ignore[operator]
             found.append(target(text).logits[0, -4 * each :: 4].float())
     yield "SmolLM2-135M", torch.cat(found)[:rows].contiguous()
     generator = torch.Generator().manual_seed(0)
