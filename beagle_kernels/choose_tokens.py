@@ -40,8 +40,8 @@ def choose_tokens(
     checks.sampling("choose_tokens", sampling, rows)
     if rounds is not None:
         checks.tensor("choose_tokens", "rounds", rounds, [rows], [torch.int64])
-    if not 0 <= stream < 2**32:
-        raise ValueError(f"choose_tokens: stream is {stream}; allowed: 0 to 2^32 - 1")
+    if not 0 <= stream < 4:
+        raise ValueError(f"choose_tokens: stream is {stream}; allowed: 0 to 3")
     checks.same_device("choose_tokens", logits=logits, positions=positions, seed=sampling.seed, rounds=rounds)
     return torch.ops.beagle.choose_tokens(logits, positions, *sampling, stream, rounds, backend)
 

@@ -88,6 +88,8 @@ class Verdict(NamedTuple):
     status: Tensor
 
 
+HOTTEST = 1e30
+"""The highest temperature: not far above it fp32 overflows."""
 STATUS_NAN = 1
 """A NaN in the row's logits, taken as -inf."""
 STATUS_NO_FINITE = 2
@@ -98,8 +100,8 @@ STATUS_BAD_TREE = 4
 
 def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     """Raise ValueError, naming the value and what is allowed, for settings no distribution has."""
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; allowed: 0 (greedy) or a positive finite number")
+    if not 0.0 <= temperature <= HOTTEST:
+        raise ValueError(f"temperature is {temperature}; allowed: 0 (greedy) or a positive number up to {HOTTEST:g}")
     if top_k < 0:
         raise ValueError(f"top_k is {top_k}; allowed: 0 (off) or a positive integer")
     if not 0.0 < top_p <= 1.0:

@@ -5,8 +5,12 @@ out=$(realpath -m "$2"); driver=$1; shift 2
 cd "$(dirname "$0")"
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-flags="-std=c++17 -O1 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-unknown-pragmas -DBEAGLE_NO_CLONES -DBEAGLE_EMULATED"
-compile() { object="$build/$(echo "$1" | tr / _).o"; source=$1; shift; ${CXX:-g++} $flags "$@" -c "$source" -o "$object"; }
+flags="-std=c++17 -O1 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-unknown-pragmas"
+flags="$flags -DBEAGLE_NO_CLONES -DBEAGLE_EMULATED"
+compile() {
+  object="$build/$(echo "$1" | tr / _).o"; source=$1; shift
+  ${CXX:-g++} $flags "$@" -c "$source" -o "$object"
+}
 ${CXX:-g++} -std=c++17 -O2 -c emulator/emulator.cpp -o "$build/emulator.o"
 for source in "$driver.cpp" cpu/pool.cpp cpu/dispatch.cpp cpu/rows.cpp cpu/products.cpp cpu/tree_attention.cpp \
     cpu/skinny_linear.cpp; do compile "$source" "$@"; done

@@ -28,6 +28,9 @@ void choose(const Rows& in, const SamplingData& sampling, int32_t k, int64_t chu
   std::vector<int64_t> tokens[2], best[2];
   std::vector<int32_t> status[2];
   std::vector<float> scores[2];
+  std::vector<int64_t> ids;
+  for (int64_t c = 0; c < in.vocab; ++c) ids.push_back((ids.empty() ? below(9) : ids.back() + 1) + (below(4) ? 0 : below(200)));
+  const int64_t* reduced = below(2) ? ids.data() : nullptr;
   for (const bool block : {false, true}) {
     if (block && !blocks) continue;
     std::vector<uint64_t> keys(size_t(rows * chunks)), kept(size_t(block ? 0 : rows * k));
@@ -39,7 +42,7 @@ void choose(const Rows& in, const SamplingData& sampling, int32_t k, int64_t chu
                            nullptr, keys.data(), flags.data(), groups.data(), chunks, tokens[block].data(),
                            status[block].data()};
     const TopCandidates many{in.z, in.dtype, rows, in.vocab, in.stride, k, sampling.positions.data(),
-                             sampling.pointers(), nullptr, kept.data(), sums.data(), groups.data(), block ? chunks : 1,
+                             sampling.pointers(), reduced, kept.data(), sums.data(), groups.data(), block ? chunks : 1,
                              best[block].data(), scores[block].data()};
     if (block) cuda::choose_tokens(one, nullptr), cuda::top_candidates(many, nullptr);
     else cpu::choose_tokens(one, threads), cpu::top_candidates(many, threads);

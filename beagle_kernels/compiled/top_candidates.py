@@ -1,4 +1,4 @@
-"""`top_candidates` by the compiled executors: the best of chunks of each row, then the best of them."""
+"""`top_candidates` by the compiled executors: the best of each row, by what its groups may reach."""
 
 from __future__ import annotations
 

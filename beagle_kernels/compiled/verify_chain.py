@@ -1,4 +1,4 @@
-"""`verify_chain` by the compiled executors: a row a team, with the laws of its steps in a workspace."""
+"""`verify_chain` by the compiled executors: laws of rows, then the chain, with both in workspaces."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def verify_chain(
     chunks, groups, parts = 0, None, None
     if target.is_cuda:
         rows = batch * (2 * steps + 1)
-        chunks = chunks_of(rows, vocab, target.device)
+        chunks = chunks_of(rows, max(vocab, draft.shape[2]), target.device)
         groups, parts = group_room(target, rows, chunks), draft_tokens.new_empty(rows * chunks * _C.part_words)
     kept, (drafted, at, *settings) = flat(draft_tokens, positions, seed, temperature, top_k, top_p, min_p)
     strides = (*target.stride()[:2], *draft.stride()[:2])

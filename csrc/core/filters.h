@@ -1,4 +1,4 @@
-// What top-k, top-p and min-p keep of a row of logits, by radix descent: the row is never sorted.
+// What top-k, top-p and min-p ask of a logit, and a threshold over many by radix descent.
 #pragma once
 
 #include <math.h>
@@ -32,10 +32,6 @@ struct Kept {
 BEAGLE_FN uint64_t nucleus_limit(float top_p, uint64_t total) {
   return most<uint64_t>(uint64_t(ceil(double(top_p) * double(total))), 1);
 }
-
-// Logits whose mass above one pass sums: the noisy choice under top-p is sought among the rising logits z_1 < z_2 < ...
-// of the best token, the best above z_1, the best above z_2, ...: whatever top-p keeps, its choice is one of them.
-constexpr int kRungs = 4;
 
 // Scratch of threshold(): 2^kRadix bins, then what the finder tells the team.
 constexpr int kRadix = 11;

@@ -1,4 +1,4 @@
-// A row of logits read once: tidied tiles, and the key of its largest.
+// A tile of a row of logits, tidied.
 #pragma once
 
 #include "common.h"

@@ -1,4 +1,4 @@
-// A draft's best tokens of one row: k keys, and at T = 0 the log-sum-exp of all.
+// A draft's best tokens of one row: k keys, and the log-sum-exp that their scores are measured from.
 #pragma once
 
 #include "nucleus.h"
@@ -94,7 +94,7 @@ struct Columns {
     const int have = int(beagle::least<int64_t>(kGroup, count - begin));
     for (int j = 0; j < kGroup; ++j) quad[j] = uint32_t(ids[begin + beagle::least(j, have - 1)]) / 4;
     philox(stream, quad, x);
-    for (int j = 0; j < kGroup; ++j) word[j] = j < have ? x[ids[begin + j] % 4][j] : 0;
+    for (int j = 0; j < kGroup; ++j) word[j] = j < have ? x[uint32_t(ids[begin + j]) % 4][j] : 0;
     for (int j = 0; j < kGroup; ++j) reach[j] = value[j] + (noise_bound(word[j]) - kLogGroup) * scale;
     for (int j = 0; j < have;) {
       const int64_t group = ids[begin + j] / kGroup;

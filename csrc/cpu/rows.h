@@ -1,5 +1,5 @@
 // The loops over a row's logits, compiled once for every instruction set (see setup.py) and chosen when first used.
-// What rows.cpp includes is always inlined, so no two of its objects share a symbol.
+// What rows.cpp includes is inlined or static, so no two of its objects share a symbol.
 #pragma once
 
 #include "../core/chain.h"

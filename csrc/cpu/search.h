@@ -97,7 +97,7 @@ BEAGLE_FN void look_into(const float (&value)[kGroup], float scale, const Stream
 
 // Floats of room that a row of so many tokens needs.
 constexpr int64_t kSurvivors = 4096;
-constexpr int64_t room_for(int64_t tokens) { return 4 * ((tokens / kGroup + kLanes) / kLanes * kLanes) + kSurvivors; }
+BEAGLE_FN int64_t room_for(int64_t tokens) { return 4 * ((tokens / kGroup + kLanes) / kLanes * kLanes) + kSurvivors; }
 
 // Part [begin, end) of a row that is sampled at T > 0; begin lies at an even group.
 template <class T>

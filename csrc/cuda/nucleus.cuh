@@ -114,9 +114,10 @@ __device__ Kept kept_of(RowBlock& team, const Row<T>& row, const Groups& groups,
 template <class T>
 __device__ bool choose_noisy(RowBlock& team, const Row<T>& row, const RowSampling& sampling, const Stream& stream,
                              const Groups& groups, Room& room, uint64_t& key) {
-  const bool nucleus = sampling.top_p < 1.0f, first = blockIdx.x == 0;
+  const bool nucleus = sampling.top_p < 1.0f;
+  bool mine = blockIdx.x == 0;  // whether this block is the one that answers
   key = 0;
-  if (!nucleus && !first) return false;
+  if (!nucleus && !mine) return false;
   const Kept kept = kept_of(team, row, groups, sampling, room);
   float logit = -kInf;
   for (int32_t splits = int32_t(gridDim.x);; splits = 1) {
@@ -130,17 +131,18 @@ __device__ bool choose_noisy(RowBlock& team, const Row<T>& row, const RowSamplin
           return z > low && kept(z) ? make_key(z + t * noise, token) : 0;
         });
       });
-      if (key == 0 || !nucleus) return first;
+      if (key == 0 || !nucleus) return mine;
       const bool began = logit > -kInf;
       logit = tidy(row.at(int32_t(key_index(key))));
-      if (!began && logit == kept.top) return first;
+      if (!began && logit == kept.top) return mine;
       if (team.rank() == 0) room.keys[rungs] = key, room.rungs[rungs] = logit;
       ++rungs;
     }
-    if (rungs == 0) return first;
+    if (rungs == 0) return mine;
     if (team.rank() < kRungs && team.rank() >= rungs) room.rungs[team.rank()] = kInf;
     team.sync();
     if (!sum_masses(team, row, groups, kept, splits, room)) return false;
+    mine = true;
     const uint64_t limit = nucleus_limit(sampling.top_p, room.sums[kRungs]);
     for (int r = 0; r < rungs; ++r) {
       key = room.keys[r];

@@ -7,6 +7,10 @@
 
 namespace beagle::cuda {
 
+// Logits whose mass above one pass sums: the noisy choice under top-p is sought among the rising logits z_1 < z_2 < ...
+// of the best token, the best above z_1, the best above z_2, ...: whatever top-p keeps, its choice is one of them.
+constexpr int kRungs = 4;
+
 // of two blocks so large each thread has the 96 registers that the sums of top-p take
 constexpr int kRowThreads = 320, kRowWarps = kRowThreads / 32;
 using RowBlock = BlockOf<kRowThreads>;

@@ -130,9 +130,8 @@ __device__ void each_drafted(const ChainRow<T>& chain, const Part* parts, int64_
     const int64_t i = base + threadIdx.x;
     if (int(threadIdx.x) < kDrafted && i < steps) {
       double more = 0.0;
-      const Part* surplus = parts + (i + 1) * chain.op.chunks;
       if (parts && i + 1 < chain.op.steps)
-        for (int64_t c = 0; c < chain.op.chunks; ++c) more += surplus[c].surplus;
+        for (int64_t c = 0; c < chain.op.chunks; ++c) more += parts[(i + 1) * chain.op.chunks + c].surplus;
       drafted[threadIdx.x] = {chain.p_drafted(i), chain.q_drafted(i), chain.coin_at(i), more};
     }
     __syncthreads();

@@ -143,7 +143,9 @@ def test_bad_input():
             choose_tokens(*arguments)
     with pytest.raises(ValueError, match="backend"):
         choose_tokens(logits, positions, sampling, backend="fpga")
-    for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"min_p": 1.5}, {"top_k": -1}):
+    with pytest.raises(ValueError, match="stream is 4; allowed: 0 to 3"):
+        choose_tokens(logits, positions, sampling, stream=4)
+    for bad in ({"temperature": -1.0}, {"temperature": 1e31}, {"top_p": 0.0}, {"min_p": 1.5}, {"top_k": -1}):
         with pytest.raises(ValueError, match="allowed"):
             Sampling.of(3, **bad)
 
