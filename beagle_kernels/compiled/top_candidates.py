@@ -28,7 +28,8 @@ def top_candidates(
     allow("top_candidates", "k", k, _C.max_k, logits.device)
     allow("top_candidates", "the number of rows", rows, _C.max_rows, logits.device)
     chunks = chunks_of(rows, vocab, logits.device) if logits.is_cuda else 1
-    keys, sums = positions.new_empty(0 if logits.is_cuda else rows * chunks * k), scores.new_empty(rows * chunks * 2)
+    keys = positions.new_empty(0 if logits.is_cuda else rows * k)
+    sums = scores.new_empty(rows * chunks * 2 if logits.is_cuda else 0)
     groups = group_room(logits, rows, chunks)
     kept, settings = flat(seed, temperature, top_k, top_p, min_p)
     with executor(logits.device) as (module, where):

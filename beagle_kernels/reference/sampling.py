@@ -9,7 +9,9 @@ from ..types import STATUS_NAN, STATUS_NO_FINITE
 from .philox import gumbel
 
 LOG2_E = 1.4426950408889634
-EXP2 = (0.001325328, 0.009667583, 0.05550751, 0.24022356, 0.693147, 0.99999994)
+EXP2 = torch.tensor(
+    (0.001325328, 0.009667583, 0.05550751, 0.24022356, 0.693147, 0.99999994), dtype=torch.float32, device="cpu"
+).tolist()
 """2^f on [-1/2, 1/2], highest power first; every backend evaluates it in f32 by Horner's rule with fused adds."""
 
 
@@ -39,7 +41,7 @@ def fixed_point(d: Tensor, scale: Tensor) -> Tensor:
     whole = exact.round()
     fraction = (exact - whole).float().double()
     power = torch.full_like(d, EXP2[0])
-    for coefficient in torch.tensor(EXP2[1:]).tolist():
+    for coefficient in EXP2[1:]:
         power = (power.double() * fraction + coefficient).float()
     return (power * 2.0**30).long() >> -whole.long()
 

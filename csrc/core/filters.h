@@ -109,34 +109,4 @@ struct CountItem {
   }
 };
 
-template <class T>
-struct MassItem : CountItem<T> {
-  uint32_t cut;
-  Kept kept;
-  BEAGLE_FN MassItem(const T* row, int64_t count, uint32_t cut, const Kept& kept)
-      : CountItem<T>{row, count}, cut(cut), kept(kept) {}
-  template <int N>
-  BEAGLE_FN void weigh(int64_t i, const uint32_t (&key)[N], uint32_t (&weight)[N]) const {
-    const int32_t room = int32_t(least<int64_t>(this->count - i, N));
-    BEAGLE_UNROLL
-    for (int j = 0; j < N; ++j) {
-      const uint32_t mass = kept.mass(unorder(key[j]));
-      weight[j] = mass & -uint32_t(key[j] >= cut) & -uint32_t(j < room);
-    }
-  }
-  template <class Team>
-  BEAGLE_FN uint64_t total(Team& team) const {
-    constexpr int kTile = Team::kTile;
-    alignas(64) uint32_t key[kTile], weight[kTile];
-    uint64_t sum = 0;
-    for (int64_t i = team.rank() * kTile; i < this->count; i += int64_t(team.size()) * kTile) {
-      this->load(i, key);
-      weigh(i, key, weight);
-      BEAGLE_UNROLL
-      for (int j = 0; j < kTile; ++j) sum += weight[j];
-    }
-    return team.sum(sum);
-  }
-};
-
 }  // namespace beagle

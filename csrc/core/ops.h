@@ -90,8 +90,8 @@ struct TopCandidates {
   const int64_t* positions;
   Sampling sampling;
   const int64_t* token_ids;  // or null
-  uint64_t* keys;            // workspace [rows, chunks, k] for the host
-  float* sums;               // workspace [rows, chunks, 2]
+  uint64_t* keys;            // workspace [rows, k] for the host
+  float* sums;               // workspace [rows, chunks, 2] for CUDA
   float* groups;             // workspace [rows, 256 chunks + 2 kRowWords] for CUDA
   int64_t chunks;
   int64_t* tokens;

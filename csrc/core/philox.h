@@ -152,7 +152,8 @@ BEAGLE_FN float token_noise(const Stream& s, uint32_t token) {
   return Group(s, token / kGroup).noise(token, philox_word(s, token));
 }
 
-// No noise of a group, or of a token, of which `word` decides exceeds this (of a token: less log 64): -log(e / 64) <=
+// No noise of a group whose least is drawn by `word` exceeds this, nor that of a token with `word` for its own, which is
+// log 64 less, the token's bound: -log(e / 64) <=
 // -log(v / 64), and log2(1 + m) >= m + 0.2787 m (1 - m). What may be the best lies within a hundredth or two of it.
 BEAGLE_FN float noise_bound(uint32_t word) {
   const float x = float(int32_t(word >> 16)) * 65536.0f + float(int32_t(word & 0xffff));
@@ -161,7 +162,7 @@ BEAGLE_FN float noise_bound(uint32_t word) {
   const float log2 = float((bits >> 23) - 127) + m + 0.2787f * m * (1.0f - m);
   return (32.0f + 6.0f - log2) * 0.6931472f + 1e-5f;
 }
-constexpr float kLogGroup = 4.1588831f;
+BEAGLE_FN float token_bound(uint32_t word) { return noise_bound(word) - 4.1588831f; }
 
 // A bound below this cannot reach z + T g = `value`, whatever rounding adds near it.
 BEAGLE_FN float reach_of(float value, float temperature) {

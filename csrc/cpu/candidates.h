@@ -32,16 +32,16 @@ BEAGLE_FN void offer_all(const float (&value)[kGroup], int64_t first, Best& best
   for_lanes(value, best.least_value(), [&](int j) BEAGLE_INLINED { best.offer(make_key(value[j], uint32_t(first + j))); });
 }
 
-// Sum of exp(z - top) over a row whose largest logit is `top`, from the maxima of its groups.
+// Sum of exp(z - top) over a row whose largest logit is `top`.
 template <class T>
-BEAGLE_OWN double sum_of_exps(const T* row, int64_t vocab, const float* tops, float top) {
+BEAGLE_OWN double sum_of_exps(const Part<T>& part, float top) {
   // beyond e^-40 of the largest even a million logits change no bit
   constexpr float kFar = 40.0f;
   LaneSum sum;
   alignas(64) float z[kGroup];
-  for (int64_t i = 0; i < vocab; i += kGroup) {
-    if (tops[i / kGroup] < top - kFar) continue;
-    load_finite(row, i, vocab, top, z);
+  for (int64_t u = 0; u < part.count; ++u) {
+    if (part.tops[u] < top - kFar) continue;
+    load_finite(part.row, part.first(u), part.end, top, z);
     for (int v = 0; v < kGroup; v += kLanes) sum.add(exp2_of(at_least(lanes_at(z + v) - top, -86.0f), kLog2E));
   }
   return sum.total();
@@ -49,22 +49,17 @@ BEAGLE_OWN double sum_of_exps(const T* row, int64_t vocab, const float* tops, fl
 
 // The k best of a row at T = 0; returns its log-sum-exp.
 template <class T>
-BEAGLE_OWN float rank_greedy(const T* row, int64_t vocab, Best& best, float* room) {
-  const int64_t count = (vocab + kGroup - 1) / kGroup;
-  float *tops = room, *order = room + count;
-  group_tops(row, 0, vocab, tops);
-  for (int64_t u = 0; u < count; ++u) order[u] = tops[u];
-  // the k-th largest maximum is at most the k-th largest logit
-  const float low = best.k < count ? kth_largest(order, count, best.k) : -kInf;
-  float top = -kInf;
+BEAGLE_OWN float rank_greedy(const T* row, int64_t vocab, const Stream& stream, Best& best, float* room) {
+  Part<T> part(row, 0, vocab, stream, 0.0f, room);
+  part.read();
+  const float top = part.top(), low = best.k < part.count ? kth_top(part, best.k) : -kInf;
   alignas(64) float z[kGroup];
-  for (int64_t u = 0; u < count; ++u) {
-    top = most(top, tops[u]);
-    if (tops[u] < low || tops[u] == -kInf) continue;
-    load_tile(row, u * kGroup, vocab, z);
-    offer_all(z, u * kGroup, best);
+  for (int64_t u = 0; u < part.count; ++u) {
+    if (part.tops[u] < low || part.tops[u] == -kInf) continue;
+    load_tile(row, part.first(u), vocab, z);
+    offer_all(z, part.first(u), best);
   }
-  return top == -kInf ? -kInf : top + log_of(float(sum_of_exps(row, vocab, tops, top)));
+  return top == -kInf ? -kInf : top + log_of(float(sum_of_exps(part, top)));
 }
 
 // Columns of a row of a reduced vocabulary: noise belongs to the full ids, which ascend.
@@ -95,7 +90,7 @@ struct Columns {
     for (int j = 0; j < kGroup; ++j) quad[j] = uint32_t(ids[begin + beagle::least(j, have - 1)]) / 4;
     philox(stream, quad, x);
     for (int j = 0; j < kGroup; ++j) word[j] = j < have ? x[uint32_t(ids[begin + j]) % 4][j] : 0;
-    for (int j = 0; j < kGroup; ++j) reach[j] = value[j] + (noise_bound(word[j]) - kLogGroup) * scale;
+    for (int j = 0; j < kGroup; ++j) reach[j] = value[j] + token_bound(word[j]) * scale;
     for (int j = 0; j < have;) {
       const int64_t group = ids[begin + j] / kGroup;
       const Group drawn(stream, uint32_t(group));
@@ -155,7 +150,7 @@ BEAGLE_OWN float rank_noisy(const TopCandidates& op, const T* row, const RowSamp
   });
   if (best.count == 0) return -kInf;
   const float top = part.top();
-  return log_sum_of(row, best, top, sum_of_exps(row, op.vocab, part.tops, top));
+  return log_sum_of(row, best, top, sum_of_exps(part, top));
 }
 
 }  // namespace beagle::cpu

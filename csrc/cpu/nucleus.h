@@ -18,23 +18,26 @@ BEAGLE_OWN int64_t survivors(const Part<T>& part, float low, float high, int64_t
   for (int64_t u = 0; u < part.count; ++u) {
     if (!(part.tops[u] > low)) continue;
     load_tile(part.row, part.first(u), part.end, z);
-    for (int v = 0; v < kGroup; v += kLanes) {
-      const Reals x = lanes_at(z + v);
-      for (uint32_t bits = bits_of((x > low) & (x <= high)); bits; bits &= bits - 1)
-        part.survivors[found++] = z[v + __builtin_ctz(bits)];
-    }
+    for_marked(z, [&](const Reals& x) BEAGLE_INLINED { return (x > low) & (x <= high); },
+               [&](int j) BEAGLE_INLINED { part.survivors[found++] = z[j]; });
     if (found > room) return -1;
   }
   return found;
+}
+
+// The k-th largest maximum of the groups, of at least k: at most the k-th largest logit.
+template <class T>
+BEAGLE_FN float kth_top(const Part<T>& part, int64_t k) {
+  for (int64_t u = 0; u < part.count; ++u) part.bound[u] = part.tops[u];
+  return kth_largest(part.bound, part.count, k);
 }
 
 // The k-th largest logit of the whole row, from the groups whose maximum reaches the k-th largest maximum.
 template <class T>
 BEAGLE_OWN float kth_logit(const Part<T>& part, int64_t k) {
   if (k <= part.count) {
-    for (int64_t u = 0; u < part.count; ++u) part.bound[u] = part.tops[u];
-    const float low = kth_largest(part.bound, part.count, k);
-    const int64_t found = survivors(part, __builtin_nextafterf(low, -kInf), kInf, kSurvivors - kGroup);
+    const float below = __builtin_nextafterf(kth_top(part, k), -kInf);
+    const int64_t found = survivors(part, below, kInf, kSurvivors - kGroup);
     if (found >= k) return kth_largest(part.survivors, found, k);
   }
   Thread team;

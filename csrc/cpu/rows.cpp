@@ -31,7 +31,8 @@ template <class T>
 float rank(const TopCandidates& op, const void* logits, const RowSampling& sampling, const Stream& stream, Best& best,
            float* room) {
   const T* row = static_cast<const T*>(logits);
-  return sampling.noisy() ? rank_noisy(op, row, sampling, stream, best, room) : rank_greedy(row, op.vocab, best, room);
+  if (!sampling.noisy()) return rank_greedy(row, op.vocab, stream, best, room);
+  return rank_noisy(op, row, sampling, stream, best, room);
 }
 
 template <class T>

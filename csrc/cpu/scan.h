@@ -237,13 +237,16 @@ BEAGLE_FN int64_t index_of_largest(const float* value, int64_t count) {
   return where[lane] + lane;
 }
 
-// Calls each(j) for the values that are at least `low` and above -inf.
+// Calls each(j) for the values that `takes` marks.
+template <class Takes, class Each>
+BEAGLE_FN void for_marked(const float (&value)[kGroup], const Takes& takes, const Each& each) {
+  for (int v = 0; v < kGroup; v += kLanes)
+    for (uint32_t bits = bits_of(takes(lanes_at(value + v))); bits; bits &= bits - 1) each(v + __builtin_ctz(bits));
+}
+// The same for values that are at least `low` and above -inf.
 template <class Each>
 BEAGLE_FN void for_lanes(const float (&value)[kGroup], float low, const Each& each) {
-  for (int v = 0; v < kGroup; v += kLanes) {
-    const Reals x = lanes_at(value + v);
-    for (uint32_t bits = bits_of((x >= low) & (x > -kInf)); bits; bits &= bits - 1) each(v + __builtin_ctz(bits));
-  }
+  for_marked(value, [&](const Reals& x) BEAGLE_INLINED { return (x >= low) & (x > -kInf); }, each);
 }
 
 // A sum of many vectors of 16, in fp32 for a while and in fp64 over all.

@@ -90,7 +90,7 @@ BEAGLE_FN void look_into(const float (&value)[kGroup], float scale, const Stream
     for (int w = 0; w < 4; ++w) word[4 * q + w] = x[w][q];
   const int holder = int(drawn.holder % kGroup);
   if (near >> holder & 1) offer(holder, -log_of(drawn.least));
-  for (int j = 0; j < kGroup; ++j) reach[j] = value[j] + (noise_bound(word[j]) - kLogGroup) * scale;
+  for (int j = 0; j < kGroup; ++j) reach[j] = value[j] + token_bound(word[j]) * scale;
   reach[holder] = -kInf;
   for_lanes(reach, least(), [&](int j) BEAGLE_INLINED { offer(j, -log_of(drawn.least + exponential(word[j]))); });
 }

@@ -88,11 +88,37 @@ __device__ bool sum_masses(RowBlock& team, const Row<T>& row, const Groups& grou
   return true;
 }
 
+// A row's masses, for a threshold over all its tokens.
+template <class T>
+struct MassItem : CountItem<T> {
+  Kept kept;
+  BEAGLE_FN MassItem(const T* row, int64_t count, const Kept& kept) : CountItem<T>{row, count}, kept(kept) {}
+  template <int N>
+  BEAGLE_FN void weigh(int64_t i, const uint32_t (&key)[N], uint32_t (&weight)[N]) const {
+    const int32_t room = int32_t(least<int64_t>(this->count - i, N));
+    BEAGLE_UNROLL
+    for (int j = 0; j < N; ++j) weight[j] = kept.mass(unorder(key[j])) & -uint32_t(j < room);
+  }
+  template <class Team>
+  BEAGLE_FN uint64_t total(Team& team) const {
+    constexpr int kTile = Team::kTile;
+    alignas(64) uint32_t key[kTile], weight[kTile];
+    uint64_t sum = 0;
+    for (int64_t i = team.rank() * kTile; i < this->count; i += int64_t(team.size()) * kTile) {
+      this->load(i, key);
+      weigh(i, key, weight);
+      BEAGLE_UNROLL
+      for (int j = 0; j < kTile; ++j) sum += weight[j];
+    }
+    return team.sum(sum);
+  }
+};
+
 // The least logit that top-k and then top-p keep.
 template <class T>
 __device__ float nucleus_cut(RowBlock& team, const Row<T>& row, const Kept& kept, float top_p, Room& room) {
   if (!(top_p < 1.0f) || kept.top == -kInf) return kept.kth;
-  const MassItem<T> mass(row.logits, row.vocab, kept.kth > -kInf ? order(kept.kth) : 0, kept);
+  const MassItem<T> mass(row.logits, row.vocab, kept);
   const uint64_t limit = nucleus_limit(top_p, mass.total(team));
   return most(kept.kth, unorder(threshold(team, row.vocab, mass, limit, room.scratch)));
 }

@@ -87,6 +87,17 @@ __device__ __forceinline__ float chunk_top(const float* tops) {
   return unorder(__reduce_max_sync(~0u, order(top)));
 }
 
+// What groups 2 rank and 2 rank + 1 of a chunk hold and may reach, by its first quarter of threads.
+__device__ __forceinline__ void store_groups(const Groups& groups, int32_t begin, const float* tops, float temperature,
+                                             const float (&noise)[2]) {
+  BEAGLE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const int32_t u = 2 * int32_t(threadIdx.x) + i;
+    groups.tops[begin / kGroup + u] = tops[u];
+    groups.bounds[begin / kGroup + u] = tops[u] + temperature * noise[i];
+  }
+}
+
 // key and flag: of the chunk. stream(): the row's, which the greedy need not make.
 template <class T, class MakeStream>
 __device__ __forceinline__ void scan_chunk(const T* logits, int64_t vocab, float temperature, const MakeStream& stream,
@@ -107,12 +118,7 @@ __device__ __forceinline__ void scan_chunk(const T* logits, int64_t vocab, float
   }
   if (!draws) return;
   if (begin == 0 && rank < kRowWords) groups.words[rank] = 0;
-  BEAGLE_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const int32_t u = 2 * rank + i;
-    groups.tops[begin / kGroup + u] = tops[u];
-    groups.bounds[begin / kGroup + u] = tops[u] + temperature * noise[i];
-  }
+  store_groups(groups, begin, tops, temperature, noise);
 }
 
 }  // namespace beagle::cuda

@@ -38,14 +38,8 @@ __global__ void __launch_bounds__(kThreads) scan_columns(const TopCandidates op)
   store_tops(row, begin, raw, tops);
   __syncthreads();
   const Groups groups(op.groups, at, op.chunks, blockDim.x);
-  if (rank < threads / 4) {
-    BEAGLE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const float top = tops[2 * rank + i];
-      groups.tops[begin / kGroup + 2 * rank + i] = top;
-      groups.bounds[begin / kGroup + 2 * rank + i] = noisy ? top + temperature * noise[i] : top;
-    }
-  }
+  // at T = 0 there is no noise, and a group reaches its largest logit
+  if (rank < threads / 4) store_groups(groups, begin, tops, temperature, noise);
   const float top = chunk_top(tops), base = most(top, -kMax);
   const double sum = sum_chunk(row, begin, raw, [&](float z) { return exp_of(z - base); });
   float* part = op.sums + (at * op.chunks + blockIdx.x) * 2;

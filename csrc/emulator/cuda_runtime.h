@@ -27,7 +27,6 @@
 #define gridDim emulator::grid_size()
 
 // as nvcc has them, they may be read through pointers to anything
-struct __attribute__((may_alias, aligned(8))) uint2 { uint32_t x, y; };
 struct __attribute__((may_alias, aligned(16))) uint4 { uint32_t x, y, z, w; };
 struct dim3 : emulator::Index {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : Index{x, y, z} {}
@@ -68,11 +67,6 @@ T __shfl_up_sync(unsigned mask, T x, unsigned by) {
   const unsigned lane = threadIdx.x % 32;
   return __shfl_sync(mask, x, lane < by ? lane : lane - by);
 }
-template <class T>
-T __shfl_down_sync(unsigned mask, T x, unsigned by) {
-  const unsigned lane = threadIdx.x % 32;
-  return __shfl_sync(mask, x, lane + by > 31 ? lane : lane + by);
-}
 inline unsigned __ballot_sync(unsigned mask, int vote) {
   const uint64_t* votes = emulator::of_warp(mask, vote);
   unsigned all = 0;
@@ -80,7 +74,6 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
   return all;
 }
 inline int __any_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) != 0; }
-inline int __all_sync(unsigned mask, int vote) { return __ballot_sync(mask, vote) == ~0u; }
 inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
   const uint64_t* all = emulator::of_warp(mask, x);
   return unsigned(*std::max_element(all, all + 32));
@@ -100,12 +93,7 @@ T atomicMax(T* p, U x) {
   while (old < T(x) && !__atomic_compare_exchange_n(p, &old, T(x), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
   return old;
 }
-template <class T>
-T __ldg(const T* p) { return *p; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
-inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline long long __double_as_longlong(double x) {
   long long bits;
   __builtin_memcpy(&bits, &x, 8);
