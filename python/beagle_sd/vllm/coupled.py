@@ -1,0 +1,82 @@
+"""Coupled sampling in vLLM: greedy verification of perturbed logits, so that a sampled text does not depend on the
+draft and is that of `beagle_sd.generate` with the same seed.
+
+A request says temperature 0, which is vLLM's greedy acceptance, and has in its extra arguments (`vllm_xargs` of the
+server) beagle_temperature and, if wanted, beagle_seed, beagle_top_k, beagle_top_p, beagle_min_p.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor, LogitsProcRequestState
+
+from beagle_kernels import Sampling, perturb_logits
+from beagle_sd.vllm import lean
+
+_PREFIX = "beagle_"
+_SETTINGS = {"seed": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float}
+
+
+class Coupled(LogitsProcessor):
+    """filtered(z) + T g(seed, position, token) of the requests that ask for it, which go on to vLLM's argmax."""
+
+    def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState):
+        self.requests = lean.Requests(req_states.max_num_reqs, req_states.device)
+        self.coupled = [False] * req_states.max_num_reqs
+        self.staged: dict[int, Sampling] = {}
+        lean.use(self.requests)
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        settings_of(sampling_params)
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        settings = settings_of(sampling_params)
+        self.coupled[req_idx] = bool(settings)
+        self.staged[req_idx] = Sampling.of(1, **settings)
+        return self.coupled[req_idx]
+
+    def apply_staged_writes(self) -> None:
+        for slot, settings in self.staged.items():
+            for tensor, value in zip(self.requests.sampling, settings, strict=True):
+                tensor[slot : slot + 1].copy_(value)
+        self.staged.clear()
+
+    def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
+        self.requests.slots[: len(ctx.idx_mapping)].copy_(ctx.idx_mapping)
+        if not any(self.coupled[slot] for slot in ctx.idx_mapping_np.tolist()):
+            return logits
+        sampling = self.requests.of(ctx.expanded_idx_mapping)
+        values, _ = perturb_logits(logits, ctx.pos.long() + 1, sampling)
+        return torch.where((sampling.temperature > 0)[:, None], values, logits)
+
+
+def settings_of(sampling_params: SamplingParams) -> dict[str, Any]:
+    """What `Sampling.of` takes, from a request's extra arguments; empty where it asks for none. ValueError for
+    arguments that are not known, of another type or out of range."""
+    given = {name: value for name, value in (sampling_params.extra_args or {}).items() if name.startswith(_PREFIX)}
+    if not given:
+        return {}
+    allowed = ", ".join(_PREFIX + name for name in _SETTINGS)
+    settings: dict[str, Any] = {}
+    for name, value in given.items():
+        kind = _SETTINGS.get(name.removeprefix(_PREFIX))
+        if kind is None:
+            raise ValueError(f"{name} is not known; allowed: {allowed}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
+            raise ValueError(f"{name} is {value!r}; allowed: {'an integer' if kind is int else 'a number'}")
+        settings[name.removeprefix(_PREFIX)] = kind(value)
+    if not settings.get("temperature"):
+        raise ValueError(f"{', '.join(given)} given without beagle_temperature above 0; allowed: with it")
+    if sampling_params.temperature != 0.0:
+        raise ValueError(
+            f"temperature is {sampling_params.temperature} beside beagle_temperature; allowed: 0, as beagle_temperature "
+            "takes its place"
+        )
+    Sampling.of(1, **settings)
+    return settings
