@@ -1,4 +1,4 @@
-"""The command `beagle-sd`: generate, bench, prompts, prepare, train, plot, info."""
+"""The command `beagle-sd`: generate, bench, prompts, prepare, train, serve, plot, info."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from beagle_sd.cli.console import clear_errors, console
 from beagle_sd.cli.generate import generate
 from beagle_sd.cli.prepare import prepare
 from beagle_sd.cli.prompts import prompts
+from beagle_sd.cli.serve import serve
 from beagle_sd.cli.train import train
 from beagle_sd.data.evaluation_sets import prompts_folder
 from beagle_sd.decoding.calibration import calibration_folder
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for command in (generate, bench, prompts, prepare, train):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 @app.command()

@@ -7,8 +7,6 @@ server) beagle_temperature and, if wanted, beagle_seed, beagle_top_k, beagle_top
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
@@ -17,10 +15,6 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 
 from beagle_kernels import Sampling, perturb_logits
 from beagle_sd.vllm import lean
-
-_PREFIX = "beagle_"
-_SETTINGS = {"seed": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float}
-
 
 class Coupled(LogitsProcessor):
     """filtered(z) + T g(seed, position, token) of the requests that ask for it, which go on to vLLM's argmax."""
@@ -33,10 +27,10 @@ class Coupled(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        settings_of(sampling_params)
+        lean.settings_of(sampling_params)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        settings = settings_of(sampling_params)
+        settings = lean.settings_of(sampling_params)
         self.coupled[req_idx] = bool(settings)
         self.staged[req_idx] = Sampling.of(1, **settings)
         return self.coupled[req_idx]
@@ -54,29 +48,3 @@ class Coupled(LogitsProcessor):
         sampling = self.requests.of(ctx.expanded_idx_mapping)
         values, _ = perturb_logits(logits, ctx.pos.long() + 1, sampling)
         return torch.where((sampling.temperature > 0)[:, None], values, logits)
-
-
-def settings_of(sampling_params: SamplingParams) -> dict[str, Any]:
-    """What `Sampling.of` takes, from a request's extra arguments; empty where it asks for none. ValueError for
-    arguments that are not known, of another type or out of range."""
-    given = {name: value for name, value in (sampling_params.extra_args or {}).items() if name.startswith(_PREFIX)}
-    if not given:
-        return {}
-    allowed = ", ".join(_PREFIX + name for name in _SETTINGS)
-    settings: dict[str, Any] = {}
-    for name, value in given.items():
-        kind = _SETTINGS.get(name.removeprefix(_PREFIX))
-        if kind is None:
-            raise ValueError(f"{name} is not known; allowed: {allowed}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
-            raise ValueError(f"{name} is {value!r}; allowed: {'an integer' if kind is int else 'a number'}")
-        settings[name.removeprefix(_PREFIX)] = kind(value)
-    if not settings.get("temperature"):
-        raise ValueError(f"{', '.join(given)} given without beagle_temperature above 0; allowed: with it")
-    if sampling_params.temperature != 0.0:
-        raise ValueError(
-            f"temperature is {sampling_params.temperature} beside beagle_temperature; allowed: 0, as beagle_temperature "
-            "takes its place"
-        )
-    Sampling.of(1, **settings)
-    return settings

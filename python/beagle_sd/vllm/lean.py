@@ -6,7 +6,7 @@ in every dtype. The requests' settings are in the tensors of the one `Coupled` p
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,11 @@ from beagle_sd.vllm import COUPLED
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
 
 _BYTES = 3
+_PREFIX = "beagle_"
+_SETTINGS = {"seed": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float}
 
 
 class Requests:
@@ -80,3 +83,28 @@ def leaning(logits: Tensor, positions: Tensor, ids: Tensor | None) -> Tensor:
     requests = _requests[0]
     tokens, _ = top_candidates(logits, 1, positions, requests.of(requests.slots[: len(logits)]), token_ids=ids)
     return tokens[:, 0]
+
+def settings_of(sampling_params: SamplingParams) -> dict[str, Any]:
+    """What `Sampling.of` takes, from a request's extra arguments; empty where it asks for none. ValueError for
+    arguments that are not known, of another type or out of range."""
+    given = {name: value for name, value in (sampling_params.extra_args or {}).items() if name.startswith(_PREFIX)}
+    if not given:
+        return {}
+    allowed = ", ".join(_PREFIX + name for name in _SETTINGS)
+    settings: dict[str, Any] = {}
+    for name, value in given.items():
+        kind = _SETTINGS.get(name.removeprefix(_PREFIX))
+        if kind is None:
+            raise ValueError(f"{name} is not known; allowed: {allowed}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
+            raise ValueError(f"{name} is {value!r}; allowed: {'an integer' if kind is int else 'a number'}")
+        settings[name.removeprefix(_PREFIX)] = kind(value)
+    if not settings.get("temperature"):
+        raise ValueError(f"{', '.join(given)} given without beagle_temperature above 0; allowed: with it")
+    if sampling_params.temperature != 0.0:
+        raise ValueError(
+            f"temperature is {sampling_params.temperature} beside beagle_temperature; allowed: 0, as beagle_temperature "
+            "takes its place"
+        )
+    Sampling.of(1, **settings)
+    return settings
