@@ -1,0 +1,31 @@
+"""`make test-vllm` alone runs this folder: vLLM has an environment of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["*.py"]
+
+sys.path.append(str(Path(__file__).parent))
+
+# before vllm is imported: a small cache, both cores for every process, no news of us to anyone, functions sent to workers
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[list[int]]:
+    from engines import prompts
+
+    return prompts()

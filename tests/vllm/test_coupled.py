@@ -1,0 +1,72 @@
+"""Coupled sampling in vLLM: the served text is that of `beagle_sd.generate` with the same seed, and the draft leans.
+
+Logits processors under speculation belong to vLLM's second runner, whose kernels are Triton's: here interpreted.
+"""
+
+from __future__ import annotations
+
+import pytest
+from engines import INTERPRETED, bundled_settings, engine, interpreted_triton, own_answers, served_answers
+
+from beagle_sd.models import smollm2
+from beagle_sd.vllm import COUPLED
+
+NEW_TOKENS = 24
+SETTINGS = [
+    {"temperature": 1.0, "seed": 5},
+    {"temperature": 0.7, "top_p": 0.9, "seed": 6},
+    {},
+    {"temperature": 1.3, "top_k": 40, "min_p": 0.02, "seed": -7},
+]
+
+
+@pytest.fixture(scope="module")
+def coupled(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in INTERPRETED.items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", interpreted_triton(tmp_path_factory.mktemp("triton")))
+        settings = {"logits_processors": [COUPLED], "max_model_len": 512, "max_num_batched_tokens": 512}
+        with engine(smollm2.converted(), bundled_settings(), **settings) as llm:
+            yield llm
+
+
+def test_texts_and_counts_are_our_own(texts, coupled):
+    extra = [{f"beagle_{name}": value for name, value in one.items()} for one in SETTINGS]
+    served = served_answers(coupled, texts[:4], NEW_TOKENS, extra)
+    own = [own_answers([text], NEW_TOKENS, **one) for text, one in zip(texts, SETTINGS)]
+    assert served.tokens == [tokens for answers in own for tokens in answers.tokens]
+    assert served.rounds == sum(answers.rounds for answers in own)
+    assert list(served.accepted) == [sum(counts) for counts in zip(*(answers.accepted for answers in own))]
+
+
+def test_a_seed_gives_its_text_in_any_company(texts, coupled):
+    extra = [{"beagle_temperature": 1.0, "beagle_seed": seed} for seed in (11, 12, 13)]
+    together = served_answers(coupled, [texts[1]] * 3, 12, extra).tokens
+    alone = [served_answers(coupled, [texts[1]], 12, [one]).tokens[0] for one in extra]
+    assert together == alone and together[0] != together[1] != together[2]
+
+
+def test_sampled_without_it_goes_vllms_own_way(texts, coupled):
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=12, ignore_eos=True)
+    (output,) = coupled.generate([{"prompt_token_ids": texts[0]}], params, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 12
+
+
+@pytest.mark.parametrize(
+    "extra, temperature, message",
+    [
+        ({"beagle_seed": 1}, 0.0, "beagle_seed given without beagle_temperature above 0"),
+        ({"beagle_temperature": 0.7}, 0.7, "temperature is 0.7 beside beagle_temperature; allowed: 0"),
+        ({"beagle_temperature": 0.7, "beagle_topp": 0.9}, 0.0, "beagle_topp is not known; allowed: beagle_seed"),
+    ],
+)
+def test_a_wrong_request_is_refused_and_others_go_on(texts, coupled, extra, temperature, message):
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=temperature, max_tokens=4, extra_args=extra)
+    with pytest.raises(ValueError, match=message):
+        coupled.generate([{"prompt_token_ids": texts[0]}], params, use_tqdm=False)
+    assert served_answers(coupled, texts[:1], 4).tokens[0]
