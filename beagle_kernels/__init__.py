@@ -12,6 +12,7 @@ from .choose_tokens import choose_tokens
 from .compact_cache_ import compact_cache_
 from .distill_loss import distill_loss
 from .extend_attention import extend_attention
+from .perturb_logits import perturb_logits
 from .skinny_linear import skinny_linear
 from .top_candidates import top_candidates
 from .tree_attention import tree_attention
@@ -37,6 +38,7 @@ __all__ = [
     "compact_cache_",
     "distill_loss",
     "extend_attention",
+    "perturb_logits",
     "skinny_linear",
     "top_candidates",
     "tree_attention",

@@ -97,6 +97,7 @@ void bind(py::module_ m, const char* name, Executor run) {
 template <class E>
 void bind_all(py::module_ m) {
   bind<ChooseTokens>(m, "choose_tokens", E::choose_tokens);
+  bind<PerturbLogits>(m, "perturb_logits", E::perturb_logits);
   bind<TopCandidates>(m, "top_candidates", E::top_candidates);
   bind<BuildTree>(m, "build_tree", E::build_tree);
   bind<AcceptTree>(m, "accept_tree", E::accept_tree);
@@ -109,6 +110,7 @@ struct Cpu {
 #define CPU(name, Op) \
   static void name(const Op& op, int64_t threads) { cpu::name(op, int(threads)); }
   CPU(choose_tokens, ChooseTokens)
+  CPU(perturb_logits, PerturbLogits)
   CPU(top_candidates, TopCandidates)
   CPU(build_tree, BuildTree)
   CPU(accept_tree, AcceptTree)
@@ -124,6 +126,7 @@ struct Cuda {
 #define CUDA(name, Op) \
   static void name(const Op& op, int64_t stream) { cuda::name(op, reinterpret_cast<void*>(stream)); }
   CUDA(choose_tokens, ChooseTokens)
+  CUDA(perturb_logits, PerturbLogits)
   CUDA(top_candidates, TopCandidates)
   CUDA(build_tree, BuildTree)
   CUDA(accept_tree, AcceptTree)

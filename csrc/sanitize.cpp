@@ -27,7 +27,8 @@ void choose(const Rows& in, const SamplingData& sampling, int32_t k, int64_t chu
   const int64_t rows = in.rows;
   std::vector<int64_t> tokens[2], best[2];
   std::vector<int32_t> status[2];
-  std::vector<float> scores[2];
+  std::vector<float> scores[2], values[2];
+  std::vector<int32_t> met[2];
   std::vector<int64_t> ids;
   for (int64_t c = 0; c < in.vocab; ++c) ids.push_back((ids.empty() ? below(9) : ids.back() + 1) + (below(4) ? 0 : below(200)));
   const int64_t* reduced = below(2) ? ids.data() : nullptr;
@@ -44,11 +45,17 @@ void choose(const Rows& in, const SamplingData& sampling, int32_t k, int64_t chu
     const TopCandidates many{in.z, in.dtype, rows, in.vocab, in.stride, k, sampling.positions.data(),
                              sampling.pointers(), reduced, kept.data(), sums.data(), groups.data(), block ? chunks : 1,
                              best[block].data(), scores[block].data()};
-    if (block) cuda::choose_tokens(one, nullptr), cuda::top_candidates(many, nullptr);
-    else cpu::choose_tokens(one, threads), cpu::top_candidates(many, threads);
+    std::vector<float> bounds(size_t(2 * rows));
+    values[block].assign(size_t(rows * in.vocab), 0), met[block].assign(size_t(rows), 0);
+    const PerturbLogits all{in.z, in.dtype, rows, in.vocab, in.stride, sampling.positions.data(), sampling.pointers(),
+                            keys.data(), flags.data(), groups.data(), bounds.data(), chunks, values[block].data(),
+                            met[block].data()};
+    if (block) cuda::choose_tokens(one, nullptr), cuda::top_candidates(many, nullptr), cuda::perturb_logits(all, nullptr);
+    else cpu::choose_tokens(one, threads), cpu::top_candidates(many, threads), cpu::perturb_logits(all, threads);
   }
   if (!blocks) return;
   same("choose_tokens", tokens[0], tokens[1]), same("choose_tokens status", status[0], status[1]);
+  same("perturb_logits", values[0], values[1]), same("perturb_logits status", met[0], met[1]);
   same("top_candidates", best[0], best[1]), same("top_candidates scores", scores[0], scores[1], 1e-4f);
 }
 

@@ -99,6 +99,10 @@ def choose_tokens(device: str) -> None:
     for settings in ((0.0,), (1.0,), (0.7, 0, 0.9), (1.2, 50, 0.95, 0.02)):
         sampling = Sampling.of(9, 3, *settings)
         as_on_the_host(device, bk.choose_tokens, logits, positions, sampling)
+        values, status = bk.perturb_logits(logits, positions, sampling)
+        have, found = bk.perturb_logits(*moved((logits, positions, sampling), device))
+        assert torch.equal(found.cpu(), status), "perturb_logits: status is not the host's"
+        torch.testing.assert_close(have.cpu(), values, rtol=1e-6, atol=2e-5)
         args = logits, 10, positions, sampling
         tokens, scores = bk.top_candidates(*args)
         found, near = bk.top_candidates(*moved(args, device))

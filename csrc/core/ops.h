@@ -82,6 +82,23 @@ struct ChooseTokens {
                 chunks, tokens, status)
 };
 
+struct PerturbLogits {
+  const void* logits;
+  int32_t dtype;
+  int64_t rows, vocab, stride;
+  const int64_t* positions;
+  Sampling sampling;
+  uint64_t* keys;  // workspace [rows, chunks] for CUDA
+  int32_t* flags;  // workspace [rows, chunks] for CUDA
+  float* groups;   // workspace [rows, 256 chunks + 2 kRowWords] for CUDA
+  float* bounds;   // workspace [rows, 2]: the largest logit, and the least that top-k and top-p keep
+  int64_t chunks;
+  float* values;   // [rows, vocab]
+  int32_t* status;
+  BEAGLE_FIELDS(logits, dtype, rows, vocab, stride, positions, sampling, keys, flags, groups, bounds, chunks, values,
+                status)
+};
+
 struct TopCandidates {
   const void* logits;
   int32_t dtype;

@@ -1,6 +1,7 @@
 #include "rows.h"
 
 #include "chain.h"
+#include "perturb.h"
 
 #ifndef BEAGLE_ISA
 #define BEAGLE_ISA baseline
@@ -41,6 +42,17 @@ Law measure(const void* row, int64_t vocab, const RowSampling& sampling, float* 
 }
 
 template <class T>
+int32_t bounds(const void* row, int64_t vocab, const RowSampling& sampling, float* bounds, float* room) {
+  return bounds_of(static_cast<const T*>(row), vocab, sampling, bounds, room);
+}
+
+template <class T>
+void perturb(const void* row, int64_t begin, int64_t end, const RowSampling& sampling, const Stream& stream,
+             const float* bounds, float* values) {
+  perturb_part(static_cast<const T*>(row), begin, end, sampling, stream, bounds, values);
+}
+
+template <class T>
 void chain(const VerifyChain& op, int64_t b, float* room) {
   const Law* laws = static_cast<const Law*>(op.laws) + b * (2 * op.steps + 1);
   Chain<T>{op, b, op.sampling.at(b), laws, room}.run();
@@ -52,6 +64,8 @@ extern const Rows kRows;
 const Rows kRows = {{choose<float>, choose<Half>, choose<BFloat>},
                     {rank<float>, rank<Half>, rank<BFloat>},
                     {measure<float>, measure<Half>, measure<BFloat>},
+                    {bounds<float>, bounds<Half>, bounds<BFloat>},
+                    {perturb<float>, perturb<Half>, perturb<BFloat>},
                     {chain<float>, chain<Half>, chain<BFloat>}};
 
 }  // namespace beagle::cpu::BEAGLE_ISA

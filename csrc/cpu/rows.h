@@ -14,6 +14,10 @@ struct Rows {
   // Leaves a row's k best in the heap and returns what their scores are measured from.
   float (*rank[3])(const TopCandidates&, const void* row, const RowSampling&, const Stream&, Best&, float* room);
   Law (*measure[3])(const void* row, int64_t vocab, const RowSampling&, float* room);
+  // Into bounds the largest logit and the least that top-k and top-p keep; returns the status.
+  int32_t (*bounds[3])(const void* row, int64_t vocab, const RowSampling&, float* bounds, float* room);
+  void (*perturb[3])(const void* row, int64_t begin, int64_t end, const RowSampling&, const Stream&, const float* bounds,
+                     float* values);
   void (*chain[3])(const VerifyChain&, int64_t b, float* room);
 };
 

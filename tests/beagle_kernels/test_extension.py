@@ -229,6 +229,7 @@ def test_opcheck():
     ops = torch.ops.beagle
     check = torch.library.opcheck
     check(ops.choose_tokens, (torch.randn(4, 40), torch.arange(4), *sampling, 0, None, "cpu"))
+    check(ops.perturb_logits, (torch.randn(4, 40), torch.arange(4), *sampling, "cpu"))
     check(ops.top_candidates, (torch.randn(4, 40), 3, torch.arange(4), *sampling, None, "cpu"))
     check(ops.build_tree, (*random_candidates(3, 20, 4), 12, 4, "cpu"))
     check(ops.accept_tree, (*tree, torch.randint(3, (4, 9)), "cpu"))

@@ -51,6 +51,9 @@ def test_choose_tokens_and_candidates(vocab, dtype):
     for seed in range(12):
         logits, sampling = odd_logits((9, vocab), dtype, seed), mixed_sampling(9, seed)
         same(bk.choose_tokens, logits, torch.arange(9) + seed, sampling)
+        (want, want_status), (have, have_status) = both(bk.perturb_logits, logits, torch.arange(9) + seed, sampling)
+        assert torch.equal(have.isinf(), want.isinf()) and torch.equal(have_status, want_status)
+        torch.testing.assert_close(have, want, rtol=1e-6, atol=2e-5)
         k = min(vocab, 1 + 5 * seed)
         (want, scores), (have, have_scores) = both(bk.top_candidates, logits, k, torch.arange(9), sampling)
         assert torch.equal(have, want)

@@ -26,6 +26,7 @@ def direct_calls(dtype: torch.dtype) -> dict:
     chain = (torch.randn(4, 4, 9, dtype=dtype), torch.randn(4, 3, 9, dtype=dtype), torch.randint(9, (4, 3)), at)
     return {
         "choose_tokens": lambda: ops.choose_tokens(z, at, *sampling, 0, None, "cpu"),
+        "perturb_logits": lambda: ops.perturb_logits(z, at, *sampling, "cpu"),
         "top_candidates": lambda: ops.top_candidates(z, 3, at, *sampling, None, "cpu"),
         "verify_tree": lambda: ops.verify_tree(z[:, None].expand(-1, 9, -1), *tree, at, *sampling, "cpu"),
         "verify_chain": lambda: ops.verify_chain(*chain, *sampling, "block", None, "cpu"),

@@ -115,6 +115,10 @@ def calls(sizes: dict[str, int]) -> dict[str, Call]:
             lambda z, at, *fields, backend: bk.choose_tokens(z, at, sampling_of(*fields), backend=backend),
             [normal(R, V), whole(99, R), *knobs(R)],
         ),
+        "perturb_logits": (
+            lambda z, at, *fields, backend: bk.perturb_logits(z, at, sampling_of(*fields), backend=backend),
+            [normal(R, V), whole(99, R), *knobs(R)],
+        ),
         "top_candidates": (
             lambda z, at, ids, *fields, backend: bk.top_candidates(
                 z, 3, at, sampling_of(*fields), token_ids=ids, backend=backend

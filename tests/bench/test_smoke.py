@@ -22,6 +22,7 @@ CHECK_OF = {
     "tree_attention": "tree_attention:64:bf16",
     "distill_loss": "distill_loss:bf16",
     "choose_tokens": "choose_tokens",
+    "perturb_logits": "choose_tokens",
     "top_candidates": "choose_tokens",
     "build_tree": "trees",
     "accept_tree": "trees",
