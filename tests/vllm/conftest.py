@@ -13,7 +13,7 @@ collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["*.py"]
 
 sys.path.append(str(Path(__file__).parent))
 
-# before vllm is imported: a small cache, both cores for every process, no news of us to anyone, functions sent to workers
+# before vllm is imported: a small cache, all cores for every process, nothing told to anyone, functions sent to workers
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,10 @@ from pathlib import Path
 import torch
 
 import beagle_sd
-from bench.answers.real_prompts import batches, encoded_prompts
 from beagle_sd.models import smollm2
 from beagle_sd.models.loading import bundled_folder
 from beagle_sd.vllm.serve import speculative_config
+from bench.answers.real_prompts import batches, encoded_prompts
 
 PROMPTS, ROWS, NEW_TOKENS, DEPTH = 12, 4, 128, 4
 
@@ -86,7 +85,9 @@ def engine(model: str | Path, speculative: dict | None = None, **settings):
         llm.llm_engine.engine_core.shutdown()
 
 
-def served_answers(llm, texts: list[list[int]], new_tokens: int = NEW_TOKENS, extra: list[dict] | None = None) -> Answers:
+def served_answers(
+    llm, texts: list[list[int]], new_tokens: int = NEW_TOKENS, extra: list[dict] | None = None
+) -> Answers:
     """By an engine, ROWS at a time, greedy in vLLM's eyes; the counts of this call alone."""
     from vllm import SamplingParams
 
@@ -132,14 +133,10 @@ def save_tiny(folder: Path, layers: int = 2, **draft) -> tuple[Path, Path]:
     return folder / "target", folder / "draft"
 
 
-INTERPRETED = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-
-
-def interpreted_triton(folder: Path) -> str:
-    """PYTHONPATH with which vLLM's second runner, a GPU's, runs on the CPU in Triton's interpreter: vLLM asks for a
-    backend of the name `cpu`, and nothing of it is used."""
-    made = folder / "triton_cpu_by_name-0.dist-info"
-    made.mkdir(parents=True)
-    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: triton-cpu-by-name\nVersion: 0\n")
-    (made / "entry_points.txt").write_text("[triton.backends]\ncpu = triton.backends.nvidia\n")
-    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+INTERPRETED = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "PYTHONPATH": str(Path(__file__).parent / "interpreter"),
+}
+"""With which vLLM's second runner, a GPU's, runs on the CPU in Triton's interpreter: the folder has a distribution that
+says there is a backend `cpu`, by which name vLLM asks; nothing of it is used."""

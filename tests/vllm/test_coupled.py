@@ -1,15 +1,21 @@
 """Coupled sampling in vLLM: the served text is that of `beagle_sd.generate` with the same seed, and the draft leans.
 
-Logits processors under speculation belong to vLLM's second runner, whose kernels are Triton's: here interpreted.
+Logits processors under speculation belong to vLLM's second runner, whose kernels are Triton's: here interpreted, which
+must be so before vLLM is imported. `make test-vllm` runs this file by itself.
 """
 
 from __future__ import annotations
 
+import os
+
 import pytest
-from engines import INTERPRETED, bundled_settings, engine, interpreted_triton, own_answers, served_answers
+from engines import bundled_settings, engine, own_answers, served_answers
 
 from beagle_sd.models import smollm2
 from beagle_sd.vllm import COUPLED
+
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1":
+    pytest.skip("vLLM's second runner is not asked for: engines.INTERPRETED", allow_module_level=True)
 
 NEW_TOKENS = 24
 SETTINGS = [
@@ -20,15 +26,19 @@ SETTINGS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _our_own_loop_is_compiled(monkeypatch):
+    """In this process: under the interpreter Triton's kernels would serve CPU tensors."""
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+
+
 @pytest.fixture(scope="module")
-def coupled(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in INTERPRETED.items():
-            patch.setenv(name, value)
-        patch.setenv("PYTHONPATH", interpreted_triton(tmp_path_factory.mktemp("triton")))
-        settings = {"logits_processors": [COUPLED], "max_model_len": 512, "max_num_batched_tokens": 512}
-        with engine(smollm2.converted(), bundled_settings(), **settings) as llm:
-            yield llm
+def coupled():
+    settings = {"logits_processors": [COUPLED], "max_model_len": 512, "max_num_batched_tokens": 512}
+    with engine(smollm2.converted(), bundled_settings(), **settings) as llm:
+        yield llm
 
 
 def test_texts_and_counts_are_our_own(texts, coupled):

@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-from engines import INTERPRETED, ROWS, interpreted_triton, own_answers, smollm
+from engines import INTERPRETED, ROWS, own_answers, smollm
 
 NEW_TOKENS = 32
 
@@ -121,9 +122,7 @@ def test_a_chat_by_the_openai_client(server, texts, written):
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
     question = evaluation_prompts("mt-bench")[0]["turns"][0]
     chat = [{"role": "user", "content": question}]
-    answer = client.chat.completions.create(
-        model="smollm2-135m", messages=chat, max_tokens=NEW_TOKENS, temperature=0
-    )
+    answer = client.chat.completions.create(model="smollm2-135m", messages=chat, max_tokens=NEW_TOKENS, temperature=0)
     assert answer.choices[0].message.content == written[0]
 
 
@@ -149,11 +148,12 @@ def test_ended_in_the_middle_of_an_answer_nothing_is_left(texts):
         process.send_signal(signal.SIGINT)
 
 
-def test_coupled_by_the_extra_arguments_of_a_request(texts, tmp_path):
+def test_coupled_by_the_extra_arguments_of_a_request(texts):
     tokenizer = smollm()[1]
     (tokens,) = own_answers(texts[:1], 16, temperature=0.7, top_p=0.9, seed=4).tokens
     extra = {"beagle_temperature": 0.7, "beagle_top_p": 0.9, "beagle_seed": 4}
-    with serving("--coupled", PYTHONPATH=interpreted_triton(tmp_path), **INTERPRETED) as (running, _):
+    path = os.pathsep.join([INTERPRETED["PYTHONPATH"], os.environ.get("PYTHONPATH", "")])
+    with serving("--coupled", **(INTERPRETED | {"PYTHONPATH": path})) as (running, _):
         text = running.complete(texts[0], max_tokens=16, vllm_xargs=extra)
         assert text == tokenizer.decode(tokens, skip_special_tokens=True)
         with pytest.raises(urllib.error.HTTPError, match="400") as refused:

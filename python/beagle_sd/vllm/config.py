@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from typing_extensions import Self
+
 from beagle_sd.models.config import BeagleConfig
 from beagle_sd.vllm.checks import check_draft_config, check_version
 
@@ -19,8 +21,8 @@ class ServedConfig(BeagleConfig):
         self.num_hidden_layers = 1
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs: Any) -> BeagleConfig:
+    def from_dict(cls, config_dict: dict, **kwargs: Any) -> Self:
         check_version()
-        made = super().from_dict(config_dict, **kwargs)
+        made: Any = super().from_dict(config_dict, **kwargs)
         check_draft_config(made[0] if isinstance(made, tuple) else made)
         return made

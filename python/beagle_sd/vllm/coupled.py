@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from beagle_kernels import Sampling, perturb_logits
 from beagle_sd.vllm import lean
 
+
 class Coupled(LogitsProcessor):
     """filtered(z) + T g(seed, position, token) of the requests that ask for it, which go on to vLLM's argmax."""
 

@@ -71,7 +71,9 @@ def with_positions(states: Tensor, positions: Tensor) -> Tensor:
 def positions_of(states: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The states [N, d] and the positions [N] int64 that ride behind."""
     bytes_ = states[:, width:].long()
-    return states[:, :width], sum((bytes_[:, byte] << 8 * byte for byte in range(_BYTES)), bytes_.new_zeros(len(states)))
+    return states[:, :width], sum(
+        (bytes_[:, byte] << 8 * byte for byte in range(_BYTES)), bytes_.new_zeros(len(states))
+    )
 
 
 def leaning(logits: Tensor, positions: Tensor, ids: Tensor | None) -> Tensor:
@@ -83,6 +85,7 @@ def leaning(logits: Tensor, positions: Tensor, ids: Tensor | None) -> Tensor:
     requests = _requests[0]
     tokens, _ = top_candidates(logits, 1, positions, requests.of(requests.slots[: len(logits)]), token_ids=ids)
     return tokens[:, 0]
+
 
 def settings_of(sampling_params: SamplingParams) -> dict[str, Any]:
     """What `Sampling.of` takes, from a request's extra arguments; empty where it asks for none. ValueError for
@@ -103,8 +106,8 @@ def settings_of(sampling_params: SamplingParams) -> dict[str, Any]:
         raise ValueError(f"{', '.join(given)} given without beagle_temperature above 0; allowed: with it")
     if sampling_params.temperature != 0.0:
         raise ValueError(
-            f"temperature is {sampling_params.temperature} beside beagle_temperature; allowed: 0, as beagle_temperature "
-            "takes its place"
+            f"temperature is {sampling_params.temperature} beside beagle_temperature; allowed: 0, as "
+            "beagle_temperature takes its place"
         )
     Sampling.of(1, **settings)
     return settings

@@ -7,6 +7,7 @@ key is then the last that the query sees, and what the block returns is the stat
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from beagle_sd.models.config import BeagleConfig
-from beagle_sd.vllm import lean
+from beagle_sd.vllm import COUPLED, lean
 from beagle_sd.vllm.checks import Scales, check_parallel, check_target
 
 logger = init_logger(__name__)
@@ -33,6 +34,10 @@ logger = init_logger(__name__)
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "hidden_states": 0})
 class Block(nn.Module):
     """S of tokens and states: [N] int, [N] int64, [N, d] -> [N, d] (docs/design.md: The draft)."""
+
+    attention: Any
+    rotary: Any
+    activation: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -43,18 +48,17 @@ class Block(nn.Module):
         self.copies = max(1, parts // config.num_key_value_heads)
         keys = config.num_key_value_heads * self.copies
         self.scales = _scales(vllm_config)
-        self.embed_tokens = nn.Module()
-        """The target's, which vLLM puts here."""
-        self.embed_tokens.weight = None
+        self.embed_tokens = _Shared()
         self.q_proj = _column(ColumnParallelLinear, width, config.num_attention_heads * head, f"{prefix}.q_proj")
         self.kv_proj = _column(MergedColumnParallelLinear, width, [keys * head] * 2, f"{prefix}.kv_proj")
         self.o_proj = _row(config.num_attention_heads * head, width, f"{prefix}.o_proj")
         inner = config.intermediate_size
         self.gate_up_proj = _column(MergedColumnParallelLinear, width, [inner] * 2, f"{prefix}.gate_up_proj")
         self.down_proj = _row(inner, width, f"{prefix}.down_proj")
-        for name, has in (("query", config.norm_query), ("state", config.norm_state), ("output", config.norm_output)):
-            self.add_module(f"norm_{name}", RMSNorm(width, config.rms_norm_eps) if has else nn.Identity())
-        self.norm_mlp = RMSNorm(width, config.rms_norm_eps)
+        self.norm_query, self.norm_state, self.norm_mlp, self.norm_output = (
+            RMSNorm(width, config.rms_norm_eps) if has else nn.Identity()
+            for has in (config.norm_query, config.norm_state, True, config.norm_output)
+        )
         self.activation = get_act_and_mul_fn(config.hidden_act)
         self.rotary = get_rope(
             head,
@@ -83,11 +87,19 @@ class Block(nn.Module):
         return self.norm_output(y + self.down_proj(self.activation(self.gate_up_proj(self.norm_mlp(y)))))
 
 
+class _Shared(nn.Module):
+    """Stands where vLLM puts a module of the target."""
+
+    weight = None
+
+
 class ServedDraft(nn.Module):
     """A Beagle draft as vLLM's proposers drive it. Embedding and head are the target's."""
 
     has_own_embed_tokens = False
     has_own_lm_head = False
+    lm_head: Any
+    draft_vocab: Tensor | None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -98,6 +110,12 @@ class ServedDraft(nn.Module):
         target = vllm_config.model_config.hf_config.get_text_config()
         lean.check(vllm_config)
         self.coupled = lean.is_coupled(vllm_config)
+        if not self.coupled:
+            logger.warning_once(
+                "texts sampled at a temperature above 0 have the target's law but depend on the draft; those of "
+                "beagle_sd.generate with the same seed come with --logits-processors %s",
+                COUPLED,
+            )
         # caches are found by a layer's number, which no layer of the target may have
         number = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
         self.model = Block(vllm_config=vllm_config, prefix=f"draft.layers.{number}")
@@ -117,7 +135,7 @@ class ServedDraft(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(what the logits are computed of, the state that the next slot is given)."""
         if self.draft_vocab is not None and self._rows is None:
-            self._rows = self._rows_of_head()
+            self._rows = self._rows_of_head(self.draft_vocab)
         states = self.model(input_ids, positions, hidden_states)
         return (lean.with_positions(states, positions + 2) if self.coupled else states), states
 
@@ -158,13 +176,13 @@ class ServedDraft(nn.Module):
             logits = torch.tanh(logits / self.scales.cap) * self.scales.cap
         return logits, ids
 
-    def _rows_of_head(self) -> tuple[Tensor, Tensor]:
+    def _rows_of_head(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's rows of the head that the draft may propose [R, d], and where each of the ids [V'] lies in what
         all ranks' R columns give side by side.
 
         Each rank holds some of the vocabulary in order, and R is what the one with most ids has.
         """
-        head, ids = self.lm_head, self.draft_vocab
+        head = self.lm_head
         weight = getattr(head, "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
             raise ValueError(
@@ -211,7 +229,12 @@ class ServedDraft(nn.Module):
         load(parameter, tensor) if part is None else load(parameter, tensor, part)
 
 
-_MERGED = {"k_proj": ("kv_proj", 0), "v_proj": ("kv_proj", 1), "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}
+_MERGED = {
+    "k_proj": ("kv_proj", 0),
+    "v_proj": ("kv_proj", 1),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
 
 
 def _saved_names(name: str) -> list[str]:
