@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +63,26 @@ def own_answers(texts: list[list[int]], new_tokens: int = NEW_TOKENS, **sampling
         reached = [a + b for a, b in zip(reached, out.report.reached)]
     made.accepted = tuple(reached[1:])
     return made
+
+
+_APART = """
+import json, sys
+from dataclasses import asdict
+from engines import own_answers
+texts, new_tokens, settings = json.load(sys.stdin)
+json.dump([asdict(own_answers([text], new_tokens, **one)) for text, one in zip(texts, settings)], sys.stdout)
+"""
+
+
+def own_answers_apart(texts: list[list[int]], new_tokens: int, settings: list[dict]) -> list[Answers]:
+    """Each text by itself with settings of its own, in a process without INTERPRETED: under the interpreter our own
+    Triton kernels would serve CPU tensors."""
+    environment = {name: value for name, value in os.environ.items() if name not in INTERPRETED}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    given = json.dumps([texts, new_tokens, settings])
+    done = subprocess.run([sys.executable, "-c", _APART], input=given, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [Answers(**one) for one in json.loads(done.stdout)]
 
 
 def until_end(tokens: list[int], end: int = 2) -> list[int]:

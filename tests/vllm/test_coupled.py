@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from engines import bundled_settings, engine, own_answers, served_answers
+from engines import bundled_settings, engine, own_answers_apart, served_answers
 
 from beagle_sd.models import smollm2
 from beagle_sd.vllm import COUPLED
@@ -26,14 +26,6 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _our_own_loop_is_compiled(monkeypatch):
-    """In this process: under the interpreter Triton's kernels would serve CPU tensors."""
-    import triton
-
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-
-
 @pytest.fixture(scope="module")
 def coupled():
     settings = {"logits_processors": [COUPLED], "max_model_len": 512, "max_num_batched_tokens": 512}
@@ -44,7 +36,7 @@ def coupled():
 def test_texts_and_counts_are_our_own(texts, coupled):
     extra = [{f"beagle_{name}": value for name, value in one.items()} for one in SETTINGS]
     served = served_answers(coupled, texts[:4], NEW_TOKENS, extra)
-    own = [own_answers([text], NEW_TOKENS, **one) for text, one in zip(texts, SETTINGS)]
+    own = own_answers_apart(texts[:4], NEW_TOKENS, SETTINGS)
     assert served.tokens == [tokens for answers in own for tokens in answers.tokens]
     assert served.rounds == sum(answers.rounds for answers in own)
     assert list(served.accepted) == [sum(counts) for counts in zip(*(answers.accepted for answers in own))]
