@@ -26,6 +26,6 @@ os.environ |= {
 
 @pytest.fixture(scope="session")
 def texts() -> list[list[int]]:
-    from engines import prompts
+    from vllm_engines import prompts
 
     return prompts()

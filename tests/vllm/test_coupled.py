@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 
 import pytest
-from engines import bundled_settings, engine, own_answers_apart, served_answers
+from vllm_engines import bundled_settings, engine, own_answers_apart, served_answers
 
 from beagle_sd.models import smollm2
 from beagle_sd.vllm import COUPLED
 
 if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1":
-    pytest.skip("vLLM's second runner is not asked for: engines.INTERPRETED", allow_module_level=True)
+    pytest.skip("vLLM's second runner is not asked for: vllm_engines.INTERPRETED", allow_module_level=True)
 
 NEW_TOKENS = 24
 SETTINGS = [
@@ -67,8 +67,9 @@ def test_sampled_without_it_goes_vllms_own_way(texts, coupled):
 )
 def test_a_wrong_request_is_refused_and_others_go_on(texts, coupled, extra, temperature, message):
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     params = SamplingParams(temperature=temperature, max_tokens=4, extra_args=extra)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(VLLMValidationError, match=message):
         coupled.generate([{"prompt_token_ids": texts[0]}], params, use_tqdm=False)
     assert served_answers(coupled, texts[:1], 4).tokens[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engines import DEPTH, engine, save_tiny
+from vllm_engines import DEPTH, engine, save_tiny
 
 import beagle_sd
 from beagle_sd.decoding import rounds

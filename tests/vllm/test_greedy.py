@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engines import ROWS, bundled_settings, engine, own_answers, served_answers
+from vllm_engines import ROWS, bundled_settings, engine, own_answers, served_answers
 
 from beagle_sd.models import smollm2
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-from engines import INTERPRETED, ROWS, own_answers, smollm
+from vllm_engines import INTERPRETED, ROWS, own_answers, smollm
 
 NEW_TOKENS = 32
 
@@ -169,10 +169,10 @@ def test_what_cannot_be_served_is_one_line(tmp_path):
 
 
 def test_past_the_command_the_plug_in_refuses_by_itself(tmp_path):
-    from engines import engine, save_tiny
+    from vllm_engines import engine, save_tiny
 
     target, draft = save_tiny(tmp_path, append_states=False)
     settings = {"method": "eagle", "model": str(draft), "num_speculative_tokens": 2}
     with pytest.raises(ValueError, match="append_states=False; allowed in vLLM: True"):
-        with engine(target, settings, skip_tokenizer_init=True):
+        with engine(target, settings, skip_tokenizer_init=True, max_model_len=256):
             pass

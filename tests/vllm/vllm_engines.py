@@ -68,7 +68,7 @@ def own_answers(texts: list[list[int]], new_tokens: int = NEW_TOKENS, **sampling
 _APART = """
 import json, sys
 from dataclasses import asdict
-from engines import own_answers
+from vllm_engines import own_answers
 texts, new_tokens, settings = json.load(sys.stdin)
 json.dump([asdict(own_answers([text], new_tokens, **one)) for text, one in zip(texts, settings)], sys.stdout)
 """
