@@ -221,6 +221,31 @@ def lengths() -> str:
     return "\n".join(lines) if first else "not measured"
 
 
+def inside_vllm() -> str:
+    """What a draft brings inside vLLM on the CPU, beside plain vLLM, n-grams and our own loop."""
+    if not (results.RESULTS / "cpu-vllm.json").exists():
+        return "not measured"
+    lines = [
+        "| | texts as plain vLLM's | tokens | rounds | accepted at depth 1, 2, ... | tokens a round | tokens/s "
+        "| x plain vLLM, median (20%, 80%) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results.read("cpu-vllm.json")["rows"]:
+        ratio, a_round = row["ratio"], row["tokens_per_round"]
+        cells = (
+            row["contender"],
+            f"{row['texts_equal']} of {row['texts']}",
+            f"{row['tokens']:,}",
+            f"{row['rounds']:,}" if row["accepted_by_depth"] else "",
+            " ".join(map(str, row["accepted_by_depth"])),
+            "" if a_round is None else f"{a_round:.3f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{ratio['median']:.2f} ({ratio['low']:.2f}, {ratio['high']:.2f})",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "acceptance": acceptance,
     "acceptance_elsewhere": acceptance_elsewhere,
@@ -228,6 +253,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "result": result,
     "lossless": lossless,
+    "inside_vllm": inside_vllm,
     "ops": ops,
     "counts": counts,
     "gpu": gpu,
