@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_SECONDS_TO_END = 30.0
-"""For an engine to give its memory back, before it is killed."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,8 @@ def giving_states(settings: Settings) -> Iterator[StateEngine]:
 def _started(settings: Settings, options: dict[str, Any]) -> Iterator[Any]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # before vLLM is first imported
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads
+    # a core of its own process goes on, with all the GPU's memory, where this one is killed; workers do not
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import EngineArgs, LLMEngine
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
@@ -127,6 +127,7 @@ def _started(settings: Settings, options: dict[str, Any]) -> Iterator[Any]:
         model=str(settings.target),
         dtype=_DTYPES[dtype],
         tensor_parallel_size=settings.tensor_parallel,
+        distributed_executor_backend="mp",  # one worker has a process of its own, too
         max_model_len=settings.longest,
         enforce_eager=on_cpu,  # where compiling takes longer than it saves
         generation_config="vllm",  # else its sampling settings apply to all
@@ -142,7 +143,7 @@ def _started(settings: Settings, options: dict[str, Any]) -> Iterator[Any]:
     try:
         yield engine
     finally:
-        engine.engine_core.shutdown(timeout=_SECONDS_TO_END)
+        engine.engine_core.shutdown()
 
 
 @contextmanager
