@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WINGS = ("cli", "evaluation", "training", "data", "decoding", "models", "files", "needs")
+WINGS = ("cli", "vllm", "evaluation", "training", "data", "decoding", "models", "files", "needs")
 """Of beagle_sd: each may import itself and those after it."""
 ANYTHING = ("beagle_sd", "beagle_sd.__main__")
 """The package's front door and its command: they may import every wing."""
