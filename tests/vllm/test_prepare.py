@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,3 +219,10 @@ def test_ctrl_c_keeps_what_is_finished(source, tmp_path):
 def test_what_vllm_refuses_is_said_in_a_line(source, tmp_path):
     said = run(source, tmp_path / "out", *REGENERATE, *VLLM, "--tensor-parallel", 2, code=1)
     assert "error: " in said and "must be divisible by tensor parallel size (2)" in said, said
+    broken = shutil.copytree(smollm2.converted(), tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    said = run(source, tmp_path / "out", *REGENERATE, *VLLM, "--target", broken, code=1)
+    assert said.splitlines()[-1].startswith(f"error: vLLM does not start with {broken} (WorkerProc initialization"), (
+        said
+    )

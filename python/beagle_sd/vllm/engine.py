@@ -88,6 +88,7 @@ class StateEngine:
 def answering(settings: Settings, ends: list[int], batch: int) -> Iterator[AnswerEngine]:
     """An engine that writes up to `batch` answers at a time; its processes end with the block. ValueError where vLLM
     does not start with this target."""
+    _set_environment()
     options: dict[str, Any] = {"runner": "generate", "max_num_seqs": batch, "enable_prefix_caching": True}
     with _started(settings, options) as engine:
         yield AnswerEngine(engine, ends)
@@ -96,6 +97,7 @@ def answering(settings: Settings, ends: list[int], batch: int) -> Iterator[Answe
 @contextmanager
 def giving_states(settings: Settings) -> Iterator[StateEngine]:
     """An engine that gives states; its processes end with the block. ValueError as above."""
+    _set_environment()
     from vllm.config import PoolerConfig
 
     pooler = PoolerConfig(task="token_embed", tok_pooling_type="ALL", use_activation=False)
@@ -111,12 +113,17 @@ def giving_states(settings: Settings) -> Iterator[StateEngine]:
         yield StateEngine(engine)
 
 
+def _set_environment() -> None:
+    """Before vLLM is first imported."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads
+    # an engine's core in a process of its own goes on, with all the GPU's memory, where this one is killed; the workers
+    # that this process starts itself do not
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+
 @contextmanager
 def _started(settings: Settings, options: dict[str, Any]) -> Iterator[Any]:
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # before vLLM is first imported
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads
-    # a core of its own process goes on, with all the GPU's memory, where this one is killed; workers do not
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import EngineArgs, LLMEngine
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
@@ -138,7 +145,10 @@ def _started(settings: Settings, options: dict[str, Any]) -> Iterator[Any]:
     try:
         with _interrupts_kept_here():
             engine = LLMEngine.from_engine_args(arguments, UsageContext.LLM_CLASS)
-    except RuntimeError as error:  # of its processes, which say the reason themselves
+    except Exception as error:
+        if type(error) not in (Exception, RuntimeError):
+            raise
+        # of its workers, which have said the reason themselves
         raise ValueError(f"vLLM does not start with {settings.target} ({error}); the reason is above") from error
     try:
         yield engine
