@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from transformers import PreTrainedModel
 
+from beagle_sd.cli.by_vllm import ByVllm
 from beagle_sd.cli.console import (
     Device,
     Dtype,
@@ -24,9 +24,8 @@ from beagle_sd.cli.console import (
     joined_processes,
     loading,
     print_left_out,
-    progress_bar,
 )
-from beagle_sd.cli.interrupt import deferred_interrupt
+from beagle_sd.cli.storing import store
 from beagle_sd.data import conversations, shards
 from beagle_sd.data.answers import longest_text, requests_of, write_answers
 from beagle_sd.data.chats import check_template
@@ -56,20 +55,26 @@ def prepare(
     seed: Seed = 0,
     dtype: Dtype = "bfloat16",
     device: Device = None,
+    engine: Annotated[str, typer.Option(help="What runs the target: own, or vllm (docs/train.md).")] = "own",
+    tensor_parallel: Annotated[int, typer.Option(help="With vllm: GPUs that share the target.")] = 1,
 ) -> None:
     """Run the target over conversations and store its states for training. Safe to kill and run again.
 
-    Under `torchrun` or `accelerate launch` each process does its share.
+    Under `torchrun` or `accelerate launch` each process does its share, with --engine own.
     """
     with clear_errors(f"; what is finished is in {out}: run the same command again to go on"):
         sizes: dict[str, Any] = {"batch": batch, "max_new_tokens": max_new_tokens, "context": context}
         _check(source, regenerate, {"limit": limit, "window_keys": window_keys}, sizes)
-        processes, console = joined_processes(device)
+        vllm = _vllm(engine, target, dtype, tensor_parallel, device)
+        processes, console = joined_processes("cpu" if vllm else device)
         with processes.main_process_first(), loading(console, target):
-            model, tokenizer = load_target(target, dtype=dtype_of(dtype), device=device or processes.device)
+            if vllm:
+                model, tokenizer = vllm.outline(context, regenerate, processes.num_processes)
+            else:
+                model, tokenizer = load_target(target, dtype=dtype_of(dtype), device=device or processes.device)
         if source.suffix.lower() in _CHATS:
             check_template(tokenizer)
-        manifest = _manifest(model, target, source, regenerate, max_new_tokens, context, window_keys)
+        manifest = _manifest(model, target, source, regenerate, engine, max_new_tokens, context, window_keys)
         rank = {"process": processes.process_index, "processes": processes.num_processes}
         with processes.main_process_first():
             writer = shards.ShardWriter(out, manifest, **rank)
@@ -82,14 +87,19 @@ def prepare(
             rows = conversations.read_conversations(source, tokenizer, context, ends=ends, left=left)
         pending = [row for row in islice(rows, limit or None) if row[0] not in done]
         local = of_this_process(pending)
-        if regenerate:
-            sequences = write_answers(model, requests_of(local), ends=ends, seed=seed, **sizes)
+        options = {"ends": ends, "seed": seed, **sizes}
+        taken: AbstractContextManager[Iterator[shards.Sequence]]
+        if vllm:
+            taken = vllm.sequences(console, out, local, longest_text(model, context), options if regenerate else None)
+        elif regenerate:
+            taken = nullcontext(write_answers(model, requests_of(local), **options))
         else:
-            sequences = sequences_with_states(model, local)
-        if window_keys:
-            sequences = (sequence.within(window_keys + _AHEAD) for sequence in sequences)
-        processes.wait_for_everyone()  # none writes before all know what is done
-        counts = torch.tensor(_write(console, sequences, writer, len(local)), device=model.device)
+            taken = nullcontext(sequences_with_states(model, local))
+        with taken as sequences:
+            if window_keys:
+                sequences = (sequence.within(window_keys + _AHEAD) for sequence in sequences)
+            processes.wait_for_everyone()  # none writes before all know what is done
+            counts = torch.tensor(store(console, sequences, writer, len(local)), device=processes.device)
         written, tokens = summed(counts).tolist()
         if not written and not done:
             raise left.nothing_in(source)
@@ -98,6 +108,19 @@ def prepare(
         if regenerate and processes.is_main_process:
             conversations.export_answers(out, out / "answers.npz", conversations.read_sources(source))
             console.print(f"the answers' token ids alone: {out / 'answers.npz'}")
+
+
+def _vllm(engine: str, target: str, dtype: str, tensor_parallel: int, device: str | None) -> ByVllm | None:
+    """None for our own loop."""
+    if engine not in ("own", "vllm"):
+        raise ValueError(f"engine is {engine!r}; allowed: own, vllm")
+    if tensor_parallel < 1:
+        raise ValueError(f"tensor_parallel is {tensor_parallel}; allowed: 1 or more")
+    if engine == "vllm":
+        return ByVllm(target, dtype_of(dtype), tensor_parallel, device)
+    if tensor_parallel > 1:
+        raise ValueError(f"tensor_parallel is {tensor_parallel} and engine is own; allowed: 1, or --engine vllm")
+    return None
 
 
 def _check(source: Path, regenerate: bool, bounds: dict[str, int], sizes: dict[str, int]) -> None:
@@ -121,6 +144,7 @@ def _manifest(
     name: str,
     source: Path,
     regenerate: bool,
+    engine: str,
     max_new_tokens: int,
     context: int,
     window_keys: int,
@@ -133,28 +157,11 @@ def _manifest(
         "source": source.name,
         "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         "regenerate": regenerate,
+        **({"engine": engine} if regenerate else {}),  # states are the same of both, sampled answers are not
         "max_new_tokens": max_new_tokens if regenerate else None,
         "context": context,
         "window_keys": window_keys or None,
     }
-
-
-def _write(
-    console: Console, sequences: Iterable[shards.Sequence], writer: shards.ShardWriter, total: int
-) -> tuple[int, int]:
-    """Write the sequences as they come, with a progress bar: how many, and their tokens. Ctrl-C keeps what is done."""
-    written, tokens, began = 0, 0, time.perf_counter()
-    try:
-        with progress_bar(console) as progress, deferred_interrupt() as check_interrupt:
-            bar = progress.add_task("prepare", total=total)
-            for sequence in sequences:
-                writer.add(sequence)
-                written, tokens = written + 1, tokens + len(sequence.tokens)
-                progress.update(bar, advance=1, description=f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
-                check_interrupt()
-    finally:
-        writer.flush()
-    return written, tokens
 
 
 def _summary(out: Path, written: int, tokens: int, pending: int, done: int) -> str:

@@ -114,14 +114,41 @@ def _up_to(tokens: int, requests: Iterator[Request], longer: list[Request], long
 
 
 @dataclass
-class _Text:
-    """What a row writes: the ids of its turns so far but for the answer in progress, which of them are learnt, and what
-    stands behind that answer and the next ones."""
+class Text:
+    """A request's text as it is written: the ids of its turns so far but for the answer in progress, which of them are
+    learnt, and what stands behind that answer and the next ones."""
 
     request: Request
     ids: list[int]
     learn: list[bool]
     later: list[list[int]]
+
+    @classmethod
+    def of(cls, request: Request) -> Text:
+        return cls(request, [*request.ids], [False] * len(request.ids), [*request.later])
+
+    def say(self, answer: list[int]) -> None:
+        """The answer in progress is there."""
+        self.ids += answer
+        self.learn += [True] * len(answer)
+
+    def goes_on(self, limit: int) -> bool:
+        """Whether another turn follows and leaves room for its answer in a text of `limit` tokens."""
+        return bool(self.later) and len(self.ids) + len(self.later[0]) < limit
+
+    def turn(self, ends: Collection[int]) -> None:
+        """Put the next turn behind the answer, whose own end of turn, one of `ends`, gives way to the template's."""
+        following, said = self.later.pop(0), self.ids[-1]
+        ended = said in ends
+        if ended:
+            del self.ids[-1], self.learn[-1]
+        self.learn += [ended and token == said and not place for place, token in enumerate(following)]
+        self.ids += following
+
+    def sequence(self, states: Tensor) -> shards.Sequence:
+        """The whole text, with the states [n, d] of all tokens but the last, or none."""
+        tokens, mask = torch.tensor(self.ids[:-1]), torch.tensor(self.learn[1:])
+        return shards.Sequence(tokens, mask, states, self.ids[-1], self.request.index, self.request.temperature)
 
 
 class _Writer:
@@ -149,8 +176,9 @@ class _Writer:
         self.target, self.limit, self.longest, self.seed = target, limit, longest, seed
         self.cache = target.new_cache(batch, slots, fixed=fixed)
         vocab = target.head.weight.shape[0]
+        self.end_ids = frozenset(one for one in ends if 0 <= one < vocab)
         self.ends = torch.zeros(vocab, dtype=torch.bool, device=device)
-        self.ends[[one for one in ends if 0 <= one < vocab]] = True
+        self.ends[list(self.end_ids)] = True
         self.sampling = Sampling.of(batch, device=device)
         self.token = torch.zeros(batch, dtype=torch.int64, device=device)
         self.answer = torch.zeros(batch, longest + 1, dtype=torch.int64, device=device)
@@ -163,7 +191,7 @@ class _Writer:
         self.itself = causal(batch, 1, device)
         shape = (batch, self.cache.capacity, target.config.hidden_size)
         self.states = torch.zeros(shape, dtype=torch.bfloat16, device=device) if states else None
-        self.rows: list[_Text | None] = [None] * batch
+        self.rows: list[Text | None] = [None] * batch
         self.capture, self.play = graph, self._step
 
     def run(self, requests: Iterator[Request]) -> Iterator[shards.Sequence]:
@@ -201,17 +229,13 @@ class _Writer:
         self.sampling.temperature[into] = torch.tensor([request.temperature for request in requests], device=device)
         self._choose_first(into, hidden[torch.arange(len(rows), device=device), lengths - 1], lengths)
         for row, request in zip(rows, requests, strict=True):
-            self.rows[row] = _Text(request, [*request.ids], [False] * len(request.ids), [*request.later])
+            self.rows[row] = Text.of(request)
 
-    def _go_on(self, row: int, text: _Text) -> None:
+    def _go_on(self, row: int, text: Text) -> None:
         """Begin the next answer of a chat, behind the keys of what is written."""
-        device, following = self.target.device, text.later.pop(0)
-        begin, said = len(text.ids) - 1, text.ids[-1]  # which was chosen, but not run
-        ended = bool(self.ends[said])
-        if ended:
-            del text.ids[-1], text.learn[-1]
-        text.learn += [ended and token == said and not place for place, token in enumerate(following)]
-        text.ids += following
+        device = self.target.device
+        begin = len(text.ids) - 1  # of what was chosen last, but not run
+        text.turn(self.end_ids)
         tokens = torch.tensor([text.ids[begin:]], device=device)
         count = torch.tensor([tokens.shape[1]], device=device)
         hidden = self.target.prefill(tokens, count, self.cache.row(row), begin)
@@ -270,14 +294,13 @@ class _Writer:
                 raise RuntimeError(
                     f"prompt {request.index}: the target gave no finite logit; check its weights and dtype"
                 )
-            text.ids += answer[:count].tolist()
-            text.learn += [True] * count
-            if text.later and len(text.ids) + len(text.later[0]) < self.limit:
+            text.say(answer[:count].tolist())
+            if text.goes_on(self.limit):
                 self._go_on(row, text)
                 continue
-            tokens, mask = torch.tensor(text.ids[:-1]), torch.tensor(text.learn[1:])
-            states = torch.empty(0) if self.states is None else self.states[row, : len(tokens)].to("cpu", copy=True)
-            yield shards.Sequence(tokens, mask, states, text.ids[-1], request.index, request.temperature)
+            before = len(text.ids) - 1
+            states = torch.empty(0) if self.states is None else self.states[row, :before].to("cpu", copy=True)
+            yield text.sequence(states)
             self.rows[row] = None
 
 

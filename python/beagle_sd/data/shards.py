@@ -113,6 +113,11 @@ def shard_paths(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).glob("states-[0-9]*.safetensors"))
 
 
+def written_paths(folder: str | Path) -> list[Path]:
+    """Files of answers whose states are still to come, in order, which `--engine vllm` leaves there meanwhile."""
+    return sorted(Path(folder).glob("written-[0-9]*.npz"))
+
+
 def read_manifest(folder: str | Path) -> dict:
     """What the shards are of; ShardError if it is missing or unreadable."""
     path = Path(folder) / "manifest.json"
@@ -193,10 +198,10 @@ def read_sequences(folder: str | Path, *, with_states: bool = True) -> Iterator[
 
 def _merge_manifest(path: Path, manifest: dict) -> None:
     """Write the manifest, or check that the one there, of an earlier part of the same work, is equal; one without a
-    shard is of work that never began."""
+    shard or answers is of work that never began."""
     manifest = {"format": FORMAT, **manifest}
-    if path.exists() and shard_paths(path.parent):
-        have = read_manifest(path.parent)
+    if path.exists() and (shard_paths(path.parent) or written_paths(path.parent)):
+        have = {"engine": "own", **read_manifest(path.parent)}  # older ones do not name it
         for key, value in manifest.items():
             if have.get(key) != value:
                 raise ShardError(

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from beagle_sd.models import smollm2
 from beagle_sd.models.draft import BeagleDraft
@@ -48,14 +56,32 @@ def load_target(
     FileNotFoundError for a folder without a model."""
     device = _device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    path = target_path(name)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+
+
+def load_outline(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A target on the device "meta", all but its weights, and its tokenizer: for what another program runs. Errors as
+    those of `load_target`."""
+    path = target_path(name)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    with suppress(OSError):  # a folder without it has what its config says
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.eval(), tokenizer
+
+
+def target_path(name: str | Path) -> str | Path:
+    """The folder or hub name of a target; FileNotFoundError for a folder without a model."""
     path = smollm2.converted() if str(name) == smollm2.NAME else name
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(
             f"{path} has no config.json; allowed: a folder that save_pretrained wrote, a hub name, or {smollm2.NAME}"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+    return path
 
 
 def _device(name: str | torch.device | None) -> torch.device:

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from beagle_sd.models import smollm2
 from beagle_sd.models.config import BeagleConfig
+from beagle_sd.models.loading import target_path
 from beagle_sd.vllm import COUPLED
 from beagle_sd.vllm.checks import (
     check_draft_config,
@@ -44,8 +44,7 @@ def speculative_config(
     config = _draft_config(draft)
     check_draft_config(config)
     check_parallel(config, tensor_parallel_size, pipeline_parallel_size)
-    path = smollm2.converted() if str(target) == smollm2.NAME else target
-    check_target(config, AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+    check_target(config, AutoConfig.from_pretrained(target_path(target), trust_remote_code=trust_remote_code))
     if Path(draft).is_dir():
         check_weights(Path(draft), config)
     return {
@@ -84,8 +83,7 @@ def server_command(
         pipeline_parallel_size=known.pipeline_parallel_size,
         trust_remote_code=known.trust_remote_code,
     )
-    path = smollm2.converted() if str(target) == smollm2.NAME else target
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target_path(target))]
     if known.served_model_name is None:
         command += ["--served-model-name", str(target)]
     command += ["--speculative-config", json.dumps(settings)]
