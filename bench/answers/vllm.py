@@ -1,18 +1,21 @@
 """A draft inside vLLM: python -m bench.answers.vllm --help
 
 Plain vLLM, its n-gram speculation, Beagle's draft at two depths and this package's own loop write the same greedy
-answers, in turns, batch by batch. Every engine has a process of its own and waits while another is timed.
+answers, in turns, batch by batch. Every engine has a process of its own and sleeps while another is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -29,11 +32,14 @@ from bench.answers.real_prompts import batches, encoded_prompts
 PLAIN = "vLLM"
 """What the others are compared with."""
 DEPTHS = (2, 4)
+_PAUSE = 0.5
+"""Seconds, after which the threads of the one before sleep."""
 
 
 @dataclass
 class Written:
-    """Of one call: the new tokens of each prompt, rounds summed over rows, and how many accepted 1, 2, ... tokens."""
+    """Of one call: the new tokens of each prompt, rounds after the first token summed over rows, and how many rounds
+    accepted 1, 2, ... drafted tokens."""
 
     tokens: list[list[int]]
     rounds: int = 0
@@ -67,43 +73,73 @@ def until_end(tokens: list[int], ends: int | list[int] | None) -> list[int]:
 
 @contextmanager
 def vllm_engine(target: Path | str, speculative: dict | None, args) -> Iterator[Contender]:
-    """An engine of vLLM's, with the defaults but for what the comparison needs."""
+    """An engine of vLLM's in a process of its own, whose counts are then its own too."""
+    here, there = get_context("spawn").Pipe()
+    process = get_context("spawn").Process(target=_engine_process, args=(there, str(target), speculative, args))
+    with _environment():
+        process.start()
+    there.close()
+
+    def write(prompts: list[list[int]]) -> Written:
+        here.send(prompts)
+        return here.recv()
+
+    try:
+        here.recv()  # that it is ready
+        yield write
+    finally:
+        here.send(None)
+        process.join(60)
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """As vLLM's pages advise for a CPU: its OpenMP, where its package brought it, and all cores; the engine in the
+    process that asks it, since a worker of its own would watch for work without a pause."""
+    before = dict(os.environ)
+    library = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if library.is_file():
+        os.environ["LD_PRELOAD"] = str(library)
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+def _engine_process(pipe, target: str, speculative: dict | None, args) -> None:
+    """Answers prompts until it is given None."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        str(target),
+        target,
         dtype=args.dtype,
         max_model_len=1024,
         max_num_seqs=args.batch,
         speculative_config=speculative,
         enable_prefix_caching=False,  # the same prompts come again
         disable_log_stats=False,
-        # a worker of its own would watch for work without a pause
         distributed_executor_backend="uni",
         enforce_eager=args.eager,
     )
     params = SamplingParams(temperature=0, max_tokens=args.max_new_tokens)
-
-    def write(prompts: list[list[int]]) -> Written:
+    pipe.send("ready")
+    while (prompts := pipe.recv()) is not None:
         before = counts(llm)
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-        after = counts(llm)
-        rows = [list(output.outputs[0].token_ids) for output in outputs]
-        return Written(rows, after[0] - before[0], [a - b for a, b in zip(after[1:], before[1:], strict=True)])
-
-    try:
-        yield write
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+        steps, *accepted = (a - b for a, b in zip(counts(llm), before, strict=True))
+        pipe.send(Written([list(output.outputs[0].token_ids) for output in outputs], steps, accepted))
 
 
 def counts(llm) -> list[int]:
-    """Rounds so far, and drafted tokens accepted at each depth; zeros without speculation."""
+    """Steps of each text after its first token, summed so far; then drafted tokens accepted at each depth, if any are
+    drafted. (The counter of drafts leaves out steps without one, which n-grams have.)"""
     found = {metric.name: metric for metric in llm.get_metrics()}
-    if "vllm:spec_decode_num_drafts" not in found:
-        return [0]
-    accepted = found["vllm:spec_decode_num_accepted_tokens_per_pos"].values
-    return [found["vllm:spec_decode_num_drafts"].value, *accepted]
+    accepted = found.get("vllm:spec_decode_num_accepted_tokens_per_pos")
+    return [found["vllm:inter_token_latency_seconds"].count, *(accepted.values if accepted else ())]
 
 
 def in_turns(contenders: dict[str, Contender], blocks: list[list[list[int]]], repeats: int) -> dict[str, list]:
@@ -115,6 +151,7 @@ def in_turns(contenders: dict[str, Contender], blocks: list[list[list[int]]], re
     for turn in range(repeats * len(blocks)):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
+            time.sleep(_PAUSE)
             began = time.perf_counter()
             written = contenders[name](blocks[turn % len(blocks)])
             found[name].append((written, time.perf_counter() - began))
@@ -122,27 +159,36 @@ def in_turns(contenders: dict[str, Contender], blocks: list[list[list[int]]], re
 
 
 def rows_of(found: dict[str, list], blocks: int) -> Iterator[dict]:
-    """A row a contender: tokens, counts and texts of one pass over the blocks, times of all."""
+    """A row a contender: tokens, rounds and counts of one pass over the blocks, times of all; no times where a text is
+    not plain vLLM's."""
+    truth = [text for written, _ in found[PLAIN] for text in written.tokens]
     for name, calls in found.items():
         one = [written for written, _ in calls[:blocks]]
-        plain = [written for written, _ in found[PLAIN][:blocks]]
         texts = [text for written in one for text in written.tokens]
-        equal = [a == b for a, b in zip(texts, (text for written in plain for text in written.tokens), strict=True)]
-        speeds = [sum(map(len, written.tokens)) / took for written, took in calls]
-        ratios = [mine / theirs for mine, theirs in zip(speeds, speeds_of(found[PLAIN]), strict=True)]
-        low, *_, high = statistics.quantiles(ratios, n=5) if len(ratios) > 1 else (ratios[0], ratios[0])
-        rounds, accepted = sum(w.rounds for w in one), [sum(c) for c in zip(*(w.accepted for w in one), strict=True)]
-        yield {
+        same = [text == want for text, want in zip((t for w, _ in calls for t in w.tokens), truth, strict=True)]
+        rounds, tokens = sum(written.rounds for written in one), sum(map(len, texts))
+        row = {
             "contender": name,
             "texts": len(texts),
-            "texts_equal": sum(equal),
-            "tokens": sum(map(len, texts)),
+            "texts_equal": sum(same[: len(texts)]),
+            "tokens": tokens,
             "rounds": rounds,
-            "accepted_by_depth": accepted,
-            "tokens_per_round": round(1 + sum(accepted) / rounds, 4) if rounds and accepted else None,
-            "tokens_per_second": round(statistics.median(speeds), 2),
-            "ratio": {"low": round(low, 3), "median": round(statistics.median(ratios), 3), "high": round(high, 3)},
+            "accepted_by_depth": [sum(counts) for counts in zip(*(written.accepted for written in one), strict=True)],
+            "tokens_per_round": round((tokens - len(texts)) / max(rounds, 1), 4),
         }
+        yield row | (times_of(calls, found[PLAIN]) if all(same) else {"tokens_per_second": None, "ratio": None})
+
+
+def times_of(calls: list, plain: list) -> dict:
+    """Tokens a second, and the ratio to plain vLLM's of the same block in the same turn: median, 20 and 80 percent."""
+    speeds = speeds_of(calls)
+    ratios = [mine / theirs for mine, theirs in zip(speeds, speeds_of(plain), strict=True)]
+    low, *_, high = statistics.quantiles(ratios, n=5) if len(ratios) > 1 else ratios * 2
+    ratio = {"low": low, "median": statistics.median(ratios), "high": high}
+    return {
+        "tokens_per_second": round(statistics.median(speeds), 2),
+        "ratio": {name: round(value, 3) for name, value in ratio.items()},
+    }
 
 
 def speeds_of(calls: list) -> list[float]:
@@ -190,8 +236,6 @@ def with_engines(
     model: Path, speculative: dict[str, dict | None], contenders: dict[str, Contender], blocks: list, args
 ) -> dict[str, list]:
     """`in_turns` of vLLM's engines and the others, with all engines up at once."""
-    from contextlib import ExitStack
-
     with ExitStack() as engines:
         made = {name: engines.enter_context(vllm_engine(model, how, args)) for name, how in speculative.items()}
         return in_turns(made | contenders, blocks, args.repeats)

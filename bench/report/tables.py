@@ -231,16 +231,16 @@ def inside_vllm() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in results.read("cpu-vllm.json")["rows"]:
-        ratio, a_round = row["ratio"], row["tokens_per_round"]
+        ratio, speed = row["ratio"], row["tokens_per_second"]
         cells = (
             row["contender"],
             f"{row['texts_equal']} of {row['texts']}",
             f"{row['tokens']:,}",
-            f"{row['rounds']:,}" if row["accepted_by_depth"] else "",
+            f"{row['rounds']:,}",
             " ".join(map(str, row["accepted_by_depth"])),
-            "" if a_round is None else f"{a_round:.3f}",
-            f"{row['tokens_per_second']:.1f}",
-            f"{ratio['median']:.2f} ({ratio['low']:.2f}, {ratio['high']:.2f})",
+            f"{row['tokens_per_round']:.3f}",
+            "" if speed is None else f"{speed:.1f}",
+            "" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f}, {ratio['high']:.2f})",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

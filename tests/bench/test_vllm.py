@@ -15,17 +15,23 @@ def contender(texts, rounds=0, accepted=()):
     return lambda prompts: Written([texts[prompt[0]] for prompt in prompts], rounds, list(accepted))
 
 
-def test_contenders_take_turns_and_rows_compare_them_with_plain_vllm():
+def test_contenders_take_turns_and_rows_compare_them_with_plain_vllm(monkeypatch):
+    monkeypatch.setattr(vllm, "_PAUSE", 0)
     blocks = [[[0], [1]], [[2]]]
     texts = {0: [5, 6, 7], 1: [5], 2: [8, 9]}
-    made = {vllm.PLAIN: contender(texts), "draft": contender(texts | {1: [6]}, 4, [3, 1])}
+    made = {
+        vllm.PLAIN: contender(texts, 3),
+        "same": contender(texts, 2, [1, 0]),
+        "other": contender(texts | {1: [6]}, 2, [3, 1]),
+    }
     found = vllm.in_turns(made, blocks, repeats=2)
-    assert [len(calls) for calls in found.values()] == [4, 4]
-    plain, draft = vllm.rows_of(found, len(blocks))
-    assert (plain["texts"], plain["texts_equal"], plain["tokens"], plain["rounds"]) == (3, 3, 6, 0)
-    assert plain["tokens_per_round"] is None and plain["ratio"] == {"low": 1.0, "median": 1.0, "high": 1.0}
-    assert (draft["texts_equal"], draft["rounds"], draft["accepted_by_depth"]) == (2, 8, [6, 2])
-    assert draft["tokens_per_round"] == 2.0 and draft["ratio"]["low"] <= draft["ratio"]["high"]
+    assert [len(calls) for calls in found.values()] == [4, 4, 4]
+    plain, same, other = vllm.rows_of(found, len(blocks))
+    assert (plain["texts"], plain["texts_equal"], plain["tokens"], plain["rounds"]) == (3, 3, 6, 6)
+    assert plain["ratio"] == {"low": 1.0, "median": 1.0, "high": 1.0} and plain["accepted_by_depth"] == []
+    assert same["accepted_by_depth"] == [2, 0] and same["tokens_per_round"] == 0.75
+    assert same["ratio"]["low"] <= same["ratio"]["median"] <= same["ratio"]["high"]
+    assert other["texts_equal"] == 2 and other["ratio"] is None and other["tokens_per_second"] is None
 
 
 @pytest.mark.parametrize("ends, text", [(None, [4, 2, 3, 2]), (2, [4, 2]), ([9, 3], [4, 2, 3])])
