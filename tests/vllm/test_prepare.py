@@ -80,12 +80,15 @@ def interrupted(number: int, when: Callable[[], bool], *arguments: object) -> tu
     while not when():
         assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
         time.sleep(0.05)
+    until = time.monotonic() + 60
     if number == signal.SIGKILL:
         process.kill()
     else:
         os.killpg(process.pid, number)
-    said = process.communicate(timeout=120)[0]  # whose end every process holds that has it inherited
-    assert not members(process.pid), "processes are left"
+    said = process.communicate(timeout=120)[0]
+    while members(process.pid):
+        assert time.monotonic() < until, f"processes are left: {members(process.pid)}"
+        time.sleep(0.05)
     return process.returncode, said
 
 

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,7 @@ def _started(settings: Settings, options: dict[str, Any]) -> Iterator[Any]:
 def _interrupts_kept_here() -> Iterator[None]:
     """Processes begun in the block never see Ctrl-C, which a terminal sends to all: else vLLM's would end before this
     one has stored what is finished. Here it still counts: by a thread begun before, which has it not blocked."""
+    resource_tracker.ensure_running()  # which unblocks it where it starts, with the first process else
     over = threading.Event()
     threading.Thread(target=over.wait, daemon=True).start()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
