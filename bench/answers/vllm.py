@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -88,8 +88,10 @@ def vllm_engine(target: Path | str, speculative: dict | None, args) -> Iterator[
         here.recv()  # that it is ready
         yield write
     finally:
-        here.send(None)
+        with suppress(OSError):  # a process that has died says why itself
+            here.send(None)
         process.join(60)
+        process.terminate()
 
 
 @contextmanager

@@ -115,4 +115,10 @@ def test_opcheck_and_compile():
     args = (torch.randn(4, 40), torch.arange(4), *mixed_sampling(4))
     for backend in HERE:
         torch.library.opcheck(torch.ops.beagle.perturb_logits, (*args, backend))
+        compiled = torch.compile(lambda z, at, s, b=backend: perturb_logits(z, at, s, backend=b), fullgraph=True)
+        for have, want in zip(
+            compiled(args[0], args[1], Sampling(*args[2:])),
+            perturb_logits(*args[:2], Sampling(*args[2:]), backend=backend),
+        ):
+            assert have.equal(want)
         torch.library.opcheck(torch.ops.beagle.perturb_logits, (args[0].t().contiguous().t(), *args[1:], backend))

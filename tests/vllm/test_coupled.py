@@ -42,6 +42,19 @@ def test_texts_and_counts_are_our_own(texts, coupled):
     assert list(served.accepted) == [sum(counts) for counts in zip(*(answers.accepted for answers in own))]
 
 
+def test_a_row_leans_by_no_request_that_has_ended(texts, coupled):
+    """The greedy text goes on alone, in the first row, where the other was."""
+    extra = [{"beagle_temperature": 1.0, "beagle_seed": 9}, {}]
+    (own,) = own_answers_apart(texts[1:2], 40, [{}])
+    before = served_answers(coupled, texts[:1], 4, extra[:1])
+    both = served_answers(coupled, texts[:2], [4, 40], extra)
+    assert both.tokens[1] == own.tokens[0]
+    assert (both.rounds - before.rounds, both.accepted) == (
+        own.rounds,
+        tuple(a + b for a, b in zip(own.accepted, before.accepted)),
+    )
+
+
 def test_a_seed_gives_its_text_in_any_company(texts, coupled):
     extra = [{"beagle_temperature": 1.0, "beagle_seed": seed} for seed in (11, 12, 13)]
     together = served_answers(coupled, [texts[1]] * 3, 12, extra).tokens
@@ -53,8 +66,10 @@ def test_sampled_without_it_goes_vllms_own_way(texts, coupled):
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=12, ignore_eos=True)
-    (output,) = coupled.generate([{"prompt_token_ids": texts[0]}], params, use_tqdm=False)
-    assert len(output.outputs[0].token_ids) == 12
+    prompt = {"prompt_token_ids": texts[0]}
+    first, again = (coupled.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids for _ in range(2))
+    greedy = served_answers(coupled, texts[:1], 12).tokens[0]
+    assert list(first) == list(again) != greedy
 
 
 @pytest.mark.parametrize(

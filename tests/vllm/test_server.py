@@ -146,6 +146,7 @@ def test_ended_in_the_middle_of_an_answer_nothing_is_left(texts):
         body = {"model": "smollm2-135m", "prompt": texts[0], "max_tokens": 300, "temperature": 0, "stream": True}
         running.post("/v1/completions", body).readline()
         process.send_signal(signal.SIGINT)
+        process.wait(60)
 
 
 def test_coupled_by_the_extra_arguments_of_a_request(texts):

@@ -17,6 +17,7 @@ from beagle_sd.models import smollm2
 from beagle_sd.models.loading import bundled_folder
 from beagle_sd.vllm.serve import speculative_config
 from bench.answers.real_prompts import batches, encoded_prompts
+from bench.answers.vllm import until_end
 
 PROMPTS, ROWS, NEW_TOKENS, DEPTH = 12, 4, 128, 4
 
@@ -58,7 +59,7 @@ def own_answers(texts: list[list[int]], new_tokens: int = NEW_TOKENS, **sampling
         out = beagle_sd.generate(
             target, draft, ids, mask, max_new_tokens=new_tokens, tree=chain, seed=seed + index, **sampling
         )
-        made.tokens += [until_end(row) for row in out.sequences[:, ids.shape[1] :].tolist()]
+        made.tokens += [until_end(row, 2) for row in out.sequences[:, ids.shape[1] :].tolist()]
         made.rounds += out.report.row_rounds
         reached = [a + b for a, b in zip(reached, out.report.reached)]
     made.accepted = tuple(reached[1:])
@@ -85,11 +86,6 @@ def own_answers_apart(texts: list[list[int]], new_tokens: int, settings: list[di
     return [Answers(**one) for one in json.loads(done.stdout)]
 
 
-def until_end(tokens: list[int], end: int = 2) -> list[int]:
-    """Up to the end token, which vLLM leaves out of nothing and pads with nothing."""
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
-
-
 def bundled_settings(count: int = DEPTH) -> dict:
     """speculative_config of the bundled draft, the folder as it is on disk."""
     return speculative_config(smollm2.NAME, bundled_folder(smollm2.NAME), count)
@@ -110,7 +106,7 @@ def engine(model: str | Path, speculative: dict | None = None, **settings):
 
 
 def served_answers(
-    llm, texts: list[list[int]], new_tokens: int = NEW_TOKENS, extra: list[dict] | None = None
+    llm, texts: list[list[int]], new_tokens: int | list[int] = NEW_TOKENS, extra: list[dict] | None = None
 ) -> Answers:
     """By an engine, ROWS at a time, greedy in vLLM's eyes; the counts of this call alone."""
     from vllm import SamplingParams
@@ -120,7 +116,11 @@ def served_answers(
     for start in range(0, len(texts), ROWS):
         part = texts[start : start + ROWS]
         params = [
-            SamplingParams(temperature=0, max_tokens=new_tokens, extra_args=extra[start + row] if extra else None)
+            SamplingParams(
+                temperature=0,
+                max_tokens=new_tokens if isinstance(new_tokens, int) else new_tokens[start + row],
+                extra_args=extra[start + row] if extra else None,
+            )
             for row in range(len(part))
         ]
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in part], params, use_tqdm=False)

@@ -16,7 +16,7 @@ from beagle_sd.models.config import BeagleConfig
 from beagle_sd.models.draft import BeagleDraft
 
 LOWEST, TOO_NEW = (0, 32), (0, 34)
-"""Of vLLM's versions: 0.32 was tried, 0.33 has the same interfaces."""
+"""Of vLLM's versions: 0.32 was tried, 0.33 was read and has the same interfaces."""
 INSTALL = 'pip install "beagle-kernels[vllm]"'
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh")
 """That vLLM has fused with the gate."""
@@ -50,7 +50,9 @@ def check_version() -> None:
     version = vllm_version()
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if not LOWEST <= numbers < TOO_NEW:
-        raise ValueError(f"vllm {version} is installed; allowed: {_span()}, whose interfaces were tried ({INSTALL})")
+        raise ValueError(
+            f"vllm {version} is installed; allowed: {_span()}, whose interfaces were tried or read ({INSTALL})"
+        )
 
 
 def _span() -> str:
@@ -81,11 +83,19 @@ def check_target(draft: BeagleConfig, target: PretrainedConfig, dtype: torch.dty
             f"vocab_size={draft.vocab_size}; given a {target.model_type} with hidden_size={target.hidden_size} and "
             f"vocab_size={target.vocab_size}; allowed: that target"
         )
+    if target.model_type in _OWN_NAMES:
+        raise ValueError(
+            f"the target is a {target.model_type}, whose embedding vLLM keeps where its EAGLE loop does not "
+            "look for it; allowed in vLLM: models with model.embed_tokens"
+        )
     return scales_of(target, dtype)
 
 
+_OWN_NAMES = ("exaone", "dbrx", "gpt_neox", "persimmon")
+
+
 _LOGITS = {"logit_scale": ("cohere", "cohere2"), "logits_scaling": ("granite", "granitemoe", "hyperclovax")}
-_EMBEDDING = {"embedding_multiplier": ("granite", "granitemoe")}
+_EMBEDDING = {"embedding_multiplier": ("granite", "granitemoe", "hyperclovax")}
 _OTHERS = ("scale_emb", "emb_scale", "embed_scale", "scale_embedding", "lm_head_multiplier", "mup_width_scale",
            "logits_scale", "embedding_scale", "dim_model_base")  # fmt: skip
 """Names under which other models scale what the draft shares with them."""
@@ -101,8 +111,13 @@ def scales_of(target: PretrainedConfig, dtype: torch.dtype = torch.float32) -> S
         if value not in (None, False, 1, 1.0) and kind not in kinds:
             raise ValueError(
                 f"the target is a {kind} with {name}={value}, which the draft would have to apply as the target does; "
-                f"allowed in vLLM: targets without, or {', '.join(sorted({k for v in _LOGITS.values() for k in v}))}"
+                f"allowed in vLLM: {' or '.join(['targets without', *([', '.join(kinds)] if kinds else [])])}"
             )
+    if kind.startswith("gemma") and kind not in _GEMMA:
+        raise ValueError(
+            f"the target is a {kind}, whose scale of embeddings is not known here; allowed in vLLM of the kind: "
+            f"{', '.join(_GEMMA)}"
+        )
     embedding = float(getattr(target, "embedding_multiplier", None) or 1.0)
     if kind in _GEMMA:
         embedding = float(torch.tensor(target.hidden_size**0.5, dtype=dtype))  # rounded as the models round it
@@ -120,6 +135,11 @@ def check_parallel(draft: BeagleConfig, tensor_parallel: int, pipeline_parallel:
             "embedding and head, which then lie on different devices (tensor and data parallel work)"
         )
     heads, keys = draft.num_attention_heads, draft.num_key_value_heads
+    if draft.intermediate_size % tensor_parallel:
+        raise ValueError(
+            f"tensor_parallel_size is {tensor_parallel}; allowed: what divides the draft's intermediate_size, "
+            f"{draft.intermediate_size}"
+        )
     if heads % tensor_parallel or (keys % tensor_parallel and tensor_parallel % keys):
         raise ValueError(
             f"tensor_parallel_size is {tensor_parallel}; allowed: what divides the draft's {heads} query heads and "

@@ -13,8 +13,6 @@ from beagle_sd.vllm.checks import check_draft_config, check_version
 class ServedConfig(BeagleConfig):
     """A BeagleConfig of one layer, which vLLM asks for. ValueError for a draft, or a vLLM, that cannot serve."""
 
-    num_hidden_layers = 1
-
     def __init__(self, **kwargs: Any):
         kwargs.pop("num_hidden_layers", None)
         super().__init__(**kwargs)

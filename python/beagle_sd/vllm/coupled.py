@@ -7,7 +7,6 @@ server) beagle_temperature and, if wanted, beagle_seed, beagle_top_k, beagle_top
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
@@ -24,6 +23,7 @@ class Coupled(LogitsProcessor):
         self.requests = lean.Requests(req_states.max_num_reqs, req_states.device)
         self.coupled = [False] * req_states.max_num_reqs
         self.staged: dict[int, Sampling] = {}
+        self.filled = 0
         lean.use(self.requests)
 
     @classmethod
@@ -34,18 +34,20 @@ class Coupled(LogitsProcessor):
         settings = lean.settings_of(sampling_params)
         self.coupled[req_idx] = bool(settings)
         self.staged[req_idx] = Sampling.of(1, **settings)
-        return self.coupled[req_idx]
+        return True  # in a step without such a request `apply` would not be called, and the slots stay another step's
 
     def apply_staged_writes(self) -> None:
+        self.filled = 0
         for slot, settings in self.staged.items():
             for tensor, value in zip(self.requests.sampling, settings, strict=True):
                 tensor[slot : slot + 1].copy_(value)
         self.staged.clear()
 
     def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
-        self.requests.slots[: len(ctx.idx_mapping)].copy_(ctx.idx_mapping)
+        # a large batch comes in parts
+        begin, self.filled = self.filled, self.filled + len(ctx.idx_mapping)
+        self.requests.slots[begin : self.filled].copy_(ctx.idx_mapping)
         if not any(self.coupled[slot] for slot in ctx.idx_mapping_np.tolist()):
             return logits
-        sampling = self.requests.of(ctx.expanded_idx_mapping)
-        values, _ = perturb_logits(logits, ctx.pos.long() + 1, sampling)
-        return torch.where((sampling.temperature > 0)[:, None], values, logits)
+        # the rows of other requests have temperature 0, which leaves them what they are
+        return perturb_logits(logits, ctx.pos.long() + 1, self.requests.of(ctx.expanded_idx_mapping))[0]

@@ -1,7 +1,8 @@
 """How the draft leans by the noise of coupled sampling, though vLLM computes its logits from states alone.
 
 The position of each token to be drafted rides along in three columns behind the state, a byte in each, which is exact
-in every dtype. The requests' settings are in the tensors of the one `Coupled` processor of this process.
+in every dtype. The requests' settings are in the tensors of the `Coupled` processor of this process, of which an engine
+has one.
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ def check(vllm_config: VllmConfig) -> None:
             "use_local_argmax_reduction is False, where a draft cannot lean by the noise of coupled sampling; "
             f"allowed with {COUPLED}: true, in speculative_config"
         )
+    if is_coupled(vllm_config) and vllm_config.parallel_config.enable_batch_sharded_sampling:
+        raise ValueError(
+            "enable_batch_sharded_sampling is True, where each device knows a part of the requests alone; "
+            f"allowed with {COUPLED}: False"
+        )
 
 
 def with_positions(states: Tensor, positions: Tensor) -> Tensor:
@@ -99,7 +105,7 @@ def settings_of(sampling_params: SamplingParams) -> dict[str, Any]:
         kind = _SETTINGS.get(name.removeprefix(_PREFIX))
         if kind is None:
             raise ValueError(f"{name} is not known; allowed: {allowed}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_a(kind, value):
             raise ValueError(f"{name} is {value!r}; allowed: {'an integer' if kind is int else 'a number'}")
         settings[name.removeprefix(_PREFIX)] = kind(value)
     if not settings.get("temperature"):
@@ -109,5 +115,14 @@ def settings_of(sampling_params: SamplingParams) -> dict[str, Any]:
             f"temperature is {sampling_params.temperature} beside beagle_temperature; allowed: 0, as "
             "beagle_temperature takes its place"
         )
+    if settings.get("top_k", 0) >= 2**31:
+        raise ValueError(f"beagle_top_k is {settings['top_k']}; allowed: 0 (off) to {2**31 - 1}")
     Sampling.of(1, **settings)
     return settings
+
+
+def _is_a(kind: type, value: float) -> bool:
+    try:
+        return kind(value) == value
+    except (OverflowError, ValueError):  # infinite, NaN, or too large
+        return False

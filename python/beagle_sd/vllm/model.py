@@ -19,10 +19,17 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.platforms import current_platform
 
 from beagle_sd.models.config import BeagleConfig
 from beagle_sd.vllm import COUPLED, lean
@@ -110,19 +117,12 @@ class ServedDraft(nn.Module):
         target = vllm_config.model_config.hf_config.get_text_config()
         lean.check(vllm_config)
         self.coupled = lean.is_coupled(vllm_config)
-        if not self.coupled:
-            logger.warning_once(
-                "texts sampled at a temperature above 0 have the target's law but depend on the draft; those of "
-                "beagle_sd.generate with the same seed come with --logits-processors %s",
-                COUPLED,
-            )
+        _warn_of_sampling(vllm_config, self.coupled)
         # caches are found by a layer's number, which no layer of the target may have
         number = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
         self.model = Block(vllm_config=vllm_config, prefix=f"draft.layers.{number}")
-        scales = self.model.scales
         self.vocab_size, self.target_vocab_size = self.config.vocab_size, target.vocab_size
         self.logits_processor = LogitsProcessor(target.vocab_size)
-        self.scales = scales
         reduced = self.config.draft_vocab_size
         self.register_buffer("draft_vocab", torch.zeros(reduced, dtype=torch.int64) if reduced else None)
         self._rows: tuple[Tensor, Tensor] | None = None
@@ -170,10 +170,11 @@ class ServedDraft(nn.Module):
             if get_tensor_model_parallel_world_size() > 1:
                 logits = tensor_model_parallel_all_gather(logits)[:, order]
             ids = self.draft_vocab
-        if self.scales.logits != 1.0:
-            logits = logits * self.scales.logits
-        if self.scales.cap is not None:
-            logits = torch.tanh(logits / self.scales.cap) * self.scales.cap
+        scales = self.model.scales
+        if scales.logits != 1.0:
+            logits = logits * scales.logits
+        if scales.cap is not None:
+            logits = torch.tanh(logits / scales.cap) * scales.cap
         return logits, ids
 
     def _rows_of_head(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,11 +184,11 @@ class ServedDraft(nn.Module):
         Each rank holds some of the vocabulary in order, and R is what the one with most ids has.
         """
         head = self.lm_head
-        weight = getattr(head, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        weight = head.weight
+        if not isinstance(head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):
             raise ValueError(
-                f"the target's LM head is a {type(head).__name__} without plain weights, of which a draft with "
-                "draft_vocab needs some rows; allowed: a head that is not quantised, or a draft without draft_vocab"
+                f"the target's LM head is quantised ({type(head.quant_method).__name__}), of which a draft with "
+                "draft_vocab needs some rows as they are; allowed: a plain head, or a draft without draft_vocab"
             )
         per_rank = head.num_embeddings_per_partition
         rank_of = ids // per_rank
@@ -243,6 +244,21 @@ def _saved_names(name: str) -> list[str]:
     module, _, kind = plain.partition(".")
     parts = [saved for saved, (merged, _) in _MERGED.items() if merged == module]
     return [f"{part}.{kind}" for part in parts] or [plain]
+
+
+def _warn_of_sampling(vllm_config: VllmConfig, coupled: bool) -> None:
+    """What requests at a temperature above 0 have to know, once."""
+    if current_platform.is_cpu() and not vllm_config.use_v2_model_runner:
+        logger.warning_once(
+            "on a CPU vLLM's first model runner loses the temperatures under speculation: ask at temperature 0, or "
+            "take the second (VLLM_USE_V2_MODEL_RUNNER=1, which needs Triton for the CPU)"
+        )
+    elif not coupled:
+        logger.warning_once(
+            "texts sampled at a temperature above 0 have the target's law but depend on the draft; those of "
+            "beagle_sd.generate with the same seed come with --logits-processors %s",
+            COUPLED,
+        )
 
 
 def _column(kind, width: int, size, prefix: str) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,18 +69,13 @@ def server_command(
     target: str | Path, draft: str | Path, num_speculative_tokens: int, coupled: bool, more: Sequence[str]
 ) -> list[str]:
     """vLLM's OpenAI-compatible server with a draft; `more`, vLLM's own arguments, as given. Errors as above."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    for short, name in (("-tp", "--tensor-parallel-size"), ("-pp", "--pipeline-parallel-size")):
-        parser.add_argument(short, name, type=int, default=1)
-    parser.add_argument("--trust-remote-code", action="store_true")
-    parser.add_argument("--served-model-name")
-    known, _ = parser.parse_known_args(more)
+    known = _known(more)
     settings = speculative_config(
         target,
         draft,
         num_speculative_tokens,
-        tensor_parallel_size=known.tensor_parallel_size,
-        pipeline_parallel_size=known.pipeline_parallel_size,
+        tensor_parallel_size=_number("tensor_parallel_size", known.tensor_parallel_size),
+        pipeline_parallel_size=_number("pipeline_parallel_size", known.pipeline_parallel_size),
         trust_remote_code=known.trust_remote_code,
     )
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target_path(target))]
@@ -89,3 +84,28 @@ def server_command(
     command += ["--speculative-config", json.dumps(settings)]
     command += ["--logits-processors", COUPLED] if coupled else []
     return [*command, *more]
+
+
+_OURS = ("--speculative-config", "-sc", "--logits-processors", "--model")
+
+
+def _known(more: Sequence[str]) -> Namespace:
+    """Those of vLLM's arguments that the checks need; ValueError for one that would replace ours."""
+    words = [word.replace("_", "-") if word.startswith("--") else word for word in more]
+    if ours := [word for word in words if word.partition("=")[0] in _OURS]:
+        raise ValueError(
+            f"{ours[0].partition('=')[0]} is given; allowed: vLLM's other options, as --target, --draft and "
+            "--coupled say it"
+        )
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-tp", "--tensor-parallel-size", default="1")
+    parser.add_argument("-pp", "--pipeline-parallel-size", default="1")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--served-model-name")
+    return parser.parse_known_args(words)[0]
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{name} is {text}; allowed: 1 or more")
+    return int(text)

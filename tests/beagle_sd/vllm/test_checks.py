@@ -106,6 +106,8 @@ def test_divisions_over_devices():
         checks.check_parallel(draft, parts, 1)
     with pytest.raises(ValueError, match="tensor_parallel_size is 3; allowed: what divides the draft's 8 query heads"):
         checks.check_parallel(draft, 3, 1)
+    with pytest.raises(ValueError, match="allowed: what divides the draft's intermediate_size, 1500"):
+        checks.check_parallel(BeagleConfig(num_attention_heads=8, num_key_value_heads=8, intermediate_size=1500), 8, 1)
     with pytest.raises(ValueError, match="pipeline_parallel_size is 2; allowed with a Beagle draft: 1"):
         checks.check_parallel(draft, 1, 2)
 
@@ -127,6 +129,16 @@ def test_a_target_whose_scale_is_not_known_is_refused():
     with pytest.raises(ValueError, match="a llama with scale_emb=12"):
         scales_of(LlamaConfig(scale_emb=12))
     assert scales_of(LlamaConfig(logit_scale=1.0, scale_emb=None)) == Scales()
+    with pytest.raises(ValueError, match="a llama with embedding_multiplier=2.0.*granite, granitemoe, hyperclovax"):
+        scales_of(LlamaConfig(embedding_multiplier=2.0))
+    strange = LlamaConfig()
+    strange.model_type = "gemma9"
+    with pytest.raises(ValueError, match="a gemma9, whose scale of embeddings is not known here"):
+        scales_of(strange)
+    strange.model_type = "exaone"
+    draft = BeagleConfig(target_type="exaone", hidden_size=strange.hidden_size, vocab_size=strange.vocab_size)
+    with pytest.raises(ValueError, match="a exaone, whose embedding vLLM keeps where"):
+        checks.check_target(draft, strange)
 
 
 def test_the_servers_command(folders):
@@ -137,7 +149,12 @@ def test_the_servers_command(folders):
     assert json.loads(command[command.index("--speculative-config") + 1])["num_speculative_tokens"] == 2
     assert command[command.index("--logits-processors") + 1] == COUPLED
     with pytest.raises(ValueError, match="pipeline_parallel_size is 2"):
-        serve.server_command(target, draft, 2, False, ["--pipeline-parallel-size=2"])
+        serve.server_command(target, draft, 2, False, ["--pipeline_parallel_size=2"])
+    with pytest.raises(ValueError, match="tensor_parallel_size is two; allowed: 1 or more"):
+        serve.server_command(target, draft, 2, False, ["-tp", "two"])
+    for option in ("--speculative-config={}", "--logits_processors", "--model"):
+        with pytest.raises(ValueError, match="is given; allowed: vLLM's other options"):
+            serve.server_command(target, draft, 2, True, [option, "x"])
 
 
 def request(temperature=0.0, **extra):
@@ -163,6 +180,9 @@ def test_what_a_request_asks_for():
         ({"beagle_temperature": 1, "beagle_top_p": 0}, "top_p is 0.0; allowed: above 0"),
         ({"beagle_temperature": 1, "beagle_seed": 2**63}, "seed is 9223372036854775808"),
         ({"beagle_temperature": float("nan")}, "is nan; allowed: a number"),
+        ({"beagle_temperature": 1, "beagle_seed": float("inf")}, "beagle_seed is inf; allowed: an integer"),
+        ({"beagle_temperature": 10**400}, "allowed: a number"),
+        ({"beagle_temperature": 1, "beagle_top_k": 3_000_000_000}, "beagle_top_k is 3000000000; allowed: 0"),
         ({"temperature": 0.7, "beagle_temperature": 1}, "temperature is 0.7 beside beagle_temperature; allowed: 0"),
     ],
 )
@@ -180,12 +200,15 @@ def test_positions_ride_along_exactly(dtype):
 
 
 def test_coupled_asks_for_a_draft_that_leans():
-    def config(local):
+    def config(local, sharded=False):
         return SimpleNamespace(
             model_config=SimpleNamespace(logits_processors=[COUPLED]),
             speculative_config=SimpleNamespace(use_local_argmax_reduction=local),
+            parallel_config=SimpleNamespace(enable_batch_sharded_sampling=sharded),
         )
 
     lean.check(config(True))
+    with pytest.raises(ValueError, match="enable_batch_sharded_sampling is True"):
+        lean.check(config(True, sharded=True))
     with pytest.raises(ValueError, match="use_local_argmax_reduction is False"):
         lean.check(config(False))
