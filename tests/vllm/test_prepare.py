@@ -224,7 +224,7 @@ def test_what_vllm_refuses_is_said_in_a_line(source, tmp_path):
     assert "error: " in said and "must be divisible by tensor parallel size (2)" in said, said
     broken = shutil.copytree(smollm2.converted(), tmp_path / "broken")
     weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    os.truncate(weights, weights.stat().st_size // 2)
     said = run(source, tmp_path / "out", *REGENERATE, *VLLM, "--target", broken, code=1)
     assert said.splitlines()[-1].startswith(f"error: vLLM does not start with {broken} (WorkerProc initialization"), (
         said
