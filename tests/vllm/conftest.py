@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 _found = importlib.util.find_spec("vllm")  # of this very folder, where the tests are on the path, without an origin
-collect_ignore_glob = [] if _found is not None and _found.origin else ["*.py"]
+HERE = _found is not None and _found.origin is not None
+collect_ignore_glob = [] if HERE else ["*.py"]
 
 sys.path.append(str(Path(__file__).parent))
 
 # before vllm is imported: a small cache, all cores for every process, nothing told to anyone, functions sent to workers
-os.environ |= {
+_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -23,6 +24,8 @@ os.environ |= {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
     "HF_HUB_OFFLINE": "1",
 }
+if HERE:
+    os.environ |= _ENVIRONMENT
 
 
 @pytest.fixture(scope="session")
