@@ -23,6 +23,7 @@ import torch
 from beagle_sd.decoding.generate import generate
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.files import write_json
+from beagle_sd.models.ends import end_tokens
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 from beagle_sd.vllm.checks import check_version, vllm_version
 from beagle_sd.vllm.serve import speculative_config
@@ -51,7 +52,7 @@ Contender = Callable[[list[list[int]]], Written]
 
 def own_loop(target, draft, depth: int, new_tokens: int) -> Contender:
     """beagle_sd.generate with a chain of `depth`, 0: without the draft."""
-    ends = target.generation_config.eos_token_id
+    ends = end_tokens(target)
     pad = target.generation_config.pad_token_id or 0
 
     def write(prompts: list[list[int]]) -> Written:

@@ -43,6 +43,8 @@ struct Sampling {
   BEAGLE_FN RowSampling at(int64_t row) const {
     return {uint64_t(seed[row]), temperature[row], top_k[row], top_p[row], min_p[row]};
   }
+  // Of the rows from `row` on.
+  Sampling from(int64_t row) const { return {seed + row, temperature + row, top_k + row, top_p + row, min_p + row}; }
   BEAGLE_FIELDS(seed, temperature, top_k, top_p, min_p)
 };
 

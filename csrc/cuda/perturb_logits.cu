@@ -11,11 +11,6 @@ __device__ __forceinline__ Stream stream_of(const PerturbLogits& op, int64_t row
 }
 
 template <class T>
-__device__ __forceinline__ const T* logits_of(const PerturbLogits& op, int64_t row) {
-  return static_cast<const T*>(op.logits) + row_offset(0, row, 0, op.stride);
-}
-
-template <class T>
 __global__ void __launch_bounds__(kThreads) scan_chunks(const PerturbLogits op) {
   const int64_t row = blockIdx.y, at = row * op.chunks + blockIdx.x;
   let_next_start();
@@ -110,8 +105,7 @@ void perturb_logits(const PerturbLogits& op, void* stream) {
     part.positions += first, part.keys += first * op.chunks, part.flags += first * op.chunks;
     part.groups += first * (op.chunks * kThreads + 2 * kRowWords), part.bounds += 2 * first, part.status += first;
     part.values += first * op.vocab;
-    part.sampling = {op.sampling.seed + first, op.sampling.temperature + first, op.sampling.top_k + first,
-                     op.sampling.top_p + first, op.sampling.min_p + first};
+    part.sampling = op.sampling.from(first);
     by_dtype(op.dtype, [&](auto* type) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
       launch(scan_chunks<T>, dim3(op.chunks, part.rows), stream, part, chunk_threads(op.vocab, op.chunks));

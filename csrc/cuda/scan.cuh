@@ -8,6 +8,12 @@ namespace beagle::cuda {
 
 constexpr int kChunkGroups = kChunk / kGroup;
 
+// A row of the logits of an op that has them row by row.
+template <class T, class Op>
+__device__ __forceinline__ const T* logits_of(const Op& op, int64_t row) {
+  return static_cast<const T*>(op.logits) + row_offset(0, row, 0, op.stride);
+}
+
 // Threads of a block so that `chunks` of them take a row of so many tokens.
 __host__ __device__ inline unsigned chunk_threads(int64_t vocab, int64_t chunks) {
   unsigned threads = 64;

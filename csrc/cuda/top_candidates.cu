@@ -12,11 +12,6 @@ __device__ __forceinline__ Stream stream_of(const TopCandidates& op, int64_t row
 }
 
 template <class T>
-__device__ __forceinline__ const T* logits_of(const TopCandidates& op, int64_t row) {
-  return static_cast<const T*>(op.logits) + row_offset(0, row, 0, op.stride);
-}
-
-template <class T>
 __global__ void __launch_bounds__(kThreads) scan_columns(const TopCandidates op) {
   __shared__ float tops[kChunkGroups];
   let_next_start();

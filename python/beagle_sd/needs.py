@@ -27,12 +27,12 @@ def check() -> None:
         version = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:  # a folder on the path, whose version nobody wrote down
         return
-    if _numbers(version) < _numbers(LOWEST):
+    if first_two(version) < first_two(LOWEST):
         raise ImportError(
             f'transformers {version} is installed; allowed: {LOWEST} or later (pip install "transformers>={LOWEST}")'
         )
 
 
-def _numbers(version: str) -> list[int]:
+def first_two(version: str) -> list[int]:
     """The version's first two numbers."""
     return [int(number) for number in re.findall(r"\d+", version)[:2]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sampling_cases import chi_square_ok, filtered_softmax, mixed_sampling
+from sampling_cases import chi_square_ok, filtered_softmax, mixed_sampling, wrong_rows
 
 from beagle_kernels import STATUS_NAN, STATUS_NO_FINITE, Sampling, choose_tokens
 from beagle_kernels.reference.philox import gumbel
@@ -130,15 +130,7 @@ def test_inputs_are_left_alone():
 
 def test_bad_input():
     logits, positions, sampling = torch.randn(3, 8), torch.arange(3), Sampling.of(3)
-    for arguments, error in [
-        ((logits.double(), positions, sampling), TypeError),
-        ((logits[0], positions, sampling), ValueError),
-        ((logits[:, :0], positions, sampling), ValueError),
-        ((logits, positions.int(), sampling), TypeError),
-        ((logits, positions[:2], sampling), ValueError),
-        ((logits, positions, Sampling.of(2)), ValueError),
-        ((logits, positions, tuple(sampling)), TypeError),
-    ]:
+    for arguments, error in wrong_rows(logits, positions, sampling):
         with pytest.raises(error, match="choose_tokens: .*allowed"):
             choose_tokens(*arguments)
     with pytest.raises(ValueError, match="backend"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sampling_cases import mixed_sampling
+from sampling_cases import mixed_sampling, wrong_rows
 
 from beagle_kernels import STATUS_NAN, STATUS_NO_FINITE, Sampling, backends, choose_tokens, perturb_logits
 from beagle_kernels.reference.philox import gumbel
@@ -97,16 +97,7 @@ def test_no_rows_and_inputs_left_alone(backend):
 
 
 def test_bad_input():
-    logits, positions, sampling = torch.randn(3, 8), torch.arange(3), Sampling.of(3)
-    for arguments, error in [
-        ((logits.double(), positions, sampling), TypeError),
-        ((logits[0], positions, sampling), ValueError),
-        ((logits[:, :0], positions, sampling), ValueError),
-        ((logits, positions.int(), sampling), TypeError),
-        ((logits, positions[:2], sampling), ValueError),
-        ((logits, positions, Sampling.of(2)), ValueError),
-        ((logits, positions, tuple(sampling)), TypeError),
-    ]:
+    for arguments, error in wrong_rows(torch.randn(3, 8), torch.arange(3), Sampling.of(3)):
         with pytest.raises(error, match="perturb_logits: .*allowed"):
             perturb_logits(*arguments)
 

@@ -39,3 +39,16 @@ def filtered_softmax(z: Tensor, temperature: float, top_k: int, top_p: float, mi
 def chi_square_ok(counts: Tensor, p: Tensor) -> bool:
     """Whether counts agree with p at level 1e-4, rare cells pooled; a count where p is 0 never agrees."""
     return p_value(counts.flatten(), p.double().flatten()) >= 1e-4
+
+
+def wrong_rows(logits: torch.Tensor, positions: torch.Tensor, sampling: Sampling) -> list[tuple[tuple, type]]:
+    """(arguments, error) of an op of rows of logits, its three rows each time wrong in one thing."""
+    return [
+        ((logits.double(), positions, sampling), TypeError),
+        ((logits[0], positions, sampling), ValueError),
+        ((logits[:, :0], positions, sampling), ValueError),
+        ((logits, positions.int(), sampling), TypeError),
+        ((logits, positions[:2], sampling), ValueError),
+        ((logits, positions, Sampling.of(2)), ValueError),
+        ((logits, positions, tuple(sampling)), TypeError),
+    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from transformers import PretrainedConfig
 
 from beagle_sd.models.config import BeagleConfig
 from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.needs import first_two
 
 LOWEST, TOO_NEW = (0, 32), (0, 34)
 """Of vLLM's versions: 0.32 was tried, 0.33 was read and has the same interfaces."""
@@ -49,8 +49,7 @@ def vllm_version() -> str:
 def check_version() -> None:
     """ValueError for a vLLM whose interfaces were not tried."""
     version = vllm_version()
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    if not LOWEST <= numbers < TOO_NEW:
+    if not LOWEST <= tuple(first_two(version)) < TOO_NEW:
         raise ValueError(
             f"vllm {version} is installed; allowed: {_span()}, whose interfaces were tried or read ({INSTALL})"
         )

@@ -82,7 +82,7 @@ def positions_of(states: Tensor, width: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def leaning(logits: Tensor, positions: Tensor, ids: Tensor | None) -> Tensor:
+def leaning(logits: Tensor, ids: Tensor | None, positions: Tensor) -> Tensor:
     """The drafted tokens [N] int64 of logits [N, V'] whose columns have `ids`, each row of the request that the last
     step had in its place."""
     if not _requests:  # vLLM's first run, before there are requests

@@ -151,12 +151,13 @@ class ServedDraft(nn.Module):
 
     def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
         """The drafted tokens [N] int64 of the target's vocabulary."""
-        states, positions = hidden_states, None
         if self.coupled:
             states, positions = lean.positions_of(hidden_states, self.config.hidden_size)
-        logits, ids = self._logits(states)
-        if positions is not None:
-            return lean.leaning(logits, positions, ids)
+            return lean.leaning(*self._logits(states), positions)
+        if self._rows is None and self.vocab_size >= self.target_vocab_size:
+            # each device's best of its part: scale and cap change no order, and no logits are gathered
+            return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+        logits, ids = self._logits(hidden_states)
         best = logits.argmax(-1)
         return best if ids is None else ids[best]
 
