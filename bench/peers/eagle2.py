@@ -20,7 +20,7 @@ from beagle_sd.data.batch import Batch
 from beagle_sd.decoding.drafting import Candidates, DraftCache
 from beagle_sd.models.config import BeagleConfig
 from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.models.linears import FewRowsLinear
+from beagle_sd.models.layers.linears import FewRowsLinear
 from beagle_sd.training.objective import rows_by_step
 
 

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from beagle_sd.models.config import BeagleConfig, write_custom_generate
-from beagle_sd.models.linears import FewRowsLinear, linear
+from beagle_sd.models.layers.linears import FewRowsLinear, linear
 from beagle_sd.models.target import Target
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from beagle_sd.models.linears import linear
+from beagle_sd.models.layers.linears import linear
 
 
 class UnsupportedTarget(ValueError):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from beagle_sd.models.attention import reading
 from beagle_sd.models.cache import TreeCache, causal, visible_keys
 from beagle_sd.models.first_use import check_first_use
 from beagle_sd.models.head import Head, UnsupportedTarget, decoder_of, head_of
+from beagle_sd.models.layers.attention import reading
 from beagle_sd.models.view import uncompiled, view_of
 
 _LAYERS = {"full_attention", "mlp", "moe"}

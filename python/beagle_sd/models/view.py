@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from beagle_sd.models.attention import NAME
-from beagle_sd.models.linears import few_rows_forward
+from beagle_sd.models.layers.attention import NAME
+from beagle_sd.models.layers.linears import few_rows_forward
 
 
 def view_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -55,7 +55,7 @@ def test_words_see_what_the_4d_mask_shows(pair, backend, monkeypatch):
     monkeypatch.setattr("beagle_sd.models.target._PREFILL_CHUNK", 70)
     op = __import__("beagle_kernels").tree_attention
     monkeypatch.setattr(
-        "beagle_sd.models.attention.tree_attention", lambda *args, **more: op(*args, backend=backend, **more)
+        "beagle_sd.models.layers.attention.tree_attention", lambda *args, **more: op(*args, backend=backend, **more)
     )
     want = generate(target, draft, ids, mask, max_new_tokens=12, tree=TREE).sequences
     for pages in (None, 16):

@@ -12,7 +12,7 @@ from torch import nn
 from beagle_kernels import skinny_linear
 from beagle_kernels.extension import missing_cpu
 from beagle_sd import generate
-from beagle_sd.models.linears import MOST_ROWS, few_rows_forward, linear
+from beagle_sd.models.layers.linears import MOST_ROWS, few_rows_forward, linear
 
 pytestmark = pytest.mark.skipif(missing_cpu(torch.device("cpu")) is not None, reason="the extension is not built")
 
