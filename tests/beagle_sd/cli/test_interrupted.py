@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import forks
@@ -37,19 +36,30 @@ def target(tmp_path_factory):
 
 
 class Writer(shards.ShardWriter):
-    """Small shards, written slowly enough to be interrupted at: each sequence costs two milliseconds."""
+    """Small shards, written slowly enough to be interrupted at: each sequence costs two milliseconds.
 
-    begins = staticmethod(lambda: None)
+    `kill` (index, seconds): a timer of processor time, whose signal ends a process as a kill does, is set when so many
+    sequences have been added.
+    """
+
+    kill: tuple[int, float] | None = None
 
     def __init__(self, folder, manifest, **processes):
         super().__init__(folder, manifest, tokens_per_shard=60, **processes)
-        self.begins()
+        self.added = 0
+        self.set_timer()
+
+    def set_timer(self):
+        if self.kill is not None and self.kill[0] == self.added:
+            signal.setitimer(signal.ITIMER_PROF, self.kill[1])
 
     def add(self, sequence):
         until = time.process_time() + 0.002
         while time.process_time() < until:
             pass
         super().add(sequence)
+        self.added += 1
+        self.set_timer()
 
 
 @pytest.fixture(autouse=True)
@@ -96,21 +106,20 @@ def _ctrl_c_counts():
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), REGENERATE], ids=["as they are", "regenerated"])
 def test_killed_at_random_moments(target, source, more, tmp_path, monkeypatch):
-    model, began = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32), []
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     loaded = model.eval(), AutoTokenizer.from_pretrained(target)
     monkeypatch.setattr("beagle_sd.cli.prepare.load_target", lambda *args, **options: loaded)
-    monkeypatch.setattr(Writer, "begins", staticmethod(lambda: began.append(time.process_time())))
-    for name in ("warm", "whole"):
-        assert prepare(target, source, tmp_path / name, *more).exit_code == 0
-    whole_run = time.process_time() - began[-1]
-    rng, out, unfinished = random.Random(0), tmp_path / "killed", 0
-    for _ in range(8):
-        moment = rng.uniform(0.1, 0.9) * whole_run  # processor time; the timer's signal ends a process as a kill does
-        timer = partial(signal.setitimer, signal.ITIMER_PROF, moment)
-        monkeypatch.setattr(Writer, "begins", staticmethod(timer))
+    assert prepare(target, source, tmp_path / "warm", *more).exit_code == 0
+    before = time.process_time()
+    assert prepare(target, source, tmp_path / "whole", *more).exit_code == 0
+    eighth = (time.process_time() - before) / 8
+    rng, out, unfinished, most = random.Random(0), tmp_path / "killed", 0, 12
+    for _ in range(8):  # the first comes behind a shard or more, and long before the last sequence
+        monkeypatch.setattr(Writer, "kill", (rng.randrange(most - 6, most), rng.uniform(0.0001, eighth)))
         assert forks.run(lambda: prepare(target, source, out, *more)) in (0, -signal.SIGPROF)
         unfinished += 0 < len(list(shards.read_sequences(out, with_states=False))) < COUNT
-    monkeypatch.setattr(Writer, "begins", staticmethod(lambda: None))
+        most = 6
+    monkeypatch.setattr(Writer, "kill", None)
     last = prepare(target, source, out, *more)
     assert last.exit_code == 0, last.output
     found, wanted = sequences_of(out), sequences_of(tmp_path / "whole")
