@@ -220,8 +220,7 @@ class _Writer:
         into = torch.tensor(rows, device=device)
         prompt = self.target.new_cache(*tokens.shape)
         hidden = self.target.prefill(tokens, lengths, prompt)
-        self.cache.states[:, :, into, :, :longest] = prompt.states
-        self.cache.lengths[into] = prompt.lengths
+        self.cache.take(into, prompt)
         if self.states is not None:
             self.states[into, :longest] = hidden.to(torch.bfloat16)
         seeds = [seed_of(self.seed, request) for request in requests]
@@ -272,7 +271,7 @@ class _Writer:
         if self.states is not None:
             self.states[self.numbers, lengths.long()] = hidden.to(torch.bfloat16)
         live = ~self.done
-        lengths += live
+        self.cache.advance(live.long())
         chosen, status = choose_tokens(self.target.head(hidden), lengths.long(), self.sampling)
         self.status |= torch.where(live, status, 0)
         self.token.copy_(torch.where(live, chosen, self.token))

@@ -18,6 +18,7 @@ from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import Buffers, play_round, prefill
 from beagle_sd.decoding.tree import PLAIN, TreeShape
 from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.head import UnsupportedTarget
 from beagle_sd.models.target import Target
 
 _FIRST_TOKENS = 256
@@ -66,7 +67,7 @@ class Engine:
         self._head = draft.bind(target).head if draft is not None else None
         self._draft_vocab = None if draft is None else draft.draft_vocab
         self.batch, self.capacity = batch, capacity
-        tree = _checked(tree, device)
+        tree = _checked(tree, self.target)
         self.tree = PLAIN if draft is None else tree
         self.shape = self.tree.largest if isinstance(self.tree, AdaptiveTree) else self.tree
         tokens = capacity if self.graph else min(capacity, _FIRST_TOKENS)
@@ -197,9 +198,16 @@ def _apart(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _checked(tree: TreeShape | AdaptiveTree | None, device: torch.device) -> TreeShape | AdaptiveTree:
+def _checked(tree: TreeShape | AdaptiveTree | None, target: Target) -> TreeShape | AdaptiveTree:
+    chains = target.chains_only
     if tree is None:
-        return TreeShape.default(device)
+        return TreeShape.default(target.device, chain=chains is not None)
     if not isinstance(tree, TreeShape | AdaptiveTree):
         raise TypeError(f"tree is {tree!r}; allowed: a TreeShape, an AdaptiveTree or None, the device's default")
+    shapes = tree.shapes if isinstance(tree, AdaptiveTree) else [tree]
+    if chains and (wide := [shape for shape in shapes if shape.branch > 1]):
+        raise UnsupportedTarget(
+            f"{chains}, and the tree {wide[0]} branches; use a chain: "
+            f"TreeShape({wide[0].depth}, 1, {wide[0].depth + 1}); allowed: branch 1"
+        )
     return tree

@@ -119,6 +119,7 @@ def generate(
     }
     _check_engine(engine, target, draft, options)
     prompts, lengths = _prompts(input_ids, attention_mask, wrapped)
+    wrapped.check_length(int(lengths.min()), prompts.shape[1] + max_new_tokens)
     sampling = Sampling.of(len(prompts), seed, temperature, top_k, top_p, min_p, device=wrapped.device)
     if streamer is not None and len(prompts) > 1:
         raise ValueError(f"a streamer was given with {len(prompts)} rows; allowed: 1 row")

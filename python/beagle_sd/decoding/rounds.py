@@ -87,9 +87,7 @@ class Buffers:
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name."""
         found = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        found |= {"states": self.cache.states, "lengths": self.cache.lengths, **self.sampling._asdict()}
-        if self.cache.block_table is not None:
-            found["block_table"] = self.cache.block_table
+        found |= {**self.cache.tensors(), **self.sampling._asdict()}
         if self.draft_cache is not None:
             found |= {"draft_keys": self.draft_cache.keys, "draft_values": self.draft_cache.values}
         return found
@@ -186,9 +184,8 @@ def _keep(draft, buffers: Buffers, tree: DraftTree, verdict: Verdict, hidden: Te
     lengths, path = buffers.cache.lengths, verdict.path.long().clamp(min=0)
     step = torch.arange(path.shape[1], device=path.device)
     if path.shape[1] > 1:
-        compact_cache_(
-            buffers.cache.states, verdict.path, verdict.num_accepted, lengths, block_table=buffers.cache.block_table
-        )
+        for states in buffers.cache.states:
+            compact_cache_(states, verdict.path, verdict.num_accepted, lengths, block_table=buffers.cache.block_table)
     if buffers.draft_cache is not None:
         states = hidden.gather(1, path[:, :, None].expand(-1, -1, hidden.shape[2]))
         buffers.draft_cache.append_true(draft, states, lengths.long()[:, None] + step)
@@ -196,7 +193,7 @@ def _keep(draft, buffers: Buffers, tree: DraftTree, verdict: Verdict, hidden: Te
     if path.shape[1] > 1:
         drafted = tree.tokens.gather(1, path).roll(-1, 1)
         run = torch.where(step < verdict.num_accepted[:, None], drafted, run)
-    lengths += _emit(buffers, verdict, run, logits)
+    buffers.cache.advance(_emit(buffers, verdict, run, logits))
 
 
 def _emit(buffers: Buffers, verdict: Verdict, run: Tensor, logits: Tensor) -> Tensor:

@@ -37,9 +37,11 @@ class TreeShape:
         return cls(*map(int, parts))
 
     @classmethod
-    def default(cls, device: torch.device) -> TreeShape:
-        """The paper's tree on a GPU; a small one on the CPU, where every verified node costs time."""
-        return cls(6, 10, 60) if device.type == "cuda" else cls(4, 4, 8)
+    def default(cls, device: torch.device, *, chain: bool = False) -> TreeShape:
+        """The paper's tree on a GPU; a small one on the CPU, where every verified node costs time; or a chain as
+        deep."""
+        depth, branch, num_nodes = (6, 10, 60) if device.type == "cuda" else (4, 4, 8)
+        return cls(depth, 1, depth + 1) if chain else cls(depth, branch, num_nodes)
 
     @property
     def levels(self) -> int:

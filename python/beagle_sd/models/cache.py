@@ -1,8 +1,10 @@
-"""The target's key-value cache in fixed buffers, dense or in pages: ragged rows, tree nodes at the end of each."""
+"""What a target keeps of a text, in fixed buffers: keys and values, dense or in pages, and recurrent states."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from copy import copy
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,47 +12,73 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from beagle_sd.models.head import UnsupportedTarget
+from beagle_sd.models.layers.attention import Span
+from beagle_sd.models.layers.kept import Kept
+from beagle_sd.models.layers.recurrent import Recurrence
+
+_Made = TypeVar("_Made")
 
 
 class TreeCache(Cache):
-    """One tensor `states` for all layers, keys before values; `lengths` [B] int32.
+    """Keys and values of B rows, ragged, with tree nodes at the end of each; `lengths` [B] int32.
 
-    states is [layers, 2, B, Hkv, S, D] or, with page_size, pages [layers, 2, P, Hkv, page, D] of which row b's slot s
-    is in page block_table[b, s // page]. Slot j of row b holds position j for j < lengths[b]; a forward over N new
-    tokens writes slots lengths[b] .. lengths[b] + N - 1 and leaves `lengths` as they are: the caller says what was
-    accepted. `fixed`: a forward reads nothing on the host, and its shapes follow from N alone (so on a GPU, and with
-    pages); else the longest row bounds what it reads.
+    Layers of equal shape lie together, so that one launch moves them all: each tensor of `states` is
+    [layers, 2, B, Hkv, S, D], keys before values, or where these differ in width two tensors [layers, 1, B, Hkv, S, D].
+    With page_size they are pages [layers, planes, P, Hkv, page, D] of which row b's slot s is in page
+    block_table[b, s // page]. Slot j of row b holds position j for j < lengths[b], in layers that see a window too; a
+    forward over N new tokens writes slots lengths[b] .. lengths[b] + N - 1 and leaves `lengths` as they are: the
+    caller says by `advance` what was accepted. `recurrences` has the states of recurrent layers by their number; a
+    forward takes them on over all N tokens, and `advance` back. `fixed`: a forward reads nothing on the host, and its
+    shapes follow from N alone (so on a GPU, and with pages); else the longest row bounds what it reads.
     """
 
     block_table: Tensor | None = None
     attended = False
+    stepping = False
 
     def __init__(
-        self,
-        layers: int,
-        batch: int,
-        heads: int,
-        slots: int,
-        width: int,
-        dtype,
-        device,
-        *,
-        page_size: int | None = None,
-        fixed: bool = False,
+        self, kept: Sequence[Kept], batch: int, slots: int, device, *, page_size: int | None = None, fixed: bool = False
     ):
-        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.kept = tuple(kept)
+        self.recurrences = {
+            index: Recurrence(one.recurrence, batch) for index, one in enumerate(kept) if one.recurrence is not None
+        }
+        super().__init__(
+            layers=[
+                self.recurrences[index].layer if index in self.recurrences else DynamicLayer()
+                for index in range(len(self.kept))
+            ]
+        )
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.fixed = fixed or page_size is not None or self.lengths.is_cuda
         self.capacity, self.page_size = 0, page_size
         if page_size is not None and page_size < 1:
             raise ValueError(f"page_size is {page_size}; allowed: 1 or more slots")
-        rows, size = (batch, 0) if page_size is None else (0, page_size)
-        self.states = torch.zeros(layers, 2, rows, heads, size, width, dtype=dtype, device=device)
+        self.states: list[Tensor] = []
+        self._places: dict[int, tuple[tuple[int, int, int], tuple[int, int, int]]] = {}
+        self._lay_out(batch if page_size is None else 0, 0 if page_size is None else page_size)
         self.reserve(slots)
+        self.depth = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._rows = torch.arange(batch, device=device)[:, None]
         self._at: tuple[Tensor, Tensor] = (self._rows, self._rows)
         self._starts: list[int] = []
         self._limit: int | None = None
+        self._made: dict[Hashable, Any] = {}
+
+    def _lay_out(self, rows: int, size: int) -> None:
+        """`states` without slots, and of each layer the (tensor, layer in it, plane) of its keys and of its values."""
+        groups: dict[tuple, list[int]] = {}
+        for index, one in enumerate(self.kept):
+            if one.heads:
+                groups.setdefault((one.heads, one.key_width, one.value_width, one.dtype), []).append(index)
+        for (heads, *widths, dtype), members in groups.items():
+            alike = widths[0] == widths[1]
+            for width in widths[:1] if alike else widths:
+                shape = len(members), 2 if alike else 1, rows, heads, size, width
+                self.states.append(torch.zeros(shape, dtype=dtype, device=self.lengths.device))
+            last = len(self.states) - 1
+            for at, index in enumerate(members):
+                self._places[index] = ((last, at, 0), (last, at, 1)) if alike else ((last - 1, at, 0), (last, at, 0))
 
     def reserve(self, slots: int) -> None:
         """Make room for `slots` positions a row at least, behind what is there: `states` and `block_table` may move."""
@@ -58,45 +86,85 @@ class TreeCache(Cache):
             return
         self.capacity = slots
         if self.page_size is None:
-            self.states = grown(self.states, 4, slots)
+            self.states = [grown(states, 4, slots) for states in self.states]
             return
         batch, pages = len(self.lengths), -(-slots // self.page_size)
-        self.states = grown(self.states, 2, batch * pages)
+        self.states = [grown(states, 2, batch * pages) for states in self.states]
         pages_of = torch.arange(batch * pages, dtype=torch.int32, device=self.lengths.device).view(pages, batch)
         self.block_table = pages_of.T.contiguous()
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer: [B, Hkv, S, D] and [B, Hkv, S, Dv], or pages."""
+        keys, values = ((self.states[tensor][at, plane]) for tensor, at, plane in self._places[index])
+        return keys, values
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by name."""
+        found = {f"states_{number}": states for number, states in enumerate(self.states)} | {"lengths": self.lengths}
+        for index, recurrence in self.recurrences.items():
+            found |= {f"recurrence_{index}_{number}": state for number, state in enumerate(recurrence.states)}
+        return found if self.block_table is None else found | {"block_table": self.block_table}
 
     def row(self, row: int) -> TreeCache:
         """One row of a dense cache as a cache of its own, in the same memory, until `reserve` moves it."""
         one = copy(self)
         one.states, one.lengths, one._rows = (
-            self.states[:, :, row : row + 1],
+            [states[:, :, row : row + 1] for states in self.states],
             self.lengths[row : row + 1],
             self._rows[:1],
         )
+        one.recurrences = {index: recurrence.row(row) for index, recurrence in self.recurrences.items()}
+        one.layers = [
+            one.recurrences[index].layer if index in one.recurrences else layer
+            for index, layer in enumerate(self.layers)
+        ]
         return one
 
-    def expect(self, count: int, limit: int | None) -> None:
-        """Prepare for a forward over `count` new tokens a row, which is to be given `limit` slots (None: all)."""
+    def forget(self) -> None:
+        """As before any text."""
+        self.lengths.zero_()
+        for recurrence in self.recurrences.values():
+            recurrence.forget()
+
+    def take(self, rows: Tensor, other: TreeCache) -> None:
+        """Take all rows of another dense cache, with the same layers and no more slots, as `rows` [n] int64."""
+        for states, new in zip(self.states, other.states, strict=True):
+            states[:, :, rows, :, : other.capacity] = new
+        for index, recurrence in self.recurrences.items():
+            for state, new in zip(recurrence.states, other.recurrences[index].states, strict=True):
+                state[rows] = new
+        self.lengths[rows] = other.lengths
+
+    def expect(self, depth: Tensor, limit: int | None, stepping: bool) -> None:
+        """Prepare for a forward over new tokens at `depth` [B, N] behind the lengths, which is to be given `limit`
+        slots (None: all); `stepping`: recurrent layers go token by token, and can go back to each."""
+        count = depth.shape[1]
         if (limit or count) > self.capacity:
             raise ValueError(f"the cache has {self.capacity} slots a row; {limit or count} are needed")
-        self._limit = limit
+        self._limit, self.depth, self.stepping = limit, depth.long(), stepping
+        self._made.clear()
         if not self.fixed:
             self._starts = self.lengths.tolist()
             return
         slots = self.lengths.long()[:, None] + torch.arange(count, device=self.lengths.device)
         self._at = self._rows, slots
         if self.block_table is not None:
-            size = self.states.shape[4]
+            size = self.page_size or 1
             self._at = self.block_table.gather(1, slots // size).long(), slots % size
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Write [B, Hkv, N, D] new keys and values; return the layer's first `limit` slots, or all its pages."""
-        keys, values = self.states[layer_idx]
+        if layer_idx not in self._places:
+            raise UnsupportedTarget(
+                f"layer {layer_idx} keeps keys where its first token had none; allowed: layers that keep the same of "
+                "every token"
+            )
+        keys, values = self.layer(layer_idx)
         for name, new, buffer in (("keys", key_states, keys), ("values", value_states, values)):
             if (new.shape[1], new.shape[3]) != (buffer.shape[1], buffer.shape[3]):
                 raise UnsupportedTarget(
                     f"layer {layer_idx} gives {new.shape[1]} heads of {new.shape[3]} {name}; allowed: "
-                    f"{buffer.shape[1]} of {buffer.shape[3]}, as the target's config has it"
+                    f"{buffer.shape[1]} of {buffer.shape[3]}, as of its first token"
                 )
         if self.fixed:
             rows, slots = self._at
@@ -110,6 +178,25 @@ class TreeCache(Cache):
             return keys, values
         return keys[:, :, : self._limit], values[:, :, : self._limit]
 
+    def advance(self, taken: Tensor) -> None:
+        """Let `taken` [B] int64 of the tokens of the last forward be part of the rows from here on."""
+        self.lengths += taken
+        for recurrence in self.recurrences.values():
+            recurrence.keep(taken)
+
+    def span_of(self, index: int | None, window: int | None) -> Span:
+        """How far back layer `index` sees: as its own cache has it, or `window` where it has none, since it reads
+        another layer's."""
+        if index is not None and 0 <= index < len(self.kept) and self.kept[index].heads:
+            return self.kept[index].span
+        return Span(window)
+
+    def once(self, name: Hashable, make: Callable[[], _Made]) -> _Made:
+        """What `make` gives, made once a forward."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The longest row's length; where the host must not ask the device, what bounds it."""
         return self.capacity if self.fixed else int(self.lengths.max())
@@ -121,19 +208,6 @@ def grown(values: Tensor, dim: int, size: int) -> Tensor:
     shape[dim] = size - shape[dim]
     more = values.new_zeros(shape)
     return torch.cat((values, more), dim) if values.numel() else more
-
-
-def visible_keys(lengths: Tensor, mask: Tensor, limit: int) -> Tensor:
-    """The 4-D mask [B, 1, N, limit] of N new tokens: every slot below lengths[b], then by mask words [B, N, W]."""
-    count = mask.shape[1]
-    node = torch.arange(count, device=mask.device)
-    among = (mask[:, :, node // 64] >> (node % 64) & 1).bool()
-    slots = torch.arange(limit, device=lengths.device)
-    lengths = lengths.long()[:, None]
-    new = (slots - lengths).clamp(0, count - 1)
-    new = torch.gather(among, 2, new[:, None].expand(-1, count, -1))
-    inside = (slots >= lengths) & (slots < lengths + count)
-    return ((slots < lengths)[:, None] | (new & inside[:, None]))[:, None]
 
 
 def causal(batch: int, count: int, device: torch.device) -> Tensor:

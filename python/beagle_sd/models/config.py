@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import uuid
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -76,14 +77,21 @@ class BeagleConfig(PretrainedConfig):
     @classmethod
     def of_target(cls, config: PretrainedConfig, **overrides) -> BeagleConfig:
         """The config of a draft for a target with this config; overrides go on top."""
-        heads = config.num_attention_heads
-        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+
+        def known(name: str, default: Any = None) -> Any:
+            try:  # Gemma 4 raises for what differs from layer to layer
+                return getattr(config, name, None) or default
+            except AttributeError:
+                return default
+
+        heads = known("num_attention_heads") or max(1, config.hidden_size // 64)
+        inner = known("intermediate_size", 4 * config.hidden_size)
         fields = {
             "hidden_size": config.hidden_size,
             "intermediate_size": max(inner) if isinstance(inner, list | tuple) else inner,  # one a layer
             "num_attention_heads": heads,
-            "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+            "num_key_value_heads": known("num_key_value_heads", heads),
+            "head_dim": known("head_dim", config.hidden_size // heads),
             "vocab_size": config.vocab_size,
             "hidden_act": getattr(config, "hidden_act", "silu"),
             "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-5),
@@ -91,12 +99,7 @@ class BeagleConfig(PretrainedConfig):
             "target_type": config.model_type,
             "tie_word_embeddings": False,
         }
-        rope = getattr(config, "rope_parameters", None)
-        if not rope:  # a model of its own code, in transformers 4's names
-            rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-            rope |= getattr(config, "rope_scaling", None) or {}
-        # the draft turns whole heads
-        fields["rope_parameters"] = {name: rope[name] for name in rope if name != "partial_rotary_factor"}
+        fields["rope_parameters"] = _rope_of(config)
         return cls(**{**fields, **overrides})
 
     @classmethod
@@ -109,6 +112,23 @@ class BeagleConfig(PretrainedConfig):
                 "the config has no rope_parameters, as transformers 4 wrote it; allowed: by transformers 5"
             )
         return super().from_dict(config_dict, **kwargs)
+
+
+_FIXED_ROPE = ("default", "linear", "yarn", "llama3")
+
+
+def _rope_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The target's rotary parameters as the draft, which turns whole heads by fixed angles, takes them; those of the
+    layers with full attention where they differ, and plain ones where the target has none."""
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:  # none, or a model of its own code, in transformers 4's names
+        rope = {"rope_type": "default", "rope_theta": getattr(config, "rope_theta", None) or 10000.0}
+        rope |= getattr(config, "rope_scaling", None) or {}
+    if "rope_type" not in rope:
+        rope = rope.get("full_attention") or next(one for one in rope.values() if isinstance(one, dict))
+    if rope["rope_type"] not in _FIXED_ROPE:
+        return {"rope_type": "default", "rope_theta": rope.get("rope_theta") or 10000.0}
+    return {name: rope[name] for name in rope if name != "partial_rotary_factor"}
 
 
 _MODULE = Path("custom_generate", "generate.py")

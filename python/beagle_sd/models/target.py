@@ -5,61 +5,22 @@ from __future__ import annotations
 import inspect
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from beagle_sd.models.cache import TreeCache, causal, visible_keys
-from beagle_sd.models.first_use import check_first_use
+from beagle_sd.models.cache import TreeCache, causal
+from beagle_sd.models.first_use import check_first_use, used_as
 from beagle_sd.models.head import Head, UnsupportedTarget, decoder_of, head_of
 from beagle_sd.models.layers.attention import reading
+from beagle_sd.models.layers.kept import Kept, kept_by
+from beagle_sd.models.layers.recurrent import step_by_step
+from beagle_sd.models.supported import check_length, check_supported
 from beagle_sd.models.view import uncompiled, view_of
 
-_LAYERS = {"full_attention", "mlp", "moe"}
-"""Kinds of layers a tree may go through: those without attention change one token at a time."""
 _PREFILL_CHUNK = 512
-_FEW_NODES = 64
-"""New tokens up to which a row's attention reads just what the row sees, by mask words: beyond, as in a prompt, SDPA's
-products over a padded 4-D mask are faster."""
-
-
-def check_supported(config: PretrainedConfig) -> None:
-    """Raise UnsupportedTarget with the reason unless every layer is full attention over rotary positions."""
-    kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedTarget(f"{kind} is an encoder-decoder; allowed: decoder-only causal LMs")
-    layers = set(getattr(config, "layer_types", None) or ())
-    if layers - _LAYERS:
-        raise UnsupportedTarget(f"{kind} has layers of type {sorted(layers - _LAYERS)}; allowed: full_attention only")
-    if not layers and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise UnsupportedTarget(
-            f"{kind} has sliding_window={config.sliding_window}; allowed: full attention "
-            "(set sliding_window=None if your texts are shorter)"
-        )
-    for name in ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers"):
-        if not getattr(config, name, None):
-            raise UnsupportedTarget(f"{kind} has no {name} in its config; allowed: transformer decoders")
-    if getattr(config, "kv_lora_rank", None):
-        raise UnsupportedTarget(
-            f"{kind} has latent attention (kv_lora_rank={config.kv_lora_rank}), whose keys and values differ in width; "
-            "allowed: keys and values of one width"
-        )
-    if getattr(config, "alibi", False):
-        raise UnsupportedTarget(f"{kind} has ALiBi, which is a mask of its own; allowed: rotary positions")
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if not rope and getattr(config, "rope_theta", None) is None:
-        raise UnsupportedTarget(
-            f"{kind} has no rope_parameters in its config (its positions are learned, ALiBi, or rotary in a way of "
-            "its own); allowed: rotary positions that rope_parameters describe, by which the draft turns its keys too"
-        )
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        raise UnsupportedTarget(
-            f"{kind} has rope_type={rope['rope_type']!r}, whose angles change with the length of "
-            "the text; allowed: fixed angles (default, linear, yarn, llama3)"
-        )
-
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -80,11 +41,14 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+_kept: WeakKeyDictionary[PreTrainedModel, tuple[tuple, tuple[Kept, ...]]] = WeakKeyDictionary()
+
+
 class Target:
     """What is used of a target: embedding, top hidden states over new tokens, LM head.
 
-    Raises UnsupportedTarget for a model that cannot be verified as a tree: by its config, by its head (head.py), or by
-    what a first use shows (first_use.py).
+    Raises UnsupportedTarget for a model whose drafted tokens cannot be verified: by its config (supported.py), by its
+    head (head.py), or by what a first use shows (layers/kept.py, first_use.py).
     """
 
     def __init__(self, model: nn.Module):
@@ -107,7 +71,41 @@ class Target:
     @cached_property
     def _view(self) -> PreTrainedModel:
         """The decoder as decoding runs it: made when it is first needed, as the model is then."""
-        return decoder_of(view_of(self.model))
+        view = decoder_of(view_of(self.model))
+        step_by_step(view, self.kept)
+        return view
+
+    @cached_property
+    def kept(self) -> tuple[Kept, ...]:
+        """What each layer keeps of a text."""
+        state = used_as(self)
+        if (known := _kept.get(self.model)) is None or known[0] != state:
+            view = decoder_of(view_of(self.model))
+            token = torch.full((1, 1), self.config.vocab_size // 2, device=self.device)
+
+            def run(cache: Any) -> None:
+                view(
+                    input_ids=token,
+                    position_ids=torch.zeros_like(token),
+                    use_cache=True,
+                    **{self._cache_argument: cache},
+                )
+
+            with torch.autocast(self.device.type, enabled=False):
+                _kept[self.model] = known = state, kept_by(view, self.config, run)
+        return known[1]
+
+    @cached_property
+    def _attends(self) -> bool:
+        return any(one.heads for one in self.kept)
+
+    @property
+    def chains_only(self) -> str | None:
+        """Why a round's drafted tokens must be a chain; None where they may be a tree."""
+        recurrent = [index for index, one in enumerate(self.kept) if one.recurrence is not None]
+        if not recurrent:
+            return None
+        return f"{type(self.model).__name__} has recurrent layers (layer {recurrent[0]}), whose states follow one text"
 
     @property
     def device(self) -> torch.device:
@@ -128,41 +126,36 @@ class Target:
         """Top hidden states [B, T, d] of whole texts [B, T] int64, by the model's own forward."""
         return self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
 
+    def own(self, tokens: Tensor, cache: Cache, begin: int) -> Tensor:
+        """Top hidden states [B, N, d] of N more tokens of texts whose first `begin` a cache of transformers has."""
+        position = torch.arange(begin, begin + tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        given = {"position_ids": position, self._cache_argument: cache}
+        return self.decoder(input_ids=tokens, use_cache=True, **given).last_hidden_state
+
     def new_cache(self, batch: int, slots: int, *, page_size: int | None = None, fixed: bool = False) -> TreeCache:
         """An empty cache of `slots` positions a row, in pages of page_size if given; `fixed` as in TreeCache."""
-        config = self.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return TreeCache(
-            config.num_hidden_layers,
-            batch,
-            heads,
-            slots,
-            width,
-            self.dtype,
-            self.device,
-            page_size=page_size,
-            fixed=fixed,
-        )
+        return TreeCache(self.kept, batch, slots, self.device, page_size=page_size, fixed=fixed)
 
-    def forward(self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: TreeCache) -> Tensor:
+    def check_length(self, shortest: int, total: int) -> None:
+        """UnsupportedTarget for texts that decoding could not carry on as the model does (supported.py)."""
+        check_length(self.config, shortest, total)
+
+    def forward(
+        self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: TreeCache, *, stepping: bool = True
+    ) -> Tensor:
         """Top hidden states [B, N, d] of N new tokens a row, written to the cache behind its lengths.
 
         tokens [B, N] int64; depth [B, N], added to the row's length to give positions; mask words [B, N, W] int64:
-        which new tokens each one sees (itself too), besides everything below the row's length. A fixed cache needs
-        room behind the lengths, which are not read.
+        which new tokens each one sees (itself too), besides everything below the row's length that its layer sees. A
+        fixed cache needs room behind the lengths, which are not read. stepping: recurrent layers can go back to each
+        token; else they take the tokens in one piece.
         """
-        batch, count = tokens.shape
-        limit = None if cache.fixed else int(cache.lengths.max()) + count
-        cache.expect(count, limit)
-        if limit is None or count <= _FEW_NODES:
-            visible = mask[:, None]
-        else:
-            visible = visible_keys(cache.lengths, mask, limit)
+        limit = None if cache.fixed else int(cache.lengths.max()) + tokens.shape[1]
+        cache.expect(depth, limit, stepping)
         with reading(cache):
             return self._view(
                 input_ids=tokens,
-                attention_mask=visible,
+                attention_mask=mask[:, None] if self._attends else None,
                 position_ids=cache.lengths.long()[:, None] + depth.long(),
                 use_cache=True,
                 **{self._cache_argument: cache},
@@ -172,14 +165,30 @@ class Target:
         """Run right-padded texts [B, T] with `lengths` [B] into a cache that holds the `begin` tokens before each, or
         nothing; hidden states [B, T, d].
 
-        What is returned beyond a row's length is padding's and means nothing.
+        What is returned beyond a row's length is padding's and means nothing. Rows of a target with recurrent layers
+        run one by one, since padding would pass into their states.
         """
+        if not cache.recurrences:
+            states = self._prefill(tokens, cache, begin)
+            cache.lengths.copy_(begin + lengths)
+            return states
+        states = torch.zeros(*tokens.shape, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        for row, length in enumerate(lengths.tolist()):
+            one = cache.row(row)
+            if not begin:
+                one.forget()
+            states[row, :length] = self._prefill(tokens[row : row + 1, :length], one, begin)[0]
+            one.lengths.fill_(begin + length)
+        return states
+
+    def _prefill(self, tokens: Tensor, cache: TreeCache, begin: int) -> Tensor:
+        """Hidden states [B, T, d] of texts [B, T], in parts."""
         batch, total = tokens.shape
         states = []
         for start in range(0, total, _PREFILL_CHUNK):
             part = tokens[:, start : start + _PREFILL_CHUNK]
             cache.lengths.fill_(begin + start)
             step = torch.arange(part.shape[1], device=tokens.device).expand(batch, -1)
-            states.append(self.forward(part, step, causal(batch, part.shape[1], tokens.device), cache))
-        cache.lengths.copy_(begin + lengths)
+            mask = causal(batch, part.shape[1], tokens.device)
+            states.append(self.forward(part, step, mask, cache, stepping=False))
         return torch.cat(states, 1)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from beagle_sd.models.layers.attention import NAME
+from beagle_sd.models.layers.attention import NAME, tempered_by_position
 from beagle_sd.models.layers.linears import few_rows_forward
 
 
@@ -60,6 +60,8 @@ def _bind(new: nn.Module, copied: dict[int, Any]) -> None:
     for name, value in list(kept.items()):
         if name not in ("_modules", "_parameters", "_buffers"):
             kept[name] = _bound(value, copied)
+    if tempered_by_position(new):
+        kept["attn_temperature_tuning"] = False  # attention.py does it, by each token's position
     if (forward := few_rows_forward(new)) is not None:
         kept["forward"] = forward
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from beagle_kernels import tree_attention
-from beagle_sd.models.cache import TreeCache
 from beagle_sd.models.head import UnsupportedTarget
+
+if TYPE_CHECKING:
+    from beagle_sd.models.cache import TreeCache
 
 NAME = "beagle_tree"
 _MEANINGLESS = {"position_ids", "cache_position", "use_cache", "layer_idx", "is_causal", "return_dict"}
 """What models hand on beside the mask that says nothing on which keys a query sees, or says what the mask does."""
+_FEW_NODES = 64
+"""New tokens up to which a row's attention reads just what the row sees, by mask words: beyond, as in a prompt on a
+CPU, SDPA's products over a padded 4-D mask are faster."""
 _reading = threading.local()
 
 
@@ -36,49 +42,155 @@ def reading(cache: TreeCache) -> Iterator[None]:
         _reading.cache = before
 
 
+def cache_being_read() -> TreeCache | None:
+    """That of the `reading` around the call."""
+    return getattr(_reading, "cache", None)
+
+
+class Span(NamedTuple):
+    """How far back a layer's queries see: `window` positions that end with their own, or those of their own stretch of
+    `chunk`; None, None: all."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+
+class Seen(NamedTuple):
+    """What new tokens see of a layer: mask words [B, N, W] int64 and, below a window or chunk nothing, `starts` [B, N]
+    int32, the first slots that they see (None: the first of all)."""
+
+    words: Tensor
+    starts: Tensor | None
+
+
+def seen(words: Tensor, lengths: Tensor, depth: Tensor, span: Span) -> Seen:
+    """What is left of words [B, N, W] where N new tokens at `depth` [B, N] behind lengths [B] see no further than
+    `span`.
+
+    New token j lies in slot lengths + j, at position lengths + depth[j], which is no later: slots tell what is too far
+    back among those before, and bits among the new ones.
+    """
+    window, chunk = span
+    if window is None and chunk is None:
+        return Seen(words, None)
+    position = lengths.long()[:, None] + depth
+    first = position - window + 1 if chunk is None else position // chunk * chunk  # type: ignore[operator]
+    count = words.shape[1]
+    if window is None or window < count:
+        words = words & packed(position[:, None] >= first[:, :, None], words.shape[2])
+    return Seen(words, first.clamp(min=0).to(torch.int32))
+
+
+def packed(bits: Tensor, words: int) -> Tensor:
+    """bool [B, N, M] as words [B, N, words] int64: bit b of word w is column 64 w + b."""
+    wide = F.pad(bits, (0, 64 * words - bits.shape[2])).unflatten(2, (words, 64)).long()
+    return (wide << torch.arange(64, device=bits.device)).sum(3)
+
+
+def visible_keys(lengths: Tensor, mask: Tensor, limit: int, starts: Tensor | None = None) -> Tensor:
+    """The 4-D mask [B, 1, N, limit] of N new tokens: every slot below lengths[b], then by mask words [B, N, W]; none
+    below starts [B, N]."""
+    count = mask.shape[1]
+    node = torch.arange(count, device=mask.device)
+    among = (mask[:, :, node // 64] >> (node % 64) & 1).bool()
+    slots = torch.arange(limit, device=lengths.device)
+    lengths = lengths.long()[:, None]
+    new = (slots - lengths).clamp(0, count - 1)
+    new = torch.gather(among, 2, new[:, None].expand(-1, count, -1))
+    inside = (slots >= lengths) & (slots < lengths + count)
+    visible = (slots < lengths)[:, None] | (new & inside[:, None])
+    if starts is not None:
+        visible &= slots >= starts[:, :, None]
+    return visible[:, None]
+
+
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attention that reads each key head once: the query heads that share it are stacked as queries.
 
-    query [B, Hq, N, D]; key, value [B, Hkv, L, D]; mask [B, 1, N, L], bool or additive. Returns [B, Hq, N, D].
+    query [B, Hq, N, D]; key [B, Hkv, L, D]; value [B, Hkv, L, Dv]; mask [B, 1, N, L], bool or additive. Returns
+    [B, Hq, N, Dv].
     """
     batch, heads, count, width = query.shape
     group = heads // key.shape[1]
     stacked = query.reshape(batch, key.shape[1], group * count, width)
     if mask is not None and group > 1:
         mask = mask.repeat(1, 1, group, 1)
-    return F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scale).view_as(query)
+    out = F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scale)
+    return out.view(batch, heads, count, value.shape[3])
 
 
-def _beagle_tree(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    cache: TreeCache | None = getattr(_reading, "cache", None)
+def _beagle_tree(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
+):
+    cache = cache_being_read()
     if cache is not None:
         cache.attended = True
-    if unknown := [name for name, value in kwargs.items() if _means_something(name, value)]:
+    _check(module, query, attention_mask, kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache is None or attention_mask is None or attention_mask.dtype != torch.int64:
+        return grouped_attention(query, key, value, attention_mask, scale).transpose(1, 2), None
+    query = _tempered(module, query, cache)
+    span = cache.span_of(getattr(module, "layer_idx", None), sliding_window)
+    words, starts = cache.once(("seen", span), lambda: seen(attention_mask[:, 0], cache.lengths, cache.depth, span))
+    softcap = softcap or None
+    if query.shape[2] > _FEW_NODES and not cache.fixed and softcap is None and s_aux is None:
+        first = 0 if starts is None else int(starts.min())
+        mask = cache.once(("4-D", span), lambda: visible_keys(cache.lengths, words, key.shape[2], starts))
+        out = grouped_attention(query, key[:, :, first:], value[:, :, first:], mask[..., first:], scale)
+        return out.transpose(1, 2), None
+    extra = {"starts": starts, "softcap": softcap, "sinks": None if s_aux is None else s_aux.flatten().float()}
+    return tree_attention(
+        query.transpose(1, 2),
+        key,
+        value,
+        cache.lengths,
+        words,
+        scale=scale,
+        block_table=cache.block_table,
+        **{name: value for name, value in extra.items() if value is not None},
+    ), None
+
+
+def _check(module, query: Tensor, mask: Tensor | None, unknown: dict) -> None:
+    if names := sorted(name for name, value in unknown.items() if _means_something(name, value)):
         raise UnsupportedTarget(
-            f"{type(module).__name__} gives its attention {', '.join(sorted(unknown))}; allowed: a softmax over the "
-            "keys that its mask lets through, and nothing else"
+            f"{type(module).__name__} gives its attention {', '.join(names)}; allowed: a softmax over the keys that "
+            "its mask lets through, with a window, a soft-cap or sinks, and nothing else"
         )
-    if attention_mask is None and query.shape[2] > 1:
+    if mask is None and query.shape[2] > 1:
         raise UnsupportedTarget(
             f"{type(module).__name__} does not hand its mask on to the attention; allowed: attention by the mask given"
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if cache is not None and attention_mask is not None and attention_mask.dtype == torch.int64:
-        return tree_attention(
-            query.transpose(1, 2),
-            key,
-            value,
-            cache.lengths,
-            attention_mask[:, 0],
-            scale=scale,
-            block_table=cache.block_table,
-        ), None
-    return grouped_attention(query, key, value, attention_mask, scale).transpose(1, 2), None
 
 
 def _means_something(name: str, value) -> bool:
-    off = value is None or name == "softcap" and value == 0.0
-    return not (off or name in _MEANINGLESS or name.startswith("output_"))
+    return not (value is None or name in _MEANINGLESS or name.startswith("output_"))
+
+
+def tempered_by_position(module) -> bool:
+    """Whether the module scales its queries by positions that it counts from the cache's length, as Llama 4's layers
+    without rotary positions do: tokens of a tree, and rows of different lengths, are at others."""
+    return bool(getattr(module, "attn_temperature_tuning", False)) and hasattr(module, "floor_scale")
+
+
+def _tempered(module, query: Tensor, cache: TreeCache) -> Tensor:
+    """The queries scaled by their own positions, where view.py has switched the module's own scaling off."""
+    config = getattr(module, "config", None)
+    if not hasattr(module, "floor_scale") or not getattr(config, "attn_temperature_tuning", False) or module.use_rope:
+        return query
+    position = cache.lengths.long()[:, None] + cache.depth
+    tuning = torch.log1p(torch.floor((position.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+    return (query * tuning[:, None, :, None]).to(query.dtype)
 
 
 AttentionInterface.register(NAME, _beagle_tree)
