@@ -26,6 +26,7 @@ from beagle_sd.files import cache_folder, write_json
 from beagle_sd.models import smollm2
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.loading import bundled_folder, measured_acceptance
+from beagle_sd.models.target import Target
 
 _PASSES = 3
 _ROUNDS = 8
@@ -45,7 +46,7 @@ def adaptive_tree(
     seconds) and kept there; `calibrate` measures them anew.
 
     measured: tokens a round by shape; None takes the acceptance.json beside the draft's weights or, without one, the
-    bundled draft's as a first guess, which the text soon corrects.
+    bundled draft's as a first guess, which the text soon corrects; of a target that verifies chains only, the chains.
     """
     if measured is None:
         rows = measured_acceptance(Path(draft.name_or_path)) if draft.name_or_path else []
@@ -55,6 +56,8 @@ def adaptive_tree(
             for row in rows
             if row["temperature"] == 0.0
         }
+        if Target(target).chains_only:
+            measured = {shape: tokens for shape, tokens in measured.items() if shape.branch == 1}
     return AdaptiveTree(calibrated_costs(target, draft, measured, anew=calibrate), measured)
 
 

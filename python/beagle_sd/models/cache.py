@@ -34,7 +34,7 @@ class TreeCache(Cache):
 
     block_table: Tensor | None = None
     attended = False
-    stepping = False
+    stepping = recording = False
 
     def __init__(
         self, kept: Sequence[Kept], batch: int, slots: int, device, *, page_size: int | None = None, fixed: bool = False
@@ -106,13 +106,13 @@ class TreeCache(Cache):
         return found if self.block_table is None else found | {"block_table": self.block_table}
 
     def row(self, row: int) -> TreeCache:
-        """One row of a dense cache as a cache of its own, in the same memory, until `reserve` moves it."""
+        """One row as a cache of its own, in the same memory, until `reserve` moves it."""
         one = copy(self)
-        one.states, one.lengths, one._rows = (
-            [states[:, :, row : row + 1] for states in self.states],
-            self.lengths[row : row + 1],
-            self._rows[:1],
-        )
+        one.lengths, one._rows, one._made = self.lengths[row : row + 1], self._rows[:1], {}
+        if self.block_table is None:
+            one.states = [states[:, :, row : row + 1] for states in self.states]
+        else:
+            one.block_table = self.block_table[row : row + 1]
         one.recurrences = {index: recurrence.row(row) for index, recurrence in self.recurrences.items()}
         one.layers = [
             one.recurrences[index].layer if index in one.recurrences else layer
@@ -135,13 +135,14 @@ class TreeCache(Cache):
                 state[rows] = new
         self.lengths[rows] = other.lengths
 
-    def expect(self, depth: Tensor, limit: int | None, stepping: bool) -> None:
+    def expect(self, depth: Tensor, limit: int | None, stepping: bool, recording: bool) -> None:
         """Prepare for a forward over new tokens at `depth` [B, N] behind the lengths, which is to be given `limit`
-        slots (None: all); `stepping`: recurrent layers go token by token, and can go back to each."""
+        slots (None: all); `stepping`: recurrent layers go token by token; `recording`: and can go back to each."""
         count = depth.shape[1]
         if (limit or count) > self.capacity:
             raise ValueError(f"the cache has {self.capacity} slots a row; {limit or count} are needed")
-        self._limit, self.depth, self.stepping = limit, depth.long(), stepping
+        self._limit, self.depth = limit, depth.long()
+        self.stepping, self.recording = stepping, recording
         self._made.clear()
         if not self.fixed:
             self._starts = self.lengths.tolist()

@@ -81,7 +81,7 @@ class BeagleConfig(PretrainedConfig):
         def known(name: str, default: Any = None) -> Any:
             try:  # Gemma 4 raises for what differs from layer to layer
                 return getattr(config, name, None) or default
-            except AttributeError:
+            except (AttributeError, RuntimeError):
                 return default
 
         heads = known("num_attention_heads") or max(1, config.hidden_size // 64)

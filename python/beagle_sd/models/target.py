@@ -141,17 +141,24 @@ class Target:
         check_length(self.config, shortest, total)
 
     def forward(
-        self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: TreeCache, *, stepping: bool = True
+        self,
+        tokens: Tensor,
+        depth: Tensor,
+        mask: Tensor,
+        cache: TreeCache,
+        *,
+        stepping: bool = True,
+        recording: bool = True,
     ) -> Tensor:
         """Top hidden states [B, N, d] of N new tokens a row, written to the cache behind its lengths.
 
         tokens [B, N] int64; depth [B, N], added to the row's length to give positions; mask words [B, N, W] int64:
         which new tokens each one sees (itself too), besides everything below the row's length that its layer sees. A
-        fixed cache needs room behind the lengths, which are not read. stepping: recurrent layers can go back to each
-        token; else they take the tokens in one piece.
+        fixed cache needs room behind the lengths, which are not read. stepping: recurrent layers go token by token,
+        else they take all in one piece; recording: so that `advance` can go back to each.
         """
         limit = None if cache.fixed else int(cache.lengths.max()) + tokens.shape[1]
-        cache.expect(depth, limit, stepping)
+        cache.expect(depth, limit, stepping, recording)
         with reading(cache):
             return self._view(
                 input_ids=tokens,
@@ -190,5 +197,22 @@ class Target:
             cache.lengths.fill_(begin + start)
             step = torch.arange(part.shape[1], device=tokens.device).expand(batch, -1)
             mask = causal(batch, part.shape[1], tokens.device)
-            states.append(self.forward(part, step, mask, cache, stepping=False))
+            stepping = bool(cache.recurrences) and begin + start > 0 and not self._continues
+            states.append(self.forward(part, step, mask, cache, stepping=stepping, recording=False))
         return torch.cat(states, 1)
+
+    @cached_property
+    def _continues(self) -> bool:
+        """Whether recurrent layers take several tokens at once on from the states of those before (Mamba's own code
+        does not)."""
+        tokens = torch.arange(6, device=self.device)[None] * (self.config.vocab_size // 6)
+        cache, found = self.new_cache(1, 6), []
+        for parts in ((6,), (3, 3)):
+            cache.forget()
+            for part in tokens.split(parts, 1):
+                step = torch.arange(part.shape[1], device=self.device)[None]
+                mask = causal(1, part.shape[1], self.device)
+                states = self.forward(part, step, mask, cache, stepping=False, recording=False)
+                cache.lengths += part.shape[1]
+            found.append(states[0, -1].float())
+        return bool((found[0] - found[1]).norm() <= 0.05 * found[0].norm())

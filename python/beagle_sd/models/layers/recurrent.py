@@ -86,10 +86,12 @@ def _stepping(module: nn.Module, index: int) -> Any:
             return forward(*args, **kwargs)
         hidden, *others = args if args else (kwargs.pop(first),)
         recurrence, found = cache.recurrences[index], []
-        recurrence.record()
         for token in hidden.split(1, 1):
+            if cache.recording and not found:
+                recurrence.record()
             found.append(forward(token, *others, **kwargs))
-            recurrence.record()
+            if cache.recording:
+                recurrence.record()
         if isinstance(found[0], Tensor):
             return torch.cat(found, 1)
         return torch.cat([one[0] for one in found], 1), *found[-1][1:]

@@ -1,0 +1,91 @@
+"""Targets with windows, sinks, soft-caps, latent attention and recurrent layers give their own text, much accepted."""
+
+from __future__ import annotations
+
+import oracle_draft
+import pytest
+import torch
+from models import small_draft
+
+from beagle_sd import TreeShape, UnsupportedTarget, generate
+from beagle_sd.decoding.engine import Engine
+from beagle_sd.models.target import Target
+from bench.answers.tiny_targets import REACH, VOCAB, tiny_target
+
+TREES = (
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "gemma3n_text",
+    "gemma4_text",
+    "gpt_oss",
+    "llama4_text",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "ministral3",
+)
+CHAINS = ("qwen3_next", "qwen3_5_text", "nemotron_h", "falcon_h1", "lfm2", "mamba")
+NEW = 24
+WAYS = {"as it is": {}, "as on a GPU": {"fixed": True}, "in pages": {"page_size": 4}}
+SAMPLED = {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "seed": 3}
+
+
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three prompts padded on the left: beyond every window, across one while decoding, and a chunk's last tokens."""
+    ids = torch.randint(3, VOCAB - 8, (3, 2 * REACH + 3), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    for row, gap in enumerate((0, 2 * REACH - 2, REACH - 4)):
+        ids[row, :gap] = mask[row, :gap] = 0
+    return ids, mask
+
+
+def shape_of(model) -> TreeShape:
+    return TreeShape(4, 1, 5) if Target(model).chains_only else TreeShape(4, 3, 13)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", [*TREES, *CHAINS])
+def test_the_text_is_the_targets_own(kind, way, monkeypatch):
+    model, (ids, mask) = tiny_target(kind), prompts()
+    assert bool(Target(model).chains_only) == (kind in CHAINS)
+    draft, width = small_draft(model), ids.shape[1]
+    own = [
+        model.generate(row[seen == 1][None], max_new_tokens=NEW, do_sample=False, use_cache=True)[0]
+        for row, seen in zip(ids, mask, strict=True)
+    ]
+    for settings in ({}, SAMPLED):
+        plain = generate(model, None, ids, mask, max_new_tokens=NEW, **settings).sequences
+        if not settings:
+            assert all(row[-NEW:].equal(text[-NEW:]) for row, text in zip(plain, own, strict=True))
+        texts = [row[width - int(seen.sum()) :] for row, seen in zip(plain, mask, strict=True)]
+        with monkeypatch.context() as patch:
+            oracle_draft.know(patch, texts, VOCAB)
+            engine = Engine(model, draft, batch=3, capacity=width + NEW, tree=shape_of(model), **WAYS[way])
+            for _ in range(2):  # the second over what the first left
+                made = generate(model, draft, ids, mask, max_new_tokens=NEW, engine=engine, **settings)
+                assert made.sequences.equal(plain)
+                assert made.report.tokens_per_round > 1.7
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_a_branching_tree_is_refused_and_the_default_is_a_chain(kind):
+    model, ids = tiny_target(kind), torch.ones(1, 5, dtype=torch.int64)
+    draft = small_draft(model)
+    with pytest.raises(UnsupportedTarget, match=r"recurrent layers .* use a chain: TreeShape\(3, 1, 4\).*allowed"):
+        generate(model, draft, ids, tree=TreeShape(3, 2, 6))
+    assert Engine(model, draft, batch=1, capacity=20).shape == TreeShape(4, 1, 5)
+
+
+def test_a_prompt_in_parts_is_the_prompt(monkeypatch):
+    """Windows, chunks and states go on from part to part, and few tokens see what many at once do."""
+    for kind in (*TREES, *CHAINS):
+        model, ids = tiny_target(kind), prompts()[0][:1]
+        target = Target(model)
+        lengths, found = torch.tensor([ids.shape[1]], dtype=torch.int32), []
+        for part, few in ((512, 64), (5, 64), (512, 2)):
+            monkeypatch.setattr("beagle_sd.models.target._PREFILL_CHUNK", part)
+            monkeypatch.setattr("beagle_sd.models.layers.attention._FEW_NODES", few)
+            with torch.inference_mode():
+                found.append(target.prefill(ids, lengths, target.new_cache(1, ids.shape[1])))
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-3)
