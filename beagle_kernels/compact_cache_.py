@@ -1,8 +1,8 @@
 """Moving the accepted nodes' keys and values to where plain decoding would have put them.
 
 The target ran over the tree with node i in slot lengths + i. After acceptance slot lengths + i takes slot
-lengths + path[i]: one call for all layers, keys and values. A path's indices grow, so path[i] >= i and
-every slot is read before it is overwritten.
+lengths + path[i]: one call for all layers, keys and values. A path's indices grow, so path[i] >= i and every slot is
+read before it is overwritten.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ def compact_cache_(
 ) -> None:
     """Write slot lengths[b] + path[b, i] of every layer into slot lengths[b] + i, for i = 0..num_accepted[b].
 
-    cache [layers, 2, B, Hkv, S, D], or pages [layers, 2, P, Hkv, page, D] with block_table int32 [B, max_pages]; any
-    dtype, moved by bytes; any strides as long as D is contiguous. path int32 [B, L], num_accepted and lengths
-    int32 [B] as in a Verdict. Moves that would go up (path[i] < i) or leave the cache or the block table are left
+    cache [layers, planes, B, Hkv, S, D], or pages [layers, planes, P, Hkv, page, D] with block_table int32
+    [B, max_pages]; planes are 2 for keys and values together, 1 where these are two tensors, or any other number; any
+    dtype, moved by bytes; any strides as long as D is contiguous. path int32 [B, L], num_accepted and lengths int32 [B]
+    as in a Verdict. Moves that would go up (path[i] < i) or leave the cache or the block table are left
     out. lengths stays as it is. Raises ValueError or TypeError on wrong shapes and dtypes; the "cuda" backend takes B
     up to 65535 (BackendError).
     """
@@ -36,7 +37,8 @@ def compact_cache_(
     if not isinstance(cache, Tensor):
         raise TypeError(f"{op}: cache is a {type(cache).__name__}; allowed: a torch.Tensor")
     rows = batch if block_table is None else None
-    checks.tensor(op, "cache", cache, [None, 2, rows, None, None, None], [cache.dtype])
+    checks.tensor(op, "cache", cache, [None, None, rows, None, None, None], [cache.dtype])
+    checks.at_least(op, "the number of planes", cache.shape[1], 1)
     if cache.numel() and cache.stride(-1) != 1 and cache.shape[-1] > 1:
         raise ValueError(f"{op}: cache has stride {cache.stride(-1)} in its last dimension; allowed: 1")
     checks.tensor(op, "num_accepted", num_accepted, [batch], [torch.int32])

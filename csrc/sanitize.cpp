@@ -186,10 +186,10 @@ void chains(int threads, bool blocks, bool many) {
 }
 
 void caches(int threads, bool blocks, bool many) {
-  const int64_t layers = 1 + below(many ? 3 : 40), batch = 1 + below(3), heads = 1 + below(3);
+  const int64_t layers = 1 + below(many ? 3 : 40), planes = 1 + below(3), batch = 1 + below(3), heads = 1 + below(3);
   const int64_t slots = many ? 600 : 1 + below(60), length = many ? 300 + below(200) : 1 + below(12);
   const int64_t width = below(2) ? 1 + below(200) : 16 * (1 + below(12));
-  std::vector<char> cache(size_t(layers * 2 * batch * heads * slots * width));
+  std::vector<char> cache(size_t(layers * planes * batch * heads * slots * width));
   for (auto& byte : cache) byte = char(rng());
   std::vector<int32_t> path, accepted, lengths, table;
   for (int64_t b = 0; b < batch; ++b) {
@@ -198,39 +198,45 @@ void caches(int threads, bool blocks, bool many) {
     // a page of its own somewhere, since rows that share one would race in any engine; the other ids are no page's
     for (int i = 0, own = below(3); i < 3; ++i) table.push_back(int32_t(i == own ? b : below(2) ? -1 : batch + below(9)));
   }
-  const int64_t slot = width, head = slots * slot, row = heads * head, half = batch * row;
+  const int64_t slot = width, head = slots * slot, row = heads * head, plane = batch * row;
   for (const int32_t* pages : {static_cast<const int32_t*>(nullptr), static_cast<const int32_t*>(table.data())}) {
     auto copy = cache;
-    CompactCache op{cache.data(), layers, batch, heads, slots, width, 2 * half, half, row, head, slot, batch,
-                    pages ? 3 : 0, path.data(), length, accepted.data(), lengths.data(), pages};
+    CompactCache op{cache.data(), layers, planes, batch, heads, slots, width, planes * plane, plane, row, head, slot,
+                    batch, pages ? 3 : 0, path.data(), length, accepted.data(), lengths.data(), pages};
     cpu::compact_cache(op, threads);
     op.cache = copy.data();
     if (blocks) cuda::compact_cache(op, nullptr), same("compact_cache", cache, copy);
   }
 }
 
-// Dense and paged, with lengths, masks and page numbers of any value; odd strides, buffers that end where they may.
+// Dense and paged, with lengths, masks, page numbers and starts of any value; odd strides, buffers that end where they
+// may.
 void attention(int threads) {
   const int32_t dtype = below(3);
   const int64_t batch = 1 + below(3), nodes = 1 + below(70), kv_heads = 1 + below(2), heads = kv_heads * (1 + below(4));
   const int64_t width = 1 + below(70), slots = 1 + below(200), words = 1 + below(5), pages = 1 + below(4);
-  const int64_t gap = below(3), row = width + gap, table_width = 1 + below(4);
+  const int64_t value_width = below(2) ? width : 1 + below(70), table_width = 1 + below(4);
+  const int64_t gap = below(3), row = width + gap, value_row = value_width + gap;
   const auto wild = [](int most) { return below(3) ? int32_t(below(most)) : below(2) ? INT32_MIN + below(2) : INT32_MAX; };
   for (const bool paged : {false, true}) {
     const int64_t planes = paged ? pages : batch;
     const auto q = logits(batch * nodes * heads * row - gap, dtype);
     const auto k = logits(planes * kv_heads * slots * row - gap, dtype);
-    const auto v = logits(planes * kv_heads * slots * row - gap, dtype);
-    std::vector<uint16_t> out(size_t(batch * nodes * heads * width * (dtype == 0 ? 2 : 1)));
-    std::vector<int32_t> lengths, table;
+    const auto v = logits(planes * kv_heads * slots * value_row - gap, dtype);
+    std::vector<uint16_t> out(size_t(batch * nodes * heads * value_width * (dtype == 0 ? 2 : 1)));
+    std::vector<int32_t> lengths, table, starts;
+    const std::vector<float> sinks(size_t(heads), 0.5f);
     std::vector<int64_t> mask;
     for (int64_t b = 0; b < batch; ++b) lengths.push_back(wild(int(slots) + 2));
     for (int64_t i = 0; i < batch * table_width; ++i) table.push_back(wild(int(pages)));
     for (int64_t i = 0; i < batch * nodes * words; ++i) mask.push_back(int64_t(uint64_t(rng()) << 32 | rng()));
-    cpu::tree_attention({q.data(), k.data(), v.data(), out.data(), dtype, batch, nodes, heads, kv_heads, width, slots,
-                         words, nodes * heads * row, heads * row, row, kv_heads * slots * row, slots * row, row,
-                         kv_heads * slots * row, slots * row, row, lengths.data(), mask.data(),
-                         paged ? table.data() : nullptr, paged ? table_width : 0, planes, 0.3f}, threads);
+    for (int64_t i = 0; i < batch * nodes; ++i) starts.push_back(wild(int(slots) + 70));
+    cpu::tree_attention({q.data(), k.data(), v.data(), out.data(), dtype, batch, nodes, heads, kv_heads, width,
+                         value_width, slots, words, nodes * heads * row, heads * row, row, kv_heads * slots * row,
+                         slots * row, row, kv_heads * slots * value_row, slots * value_row, value_row, lengths.data(),
+                         mask.data(), paged ? table.data() : nullptr, paged ? table_width : 0, planes, 0.3f,
+                         below(2) ? starts.data() : nullptr, below(2) ? sinks.data() : nullptr,
+                         below(2) ? 2.0f : 0.0f}, threads);
   }
 }
 

@@ -11,7 +11,7 @@ from ..extension import _C, address, allow, compiled, contiguous, executor, flat
 def compact_cache_(
     cache: Tensor, path: Tensor, num_accepted: Tensor, lengths: Tensor, block_table: Tensor | None = None
 ) -> None:
-    layers, _, rows, heads, slots, size = cache.shape
+    layers, planes, rows, heads, slots, size = cache.shape
     allow("compact_cache_", "the number of rows", len(path), _C.max_rows, cache.device)
     item = cache.element_size()
     kept, (path_at, *counts) = flat(path, num_accepted, lengths)
@@ -22,6 +22,7 @@ def compact_cache_(
             where,
             cache.data_ptr(),
             layers,
+            planes,
             len(path),
             heads,
             slots,

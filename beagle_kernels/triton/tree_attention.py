@@ -3,7 +3,7 @@
 The nodes' query heads that share a key head are packed into the rows of one tile. How many splits do work follows from
 the lengths on the device; the grid follows from shapes alone, so a captured graph serves every length. The prefix runs
 without mask; the tree's slots start at a tile, so that tile w takes word w of the ancestor masks. Of several words, as
-where they show a window of keys, each split takes its share.
+where they show a window of keys, each split takes its share. With `starts` the keys begin at the least of a row's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import implementation
+from ..extension import contiguous
 from .configs import Config, architecture, choose, tune
 from .tiles import LN2, LOG2E, block_d, positive_scale, rows_contiguous, softmax_step
 
@@ -21,13 +22,26 @@ MIN_KEYS = tl.constexpr(256)
 """Prefix keys below which a further split is not worth its combining."""
 MOST_SPLITS = tl.constexpr(128)
 """The combining step reads the results of so many at once."""
+NODES = tl.constexpr(64)
+"""Whose starts are read at once."""
 COMBINED = 64
 """Columns of the head size that a program of the combining step takes."""
 
 
 @triton.jit
-def splits_in_use(length, words, splits):
-    return tl.maximum(tl.minimum(tl.cdiv(length + 64 * (words - 1), MIN_KEYS), splits), 1)
+def splits_in_use(keys, words, splits):
+    """Of so many of the prefix, and of the words of the masks."""
+    return tl.maximum(tl.minimum(tl.cdiv(keys + 64 * (words - 1), MIN_KEYS), splits), 1)
+
+
+@triton.jit
+def first_slot(p_starts, N, length):
+    """The first slot of the prefix that some node of the row sees, `length` if none is."""
+    b_first = tl.full([NODES], 2147483647, tl.int32)
+    for start in range(0, N, NODES):
+        o_node = start + tl.arange(0, NODES)
+        b_first = tl.minimum(b_first, tl.load(p_starts + o_node, mask=o_node < N, other=2147483647))
+    return tl.minimum(tl.maximum(tl.min(b_first, 0), 0), length)
 
 
 @triton.jit
@@ -63,8 +77,24 @@ def load_slots(
 
 
 @triton.jit
-def attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, MASKED: tl.constexpr):
+def tanh(b_x):
+    """To fp32's last bit or two: below 0.55 a polynomial, since 1 - 2 e / (1 + e) would cancel."""
+    b_size, b_square = tl.abs(b_x), b_x * b_x
+    b_e = tl.exp2(b_size * (-2 * LOG2E))
+    b_far = 1 - 2 * b_e / (1 + b_e)
+    b_p = -6.38112e-3 * b_square + 2.115393e-2
+    b_p = b_p * b_square - 5.387445e-2
+    b_p = b_p * b_square + 1.3332827e-1
+    b_p = b_p * b_square - 3.3333326e-1
+    # NaN stays: it is not above 0.55
+    return tl.where(b_size > 0.55, tl.where(b_x < 0, -b_far, b_far), b_x + b_x * (b_square * b_p))
+
+
+@triton.jit
+def attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, squash, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="tf32x3")  # [BM, BN]
+    if SOFTCAP:
+        b_s = tanh(b_s * squash)
     b_p, b_decay, b_max = softmax_step(b_s, b_max, m_s, scale, MASKED)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="tf32x3")
     return b_acc, b_max, b_sum * b_decay + tl.sum(b_p, 1)
@@ -84,6 +114,7 @@ def tree_attention_splits(
     p_lengths,
     p_mask,
     p_table,
+    p_starts,
     p_part,
     p_part_lse,
     N,
@@ -92,6 +123,7 @@ def tree_attention_splits(
     page,
     splits,
     scale,
+    squash,
     s_qb,
     s_qn,
     s_qh,
@@ -109,23 +141,29 @@ def tree_attention_splits(
     GROUP: tl.constexpr,
     WORDS: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGED: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     # Tiles of the same keys follow each other, so that all but one of them find the keys in the cache.
     tiles = tl.cdiv(N * GROUP, BLOCK_M)
     i_m, i_plane, i_split = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
     i_h, i_b = i_plane % (HQ // GROUP), (i_plane // (HQ // GROUP)).to(tl.int64)
-    length = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), slots)
-    in_use = splits_in_use(length, WORDS, splits)
+    length, base = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), slots), 0
+    if HAS_STARTS:
+        base = first_slot(p_starts + i_b * N, N, length)
+    in_use = splits_in_use(length - base, WORDS, splits)
     if i_split >= in_use:
         return
     o_row = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_node, o_head = o_row // GROUP, i_h * GROUP + o_row % GROUP
     m_row = o_node < N
-    o_d = tl.arange(0, BLOCK_D)
+    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     p_row = p_q + i_b * s_qb + o_node.to(tl.int64) * s_qn + o_head.to(tl.int64) * s_qh
     b_q = tl.load(p_row[:, None] + o_d[None, :], mask=m_row[:, None] & (o_d[None, :] < D), other=0.0)  # [BM, BD]
     p_k += i_h.to(tl.int64) * s_kh
@@ -136,28 +174,36 @@ def tree_attention_splits(
         p_k += i_b * s_kb
         p_v += i_b * s_vb
     scale *= LOG2E
-    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m_seen = None
+    if HAS_STARTS:
+        b_start = tl.load(p_starts + i_b * N + o_node, mask=m_row, other=2147483647)[:, None]
+    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
 
     # The first splits have a block more: the last one has the tree besides, if its mask is one word.
-    blocks = tl.cdiv(length, BLOCK_N)
+    blocks = tl.cdiv(length - base, BLOCK_N)
     share, more = blocks // in_use, blocks % in_use
-    lo = (i_split * share + tl.minimum(i_split, more)) * BLOCK_N
+    lo = base + (i_split * share + tl.minimum(i_split, more)) * BLOCK_N
     hi = tl.minimum(lo + (share + (i_split < more)) * BLOCK_N, length)
     full_hi = lo + (hi - lo) // BLOCK_N * BLOCK_N
     o_n = tl.arange(0, BLOCK_N)
     for start in range(lo, full_hi, BLOCK_N):
         o_slot = start + o_n
         b_k = load_slots(p_k, o_slot, None, p_table, num_pages, page, s_kb, s_ks, o_d, D, BLOCK_D, PAGED, False)
-        b_v = load_slots(p_v, o_slot, None, p_table, num_pages, page, s_vb, s_vs, o_d, D, BLOCK_D, PAGED, False)
-        b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, None, scale, False)
+        b_v = load_slots(p_v, o_slot, None, p_table, num_pages, page, s_vb, s_vs, o_dv, DV, BLOCK_DV, PAGED, False)
+        if HAS_STARTS:
+            m_seen = o_slot[None, :] >= b_start
+        b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_seen, scale, squash, HAS_STARTS, SOFTCAP)
     if full_hi < hi:
         o_slot = full_hi + o_n
         m_slot = o_slot < hi
         b_k = load_slots(p_k, o_slot, m_slot, p_table, num_pages, page, s_kb, s_ks, o_d, D, BLOCK_D, PAGED, True)
-        b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_d, D, BLOCK_D, PAGED, True)
-        b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_slot[None, :], scale, True)
+        b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_dv, DV, BLOCK_DV, PAGED, True)
+        m_s = m_slot[None, :]
+        if HAS_STARTS:
+            m_s = m_s & (o_slot[None, :] >= b_start)
+        b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, squash, True, SOFTCAP)
     BITS: tl.constexpr = min(BLOCK_N, 64)
     first, last = 0, WORDS * 64
     if WORDS > 1:
@@ -170,16 +216,21 @@ def tree_attention_splits(
             b_word = tl.load(p_word, mask=m_row, other=0) >> start % 64  # [BM]
             o_slot = length + start + o_bit
             # A slot that no row sees may hold anything, NaN included: it is not read.
-            m_slot = ((tl.reduce(b_word, 0, either) >> o_bit) & 1 != 0) & (o_slot < slots)
-            m_s = ((b_word[:, None] >> o_bit[None, :]) & 1 != 0) & m_slot[None, :]
+            if HAS_STARTS:
+                m_s = ((b_word[:, None] >> o_bit[None, :]) & 1 != 0) & (o_slot[None, :] >= b_start)
+                m_slot = (tl.max(m_s.to(tl.int32), 0) != 0) & (o_slot < slots)
+                m_s = m_s & m_slot[None, :]
+            else:
+                m_slot = ((tl.reduce(b_word, 0, either) >> o_bit) & 1 != 0) & (o_slot < slots)
+                m_s = ((b_word[:, None] >> o_bit[None, :]) & 1 != 0) & m_slot[None, :]
             b_k = load_slots(p_k, o_slot, m_slot, p_table, num_pages, page, s_kb, s_ks, o_d, D, BLOCK_D, PAGED, True)
-            b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_d, D, BLOCK_D, PAGED, True)
-            b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, True)
+            b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_dv, DV, BLOCK_DV, PAGED, True)
+            b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, squash, True, SOFTCAP)
 
     b_safe = tl.where(b_sum > 0, b_sum, 1.0)
     o_part = ((i_b * N + o_node) * HQ + o_head) * splits + i_split
-    p_out = p_part + o_part[:, None] * D + o_d[None, :]
-    tl.store(p_out, b_acc / b_safe[:, None], mask=m_row[:, None] & (o_d[None, :] < D))
+    p_out = p_part + o_part[:, None] * DV + o_dv[None, :]
+    tl.store(p_out, b_acc / b_safe[:, None], mask=m_row[:, None] & (o_dv[None, :] < DV))
     tl.store(p_part_lse + o_part, (b_max + tl.log2(b_safe)) * LN2, mask=m_row)
 
 
@@ -188,6 +239,8 @@ def tree_attention_combine(
     p_part,
     p_part_lse,
     p_lengths,
+    p_starts,
+    p_sinks,
     p_out,
     N,
     slots,
@@ -196,18 +249,27 @@ def tree_attention_combine(
     HQ: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
-    """One program a node, head and BLOCK_D columns: the splits' results weighted by their log-sum-exp."""
+    """One program a node, head and BLOCK_D columns of values, D wide: the splits' results weighted by their
+    log-sum-exp, and the sink's share taken off."""
     i_row = tl.program_id(0).to(tl.int64)
-    length = tl.minimum(tl.maximum(tl.load(p_lengths + i_row // (N * HQ)), 0), slots)
+    keys = tl.minimum(tl.maximum(tl.load(p_lengths + i_row // (N * HQ)), 0), slots)
+    if HAS_STARTS:
+        keys -= first_slot(p_starts + i_row // (N * HQ) * N, N, keys)
     o_split, o_d = tl.arange(0, MOST_SPLITS), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_split = o_split < splits_in_use(length, words, splits)
+    m_split = o_split < splits_in_use(keys, words, splits)
     b_lse = tl.load(p_part_lse + i_row * splits + o_split, mask=m_split, other=float("-inf"))  # [MOST_SPLITS]
     p_tile = p_part + i_row * splits * D + o_split[:, None] * D + o_d[None, :]
     b_part = tl.load(p_tile, mask=m_split[:, None] & (o_d[None, :] < D), other=0.0)  # [MOST_SPLITS, BD]
     b_max = tl.max(b_lse, 0)
     b_weight = tl.exp2((b_lse - tl.where(b_max == float("-inf"), 0.0, b_max)) * LOG2E)
     b_total = tl.sum(b_weight, 0)
+    if HAS_SINKS:
+        # far above all scores a sink takes everything: its share is infinite, and the rest 0
+        b_sink = tl.exp2((tl.load(p_sinks + i_row % HQ) - b_max) * LOG2E)
+        b_total += tl.where(b_max == float("-inf"), 0.0, b_sink)
     b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(b_total > 0, b_total, 1.0)
     tl.store(p_out + i_row * D + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
 
@@ -220,14 +282,15 @@ def tiles(config: Config, rows: int, block_d: int, paged: bool) -> Config:
     return Config(block_m, config.block_n, 4 if held_by_4 else config.warps, config.stages + more)
 
 
-def running_at_once(config: Config, block_d: int, paged: bool, q: Tensor) -> int:
+def running_at_once(config: Config, block_d: int, block_dv: int, paged: bool, q: Tensor) -> int:
     """Blocks of these tiles that the device runs at a time, by shared memory and by registers: 128 a thread in the
     smallest tiles, up to 255 in others. On the host, where only the grid matters, a few."""
     if q.device.type != "cuda":
         return 8
     device = torch.cuda.get_device_properties(q.device)
     row = block_d * q.element_size()
-    needed = row * (config.block_m + 2 * max(1, config.stages - 1 - paged) * config.block_n) + 1024
+    streamed = (block_d + block_dv) * q.element_size() * config.block_n
+    needed = row * config.block_m + max(1, config.stages - 1 - paged) * streamed + 1024
     by_registers = 65536 // (32 * config.warps * (128 if row * config.block_m <= 2048 else 256))
     return device.multi_processor_count * max(1, min(by_registers, device.shared_memory_per_multiprocessor // needed))
 
@@ -240,30 +303,42 @@ def splits_of(blocks: int, slots: int, at_once: int) -> int:
 
 @implementation("tree_attention", "triton")
 def tree_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Tensor, block_table: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    mask: Tensor,
+    block_table: Tensor | None,
+    scale: float,
+    starts: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     q, scale = positive_scale(q, scale)
     q, k, v = rows_contiguous(q, k, v)
     batch, nodes, heads, width = q.shape
-    out = q.new_empty(q.shape)
+    value_width = v.shape[3]
+    out = q.new_empty(batch, nodes, heads, value_width)
     slots = k.shape[2] * (1 if block_table is None else block_table.shape[1])
     if q.numel() == 0 or slots == 0 or k.shape[0] == 0:
         return out.zero_()
-    group, wide = heads // k.shape[1], block_d(width)
-    config = choose("tree", architecture(q.device), wide, q.dtype)
+    group, wide, wide_v = heads // k.shape[1], block_d(width), block_d(value_width)
+    config = choose("tree", architecture(q.device), max(wide, wide_v), q.dtype)
     paged = block_table is not None
-    config = tiles(config, nodes * group, wide, paged)
+    config = tiles(config, nodes * group, max(wide, wide_v), paged)
     blocks = triton.cdiv(nodes * group, config.block_m) * k.shape[1] * batch
-    splits = splits_of(blocks, slots, running_at_once(config, wide, paged, q))
-    part = q.new_empty(*q.shape[:3], splits, width, dtype=torch.float32)
+    splits = splits_of(blocks, slots, running_at_once(config, wide, wide_v, paged, q))
+    part = q.new_empty(*q.shape[:3], splits, value_width, dtype=torch.float32)
     part_lse = q.new_empty(*q.shape[:3], splits, dtype=torch.float32)
     if block_table is not None and block_table.stride(1) != 1:
         block_table = block_table.contiguous()
-    lengths = lengths.contiguous()
-    sizes = nodes, slots, k.shape[0], k.shape[2], splits, scale
+    lengths, starts, sinks = lengths.contiguous(), contiguous(starts), contiguous(sinks)
+    # a cap squashes scores to -1 .. 1 and makes softcap of 1
+    scale, squash = (scale, 0.0) if softcap is None else (softcap, scale / softcap)
+    sizes = nodes, slots, k.shape[0], k.shape[2], splits, scale, squash
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride()
-    constants = dict(HQ=heads, D=width, enable_fp_fusion=True)
-    columns = min(wide, COMBINED)
+    constants = dict(HQ=heads, HAS_STARTS=starts is not None, enable_fp_fusion=True)
+    columns = min(wide_v, COMBINED)
     with torch.cuda.device_of(q):
         tree_attention_splits[(blocks, splits)](
             q,
@@ -272,23 +347,41 @@ def tree_attention(
             lengths,
             mask,
             block_table,
+            starts,
             part,
             part_lse,
             *sizes,
             *strides,
             0 if block_table is None else block_table.stride(0),
             **constants,
+            D=width,
+            DV=value_width,
             BLOCK_D=wide,
+            BLOCK_DV=wide_v,
             GROUP=group,
             WORDS=mask.shape[2],
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             PAGED=paged,
+            SOFTCAP=softcap is not None,
             num_warps=config.warps,
             num_stages=config.stages,
         )
-        tree_attention_combine[(batch * nodes * heads, triton.cdiv(wide, columns))](
-            part, part_lse, lengths, out, nodes, slots, mask.shape[2], splits, **constants, BLOCK_D=columns
+        tree_attention_combine[(batch * nodes * heads, triton.cdiv(wide_v, columns))](
+            part,
+            part_lse,
+            lengths,
+            starts,
+            sinks,
+            out,
+            nodes,
+            slots,
+            mask.shape[2],
+            splits,
+            **constants,
+            D=value_width,
+            BLOCK_D=columns,
+            HAS_SINKS=sinks is not None,
         )
     return out
 

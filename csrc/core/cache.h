@@ -5,7 +5,7 @@
 
 namespace beagle {
 
-// Byte offset of a row's slot within its layer, K or V, and head; -1 outside the cache or the block table.
+// Byte offset of a row's slot within its layer, plane and head; -1 outside the cache or the block table.
 BEAGLE_FN int64_t slot_offset(const CompactCache& op, int64_t b, int64_t slot) {
   if (slot < 0) return -1;
   if (!op.table) return slot < op.slots ? b * op.stride_batch + slot * op.stride_slot : -1;
@@ -54,12 +54,12 @@ BEAGLE_FN void move_batch(const Move* moves, char* start) {
 
 // Moves bytes [column, column + sizeof(Unit)) of every accepted slot.
 template <class Unit>
-BEAGLE_FN void move_column(const CompactCache& op, int64_t b, char* plane, int64_t column) {
+BEAGLE_FN void move_column(const CompactCache& op, int64_t b, char* head, int64_t column) {
   const int64_t steps = steps_of(op, b);
   for (int64_t first = 0; first < steps; first += kMoves) {
     Move moves[kMoves];
     for (int i = 0; i < kMoves; ++i) moves[i] = move_of(op, b, first + i, steps);
-    move_batch<Unit, 1>(moves, plane + column);
+    move_batch<Unit, 1>(moves, head + column);
   }
 }
 

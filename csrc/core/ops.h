@@ -181,33 +181,37 @@ struct VerifyChain {
 
 struct CompactCache {
   char* cache;
-  int64_t layers, batch, heads, slots, width;                          // slots a page; width in bytes
-  int64_t stride_layer, stride_kv, stride_batch, stride_head, stride_slot;  // in bytes
+  int64_t layers, planes, batch, heads, slots, width;                      // slots a page; width in bytes
+  int64_t stride_layer, stride_plane, stride_batch, stride_head, stride_slot;  // in bytes
   int64_t pages, table_width;
   const int32_t* path;
   int64_t path_length;
   const int32_t* num_accepted;
   const int32_t* lengths;
   const int32_t* table;  // or null
-  BEAGLE_FIELDS(cache, layers, batch, heads, slots, width, stride_layer, stride_kv, stride_batch, stride_head, stride_slot,
-                pages, table_width, path, path_length, num_accepted, lengths, table)
+  BEAGLE_FIELDS(cache, layers, planes, batch, heads, slots, width, stride_layer, stride_plane, stride_batch, stride_head,
+                stride_slot, pages, table_width, path, path_length, num_accepted, lengths, table)
 };
 
-// q, k, v with the last dimension contiguous, strides in elements; out contiguous [batch, nodes, heads, width].
+// q, k, v with the last dimension contiguous, strides in elements; out contiguous [batch, nodes, heads, value_width].
 // slots: of a row, or of a page where there is a table [batch, table_width].
 struct TreeAttention {
   const void *q, *k, *v;
   void* out;
   int32_t dtype;
-  int64_t batch, nodes, heads, kv_heads, width, slots, words;
+  int64_t batch, nodes, heads, kv_heads, width, value_width, slots, words;
   int64_t q_batch, q_node, q_head, k_batch, k_head, k_slot, v_batch, v_head, v_slot;
   const int32_t* lengths;
   const int64_t* mask;
   const int32_t* table;  // or null
   int64_t table_width, pages;
   float scale;
-  BEAGLE_FIELDS(q, k, v, out, dtype, batch, nodes, heads, kv_heads, width, slots, words, q_batch, q_node, q_head, k_batch,
-                k_head, k_slot, v_batch, v_head, v_slot, lengths, mask, table, table_width, pages, scale)
+  const int32_t* starts;  // [batch, nodes], or null
+  const float* sinks;     // [heads], or null
+  float softcap;          // 0: none
+  BEAGLE_FIELDS(q, k, v, out, dtype, batch, nodes, heads, kv_heads, width, value_width, slots, words, q_batch, q_node,
+                q_head, k_batch, k_head, k_slot, v_batch, v_head, v_slot, lengths, mask, table, table_width, pages, scale,
+                starts, sinks, softcap)
 };
 
 // x, weight with the last dimension contiguous, strides in elements; out contiguous [rows, outputs].

@@ -33,11 +33,24 @@ inline __attribute__((always_inline)) float exp2_of(float x) {
   return x < -126.0f ? 0.0f : scaled;
 }
 
+// tanh to fp32's last bit or two: below 0.55 a polynomial, since 1 - 2 e / (1 + e) would cancel.
+inline __attribute__((always_inline)) float tanh_of(float x) {
+  const float size = x < 0.0f ? -x : x, square = x * x, e = exp2_of(size * (-2.0f * kLog2E));
+  const float far = 1.0f - 2.0f * e / (1.0f + e);
+  float p = -6.38112e-3f;
+  p = p * square + 2.115393e-2f;
+  p = p * square + -5.387445e-2f;
+  p = p * square + 1.3332827e-1f;
+  p = p * square + -3.3333326e-1f;
+  // NaN stays: it is not above 0.55
+  return size > 0.55f ? (x < 0.0f ? -far : far) : x + x * (square * p);
+}
+
 inline __attribute__((always_inline)) Vec& at(float* place) { return *reinterpret_cast<Vec*>(place); }
 inline __attribute__((always_inline)) const Vec& at(const float* place) { return *reinterpret_cast<const Vec*>(place); }
 
 // A tile of queries and what its rows have summed so far. `query` is [rows][padded], or [padded][kRows] where scores
-// are computed across rows; `sum` is [rows][padded].
+// are computed across rows; `sum` is [rows][value_padded].
 struct Queries {
   std::vector<float> query, sum;
   float top[kRows], mass[kRows];
@@ -54,10 +67,17 @@ struct Keys {
   int padded_count() const { return (count + kLanes - 1) / kLanes * kLanes; }
 };
 
+// A soft cap c: a score z becomes `most` tanh(z `inverse`), c and 1 / c in the scores' units; none where `most` is 0.
+struct Cap {
+  float inverse, most;
+};
+
 // `score` is [kRows][kKeys], or [kKeys][kRows] where it is computed across rows.
 struct Scratch {
-  explicit Scratch(int64_t padded) : padded(padded), key(kKeys * padded), value(kKeys * padded) {}
-  int64_t padded;
+  Scratch(int64_t padded, int64_t value_padded, Cap cap)
+      : padded(padded), value_padded(value_padded), cap(cap), key(kKeys * padded), value(kKeys * value_padded) {}
+  int64_t padded, value_padded;
+  Cap cap;
   std::vector<float> key, value;
   float score[kKeys * kRows] = {}, keep[kRows] = {};
   std::vector<Queries> tiles;
@@ -128,13 +148,19 @@ inline __attribute__((always_inline)) void add_values(float* sum, const float* k
 template <int kCount, int kVecs>
 inline __attribute__((always_inline)) void add_all_values(Queries& q, Scratch& s, int r, int64_t row_stride,
                                                           int64_t key_stride, const Keys& keys) {
-  float* sum = &q.sum[r * s.padded];
+  const int64_t padded = s.value_padded;
+  float* sum = &q.sum[r * padded];
   const float* score = s.score + r * row_stride;
   int64_t d = 0;
-  for (; d + kVecs * kLanes <= s.padded; d += kVecs * kLanes)
-    add_values<kCount, kVecs>(sum, s.keep + r, score, row_stride, key_stride, keys, d, s.padded);
-  for (; d < s.padded; d += kLanes)
-    add_values<kCount, 1>(sum, s.keep + r, score, row_stride, key_stride, keys, d, s.padded);
+  for (; d + kVecs * kLanes <= padded; d += kVecs * kLanes)
+    add_values<kCount, kVecs>(sum, s.keep + r, score, row_stride, key_stride, keys, d, padded);
+  for (; d < padded; d += kLanes)
+    add_values<kCount, 1>(sum, s.keep + r, score, row_stride, key_stride, keys, d, padded);
+}
+
+template <int kCount>
+inline __attribute__((always_inline)) void cap_scores(float* score, Cap cap) {
+  for (int i = 0; i < kCount; ++i) score[i] = cap.most * tanh_of(score[i] * cap.inverse);
 }
 
 // Adds a tile's keys to few query rows by the online softmax, one row after the other; bit j of seen[r] is key j.
@@ -144,6 +170,8 @@ inline __attribute__((always_inline)) void add_tile(Queries& q, Scratch& s, cons
     float* score = s.score + r * kKeys;
     for (int j = 0; j < count; j += kLanes)
       at(score + j) = dots(&q.query[r * s.padded], keys.key + j * keys.key_stride, keys.key_stride, s.padded);
+    if (s.cap.most > 0.0f)
+      for (int j = 0; j < count; j += kLanes) cap_scores<kLanes>(score + j, s.cap);
     if (seen[r] != ~0ull)
       for (int j = 0; j < count; ++j) score[j] = seen[r] >> j & 1 ? score[j] : -kInf;
     float top = q.top[r], mass = 0.0f;
@@ -170,6 +198,8 @@ inline __attribute__((always_inline)) void add_tile_across(Queries& q, Scratch& 
   for (int j = 0; j < count; j += kStep)
     dots_across<kStep, kVecs>(q.query.data(), keys.key + j * keys.key_stride, keys.key_stride, width,
                               s.score + j * kRows);
+  if (s.cap.most > 0.0f)
+    for (int j = 0; j < count; ++j) cap_scores<kWide>(s.score + j * kRows, s.cap);
   for (int half = 0; half < 64 && !whole; half += 32) {
     uint32_t part[kWide];
     for (int r = 0; r < kWide; ++r) part[r] = uint32_t(seen[r] >> half);

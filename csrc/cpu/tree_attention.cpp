@@ -2,6 +2,7 @@
 #include "../core/common.h"
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -16,10 +17,25 @@ namespace {
 // Tiles of rows that one task takes through each tile of keys; keys below which a further split costs more than it saves.
 constexpr int64_t kMostTiles = 8, kLeastKeys = 256;
 
+// Where a row's windows begin: that of the node that sees furthest back, and that of the one that sees least far.
+struct Starts {
+  int64_t first, last;
+};
+
+Starts starts_of(const TreeAttention& op, int64_t b) {
+  if (!op.starts || !op.nodes) return {0, 0};
+  const auto [least, most] = std::minmax_element(op.starts + b * op.nodes, op.starts + (b + 1) * op.nodes);
+  return {std::max<int64_t>(*least, 0), std::max<int64_t>(*most, 0)};
+}
+
 // Slots slot .. slot + 63, of which there are `count`, as node n of row b sees them.
 inline __attribute__((always_inline)) uint64_t visible(const TreeAttention& op, int64_t b, int64_t n, int64_t slot,
                                                        int count) {
-  const uint64_t there = ~0ull >> (64 - count);
+  uint64_t there = ~0ull >> (64 - count);
+  if (op.starts) {
+    const int64_t hidden = op.starts[b * op.nodes + n] - slot;
+    if (hidden > 0) there = hidden < 64 ? there & ~0ull << hidden : 0;
+  }
   const int64_t first = slot - std::max<int64_t>(op.lengths[b], 0), word = first >> 6;
   if (first <= -64 || word >= op.words) return first < 0 ? there : 0;
   const int64_t* words = op.mask + (b * op.nodes + n) * op.words;
@@ -32,11 +48,14 @@ inline __attribute__((always_inline)) uint64_t visible(const TreeAttention& op, 
 
 // How many slots some node of row b sees.
 int64_t keys_seen(const TreeAttention& op, int64_t b) {
-  int64_t count = std::max<int64_t>(op.lengths[b], 0);
+  const int64_t length = std::max<int64_t>(op.lengths[b], 0), first = starts_of(op, b).first;
+  int64_t count = std::max<int64_t>(length - first, 0);
   for (int64_t word = 0; word < op.words; ++word) {
+    const int64_t hidden = first - length - 64 * word;
+    if (hidden >= 64) continue;
     int64_t any = 0;
     for (int64_t n = 0; n < op.nodes; ++n) any |= op.mask[(b * op.nodes + n) * op.words + word];
-    count += __builtin_popcountll(any);
+    count += __builtin_popcountll(uint64_t(any) >> std::max<int64_t>(hidden, 0));
   }
   return count;
 }
@@ -59,15 +78,16 @@ struct Plane {
 // The tile of queries of key head h that starts at row `first` of [nodes, group].
 template <class T>
 inline __attribute__((always_inline)) void load_queries(const TreeAttention& op, int64_t b, int64_t h, int64_t padded,
-                                                        Queries& q) {
+                                                        int64_t value_padded, Queries& q) {
   const int64_t group = op.heads / op.kv_heads;
   q.across = q.rows >= kAcross;
   q.query.assign((q.across ? kRows : q.rows) * padded, 0.0f);
-  q.sum.assign(kRows * padded, 0.0f);
+  q.sum.assign(kRows * value_padded, 0.0f);
   for (int r = 0; r < q.rows; ++r) {
     const int64_t n = (q.first + r) / group, head = h * group + (q.first + r) % group;
     const T* from = static_cast<const T*>(op.q) + b * op.q_batch + n * op.q_node + head * op.q_head;
-    const float scale = op.scale * kLog2E;
+    // a soft cap takes scores as they are, and gives them in powers of two
+    const float scale = op.softcap > 0.0f ? op.scale : op.scale * kLog2E;
     if (q.across)
       for (int64_t d = 0; d < op.width; ++d) q.query[d * kRows + r] = to_float(from[d]) * scale;
     else
@@ -84,17 +104,18 @@ inline __attribute__((always_inline)) Keys load_keys(const TreeAttention& op, in
   const Plane<T> keys{static_cast<const T*>(op.k), op.k_batch, op.k_head, op.k_slot};
   const Plane<T> values{static_cast<const T*>(op.v), op.v_batch, op.v_head, op.v_slot};
   if constexpr (std::is_same_v<T, float>)
-    if (any == ~0ull && s.padded == op.width && (!op.table || op.slots % kKeys == 0))
+    if (any == ~0ull && s.padded == op.width && s.value_padded == op.value_width &&
+        (!op.table || op.slots % kKeys == 0))
       return {keys.at(op, b, h, slot), values.at(op, b, h, slot), op.k_slot, op.v_slot, count};
-  const Keys tile{s.key.data(), s.value.data(), s.padded, s.padded, count};
+  const Keys tile{s.key.data(), s.value.data(), s.padded, s.value_padded, count};
   for (int j = 0; j < tile.padded_count(); ++j) {
     // a slot that nobody sees may hold anything, NaN included, and its page id may be anything
     if (any >> j & 1) {
       widen(keys.at(op, b, h, slot + j), &s.key[j * s.padded], op.width, 1.0f);
-      widen(values.at(op, b, h, slot + j), &s.value[j * s.padded], op.width, 1.0f);
+      widen(values.at(op, b, h, slot + j), &s.value[j * s.value_padded], op.value_width, 1.0f);
     } else {
       std::fill_n(&s.key[j * s.padded], s.padded, 0.0f);
-      std::fill_n(&s.value[j * s.padded], s.padded, 0.0f);
+      std::fill_n(&s.value[j * s.value_padded], s.value_padded, 0.0f);
     }
   }
   return tile;
@@ -103,14 +124,16 @@ inline __attribute__((always_inline)) Keys load_keys(const TreeAttention& op, in
 // Part `split` of the keys for all tiles of queries in the scratch.
 template <class T>
 BEAGLE_CLONES void attend(const TreeAttention& op, int64_t b, int64_t h, int64_t split, int64_t splits, Scratch& s) {
-  for (Queries& q : s.tiles) load_queries<T>(op, b, h, s.padded, q);
+  for (Queries& q : s.tiles) load_queries<T>(op, b, h, s.padded, s.value_padded, q);
+  const Starts starts = starts_of(op, b);
   const int64_t group = op.heads / op.kv_heads, all = op.table ? op.slots * op.table_width : op.slots;
   const int64_t length = std::max<int64_t>(op.lengths[b], 0), end = std::min(all, length + 64 * op.words);
-  const int64_t key_tiles = (end + kKeys - 1) / kKeys;
-  for (int64_t i = key_tiles * split / splits; i < key_tiles * (split + 1) / splits; ++i) {
+  const int64_t skipped = starts.first / kKeys, key_tiles = std::max<int64_t>((end + kKeys - 1) / kKeys - skipped, 0);
+  const int64_t stop = skipped + key_tiles * (split + 1) / splits;
+  for (int64_t i = skipped + key_tiles * split / splits; i < stop; ++i) {
     const int64_t slot = i * kKeys;
     const int count = int(std::min<int64_t>(kKeys, end - slot));
-    const bool whole = slot + kKeys <= length && count == kKeys;
+    const bool whole = slot >= starts.last && slot + kKeys <= length && count == kKeys;
     uint64_t seen[kMostTiles][kRows] = {}, any = whole ? ~0ull : 0;
     for (size_t t = 0; t < s.tiles.size(); ++t)
       for (int r = 0; r < s.tiles[t].rows; ++r) {
@@ -140,11 +163,14 @@ struct Part {
 };
 
 template <class T>
-void store(const TreeAttention& op, int64_t b, int64_t h, int64_t row, const float* sum, float mass) {
+void store(const TreeAttention& op, int64_t b, int64_t h, int64_t row, const float* sum, float top, float mass) {
   const int64_t group = op.heads / op.kv_heads;
-  T* out = static_cast<T*>(op.out) + ((b * op.nodes + row / group) * op.heads + h * group + row % group) * op.width;
+  const int64_t head = h * group + row % group;
+  T* out = static_cast<T*>(op.out) + ((b * op.nodes + row / group) * op.heads + head) * op.value_width;
+  // far above all scores a sink takes everything: its share is infinite, and the rest 0
+  if (op.sinks && top != -kInf) mass += std::exp2(op.sinks[head] * kLog2E - top);
   const float inverse = mass != 0.0f ? 1.0f / mass : 0.0f;
-  for (int64_t d = 0; d < op.width; ++d) out[d] = narrow<T>(sum[d] * inverse);
+  for (int64_t d = 0; d < op.value_width; ++d) out[d] = narrow<T>(sum[d] * inverse);
 }
 
 // A row's parts, `stride` rows apart, into the first and out.
@@ -152,14 +178,14 @@ template <class T>
 void combine(const TreeAttention& op, int64_t b, int64_t h, int64_t row, int64_t splits, Part& part, int64_t stride) {
   const int64_t rows = op.nodes * (op.heads / op.kv_heads), base = (b * op.kv_heads + h) * rows + row;
   float top = -kInf, mass = 0.0f;
-  for (int64_t i = 0; i < splits; ++i) top = std::max(top, part.at(base + i * stride)[op.width]);
+  for (int64_t i = 0; i < splits; ++i) top = std::max(top, part.at(base + i * stride)[op.value_width]);
   for (int64_t i = 0; i < splits; ++i) {
     float *from = part.at(base + i * stride), *to = part.at(base);
-    const float weight = top == -kInf ? 0.0f : exp2_of(from[op.width] - top);
-    mass += from[op.width + 1] * weight;
-    for (int64_t d = 0; d < op.width; ++d) to[d] = (i ? to[d] : 0.0f) + from[d] * weight;
+    const float weight = top == -kInf ? 0.0f : exp2_of(from[op.value_width] - top);
+    mass += from[op.value_width + 1] * weight;
+    for (int64_t d = 0; d < op.value_width; ++d) to[d] = (i ? to[d] : 0.0f) + from[d] * weight;
   }
-  store<T>(op, b, h, row, part.at(base), mass);
+  store<T>(op, b, h, row, part.at(base), top, mass);
 }
 
 // How the work is cut: tasks of `tiles` tiles of rows each, and parts of the keys.
@@ -180,14 +206,15 @@ Cut cut(const TreeAttention& op, int64_t rows, int64_t longest, int64_t threads)
 
 template <class T>
 void run(const TreeAttention& op, int64_t longest, int threads) {
-  const int64_t padded = (op.width + kLanes - 1) / kLanes * kLanes;
+  const auto padded = [](int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; };
+  const Cap cap{op.softcap > 0.0f ? 1.0f / op.softcap : 0.0f, op.softcap * kLog2E};
   const int64_t rows = op.nodes * (op.heads / op.kv_heads), planes = op.batch * op.kv_heads;
   const Cut by = cut(op, rows, longest, threads);
-  Part part{op.width, std::vector<float>(by.splits > 1 ? by.splits * planes * rows * (op.width + 2) : 0)};
+  Part part{op.value_width, std::vector<float>(by.splits > 1 ? by.splits * planes * rows * (op.value_width + 2) : 0)};
   parallel(planes * by.tasks * by.splits, threads, [&](int64_t task) {
     const int64_t split = task % by.splits, chunk = task / by.splits % by.tasks, plane = task / by.splits / by.tasks;
     const int64_t b = plane / op.kv_heads, h = plane % op.kv_heads, stop = (chunk + 1) * by.tiles * kRows;
-    Scratch scratch(padded);
+    Scratch scratch(padded(op.width), padded(op.value_width), cap);
     for (int64_t first = chunk * by.tiles * kRows; first < std::min(rows, stop); first += kRows) {
       Queries& q = scratch.tiles.emplace_back();
       q.first = first, q.rows = int(std::min<int64_t>(kRows, rows - first));
@@ -195,14 +222,14 @@ void run(const TreeAttention& op, int64_t longest, int threads) {
     attend<T>(op, b, h, split, by.splits, scratch);
     for (const Queries& q : scratch.tiles)
       for (int r = 0; r < q.rows; ++r) {
-        const float* sum = &q.sum[r * padded];
+        const float* sum = &q.sum[r * scratch.value_padded];
         if (by.splits == 1) {
-          store<T>(op, b, h, q.first + r, sum, q.mass[r]);
+          store<T>(op, b, h, q.first + r, sum, q.top[r], q.mass[r]);
           continue;
         }
         float* to = part.at((split * planes + plane) * rows + q.first + r);
-        std::copy_n(sum, op.width, to);
-        to[op.width] = q.top[r], to[op.width + 1] = q.mass[r];
+        std::copy_n(sum, op.value_width, to);
+        to[op.value_width] = q.top[r], to[op.value_width + 1] = q.mass[r];
       }
   });
   if (by.splits == 1) return;
@@ -219,7 +246,7 @@ void tree_attention(const TreeAttention& op, int threads) {
   int64_t work = 0, longest = 0;
   for (int64_t b = 0; b < op.batch; ++b) {
     const int64_t keys = keys_seen(op, b);
-    work += keys * op.nodes * op.heads * op.width;
+    work += keys * op.nodes * op.heads * (op.width + op.value_width) / 2;
     longest = std::max(longest, keys);
   }
   if (work < 100000) threads = 1;

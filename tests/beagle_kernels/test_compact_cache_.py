@@ -21,7 +21,7 @@ def case(batch: int, slots: int, length: int, seed: int = 0):
 
 
 def moved(rows, path, count, lengths):
-    """rows [layers, 2, B, Hkv, S, D] with the slots moved one at a time from a copy."""
+    """rows [layers, planes, B, Hkv, S, D] with the slots moved one at a time from a copy."""
     out = rows.clone()
     for b in range(len(path)):
         for i in range(int(count[b]) + 1):
@@ -54,6 +54,19 @@ def test_paged_equals_dense(page):
     assert torch.equal(pages[:, :, table.long()], want) and torch.equal(pages[:, :, -2:], spare)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("planes", [1, 3])
+def test_any_number_of_planes(planes, backend):
+    """Keys alone, where values are of another width; three of anything."""
+    path, count, lengths = case(3, 64, 9, seed=planes)
+    cache = torch.randn(4, planes, 3, 2, 64, 5)
+    want = moved(cache, path, count, lengths)
+    pages, table = cache.flatten(2, 2).clone(), torch.arange(3, dtype=torch.int32)[:, None]
+    compact_cache_(cache, path, count, lengths, backend=backend)
+    compact_cache_(pages, path, count, lengths, block_table=table, backend=backend)
+    assert torch.equal(cache, want) and torch.equal(pages, want)
+
+
 def test_strided_cache_and_the_rest_untouched():
     path, count, lengths = case(2, 64, 6)
     whole = torch.randn(2, 2, 2, 64, 3, 10)
@@ -81,7 +94,7 @@ def test_bad_input():
     cache, (path, count, lengths) = torch.randn(2, 2, 3, 2, 64, 4), case(3, 64, 5)
     for arguments, error in [
         ((cache[0], path, count, lengths), ValueError),
-        ((cache[:, :1], path, count, lengths), ValueError),
+        ((cache[:, :0], path, count, lengths), ValueError),
         ((cache[:, :, :2], path, count, lengths), ValueError),
         ((cache.transpose(4, 5), path, count, lengths), ValueError),
         ((cache, path.long(), count, lengths), TypeError),

@@ -166,7 +166,7 @@ def test_strides(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     (q, k, v, lengths, mask), _ = case(dtype=torch.float32)
-    opcheck(torch.ops.beagle.tree_attention.default, (q, k, v, lengths, mask, None, 0.3, backend))
+    opcheck(torch.ops.beagle.tree_attention.default, (q, k, v, lengths, mask, None, 0.3, None, None, None, backend))
 
 
 def test_compiles_in_one_graph():
