@@ -144,6 +144,8 @@ class TreeCache(Cache):
         self._limit, self.depth = limit, depth.long()
         self.stepping, self.recording = stepping, recording
         self._made.clear()
+        for recurrence in self.recurrences.values():
+            recurrence.history = []
         if not self.fixed:
             self._starts = self.lengths.tolist()
             return

@@ -246,7 +246,7 @@ def test_after_any_round_both_caches_hold_true_states_only(shape):
             plain = target(text, use_cache=True, output_hidden_states=True)
             for layer in range(2):
                 for part, name in enumerate(("keys", "values")):
-                    ours = cache.states[layer, part, row, :, :count]
+                    ours = cache.layer(layer)[part][row, :, :count]
                     theirs = getattr(plain.past_key_values.layers[layer], name)[0]
                     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
             keys, values = draft.keys_values(plain.hidden_states[-1][0], torch.arange(count))

@@ -194,7 +194,7 @@ def test_rows_at_rest_keep_their_text(pair):
             part.clone()
             for row, length in enumerate(lengths)
             for part in (
-                buffers.cache.states[:, :, row, :, :length],
+                *(states[:, :, row, :, :length] for states in buffers.cache.states),
                 buffers.draft_cache.keys[row, :, :length],
                 buffers.output[row, : buffers.emitted[row]],
                 buffers.emitted,

@@ -16,11 +16,6 @@ from beagle_sd import UnsupportedTarget, generate
 from beagle_sd.models import first_use
 
 
-def sinks():
-    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2}
-    return small_target("gpt_oss", rope_parameters={"rope_type": "default", "rope_theta": 1e4}, **sizes)
-
-
 def own_mask():
     """Attention that sees the last three tokens only, whatever its mask says."""
     target = small_target()
@@ -61,7 +56,6 @@ def head_of_its_own():
 
 
 REFUSED = {
-    "sinks": (sinks, "GptOssAttention gives its attention s_aux"),
     "a mask of its own": (own_mask, "gives other states for|cannot run over a cache"),
     "activations quantised by scales that rows share": (
         quantized_by_rows,
@@ -72,10 +66,6 @@ REFUSED = {
     "a head that is more than its weight": (head_of_its_own, "other values than the product with its weight"),
     "an offloaded head": (lambda: cpu_offload(small_target(), torch.device("cpu")), "LM head is offloaded"),
     "float64": (lambda: small_target().double(), "the target is in torch.float64"),
-    "latent attention": (
-        lambda: small_target("deepseek_v3", kv_lora_rank=16, q_lora_rank=16, first_k_dense_replace=2),
-        "deepseek_v3 has latent attention",
-    ),
 }
 
 

@@ -11,6 +11,7 @@ from beagle_kernels.reference.build_tree import pack
 from beagle_sd import UnsupportedTarget, generate
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.target import Target
+from bench.answers.tiny_targets import tiny_target
 
 _SIZES = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 
@@ -28,27 +29,15 @@ def unknown_scale():
 
 
 REFUSED = {
-    "sliding window": (lambda: small_target("mistral", sliding_window=32), "mistral has .*sliding"),
-    "some sliding layers": (
-        lambda: small_target("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1),
-        "layers of type .*sliding_attention",
-    ),
-    "recurrent": (lambda: tiny("mamba"), "mamba has layers of type .*linear_attention"),
-    "soft-capping in attention": (
-        lambda: tiny("gemma2", layer_types=["full_attention"] * 2, head_dim=16),
-        "Gemma2Attention gives its attention softcap",
-    ),
-    "Gemma 3": (lambda: tiny("gemma3_text", head_dim=16, sliding_window=8), "layers of type .*sliding_attention"),
+    "a cache of its own": (lambda: tiny("minimax"), "MiniMaxModel cannot run over a cache that transformers makes"),
+    "no cache of transformers": (lambda: tiny("openai-gpt"), "keeps nothing of a text in transformers' cache"),
+    "keys chosen by an indexer": (lambda: tiny_target("deepseek_v32"), "gives its attention indices"),
+    "compressed keys": (lambda: tiny_target("deepseek_v4"), "keeps more than keys and values in layer 0"),
     "an unknown scale of the logits": (unknown_scale, "logits of LlamaForCausalLM are not its LM head's"),
-    "learned positions": (lambda: tiny("gpt2"), "gpt2 has no rope_parameters in its config"),
-    "ALiBi": (lambda: tiny("bloom"), "bloom has no rope_parameters"),
+    "ALiBi": (lambda: tiny("falcon", alibi=True), "falcon has ALiBi"),
     "its own attention": (
         lambda: tiny("falcon", multi_query=False),
         "FalconForCausalLM does not take registered attention",
-    ),
-    "angles that change": (
-        lambda: small_target(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-        "rope_type='dynamic'",
     ),
     "head with a bias": (lambda: tiny("phi"), "LM head has a bias"),
     "no head": (lambda: tiny("llama", AutoModel), "has no LM head"),
@@ -68,11 +57,50 @@ def test_what_cannot_work_is_refused_with_the_reason(reason):
         generate(make(), None, torch.ones(1, 3, dtype=torch.int64))
 
 
-def test_head_counts_that_differ_from_the_config_are_refused():
-    """Falcon-like configs that name key heads the layers do not have must not be served from a wrong cache."""
-    target = tiny("gpt_neox", num_key_value_heads=2)
-    with pytest.raises(ValueError, match="layer 0 gives 4 heads of 16 keys; allowed: 2 of 16"):
-        generate(target, None, torch.ones(1, 3, dtype=torch.int64), max_new_tokens=2)
+def test_heads_are_what_the_layers_have():
+    """Whatever the config says of key heads: GPT-NeoX ignores that field."""
+    target, ids = tiny("gpt_neox", num_key_value_heads=2), torch.ones(1, 3, dtype=torch.int64)
+    want = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert generate(target, None, ids, max_new_tokens=8, eos_token_id=[]).sequences.equal(want)
+
+
+ROPES = {
+    "dynamic": ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 24, "texts of at most 24 tokens"),
+    "longrope": (
+        {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 24,
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
+        },
+        100,
+        "texts of at most 24 tokens with the new ones, or prompts of more than 24",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_angles_that_would_change_within_a_text_are_refused(kind):
+    """Up to where they change, and for longrope beyond, the text is the model's own."""
+    rope, most, message = ROPES[kind]
+    target = small_target(rope_parameters=rope, max_position_embeddings=most)
+    draft = small_draft(target)
+    for length in (10, 40):
+        ids = torch.randint(VOCAB, (1, length))
+        if length > 24 and kind == "dynamic":
+            continue
+        want = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=14, do_sample=False)
+        assert generate(target, draft, ids, max_new_tokens=14, tree=TreeShape(3, 3, 12)).sequences.equal(want)
+    with pytest.raises(UnsupportedTarget, match=f"'{kind}', whose angles change at 24 tokens.*allowed: {message}"):
+        generate(target, draft, torch.randint(VOCAB, (1, 10)), max_new_tokens=15)
+
+
+def test_texts_beyond_learned_positions_are_refused():
+    target, ids = tiny("gpt2", n_positions=20), torch.randint(VOCAB, (1, 12))
+    assert generate(target, None, ids, max_new_tokens=8).sequences.shape == (1, 20)
+    with pytest.raises(UnsupportedTarget, match="gpt2 has 20 positions; prompt and new tokens need 21; allowed: 20"):
+        generate(target, None, ids, max_new_tokens=9)
 
 
 PLAIN_HEADS = {
