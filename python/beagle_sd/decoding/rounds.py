@@ -18,6 +18,7 @@ from beagle_sd.decoding.logits import Bias
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.cache import grown
 from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.pictures import PicturePrompt, prefill_pictures
 from beagle_sd.models.target import Target
 
 NEWS = 4
@@ -87,7 +88,12 @@ class Buffers:
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name."""
         found = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        found |= {"states": self.cache.states, "lengths": self.cache.lengths, **self.sampling._asdict()}
+        found |= {
+            "states": self.cache.states,
+            "lengths": self.cache.lengths,
+            "offsets": self.cache.offsets,
+            **self.sampling._asdict(),
+        }
         if self.cache.block_table is not None:
             found["block_table"] = self.cache.block_table
         if self.draft_cache is not None:
@@ -130,9 +136,21 @@ def _untimed(phase: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def prefill(target: Target, draft: BeagleDraft | None, prompts: Tensor, lengths: Tensor, buffers: Buffers) -> None:
-    """Run right-padded prompts [B, T] with `lengths` [B] int32 and emit each row's first token."""
-    hidden = target.prefill(prompts, lengths, buffers.cache)
+def prefill(
+    target: Target,
+    draft: BeagleDraft | None,
+    prompts: Tensor,
+    lengths: Tensor,
+    buffers: Buffers,
+    pictures: PicturePrompt | None = None,
+) -> None:
+    """Run right-padded prompts [B, T] with `lengths` [B] int32, or the same with pictures in them, and emit each row's
+    first token."""
+    if pictures is not None:
+        hidden = prefill_pictures(target, pictures, buffers.cache)
+    else:
+        buffers.cache.offsets.zero_()
+        hidden = target.prefill(prompts, lengths, buffers.cache)
     position = lengths.long()
     last = hidden.gather(1, (position - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
     logits = target.head(last)

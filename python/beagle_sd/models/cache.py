@@ -13,7 +13,8 @@ from beagle_sd.models.head import UnsupportedTarget
 
 
 class TreeCache(Cache):
-    """One tensor `states` for all layers, keys before values; `lengths` [B] int32.
+    """One tensor `states` for all layers, keys before values; `lengths` [B] int32; `offsets` [B] int64, what the
+    position of a row's next token is beside its length: not 0 only behind pictures (pictures.py).
 
     states is [layers, 2, B, Hkv, S, D] or, with page_size, pages [layers, 2, P, Hkv, page, D] of which row b's slot s
     is in page block_table[b, s // page]. Slot j of row b holds position j for j < lengths[b]; a forward over N new
@@ -40,6 +41,7 @@ class TreeCache(Cache):
     ):
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.offsets = torch.zeros(batch, dtype=torch.int64, device=device)
         self.fixed = fixed or page_size is not None or self.lengths.is_cuda
         self.capacity, self.page_size = 0, page_size
         if page_size is not None and page_size < 1:
@@ -73,6 +75,7 @@ class TreeCache(Cache):
             self.lengths[row : row + 1],
             self._rows[:1],
         )
+        one.offsets = self.offsets[row : row + 1]
         return one
 
     def expect(self, count: int, limit: int | None) -> None:

@@ -97,7 +97,7 @@ class Target:
         self.decoder = decoder_of(model)
         # transformers calls it `cache` from 5.24 on, model by model, and warns of the older name
         named = inspect.signature(self.decoder.forward).parameters
-        self._cache_argument = "cache" if "cache" in named else "past_key_values"
+        self.cache_argument = "cache" if "cache" in named else "past_key_values"
         self.embedding: nn.Module = model.get_input_embeddings()
         if self.dtype not in _DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
@@ -148,7 +148,7 @@ class Target:
     def forward(self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: TreeCache) -> Tensor:
         """Top hidden states [B, N, d] of N new tokens a row, written to the cache behind its lengths.
 
-        tokens [B, N] int64; depth [B, N], added to the row's length to give positions; mask words [B, N, W] int64:
+        tokens [B, N] int64; depth [B, N], added to the row's length and offset to give positions; mask words [B, N, W] int64:
         which new tokens each one sees (itself too), besides everything below the row's length. A fixed cache needs
         room behind the lengths, which are not read.
         """
@@ -163,9 +163,9 @@ class Target:
             return self._view(
                 input_ids=tokens,
                 attention_mask=visible,
-                position_ids=cache.lengths.long()[:, None] + depth.long(),
+                position_ids=(cache.lengths + cache.offsets)[:, None] + depth.long(),
                 use_cache=True,
-                **{self._cache_argument: cache},
+                **{self.cache_argument: cache},
             ).last_hidden_state
 
     def prefill(self, tokens: Tensor, lengths: Tensor, cache: TreeCache, begin: int = 0) -> Tensor:

@@ -1,0 +1,159 @@
+"""Prompts with more in them than text, such as pictures: run by the model's own forward, then moved into our cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from beagle_sd.models.cache import TreeCache
+from beagle_sd.models.head import UnsupportedTarget, decoder_of
+from beagle_sd.models.view import view_of
+
+if TYPE_CHECKING:
+    from beagle_sd.models.target import Target
+
+_OURS = ("input_ids", "attention_mask", "inputs_embeds", "use_cache", "cache_position", "labels", "logits_to_keep")
+"""Arguments of a model's forward that a caller of ours cannot give beside the prompt, with these beginnings too:"""
+_OURS_BEGIN = ("self", "cache", "past_key_values", "output_", "return_dict", "encoder_", "decoder_", "cross_attention")
+
+
+@dataclass(frozen=True)
+class PicturePrompt:
+    """Prompts as the caller gave them: ids [B, T] int64 padded on either side, mask [B, T] bool, and what the model
+    takes beside them: pixel_values, image_grid_thw, token_type_ids, position_ids ..."""
+
+    ids: Tensor
+    mask: Tensor
+    inputs: dict[str, Any]
+
+    @classmethod
+    def of(cls, target: Target, ids: Tensor, mask: Tensor | None, inputs: Mapping[str, Any]) -> PicturePrompt:
+        """On the target's device."""
+        device = target.device
+        placed = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        seen = torch.ones_like(ids) if mask is None else mask
+        return cls(ids.to(device, torch.int64), seen.to(device) != 0, placed)
+
+
+def checked_inputs(target: Target, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Those that are not None; ValueError for names that the target's forward does not take, or that say what is not
+    the caller's to say."""
+    given = {name: value for name, value in (inputs or {}).items() if value is not None}
+    allowed = _allowed(target.decoder) if given else []
+    if wrong := [name for name in given if name not in allowed]:
+        raise ValueError(
+            f"{', '.join(wrong)} given beside the prompt; allowed: input_ids and attention_mask, and in model_inputs "
+            f"what the forward of {type(target.decoder).__name__} takes besides: {', '.join(allowed) or 'nothing'}"
+        )
+    return given
+
+
+def placeholders(target: Target) -> list[int]:
+    """The tokens that the target's config names, such as a picture's, which may lie outside of its vocabulary."""
+    named = target.model.config.to_dict().items()
+    return [value for name, value in named if "token" in name and type(value) is int]
+
+
+def _allowed(base: PreTrainedModel) -> list[str]:
+    parameters = inspect.signature(base.forward).parameters.values()
+    names = (one.name for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL))
+    return [name for name in names if name not in _OURS and not name.startswith(_OURS_BEGIN)]
+
+
+def prefill_pictures(target: Target, prompt: PicturePrompt, cache: TreeCache) -> Tensor:
+    """Run the prompts through the whole model into the cache; hidden states [B, L, d] of the rows without padding, L
+    the longest one's length, zero behind a row's end. Sets the cache's lengths, and its offsets by the positions that
+    the decoder was given.
+
+    The forward is the model's own, with attention and masks of its own, over the batch as it came and not in chunks.
+    Its keys and values are moved layer by layer: for a moment they take their memory twice.
+
+    Raises ValueError with the model's own error, and UnsupportedTarget for a model that keeps anything else than a key
+    and a value for each token.
+    """
+    base = decoder_of(view_of(target.model, attention=None))
+    own, positions = DynamicCache(), _told_positions(base, prompt.mask)
+    settings = {"use_cache": True, target.cache_argument: own}
+    try:
+        hidden = base(
+            input_ids=prompt.ids, attention_mask=prompt.mask.long(), **prompt.inputs, **settings
+        ).last_hidden_state
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{type(target.model).__name__} does not take the prompt with {', '.join(prompt.inputs)} "
+            f"({type(error).__name__}: {error}); allowed: what its processor gives for the prompt, all of it"
+        ) from error
+    _check_kept(target, own, hidden, prompt, positions)
+    lengths = prompt.mask.sum(1)
+    rows = _Rows(prompt.mask, int(lengths.max()))
+    cache.lengths.zero_()
+    cache.expect(rows.longest, None if cache.fixed else rows.longest)
+    for index, layer in enumerate(own.layers):
+        cache.update(rows.of(layer.keys), rows.of(layer.values), index)
+        layer.keys = layer.values = None
+    cache.lengths.copy_(lengths)
+    cache.offsets.copy_(_next_positions(positions[0], prompt.mask) - lengths)
+    return rows.of(hidden)
+
+
+class _Rows:
+    """The rows of a padded batch without their padding, zero behind each one's end: a value there that is not finite
+    would spoil what does not even see it."""
+
+    def __init__(self, mask: Tensor, longest: int):
+        self.longest = longest
+        self.index = torch.sort(mask.to(torch.int8), dim=1, descending=True, stable=True).indices[:, :longest]
+        self.there = mask.gather(1, self.index)
+
+    def of(self, values: Tensor) -> Tensor:
+        """[B, T, d] or [B, H, T, d] -> the same with `longest` for T."""
+        index, there = self.index[:, :, None], self.there[:, :, None]
+        if values.dim() == 4:
+            index, there = index[:, None], there[:, None]
+        shape = *values.shape[:-2], self.longest, values.shape[-1]
+        return torch.where(there, values.gather(-2, index.expand(shape)), 0)
+
+
+def _told_positions(base: PreTrainedModel, mask: Tensor) -> list[Tensor]:
+    """A list to which the decoder within `base`, a view's, will add the position_ids it is given; where it is given
+    none, those that count each row's tokens, which it then takes, as in transformers' generate."""
+    decoder = base.get_decoder()
+    forward, told = decoder.forward, []
+    counted = (mask.cumsum(1) - 1).masked_fill(~mask, 0)
+
+    def telling(*arguments: Any, position_ids: Tensor | None = None, **named: Any) -> Any:
+        told.append(counted if position_ids is None else position_ids)
+        return forward(*arguments, position_ids=told[-1], **named)
+
+    decoder.__dict__["forward"] = telling
+    return told
+
+
+def _next_positions(positions: Tensor, mask: Tensor) -> Tensor:
+    """[B] int64: where the text goes on behind prompts of such positions [B, T], or [3 or 4, B, T]: of time, height and
+    width, which after all of a picture go on together, and before them, where there are four, the token's number."""
+    axes = positions[-3:] if positions.dim() == 3 else positions[None]
+    return axes.masked_fill(~mask, -1).amax((0, 2)) + 1
+
+
+def _check_kept(target: Target, own: DynamicCache, hidden: Tensor, prompt: PicturePrompt, positions: list) -> None:
+    total = prompt.ids.shape[1]
+    kept = [getattr(layer, "keys", None) for layer in own.layers]
+    if any(keys is None or keys.shape[:1] + keys.shape[2:3] != prompt.ids.shape for keys in kept):
+        what = "keeps other than a key and a value for each token of the prompt (it may attend to pictures apart)"
+    elif len(kept) > target.config.num_hidden_layers or hidden.shape[1] != total:
+        what = f"gives {hidden.shape[1]} states in {len(kept)} layers of keys for {total} tokens"
+    elif len(positions) != 1:
+        what = f"gives its decoder the positions of the prompt {len(positions)} times"
+    else:
+        return
+    raise UnsupportedTarget(
+        f"{type(target.model).__name__} with {', '.join(prompt.inputs)} {what}; allowed: models that put pictures in "
+        "the place of tokens, or text alone"
+    )
