@@ -85,18 +85,18 @@ def generate(
     """Decode speculatively: the tokens are those of plain decoding with the same seed, whatever the draft does.
 
     input_ids [B, T] int64, padded on either side with attention_mask [B, T]; model_inputs: what the model takes beside
-    them for the prompt, as its processor gives it (pixel_values, image_grid_thw, token_type_ids ...; dtypes as the
-    model wants them): the prompt is then run by the model's own forward, all at once, and its keys and values take
-    their memory twice for a moment. draft None decodes plainly, with the same sampler. temperature 0 is greedy. An int
-    seed s means s + b for row b, a tensor [B] is taken as it is. tree: every round's TreeShape, or an AdaptiveTree,
-    which chooses each round's; None: the device's default. Draft and tree decide the speed alone. logit_bias adds to the logits of these tokens, before temperature and filters; -inf
-    never gives one. No end token comes among the first min_new_tokens. eos_token_id None takes the target's generation
-    config's; an empty list never stops early. streamer (one row only) is given the prompt, then each round's tokens,
-    and its end even where the call fails. stopping_criteria are asked after each token with the prompts as given and
-    the new tokens behind them [B, T + new], ended rows padded, and no scores: a row ends with the first token at which
-    one says so. return_logprobs gives log softmax of the target's own logits for each new token, at temperature 1,
-    without bias and filters: what scoring the text would give, so that calls with different settings compare, and no
-    emitted token is at -inf.
+    them for the prompt, as its processor gives it (pixel_values, image_grid_thw, token_type_ids ...): such a prompt is
+    run by the model's own forward, all at once, and its keys and values take their memory twice for a moment. draft
+    None decodes plainly, with the same sampler. temperature 0 is greedy. An int seed s means s + b for row b, a tensor
+    [B] is taken as it is. tree: every round's TreeShape, or an AdaptiveTree, which chooses each round's; None: the
+    device's default. Draft and tree decide the speed alone. logit_bias adds to the logits of these tokens, before
+    temperature and filters; -inf never gives one. No end token comes among the first min_new_tokens. eos_token_id None
+    takes the target's generation config's; an empty list never stops early. streamer (one row only) is given the
+    prompt, then each round's tokens, and its end even where the call fails. stopping_criteria are asked after each
+    token with the prompts as given and the new tokens behind them [B, T + new], ended rows padded, and no scores: a row
+    ends with the first token at which one says so. return_logprobs gives log softmax of the target's own logits for
+    each new token, at temperature 1, without bias and filters: what scoring the text would give, so that calls with
+    different settings compare, and no emitted token is at -inf.
 
     On CUDA each round is one graph's replay (graph=False: eagerly); page_size keeps the target's cache in pages. An
     engine keeps buffers and graphs from call to call; what shapes them (tree, return_logprobs, graph, page_size) is

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _OURS = ("input_ids", "attention_mask", "inputs_embeds", "use_cache", "cache_position", "labels", "logits_to_keep")
 """Arguments of a model's forward that a caller of ours cannot give beside the prompt, with these beginnings too:"""
-_OURS_BEGIN = ("self", "cache", "past_key_values", "output_", "return_dict", "encoder_", "decoder_", "cross_attention")
+_OURS_BEGIN = ("self", "cache", "past_key_values", "output_", "return_dict", "encoder_", "decoder_")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ def prefill_pictures(target: Target, prompt: PicturePrompt, cache: TreeCache) ->
         hidden = base(
             input_ids=prompt.ids, attention_mask=prompt.mask.long(), **prompt.inputs, **settings
         ).last_hidden_state
-    except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
         raise ValueError(
             f"{type(target.model).__name__} does not take the prompt with {', '.join(prompt.inputs)} "
             f"({type(error).__name__}: {error}); allowed: what its processor gives for the prompt, all of it"

@@ -148,9 +148,9 @@ class Target:
     def forward(self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: TreeCache) -> Tensor:
         """Top hidden states [B, N, d] of N new tokens a row, written to the cache behind its lengths.
 
-        tokens [B, N] int64; depth [B, N], added to the row's length and offset to give positions; mask words [B, N, W] int64:
-        which new tokens each one sees (itself too), besides everything below the row's length. A fixed cache needs
-        room behind the lengths, which are not read.
+        tokens [B, N] int64; depth [B, N], added to the row's length and offset to give positions; mask words [B, N, W]
+        int64: which new tokens each one sees (itself too), besides everything below the row's length. A fixed cache
+        needs room behind the lengths, which are not read.
         """
         batch, count = tokens.shape
         limit = None if cache.fixed else int(cache.lengths.max()) + count

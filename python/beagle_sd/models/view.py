@@ -18,8 +18,8 @@ from beagle_sd.models.layers.linears import few_rows_forward
 
 
 def view_of(model: PreTrainedModel, *, attention: str | None = NAME) -> PreTrainedModel:
-    """A model of new modules over `model`'s parameters and buffers, whose attention is beagle_tree, or another of
-    transformers', or with None the model's own, and whose plain linear layers take few rows on a CPU through skinny_linear.
+    """A model of new modules over `model`'s parameters and buffers, whose attention is beagle_tree (with None the
+    model's own) and whose plain linear layers take few rows on a CPU through skinny_linear.
 
     Weights that are cast, moved or loaded later are seen, modules that are put in place of others are not. Compiled
     parts are taken as they were before they were compiled.
