@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from tokenizers_for_tests import small_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    CLIPImageProcessor,
+    GenerationConfig,
+    LlavaProcessor,
+    PreTrainedModel,
+)
 
 IMAGE, VIDEO, START, END = 120, 121, 122, 123
 """Tokens: a picture's place, a film's, and what stands around them."""
@@ -152,6 +160,18 @@ def _pixels(kind: str, grids: list[list[tuple[int, int]]], ids: Tensor, noise: t
             begin += len(pictures)
         return {"pixel_values": rows}
     return {"pixel_values": pixels}
+
+
+def save_with_processor(folder: str) -> None:
+    """A LLaVA and the processor that goes with it: "<image>" is a picture's place in a text."""
+    tokenizer = small_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    fields = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(image_processor=pictures, tokenizer=tokenizer, **fields).save_pretrained(folder)
+    target = picture_target("llava")
+    target.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    target.save_pretrained(folder)
 
 
 def beside(prompt: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:

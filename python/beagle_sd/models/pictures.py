@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from beagle_sd.models.cache import TreeCache
+from beagle_sd.models.cache import TreeCache, causal
 from beagle_sd.models.head import UnsupportedTarget, decoder_of
 from beagle_sd.models.view import view_of
 
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 _OURS = ("input_ids", "attention_mask", "inputs_embeds", "use_cache", "cache_position", "labels", "logits_to_keep")
 """Arguments of a model's forward that a caller of ours cannot give beside the prompt, with these beginnings too:"""
 _OURS_BEGIN = ("self", "cache", "past_key_values", "output_", "return_dict", "encoder_", "decoder_")
+_DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.2}
+"""How far the state behind a first prompt may be from the model's own, as a share of its norm: roundings are far below,
+what a model attends to beside its keys far above."""
+_known: WeakKeyDictionary[PreTrainedModel, set[tuple]] = WeakKeyDictionary()
+"""What has been compared: dtype, device and the inputs' names."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ def prefill_pictures(target: Target, prompt: PicturePrompt, cache: TreeCache) ->
     the decoder was given.
 
     The forward is the model's own, with attention and masks of its own, over the batch as it came and not in chunks.
-    Its keys and values are moved layer by layer: for a moment they take their memory twice.
+    Its keys and values are moved layer by layer: for a moment they take their memory twice. A model's first prompt with
+    such inputs is followed by a token more, by the model's own forward and over our cache, whose states must agree.
 
     Raises ValueError with the model's own error, and UnsupportedTarget for a model that keeps anything else than a key
     and a value for each token.
@@ -92,15 +99,19 @@ def prefill_pictures(target: Target, prompt: PicturePrompt, cache: TreeCache) ->
             f"({type(error).__name__}: {error}); allowed: what its processor gives for the prompt, all of it"
         ) from error
     _check_kept(target, own, hidden, prompt, positions)
-    lengths = prompt.mask.sum(1)
+    lengths, place = prompt.mask.sum(1), _next_positions(positions[0], prompt.mask)
+    want = _own_next(target, base, own, prompt, place) if _is_first(target, prompt) else None
     rows = _Rows(prompt.mask, int(lengths.max()))
     cache.lengths.zero_()
     cache.expect(rows.longest, None if cache.fixed else rows.longest)
-    for index, layer in enumerate(own.layers):
+    layers: list[Any] = own.layers
+    for index, layer in enumerate(layers):
         cache.update(rows.of(layer.keys), rows.of(layer.values), index)
         layer.keys = layer.values = None
     cache.lengths.copy_(lengths)
-    cache.offsets.copy_(_next_positions(positions[0], prompt.mask) - lengths)
+    cache.offsets.copy_(place - lengths)
+    if want is not None:
+        _compare_next(target, want, prompt, cache)
     return rows.of(hidden)
 
 
@@ -145,17 +156,52 @@ def _next_positions(positions: Tensor, mask: Tensor) -> Tensor:
 
 
 def _check_kept(target: Target, own: DynamicCache, hidden: Tensor, prompt: PicturePrompt, positions: list) -> None:
-    total = prompt.ids.shape[1]
     kept = [getattr(layer, "keys", None) for layer in own.layers]
     if any(keys is None or keys.shape[:1] + keys.shape[2:3] != prompt.ids.shape for keys in kept):
-        what = "keeps other than a key and a value for each token of the prompt (it may attend to pictures apart)"
-    elif len(kept) > target.config.num_hidden_layers or hidden.shape[1] != total:
-        what = f"gives {hidden.shape[1]} states in {len(kept)} layers of keys for {total} tokens"
-    elif len(positions) != 1:
-        what = f"gives its decoder the positions of the prompt {len(positions)} times"
-    else:
-        return
+        _refuse(target, prompt, "keeps other than a key and a value for each token of the prompt")
+    if len(kept) > target.config.num_hidden_layers or hidden.shape[:2] != prompt.ids.shape:
+        _refuse(target, prompt, f"gives {tuple(hidden.shape)} states and {len(kept)} layers of keys for the prompt")
+    if len(positions) != 1:
+        _refuse(target, prompt, f"gives its decoder the positions of the prompt {len(positions)} times")
+
+
+def _refuse(target: Target, prompt: PicturePrompt, what: str) -> NoReturn:
     raise UnsupportedTarget(
         f"{type(target.model).__name__} with {', '.join(prompt.inputs)} {what}; allowed: models that put pictures in "
-        "the place of tokens, or text alone"
+        "the place of tokens and go on as with text, or text alone"
     )
+
+
+def _is_first(target: Target, prompt: PicturePrompt) -> bool:
+    state = target.dtype, target.device, frozenset(prompt.inputs)
+    return state not in _known.get(target.model, ())
+
+
+def _next_token(target: Target, prompt: PicturePrompt) -> Tensor:
+    named, vocab = placeholders(target), target.config.vocab_size
+    token = next((one for one in range(vocab // 2, vocab) if one not in named), vocab // 2)
+    return torch.full_like(prompt.ids[:, :1], token)
+
+
+def _own_next(target: Target, base: PreTrainedModel, own: DynamicCache, prompt: PicturePrompt, place: Tensor) -> Tensor:
+    """The state [B, d] of a token behind the prompts at `place` [B], by the model's own forward."""
+    settings = {"use_cache": True, target.cache_argument: own}
+    seen = torch.cat([prompt.mask, torch.ones_like(prompt.mask[:, :1])], 1).long()
+    try:
+        made = base(input_ids=_next_token(target, prompt), attention_mask=seen, position_ids=place[:, None], **settings)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        _refuse(target, prompt, f"cannot go on behind the prompt with tokens alone ({type(error).__name__}: {error})")
+    return made.last_hidden_state[:, 0].float()
+
+
+def _compare_next(target: Target, want: Tensor, prompt: PicturePrompt, cache: TreeCache) -> None:
+    token = _next_token(target, prompt)
+    have = target.forward(token, torch.zeros_like(token), causal(len(token), 1, token.device), cache)[:, 0].float()
+    apart = float((have - want).norm(dim=-1).max() / want.norm(dim=-1).mean().clamp(min=1e-30))
+    # broken weights are told of where their logits are used
+    if bool(want.isfinite().all()) and not apart <= _DIFFERENCE[target.dtype]:
+        _refuse(target, prompt, f"gives other states behind them over our cache (they differ by {100 * apart:.2g}%)")
+    state = target.dtype, target.device, frozenset(prompt.inputs)
+    _known.setdefault(target.model, set()).add(state)

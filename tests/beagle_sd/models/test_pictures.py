@@ -171,7 +171,9 @@ def test_a_picture_token_may_lie_outside_the_vocabulary_but_no_other():
         written(target, None, prompt)
 
 
-def test_a_model_that_attends_to_its_pictures_apart_is_refused():
+@pytest.mark.parametrize("length", [5, 9])
+def test_a_model_that_attends_to_its_pictures_apart_is_refused(length):
+    """Though there be as many keys of the picture, 5, as tokens."""
     text = {"num_hidden_layers": 3, "cross_attention_layers": [1], "hidden_size": 64, "intermediate_size": 96}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "pad_token_id": 0}
     vision = {"hidden_size": 32, "intermediate_size": 32, "attention_heads": 2, "num_hidden_layers": 1}
@@ -180,23 +182,26 @@ def test_a_model_that_attends_to_its_pictures_apart_is_refused():
     torch.manual_seed(0)
     config = AutoConfig.for_model("mllama", text_config=text | heads, vision_config=vision, image_token_index=IMAGE)
     target = AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in target.parameters():  # gates that are 0 keep pictures out
+            parameter.add_(0.2 * torch.randn_like(parameter))
     pixels = {"pixel_values": torch.randn(1, 1, 1, 3, 32, 32), "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.int64)}
     pixels |= {"aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.int64)}
-    pixels |= {"cross_attention_mask": torch.ones(1, 5, 1, 1, dtype=torch.int64)}
-    with pytest.raises(UnsupportedTarget, match="Mllama.* with pixel_values.* keeps other than .*allowed: "):
-        generate(target, None, torch.arange(3, 8)[None], model_inputs=pixels, max_new_tokens=2)
+    pixels |= {"cross_attention_mask": torch.ones(1, length, 1, 1, dtype=torch.int64)}
+    with pytest.raises(UnsupportedTarget, match="Mllama.* with pixel_values.*allowed: "):
+        generate(target, None, torch.arange(3, 3 + length)[None], model_inputs=pixels, max_new_tokens=2)
 
 
 def test_what_stands_behind_a_rows_end_is_zero(kind, target):
     """Padding's states may be anything, and a value that is not finite would spoil the attention's sums."""
     ids, mask, rest = beside(picture_prompts(kind, RAGGED))
     wrapped = Target(target)
-    cache = wrapped.new_cache(3, ids.shape[1])
+    cache = wrapped.new_cache(3, ids.shape[1] + 1)
     with torch.inference_mode():
         states = pictures.prefill_pictures(wrapped, pictures.PicturePrompt.of(wrapped, ids, mask, rest), cache)
     assert cache.lengths.tolist() == mask.sum(1).tolist()
     for row, length in enumerate(mask.sum(1).tolist()):
         assert not states[row, length:].any() and states[row, :length].any(-1).all()
-        assert not cache.states[:, :, row, :, length:].any()
+        assert not cache.states[:, :, row, :, length + 1 :].any()
     offsets = {"qwen2_vl": True, "qwen2_5_vl": True, "qwen3_vl": True}.get(kind, False)
     assert (cache.offsets != 0).tolist() == [offsets, False, offsets]
