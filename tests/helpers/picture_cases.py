@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from tokenizers_for_tests import small_tokenizer
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
