@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    CLIPImageProcessor,
     GenerationConfig,
     LlavaProcessor,
     PreTrainedModel,
@@ -164,6 +163,8 @@ def _pixels(kind: str, grids: list[list[tuple[int, int]]], ids: Tensor, noise: t
 
 def save_with_processor(folder: str) -> None:
     """A LLaVA and the processor that goes with it: "<image>" is a picture's place in a text."""
+    from transformers import CLIPImageProcessor  # which warns where torchvision is missing
+
     tokenizer = small_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})

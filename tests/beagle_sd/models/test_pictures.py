@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import small_target
-from picture_cases import IMAGE, KINDS, NEW, WITH_GRIDS, beside, picture_prompts, picture_target
+from picture_cases import IMAGE, KINDS, NEW, VIDEO, WITH_GRIDS, beside, picture_prompts, picture_target
 from round_cases import PATHS, fixed_engine
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -88,6 +88,24 @@ def test_padding_may_be_at_either_side(kind, target):
     left, right = (picture_prompts(kind, RAGGED, side) for side in ("left", "right"))
     made = written(target, None, right).sequences[:, -NEW:]
     assert torch.equal(made, written(target, None, left).sequences[:, -NEW:])
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_film(kind):
+    """Two pictures one after the other in time: their tokens count less than the text's on every axis."""
+    target, prompt = picture_target(kind), picture_prompts(kind, [[(4, 8)]])
+    ids = prompt["input_ids"]
+    prompt["input_ids"] = ids.masked_fill(ids == IMAGE, VIDEO)
+    prompt |= {
+        "pixel_values_videos": prompt.pop("pixel_values"),
+        "video_grid_thw": torch.tensor([[2, 4, 4]]),
+        "mm_token_type_ids": 2 * prompt["mm_token_type_ids"],
+    }
+    del prompt["image_grid_thw"]
+    want = own_text(target, prompt)
+    draft = knowing(target, want, prompt)
+    assert torch.equal(written(target, draft, prompt, tree=TREE).sequences, want)
+    assert torch.equal(own_text(target, prompt, custom_generate=custom_generate(draft)), want)
 
 
 def test_several_texts_of_a_prompt(kind, target):
