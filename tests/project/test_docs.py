@@ -12,6 +12,7 @@ import click
 import pytest
 import typer
 from models import small_target
+from picture_cases import save_with_processor
 from tokenizers_for_tests import small_tokenizer
 from typer.testing import CliRunner
 
@@ -50,13 +51,16 @@ def pages_with_python() -> list:
 
 @pytest.mark.parametrize("page", pages_with_python())
 def test_blocks_run_in_the_order_of_the_page(page, tmp_path, monkeypatch):
-    """Python, and in blocks marked sh the command beagle-sd; "my-model" is a small target of the tests' own."""
+    """Python, and in blocks marked sh the command beagle-sd; "my-model" is a small target of the tests' own, and
+    "my-vision-model" one that takes pictures."""
     monkeypatch.chdir(tmp_path)
     if page.name != "README.md":
         monkeypatch.setenv("BEAGLE_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(calibration, "_PASSES", 1)
     small_target().save_pretrained("my-model")
     small_tokenizer().save_pretrained("my-model")
+    if "my-vision-model" in page.read_text(encoding="utf-8"):
+        save_with_processor("my-vision-model")
     names = {"__name__": "page"}
     for number, (kind, text) in enumerate(FENCE.findall(page.read_text(encoding="utf-8")), 1):
         if kind == "python":

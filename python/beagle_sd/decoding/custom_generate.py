@@ -72,9 +72,9 @@ def custom_generate(
     stop_strings with tokenizer, and stopping criteria, which see what plain generate shows them; of the generation
     config do_sample, temperature, top_k, top_p, min_p, lengths (minimal ones too), suppress_tokens,
     begin_suppress_tokens, bad_words_ids and sequence_bias of one token each, end tokens, max_time,
-    num_return_sequences, return_dict_in_generate (a SpeculativeOutput). Whatever else would change the text (beams,
-    penalties, images, processors of your own) raises ValueError by name. RuntimeError for a transformers that prepares
-    its call in an unknown way.
+    num_return_sequences, return_dict_in_generate (a SpeculativeOutput). Pictures in the prompt go where they always do;
+    whatever else would change the text (beams, penalties, processors of your own) raises ValueError by name.
+    RuntimeError for a transformers that prepares its call in an unknown way.
     """
     _hand_on_streamers()
     options = {
@@ -118,7 +118,7 @@ class _Speculation:
         """The arguments of beagle_sd.generate that the prepared call asks for; ValueError where it cannot be had."""
         if streamer is not None and self.streamer is not None:
             raise ValueError("a streamer was given to generate and to custom_generate; allowed: one of them")
-        _check(config, input_ids, given)
+        _check(config, input_ids)
         rows, width = input_ids.shape
         vocab_size = model.config.get_text_config().vocab_size
         sampling, bias = settings_of(processors, config.do_sample, width, vocab_size)
@@ -126,6 +126,7 @@ class _Speculation:
         if own and not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
             own = [_Together(own)]
         return {
+            "model_inputs": _beside(given, input_ids),
             "max_new_tokens": config.max_length - width,
             "seed": torch.randint(2**62, (rows,)).to(input_ids.device) if self.seed is None else self.seed,
             "eos_token_id": [] if config.eos_token_id is None else config.eos_token_id,
@@ -184,7 +185,7 @@ def _hand_on_streamers() -> None:
     setattr(GenerationMixin, _READ, reading)
 
 
-def _check(config: GenerationConfig, input_ids: Tensor, given: dict) -> None:
+def _check(config: GenerationConfig, input_ids: Tensor) -> None:
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(f"the generation mode is {mode.value}; allowed: greedy_search, sample")
@@ -198,7 +199,6 @@ def _check(config: GenerationConfig, input_ids: Tensor, given: dict) -> None:
         raise ValueError(
             f"cache_implementation is {config.cache_implementation!r}; allowed: unset, the loop has a cache of its own"
         )
-    _check_given(given, input_ids)
     if input_ids.shape[1] >= config.max_length:
         raise ValueError(
             f"the prompt has {input_ids.shape[1]} tokens and max_length is {config.max_length}; "
@@ -206,31 +206,38 @@ def _check(config: GenerationConfig, input_ids: Tensor, given: dict) -> None:
         )
 
 
-def _check_given(given: dict, input_ids: Tensor) -> None:
-    """Raise ValueError for what was given to generate, or prepared of it, that says more than a text and its mask."""
-    mask = given.get("attention_mask")
-    mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids)
-    for name, value in given.items():
-        if value is None or name in _OWN or name == "synced_gpus" and not value:
-            continue
-        if name == "assistant_model":
-            raise ValueError("assistant_model given to generate; allowed: none, the draft drafts")
-        if name == "position_ids":
-            counted = mask.cumsum(-1) - 1  # M-RoPE has a line for each of its kinds: alike where all is text
-            same = value.shape[-1] == counted.shape[-1] and value.to(counted) == counted
-            if same is False or bool((~same & (mask != 0)).any()):
-                raise ValueError("position_ids do not count each row's tokens from 0; allowed: those, or none")
-        elif name == "mm_encoder_outputs":
-            if value:
-                raise ValueError(f"{', '.join(value)} given to generate, as pixel_values or encoded; allowed: text")
-        elif name == "rope_deltas":
-            if bool((value.to(mask).flatten() != mask.sum(1) - mask.shape[1]).any()):
-                raise ValueError("rope_deltas are of a text with images; allowed: text alone, which needs none")
-        elif name not in _TOKEN_TYPES or bool((value != 0).any()):
-            raise ValueError(f"{name} given to generate; allowed: input_ids and attention_mask, a text alone")
+def _beside(given: dict, input_ids: Tensor) -> dict[str, Any] | None:
+    """What was given to generate, or prepared of it, for the prompt beside a text and its mask; None for a text alone.
+    ValueError for what cannot be honoured, and for positions of a text that do not count it."""
+    if given.get("assistant_model") is not None:
+        raise ValueError("assistant_model given to generate; allowed: none, the draft drafts")
     for name in _CACHES:
         if (past := given.get(name)) is not None and past.get_seq_length() > 0:
             raise ValueError(f"{name} holds tokens; allowed: none, the loop has a cache of its own")
+    own = _OWN | {"assistant_model", *(() if given.get("synced_gpus") else ("synced_gpus",))}
+    said = {name: value for name, value in given.items() if value is not None and name not in own}
+    if any(_of_pictures(name, value) for name, value in said.items()):
+        return said
+    mask = given.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids)
+    if (value := said.get("position_ids")) is not None:
+        counted = mask.cumsum(-1) - 1  # M-RoPE has a line for each of its kinds: alike where all is text
+        same = value.shape[-1] == counted.shape[-1] and value.to(counted) == counted
+        if same is False or bool((~same & (mask != 0)).any()):
+            raise ValueError("position_ids do not count each row's tokens from 0; allowed: those, or none")
+    if (value := said.get("rope_deltas")) is not None:
+        if bool((value.to(mask).flatten() != mask.sum(1) - mask.shape[1]).any()):
+            raise ValueError("rope_deltas are of a text with images; allowed: text alone, which needs none")
+    return None
+
+
+def _of_pictures(name: str, value: Any) -> bool:
+    """Whether it says that the prompt is no text alone."""
+    if name in ("position_ids", "rope_deltas"):
+        return False
+    if name == "mm_encoder_outputs":
+        return bool(value)
+    return name not in _TOKEN_TYPES or bool((value != 0).any())
 
 
 _HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")

@@ -19,6 +19,7 @@ from beagle_sd.decoding.rounds import Buffers, play_round, prefill
 from beagle_sd.decoding.tree import PLAIN, TreeShape
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.head import UnsupportedTarget
+from beagle_sd.models.pictures import PicturePrompt
 from beagle_sd.models.target import Target
 
 _FIRST_TOKENS = 256
@@ -96,8 +97,10 @@ class Engine:
         ends: list[int],
         clock: Clock,
         bias: Bias | None = None,
+        pictures: PicturePrompt | None = None,
     ) -> None:
-        """Prefill new texts, whose first news is sent: prompts [B, T] padded on the right, lengths [B] int32."""
+        """Prefill new texts, whose first news is sent: prompts [B, T] padded on the right, lengths [B] int32;
+        pictures: the same prompts with what is in them beside text."""
         batch, longest = prompts.shape
         if batch != self.batch:
             raise ValueError(f"{batch} rows were given to an engine for {self.batch}; allowed: as many rows")
@@ -113,9 +116,10 @@ class Engine:
         self._sent.clear()
         self._longest, self._emitted = longest, 0
         self.buffers.reserve(longest + min(max_new_tokens, _FIRST_TOKENS), self.capacity)
+        self.buffers.cache.end.fill_(longest + max_new_tokens)
         self.buffers.begin(sampling, max_new_tokens, ends, bias)
         with _apart(self.target.device), clock.phase("prefill"):
-            prefill(self.target, self.draft, prompts, lengths, self.buffers)
+            prefill(self.target, self.draft, prompts, lengths, self.buffers, pictures)
         self._send()
 
     def play(self, shape: TreeShape, clock: Clock) -> None:

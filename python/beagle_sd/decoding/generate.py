@@ -23,6 +23,7 @@ from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.ends import end_tokens, token_ids
+from beagle_sd.models.pictures import PicturePrompt, checked_inputs, placeholders
 from beagle_sd.models.target import Target
 
 
@@ -62,6 +63,7 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
+    model_inputs: Mapping[str, Any] | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -82,17 +84,19 @@ def generate(
 ) -> Generated:
     """Decode speculatively: the tokens are those of plain decoding with the same seed, whatever the draft does.
 
-    input_ids [B, T] int64, padded on either side with attention_mask [B, T]; draft None decodes plainly, with the
-    same sampler. temperature 0 is greedy. An int seed s means s + b for row b, a tensor [B] is taken as it is.
-    tree: every round's TreeShape, or an AdaptiveTree, which chooses each round's; None: the device's default. Draft and
-    tree decide the speed alone. logit_bias adds to the logits of these tokens, before temperature and filters; -inf
-    never gives one. No end token comes among the first min_new_tokens. eos_token_id None takes the target's generation
-    config's; an empty list never stops early. streamer (one row only) is given the prompt, then each round's tokens,
-    and its end even where the call fails. stopping_criteria are asked after each token with the prompts as given and
-    the new tokens behind them [B, T + new], ended rows padded, and no scores: a row ends with the first token at which
-    one says so. return_logprobs gives log softmax of the target's own logits for each new token, at temperature 1,
-    without bias and filters: what scoring the text would give, so that calls with different settings compare, and no
-    emitted token is at -inf.
+    input_ids [B, T] int64, padded on either side with attention_mask [B, T]; model_inputs: what the model takes beside
+    them for the prompt, as its processor gives it (pixel_values, image_grid_thw, token_type_ids ...): such a prompt is
+    run by the model's own forward, all at once, and its keys and values take their memory twice for a moment. draft
+    None decodes plainly, with the same sampler. temperature 0 is greedy. An int seed s means s + b for row b, a tensor
+    [B] is taken as it is. tree: every round's TreeShape, or an AdaptiveTree, which chooses each round's; None: the
+    device's default. Draft and tree decide the speed alone. logit_bias adds to the logits of these tokens, before
+    temperature and filters; -inf never gives one. No end token comes among the first min_new_tokens. eos_token_id None
+    takes the target's generation config's; an empty list never stops early. streamer (one row only) is given the
+    prompt, then each round's tokens, and its end even where the call fails. stopping_criteria are asked after each
+    token with the prompts as given and the new tokens behind them [B, T + new], ended rows padded, and no scores: a row
+    ends with the first token at which one says so. return_logprobs gives log softmax of the target's own logits for
+    each new token, at temperature 1, without bias and filters: what scoring the text would give, so that calls with
+    different settings compare, and no emitted token is at -inf.
 
     On CUDA each round is one graph's replay (graph=False: eagerly); page_size keeps the target's cache in pages. An
     engine keeps buffers and graphs from call to call; what shapes them (tree, return_logprobs, graph, page_size) is
@@ -118,8 +122,10 @@ def generate(
         "return_logprobs": return_logprobs or None,
     }
     _check_engine(engine, target, draft, options)
-    prompts, lengths = _prompts(input_ids, attention_mask, wrapped)
+    beside = checked_inputs(wrapped, model_inputs)
+    prompts, lengths = _prompts(input_ids, attention_mask, wrapped, placeholders(wrapped) if beside else [])
     wrapped.check_length(int(lengths.min()), prompts.shape[1] + max_new_tokens)
+    pictures = PicturePrompt.of(wrapped, input_ids, attention_mask, beside) if beside else None
     sampling = Sampling.of(len(prompts), seed, temperature, top_k, top_p, min_p, device=wrapped.device)
     if streamer is not None and len(prompts) > 1:
         raise ValueError(f"a streamer was given with {len(prompts)} rows; allowed: 1 row")
@@ -137,7 +143,9 @@ def generate(
             **{**options, "return_logprobs": return_logprobs},
         )
         shown = input_ids.to(wrapped.device)
-        decoding = Decoding(made, prompts, lengths, max_new_tokens, stopping_criteria, shown=shown, pad=pad)
+        decoding = Decoding(
+            made, prompts, lengths, max_new_tokens, stopping_criteria, shown=shown, pad=pad, pictures=pictures
+        )
         if streamer is not None:
             streamer.put(input_ids.cpu())
         for run in decoding.run(sampling, ends, bias):
@@ -166,8 +174,10 @@ def _check_engine(engine: Engine | None, target: PreTrainedModel, draft: BeagleD
         raise ValueError(f"{', '.join(given)} given with an engine; allowed: give them to Engine")
 
 
-def _prompts(input_ids: Tensor, attention_mask: Tensor | None, target: Target) -> tuple[Tensor, Tensor]:
-    """The prompts moved to the left [B, T] and their lengths int32 [B]."""
+def _prompts(
+    input_ids: Tensor, attention_mask: Tensor | None, target: Target, placeholders: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The prompts moved to the left [B, T] and their lengths int32 [B]; placeholders may lie outside the vocabulary."""
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
         given = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids is {given}; allowed: an integer tensor [B, T]")
@@ -185,9 +195,9 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None, target: Target) -
     if bool(((mask[:, 1:] != mask[:, :-1]).sum(1) > 1).any()) or bool((~mask[:, 0] & ~mask[:, -1]).any()):
         raise ValueError("attention_mask has a gap; allowed: padding at one side of each row")
     vocab = target.config.vocab_size
-    if bool(((ids < 0) | (ids >= vocab))[mask].any()):
-        wrong = ids[mask & ((ids < 0) | (ids >= vocab))][0]
-        raise ValueError(f"input_ids has {int(wrong)}; allowed: 0 to {vocab - 1}")
+    outside = mask & ((ids < 0) | (ids >= vocab))
+    if bool(outside.any()) and (wrong := set(ids[outside].tolist()).difference(placeholders)):
+        raise ValueError(f"input_ids has {min(wrong)}; allowed: 0 to {vocab - 1}")
     order = torch.sort(mask.to(torch.int8), dim=1, descending=True, stable=True).indices
     kept = torch.where(mask.gather(1, order), ids.gather(1, order), 0)
     return kept[:, : int(lengths.max())], lengths.to(torch.int32)

@@ -15,6 +15,7 @@ from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.logits import Bias
 from beagle_sd.decoding.report import Clock, Report, Tally
 from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.models.pictures import PicturePrompt
 
 
 class Decoding:
@@ -39,11 +40,12 @@ class Decoding:
         shown: Tensor | None = None,
         pad: int = 0,
         ahead: bool | None = None,
+        pictures: PicturePrompt | None = None,
     ):
         self.engine, self.criteria = engine, StoppingCriteriaList(stopping_criteria)
         self.shown, self.pad = prompts if shown is None else shown, pad
         self.asked = 0
-        self.prompts, self.lengths, self.max_new_tokens = prompts, lengths, max_new_tokens
+        self.prompts, self.lengths, self.pictures, self.max_new_tokens = prompts, lengths, pictures, max_new_tokens
         self.counts, self.live = [0] * len(prompts), [True] * len(prompts)
         self.clock, self.tally = Clock(engine.target.device), Tally(engine.shape.levels)
         host_decides = bool(stopping_criteria) or isinstance(engine.tree, AdaptiveTree)
@@ -52,7 +54,7 @@ class Decoding:
     def run(self, sampling: Sampling, ends: list[int], bias: Bias | None = None) -> Iterator[list[list[int]]]:
         """Yields each round's new tokens a row (none for finished rows), the prefill's first."""
         engine, clock = self.engine, self.clock
-        engine.begin(self.prompts, self.lengths, sampling, self.max_new_tokens, ends, clock, bias)
+        engine.begin(self.prompts, self.lengths, sampling, self.max_new_tokens, ends, clock, bias, self.pictures)
         yield self._take(engine.receive())
         playing: deque[TreeShape] = deque()
         while any(self.live):

@@ -18,6 +18,7 @@ from beagle_sd.decoding.logits import Bias
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.cache import grown
 from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.pictures import PicturePrompt, prefill_pictures
 from beagle_sd.models.target import Target
 
 NEWS = 4
@@ -128,9 +129,21 @@ def _untimed(phase: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def prefill(target: Target, draft: BeagleDraft | None, prompts: Tensor, lengths: Tensor, buffers: Buffers) -> None:
-    """Run right-padded prompts [B, T] with `lengths` [B] int32 and emit each row's first token."""
-    hidden = target.prefill(prompts, lengths, buffers.cache)
+def prefill(
+    target: Target,
+    draft: BeagleDraft | None,
+    prompts: Tensor,
+    lengths: Tensor,
+    buffers: Buffers,
+    pictures: PicturePrompt | None = None,
+) -> None:
+    """Run right-padded prompts [B, T] with `lengths` [B] int32, or the same with pictures in them, and emit each row's
+    first token."""
+    if pictures is not None:
+        hidden = prefill_pictures(target, pictures, buffers.cache)
+    else:
+        buffers.cache.offsets.zero_()
+        hidden = target.prefill(prompts, lengths, buffers.cache)
     position = lengths.long()
     last = hidden.gather(1, (position - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
     logits = target.head(last)

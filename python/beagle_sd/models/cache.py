@@ -20,7 +20,9 @@ _Made = TypeVar("_Made")
 
 
 class TreeCache(Cache):
-    """Keys and values of B rows, ragged, with tree nodes at the end of each; `lengths` [B] int32.
+    """Keys and values of B rows, ragged, with tree nodes at the end of each; `lengths` [B] int32; `offsets` [B] int64,
+    what the position of a row's next token is beside its length: not 0 only behind pictures (pictures.py); `end` []
+    int64: no row goes on to this position.
 
     Layers of equal shape lie together, so that one launch moves them all: each tensor of `states` is
     [layers, 2, B, Hkv, S, D], keys before values, or where these differ in width two tensors [layers, 1, B, Hkv, S, D].
@@ -50,6 +52,8 @@ class TreeCache(Cache):
             ]
         )
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.end = torch.full((), 1 << 40, dtype=torch.int64, device=device)
+        self.offsets = torch.zeros(batch, dtype=torch.int64, device=device)
         self.fixed = fixed or page_size is not None or self.lengths.is_cuda
         self.capacity, self.page_size = 0, page_size
         if page_size is not None and page_size < 1:
@@ -100,7 +104,8 @@ class TreeCache(Cache):
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name."""
-        found = {f"states_{number}": states for number, states in enumerate(self.states)} | {"lengths": self.lengths}
+        found = {f"states_{number}": states for number, states in enumerate(self.states)}
+        found |= {"lengths": self.lengths, "offsets": self.offsets, "end": self.end}
         for index, recurrence in self.recurrences.items():
             found |= {f"recurrence_{index}_{number}": state for number, state in enumerate(recurrence.states)}
         return found if self.block_table is None else found | {"block_table": self.block_table}
@@ -109,6 +114,7 @@ class TreeCache(Cache):
         """One row as a cache of its own, in the same memory, until `reserve` moves it."""
         one = copy(self)
         one.lengths, one._rows, one._made = self.lengths[row : row + 1], self._rows[:1], {}
+        one.offsets = self.offsets[row : row + 1]
         if self.block_table is None:
             one.states = [states[:, :, row : row + 1] for states in self.states]
         else:
@@ -123,6 +129,7 @@ class TreeCache(Cache):
     def forget(self) -> None:
         """As before any text."""
         self.lengths.zero_()
+        self.offsets.zero_()
         for recurrence in self.recurrences.values():
             recurrence.forget()
 
@@ -133,7 +140,7 @@ class TreeCache(Cache):
         for index, recurrence in self.recurrences.items():
             for state, new in zip(recurrence.states, other.recurrences[index].states, strict=True):
                 state[rows] = new
-        self.lengths[rows] = other.lengths
+        self.lengths[rows], self.offsets[rows] = other.lengths, other.offsets
 
     def expect(self, depth: Tensor, limit: int | None, stepping: bool, recording: bool) -> None:
         """Prepare for a forward over new tokens at `depth` [B, N] behind the lengths, which is to be given `limit`

@@ -42,10 +42,22 @@ def check_length(config: PretrainedConfig, shortest: int, total: int) -> None:
                 f"{shortest} tokens goes on to {total}; allowed: {allowed}"
             )
     limit = getattr(config, "max_position_embeddings", None)
-    if limit and total > limit and not _ropes(config) and getattr(config, "rope_theta", None) is None:
+    if limit and total > limit and _has_table(config):
         raise UnsupportedTarget(
             f"{config.model_type} has {limit} positions; prompt and new tokens need {total}; allowed: {limit} at most"
         )
+
+
+def ends_matter(config: PretrainedConfig) -> bool:
+    """Whether the model must not be given positions beyond a text's end, as drafted tokens may have: angles would
+    change for all, or there are no more positions."""
+    ropes = _ropes(config)
+    return any(rope.get("rope_type") in _CHANGING for rope in ropes) or _has_table(config)
+
+
+def _has_table(config: PretrainedConfig) -> bool:
+    """Whether positions may be looked up in a table: there are no rotary ones."""
+    return not _ropes(config) and getattr(config, "rope_theta", None) is None
 
 
 def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:

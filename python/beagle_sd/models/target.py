@@ -17,7 +17,7 @@ from beagle_sd.models.head import Head, UnsupportedTarget, decoder_of, head_of
 from beagle_sd.models.layers.attention import reading
 from beagle_sd.models.layers.kept import Kept, kept_by
 from beagle_sd.models.layers.recurrent import step_by_step
-from beagle_sd.models.supported import check_length, check_supported
+from beagle_sd.models.supported import check_length, check_supported, ends_matter
 from beagle_sd.models.view import uncompiled, view_of
 
 _PREFILL_CHUNK = 512
@@ -61,7 +61,7 @@ class Target:
         self.decoder = decoder_of(model)
         # transformers calls it `cache` from 5.24 on, model by model, and warns of the older name
         named = inspect.signature(self.decoder.forward).parameters
-        self._cache_argument = "cache" if "cache" in named else "past_key_values"
+        self.cache_argument = "cache" if "cache" in named else "past_key_values"
         self.embedding: nn.Module = model.get_input_embeddings()
         if self.dtype not in _DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
@@ -88,12 +88,16 @@ class Target:
                     input_ids=token,
                     position_ids=torch.zeros_like(token),
                     use_cache=True,
-                    **{self._cache_argument: cache},
+                    **{self.cache_argument: cache},
                 )
 
             with torch.autocast(self.device.type, enabled=False):
                 _kept[self.model] = known = state, kept_by(view, self.config, run)
         return known[1]
+
+    @cached_property
+    def _ends_matter(self) -> bool:
+        return ends_matter(self.config)
 
     @cached_property
     def _attends(self) -> bool:
@@ -129,7 +133,7 @@ class Target:
     def own(self, tokens: Tensor, cache: Cache, begin: int) -> Tensor:
         """Top hidden states [B, N, d] of N more tokens of texts whose first `begin` a cache of transformers has."""
         position = torch.arange(begin, begin + tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        given = {"position_ids": position, self._cache_argument: cache}
+        given = {"position_ids": position, self.cache_argument: cache}
         return self.decoder(input_ids=tokens, use_cache=True, **given).last_hidden_state
 
     def new_cache(self, batch: int, slots: int, *, page_size: int | None = None, fixed: bool = False) -> TreeCache:
@@ -152,20 +156,23 @@ class Target:
     ) -> Tensor:
         """Top hidden states [B, N, d] of N new tokens a row, written to the cache behind its lengths.
 
-        tokens [B, N] int64; depth [B, N], added to the row's length to give positions; mask words [B, N, W] int64:
-        which new tokens each one sees (itself too), besides everything below the row's length that its layer sees. A
-        fixed cache needs room behind the lengths, which are not read. stepping: recurrent layers go token by token,
-        else they take all in one piece; recording: so that `advance` can go back to each.
+        tokens [B, N] int64; depth [B, N], added to the row's length and offset to give positions; mask words [B, N, W]
+        int64: which new tokens each one sees (itself too), besides everything below the row's length that its layer
+        sees. A fixed cache needs room behind the lengths, which are not read. stepping: recurrent layers go token by
+        token, else they take all in one piece; recording: so that `advance` can go back to each.
         """
         limit = None if cache.fixed else int(cache.lengths.max()) + tokens.shape[1]
         cache.expect(depth, limit, stepping, recording)
+        position = (cache.lengths + cache.offsets)[:, None] + depth.long()
+        if self._ends_matter:
+            position = torch.minimum(position, cache.end - 1)
         with reading(cache):
             return self._view(
                 input_ids=tokens,
                 attention_mask=mask[:, None] if self._attends else None,
-                position_ids=cache.lengths.long()[:, None] + depth.long(),
+                position_ids=position,
                 use_cache=True,
-                **{self._cache_argument: cache},
+                **{self.cache_argument: cache},
             ).last_hidden_state
 
     def prefill(self, tokens: Tensor, lengths: Tensor, cache: TreeCache, begin: int = 0) -> Tensor:

@@ -17,9 +17,9 @@ from beagle_sd.models.layers.attention import NAME, tempered_by_position
 from beagle_sd.models.layers.linears import few_rows_forward
 
 
-def view_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of new modules over `model`'s parameters and buffers, whose attention is beagle_tree and whose plain
-    linear layers take few rows on a CPU through skinny_linear.
+def view_of(model: PreTrainedModel, *, attention: str | None = NAME) -> PreTrainedModel:
+    """A model of new modules over `model`'s parameters and buffers, whose attention is beagle_tree (with None the
+    model's own) and whose plain linear layers take few rows on a CPU through skinny_linear.
 
     Weights that are cast, moved or loaded later are seen, modules that are put in place of others are not. Compiled
     parts are taken as they were before they were compiled.
@@ -28,7 +28,10 @@ def view_of(model: PreTrainedModel) -> PreTrainedModel:
     view = _copy(model, copied)
     for old in _uncompiled_modules(model):
         _bind(copied[id(old)], copied)
-    view.config._attn_implementation = NAME
+        if attention == NAME and tempered_by_position(old):
+            copied[id(old)].__dict__["attn_temperature_tuning"] = False  # attention.py does it, by each one's position
+    if attention is not None:
+        view.config._attn_implementation = attention
     return view
 
 
@@ -60,8 +63,6 @@ def _bind(new: nn.Module, copied: dict[int, Any]) -> None:
     for name, value in list(kept.items()):
         if name not in ("_modules", "_parameters", "_buffers"):
             kept[name] = _bound(value, copied)
-    if tempered_by_position(new):
-        kept["attn_temperature_tuning"] = False  # attention.py does it, by each token's position
     if (forward := few_rows_forward(new)) is not None:
         kept["forward"] = forward
 

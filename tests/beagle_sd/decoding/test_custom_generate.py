@@ -309,11 +309,6 @@ def test_a_vision_language_target_goes_on_with_text_alone():
     assert torch.equal(
         generate(target, draft, ids, mask, max_new_tokens=12, pad_token_id=0, eos_token_id=1).sequences, want
     )
-    image = {"pixel_values": torch.zeros(16, 1176), "image_grid_thw": torch.tensor([[1, 4, 4]])}
-    seen = ids[:1].index_fill(1, torch.arange(5, 9), 120)
-    types = (seen == 120).long()
-    with pytest.raises(ValueError, match="(image|mm_token_type_ids|pixel_values|position_ids).*allowed: "):
-        target.generate(seen, mm_token_type_ids=types, **image, **settings, custom_generate=by)
 
 
 def test_a_transformers_that_would_lose_streamers_is_refused(monkeypatch):

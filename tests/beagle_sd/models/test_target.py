@@ -29,7 +29,7 @@ def unknown_scale():
 
 
 REFUSED = {
-    "a cache of its own": (lambda: tiny("minimax"), "MiniMaxModel cannot run over a cache that transformers makes"),
+    "a cache of its own": (lambda: tiny_target("minimax"), "MiniMaxModel cannot run over a cache that transformers"),
     "no cache of transformers": (lambda: tiny("openai-gpt"), "keeps nothing of a text in transformers' cache"),
     "keys chosen by an indexer": (lambda: tiny_target("deepseek_v32"), "gives its attention indices"),
     "compressed keys": (lambda: tiny_target("deepseek_v4"), "keeps more than keys and values in layer 0"),

@@ -1,6 +1,6 @@
-"""Vision-language targets asked about text alone (and about an image).
+"""Vision-language targets asked about text alone (and with an image that has no place in it).
 
-Expected: text works or is refused with the reason; an image is refused by name, never ignored.
+Expected: text works or is refused with the reason; such an image is an error, never ignored.
 """
 
 import sys

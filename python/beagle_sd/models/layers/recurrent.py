@@ -53,6 +53,11 @@ class Recurrence:
         """As before a text."""
         self.layer.reset()
 
+    def set(self, layer: LinearAttentionLayer) -> None:
+        """Take the states of a layer of transformers' cache."""
+        for state, new in zip(self.states, states_of(layer), strict=True):
+            state.copy_(new)
+
     def record(self) -> None:
         """Keep the states as they are now, behind those kept before."""
         self.history.append([state.clone() for state in self.states])
