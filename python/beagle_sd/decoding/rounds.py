@@ -50,7 +50,7 @@ class Buffers:
     ):
         device, self.shape, self.tokens = target.device, shape, tokens
         slots, width = self._sizes()
-        self.cache = target.new_cache(batch, slots, page_size=page_size, fixed=fixed)
+        self.cache = target.new_cache(batch, slots, page_size=page_size, at_once=shape.num_nodes, fixed=fixed)
         self.draft_cache = None
         if draft is not None:
             self.draft_cache = DraftCache(draft, batch, tokens - 1, shape.depth, shape.branch)
@@ -197,8 +197,8 @@ def _keep(draft, buffers: Buffers, tree: DraftTree, verdict: Verdict, hidden: Te
     lengths, path = buffers.cache.lengths, verdict.path.long().clamp(min=0)
     step = torch.arange(path.shape[1], device=path.device)
     if path.shape[1] > 1:
-        for states in buffers.cache.states:
-            compact_cache_(states, verdict.path, verdict.num_accepted, lengths, block_table=buffers.cache.block_table)
+        for states, span in zip(buffers.cache.states, buffers.cache.spans, strict=True):
+            compact_cache_(states, verdict.path, verdict.num_accepted, lengths, block_table=buffers.cache.table(span))
     if buffers.draft_cache is not None:
         states = hidden.gather(1, path[:, :, None].expand(-1, -1, hidden.shape[2]))
         buffers.draft_cache.append_true(draft, states, lengths.long()[:, None] + step)

@@ -16,6 +16,8 @@ from beagle_sd.models.layers.attention import Span
 from beagle_sd.models.layers.kept import Kept
 from beagle_sd.models.layers.recurrent import Recurrence
 
+AT_ONCE = 512
+"""Tokens of a prompt that a forward takes."""
 _Made = TypeVar("_Made")
 
 
@@ -27,19 +29,28 @@ class TreeCache(Cache):
     Layers of equal shape lie together, so that one launch moves them all: each tensor of `states` is
     [layers, 2, B, Hkv, S, D], keys before values, or where these differ in width two tensors [layers, 1, B, Hkv, S, D].
     With page_size they are pages [layers, planes, P, Hkv, page, D] of which row b's slot s is in page
-    block_table[b, s // page]. Slot j of row b holds position j for j < lengths[b], in layers that see a window too; a
-    forward over N new tokens writes slots lengths[b] .. lengths[b] + N - 1 and leaves `lengths` as they are: the
-    caller says by `advance` what was accepted. `recurrences` has the states of recurrent layers by their number; a
-    forward takes them on over all N tokens, and `advance` back. `fixed`: a forward reads nothing on the host, and its
-    shapes follow from N alone (so on a GPU, and with pages); else the longest row bounds what it reads.
+    table[b, s // page], `tables` having one for each span of layers. Slot j of row b holds position j for
+    j < lengths[b]. Layers that see a window keep all of it where the cache is dense; of pages they take turns with as
+    many as the window and `at_once` new tokens need. A forward over N new tokens writes slots lengths[b] ..
+    lengths[b] + N - 1 and leaves `lengths` as they are: the caller says by `advance` what was accepted. `recurrences`
+    has the states of recurrent layers by their number; a forward takes them on over all N tokens, and `advance` back.
+    `fixed`: a forward reads nothing on the host, and its shapes follow from N alone (so on a GPU, and with pages); else
+    the longest row bounds what it reads.
     """
 
-    block_table: Tensor | None = None
     attended = False
     stepping = recording = False
 
     def __init__(
-        self, kept: Sequence[Kept], batch: int, slots: int, device, *, page_size: int | None = None, fixed: bool = False
+        self,
+        kept: Sequence[Kept],
+        batch: int,
+        slots: int,
+        device,
+        *,
+        page_size: int | None = None,
+        at_once: int = AT_ONCE,
+        fixed: bool = False,
     ):
         self.kept = tuple(kept)
         self.recurrences = {
@@ -55,47 +66,66 @@ class TreeCache(Cache):
         self.end = torch.full((), 1 << 40, dtype=torch.int64, device=device)
         self.offsets = torch.zeros(batch, dtype=torch.int64, device=device)
         self.fixed = fixed or page_size is not None or self.lengths.is_cuda
-        self.capacity, self.page_size = 0, page_size
+        self.capacity, self.page_size, self.at_once = 0, page_size, at_once
         if page_size is not None and page_size < 1:
             raise ValueError(f"page_size is {page_size}; allowed: 1 or more slots")
+        self.tables: dict[Span, Tensor] = {}
         self.states: list[Tensor] = []
+        self.spans: list[Span] = []
         self._places: dict[int, tuple[tuple[int, int, int], tuple[int, int, int]]] = {}
         self._lay_out(batch if page_size is None else 0, 0 if page_size is None else page_size)
         self.reserve(slots)
         self.depth = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._rows = torch.arange(batch, device=device)[:, None]
-        self._at: tuple[Tensor, Tensor] = (self._rows, self._rows)
+        self._slots = self._rows
         self._starts: list[int] = []
         self._limit: int | None = None
         self._made: dict[Hashable, Any] = {}
 
     def _lay_out(self, rows: int, size: int) -> None:
-        """`states` without slots, and of each layer the (tensor, layer in it, plane) of its keys and of its values."""
+        """`states` without slots, the span of each, and of each layer the (tensor, layer in it, plane) of its keys and
+        of its values. Layers of different spans lie together where nothing depends on it."""
         groups: dict[tuple, list[int]] = {}
         for index, one in enumerate(self.kept):
             if one.heads:
-                groups.setdefault((one.heads, one.key_width, one.value_width, one.dtype), []).append(index)
-        for (heads, *widths, dtype), members in groups.items():
+                span = one.span if self.page_size is not None else Span()
+                groups.setdefault((span, one.heads, one.key_width, one.value_width, one.dtype), []).append(index)
+        for (span, heads, *widths, dtype), members in groups.items():
             alike = widths[0] == widths[1]
             for width in widths[:1] if alike else widths:
                 shape = len(members), 2 if alike else 1, rows, heads, size, width
                 self.states.append(torch.zeros(shape, dtype=dtype, device=self.lengths.device))
+                self.spans.append(span)
             last = len(self.states) - 1
             for at, index in enumerate(members):
                 self._places[index] = ((last, at, 0), (last, at, 1)) if alike else ((last - 1, at, 0), (last, at, 0))
 
     def reserve(self, slots: int) -> None:
-        """Make room for `slots` positions a row at least, behind what is there: `states` and `block_table` may move."""
+        """Make room for `slots` positions a row at least, behind what is there: `states` and `tables` may move."""
         if slots <= self.capacity:
             return
         self.capacity = slots
         if self.page_size is None:
             self.states = [grown(states, 4, slots) for states in self.states]
             return
-        batch, pages = len(self.lengths), -(-slots // self.page_size)
-        self.states = [grown(states, 2, batch * pages) for states in self.states]
-        pages_of = torch.arange(batch * pages, dtype=torch.int32, device=self.lengths.device).view(pages, batch)
-        self.block_table = pages_of.T.contiguous()
+        batch, pages = len(self.lengths), torch.arange(-(-slots // self.page_size), device=self.lengths.device)
+        rows = torch.arange(batch, device=self.lengths.device)[:, None]
+        turns = {span: min(len(pages), self._turns(span)) for span in {Span(), *self.spans}}
+        self.tables = {span: (pages % turn * batch + rows).to(torch.int32) for span, turn in turns.items()}
+        self.states = [
+            grown(states, 2, batch * turns[span]) for states, span in zip(self.states, self.spans, strict=True)
+        ]
+
+    def _turns(self, span: Span) -> int:
+        """Pages of a row that layers of this span take turns with: none of them is written over while it is seen."""
+        reach = span.window or span.chunk
+        return 1 << 40 if reach is None else -(-(reach + self.at_once) // (self.page_size or 1)) + 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and recurrent states."""
+        states = [*self.states, *(state for one in self.recurrences.values() for state in one.states)]
+        return sum(state.nbytes for state in states)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer: [B, Hkv, S, D] and [B, Hkv, S, Dv], or pages."""
@@ -108,17 +138,16 @@ class TreeCache(Cache):
         found |= {"lengths": self.lengths, "offsets": self.offsets, "end": self.end}
         for index, recurrence in self.recurrences.items():
             found |= {f"recurrence_{index}_{number}": state for number, state in enumerate(recurrence.states)}
-        return found if self.block_table is None else found | {"block_table": self.block_table}
+        return found | {f"table_{number}": table for number, table in enumerate(self.tables.values())}
 
     def row(self, row: int) -> TreeCache:
         """One row as a cache of its own, in the same memory, until `reserve` moves it."""
         one = copy(self)
         one.lengths, one._rows, one._made = self.lengths[row : row + 1], self._rows[:1], {}
         one.offsets = self.offsets[row : row + 1]
-        if self.block_table is None:
+        if self.page_size is None:
             one.states = [states[:, :, row : row + 1] for states in self.states]
-        else:
-            one.block_table = self.block_table[row : row + 1]
+        one.tables = {span: table[row : row + 1] for span, table in self.tables.items()}
         one.recurrences = {index: recurrence.row(row) for index, recurrence in self.recurrences.items()}
         one.layers = [
             one.recurrences[index].layer if index in one.recurrences else layer
@@ -142,25 +171,30 @@ class TreeCache(Cache):
                 state[rows] = new
         self.lengths[rows], self.offsets[rows] = other.lengths, other.offsets
 
-    def expect(self, depth: Tensor, limit: int | None, stepping: bool, recording: bool) -> None:
+    def expect(self, depth: Tensor, limit: int | None, *, stepping: bool, ends: Tensor | None) -> None:
         """Prepare for a forward over new tokens at `depth` [B, N] behind the lengths, which is to be given `limit`
-        slots (None: all); `stepping`: recurrent layers go token by token; `recording`: and can go back to each."""
+        slots (None: all). stepping: recurrent layers go token by token. ends [B]: the tokens are part of prompts that
+        end there, of which nothing is taken back, and those behind are padding."""
         count = depth.shape[1]
         if (limit or count) > self.capacity:
             raise ValueError(f"the cache has {self.capacity} slots a row; {limit or count} are needed")
         self._limit, self.depth = limit, depth.long()
-        self.stepping, self.recording = stepping, recording
+        self.stepping, self.recording = stepping, ends is None
         self._made.clear()
         for recurrence in self.recurrences.values():
             recurrence.history = []
         if not self.fixed:
             self._starts = self.lengths.tolist()
             return
-        slots = self.lengths.long()[:, None] + torch.arange(count, device=self.lengths.device)
-        self._at = self._rows, slots
-        if self.block_table is not None:
-            size = self.page_size or 1
-            self._at = self.block_table.gather(1, slots // size).long(), slots % size
+        self._slots = self.lengths.long()[:, None] + torch.arange(count, device=self.lengths.device)
+        if ends is not None:  # padding must not take a turn with what is seen
+            self._slots = torch.minimum(self._slots, ends.long()[:, None])
+
+    def _at(self, span: Span) -> tuple[Tensor, Tensor]:
+        """Where the new tokens' keys go: rows or pages, and slots in them, [B, N] each."""
+        if self.page_size is None:
+            return self._rows, self._slots
+        return self.tables[span].gather(1, self._slots // self.page_size).long(), self._slots % self.page_size
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Write [B, Hkv, N, D] new keys and values; return the layer's first `limit` slots, or all its pages."""
@@ -177,7 +211,8 @@ class TreeCache(Cache):
                     f"{buffer.shape[1]} of {buffer.shape[3]}, as of its first token"
                 )
         if self.fixed:
-            rows, slots = self._at
+            span = self.spans[self._places[layer_idx][0][0]]
+            rows, slots = self.once(("at", span), lambda: self._at(span))
             keys[rows, :, slots] = key_states.transpose(1, 2)
             values[rows, :, slots] = value_states.transpose(1, 2)
         else:  # index_put_ would wake PyTorch's threads, which then spin where a CPU's linear layers want to run
@@ -200,6 +235,10 @@ class TreeCache(Cache):
         if index is not None and 0 <= index < len(self.kept) and self.kept[index].heads:
             return self.kept[index].span
         return Span(window)
+
+    def table(self, span: Span) -> Tensor | None:
+        """The table of pages of layers that see so far back; None where the cache is dense."""
+        return self.tables[span] if self.tables else None
 
     def once(self, name: Hashable, make: Callable[[], _Made]) -> _Made:
         """What `make` gives, made once a forward."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from beagle_sd.models.cache import TreeCache, causal
+from beagle_sd.models.cache import AT_ONCE, TreeCache, causal
 from beagle_sd.models.head import UnsupportedTarget, decoder_of
 from beagle_sd.models.view import view_of
 
@@ -103,20 +103,30 @@ def prefill_pictures(target: Target, prompt: PicturePrompt, cache: TreeCache) ->
     lengths, place = prompt.mask.sum(1), _next_positions(positions[0], prompt.mask)
     want = _own_next(target, base, own, prompt, place) if _is_first(target, prompt) else None
     rows = _Rows(prompt.mask, int(lengths.max()))
-    cache.lengths.zero_()
-    step = torch.arange(rows.longest, device=target.device).expand(len(prompt.ids), -1)
-    cache.expect(step, None if cache.fixed else rows.longest, stepping=False, recording=False)
-    for index, (kept, layer) in enumerate(zip(target.kept, own.layers, strict=False)):
-        if kept.heads:
-            cache.update(rows.of(layer.keys), rows.of(layer.values), index)
-            layer.keys = layer.values = None
-        if kept.recurrence is not None:
-            cache.recurrences[index].set(layer)
+    _move(target, own, rows, lengths, cache)
     cache.lengths.copy_(lengths)
     cache.offsets.copy_(place - lengths)
     if want is not None:
         _compare_next(target, want, prompt, cache)
     return rows.of(hidden)
+
+
+def _move(target: Target, own: DynamicCache, rows: _Rows, lengths: Tensor, cache: TreeCache) -> None:
+    """What transformers' cache keeps of the prompts into ours; its keys and values go as they are moved."""
+    layers: list[Any] = own.layers
+    for index, (kept, layer) in enumerate(zip(target.kept, layers, strict=True)):
+        if kept.recurrence is not None:
+            cache.recurrences[index].set(layer)
+        if not kept.heads:
+            continue
+        keys, values = rows.of(layer.keys), rows.of(layer.values)
+        layer.keys = layer.values = None
+        for start in range(0, rows.longest, AT_ONCE):
+            stop = min(start + AT_ONCE, rows.longest)
+            cache.lengths.fill_(start)
+            step = torch.arange(stop - start, device=target.device).expand(len(lengths), -1)
+            cache.expect(step, None if cache.fixed else stop, stepping=False, ends=lengths)
+            cache.update(keys[:, :, start:stop], values[:, :, start:stop], index)
 
 
 class _Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from beagle_sd.models.cache import TreeCache, causal
+from beagle_sd.models.cache import AT_ONCE, TreeCache, causal
 from beagle_sd.models.first_use import check_first_use, used_as
 from beagle_sd.models.head import Head, UnsupportedTarget, decoder_of, head_of
 from beagle_sd.models.layers.attention import reading
@@ -20,7 +21,6 @@ from beagle_sd.models.layers.recurrent import step_by_step
 from beagle_sd.models.supported import check_length, check_supported, ends_matter
 from beagle_sd.models.view import uncompiled, view_of
 
-_PREFILL_CHUNK = 512
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -91,7 +91,8 @@ class Target:
                     **{self.cache_argument: cache},
                 )
 
-            with torch.autocast(self.device.type, enabled=False):
+            as_is = nullcontext() if self.device.type == "meta" else torch.autocast(self.device.type, enabled=False)
+            with as_is:
                 _kept[self.model] = known = state, kept_by(view, self.config, run)
         return known[1]
 
@@ -136,33 +137,33 @@ class Target:
         given = {"position_ids": position, self.cache_argument: cache}
         return self.decoder(input_ids=tokens, use_cache=True, **given).last_hidden_state
 
-    def new_cache(self, batch: int, slots: int, *, page_size: int | None = None, fixed: bool = False) -> TreeCache:
-        """An empty cache of `slots` positions a row, in pages of page_size if given; `fixed` as in TreeCache."""
-        return TreeCache(self.kept, batch, slots, self.device, page_size=page_size, fixed=fixed)
+    def new_cache(
+        self, batch: int, slots: int, *, page_size: int | None = None, at_once: int = 1, fixed: bool = False
+    ) -> TreeCache:
+        """An empty cache of `slots` positions a row, in pages of page_size if given, for at most `at_once` drafted
+        tokens a forward; `fixed` as in TreeCache."""
+        at_once = max(at_once, AT_ONCE)
+        return TreeCache(self.kept, batch, slots, self.device, page_size=page_size, at_once=at_once, fixed=fixed)
 
     def check_length(self, shortest: int, total: int) -> None:
         """UnsupportedTarget for texts that decoding could not carry on as the model does (supported.py)."""
         check_length(self.config, shortest, total)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        depth: Tensor,
-        mask: Tensor,
-        cache: TreeCache,
-        *,
-        stepping: bool = True,
-        recording: bool = True,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: TreeCache) -> Tensor:
         """Top hidden states [B, N, d] of N new tokens a row, written to the cache behind its lengths.
 
         tokens [B, N] int64; depth [B, N], added to the row's length and offset to give positions; mask words [B, N, W]
         int64: which new tokens each one sees (itself too), besides everything below the row's length that its layer
-        sees. A fixed cache needs room behind the lengths, which are not read. stepping: recurrent layers go token by
-        token, else they take all in one piece; recording: so that `advance` can go back to each.
+        sees. A fixed cache needs room behind the lengths, which are not read.
         """
+        return self._run(tokens, depth, mask, cache, stepping=True, ends=None)
+
+    def _run(
+        self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: TreeCache, *, stepping: bool, ends: Tensor | None
+    ) -> Tensor:
+        """As `forward`; stepping and ends as in TreeCache.expect."""
         limit = None if cache.fixed else int(cache.lengths.max()) + tokens.shape[1]
-        cache.expect(depth, limit, stepping, recording)
+        cache.expect(depth, limit, stepping=stepping, ends=ends)
         position = (cache.lengths + cache.offsets)[:, None] + depth.long()
         if self._ends_matter:
             position = torch.minimum(position, cache.end - 1)
@@ -183,7 +184,7 @@ class Target:
         run one by one, since padding would pass into their states.
         """
         if not cache.recurrences:
-            states = self._prefill(tokens, cache, begin)
+            states = self._prefill(tokens, begin + lengths, cache, begin)
             cache.lengths.copy_(begin + lengths)
             return states
         states = torch.zeros(*tokens.shape, self.config.hidden_size, dtype=self.dtype, device=self.device)
@@ -191,21 +192,22 @@ class Target:
             one = cache.row(row)
             if not begin:
                 one.forget()
-            states[row, :length] = self._prefill(tokens[row : row + 1, :length], one, begin)[0]
+            end = torch.full((1,), begin + length, device=self.device)
+            states[row, :length] = self._prefill(tokens[row : row + 1, :length], end, one, begin)[0]
             one.lengths.fill_(begin + length)
         return states
 
-    def _prefill(self, tokens: Tensor, cache: TreeCache, begin: int) -> Tensor:
-        """Hidden states [B, T, d] of texts [B, T], in parts."""
+    def _prefill(self, tokens: Tensor, ends: Tensor, cache: TreeCache, begin: int) -> Tensor:
+        """Hidden states [B, T, d] of texts [B, T] that end at `ends` [B], in parts."""
         batch, total = tokens.shape
         states = []
-        for start in range(0, total, _PREFILL_CHUNK):
-            part = tokens[:, start : start + _PREFILL_CHUNK]
+        for start in range(0, total, AT_ONCE):
+            part = tokens[:, start : start + AT_ONCE]
             cache.lengths.fill_(begin + start)
             step = torch.arange(part.shape[1], device=tokens.device).expand(batch, -1)
             mask = causal(batch, part.shape[1], tokens.device)
             stepping = bool(cache.recurrences) and begin + start > 0 and not self._continues
-            states.append(self.forward(part, step, mask, cache, stepping=stepping, recording=False))
+            states.append(self._run(part, step, mask, cache, stepping=stepping, ends=ends))
         return torch.cat(states, 1)
 
     @cached_property
@@ -219,7 +221,7 @@ class Target:
             for part in tokens.split(parts, 1):
                 step = torch.arange(part.shape[1], device=self.device)[None]
                 mask = causal(1, part.shape[1], self.device)
-                states = self.forward(part, step, mask, cache, stepping=False, recording=False)
+                states = self._run(part, step, mask, cache, stepping=False, ends=cache.lengths + 6)
                 cache.lengths += part.shape[1]
             found.append(states[0, -1].float())
         return bool((found[0] - found[1]).norm() <= 0.05 * found[0].norm())

@@ -9,6 +9,7 @@ from models import small_draft
 
 from beagle_sd import TreeShape, UnsupportedTarget, generate
 from beagle_sd.decoding.engine import Engine
+from beagle_sd.models.layers.attention import Span
 from beagle_sd.models.target import Target
 from bench.answers.tiny_targets import REACH, VOCAB, tiny_target
 
@@ -47,6 +48,7 @@ def shape_of(model) -> TreeShape:
 @pytest.mark.parametrize("kind", [*TREES, *CHAINS])
 def test_the_text_is_the_targets_own(kind, way, monkeypatch):
     model, (ids, mask) = tiny_target(kind), prompts()
+    monkeypatch.setattr("beagle_sd.models.target.AT_ONCE", 8)  # so that pages take turns, in the prompt too
     assert bool(Target(model).chains_only) == (kind in CHAINS)
     draft, width = small_draft(model), ids.shape[1]
     own = [
@@ -65,6 +67,9 @@ def test_the_text_is_the_targets_own(kind, way, monkeypatch):
                 made = generate(model, draft, ids, mask, max_new_tokens=NEW, engine=engine, **settings)
                 assert made.sequences.equal(plain)
                 assert made.report.tokens_per_round > 1.7
+            tables = engine.buffers.cache.tables
+            for span, table in tables.items():
+                assert len(table.unique()) == (table.numel() if span == Span() else 3 * 7)
 
 
 @pytest.mark.parametrize("kind", CHAINS)
@@ -83,7 +88,7 @@ def test_a_prompt_in_parts_is_the_prompt(monkeypatch):
         target = Target(model)
         lengths, found = torch.tensor([ids.shape[1]], dtype=torch.int32), []
         for part, few in ((512, 64), (5, 64), (512, 2)):
-            monkeypatch.setattr("beagle_sd.models.target._PREFILL_CHUNK", part)
+            monkeypatch.setattr("beagle_sd.models.target.AT_ONCE", part)
             monkeypatch.setattr("beagle_sd.models.layers.attention._FEW_NODES", few)
             with torch.inference_mode():
                 found.append(target.prefill(ids, lengths, target.new_cache(1, ids.shape[1])))

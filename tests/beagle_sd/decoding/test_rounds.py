@@ -52,7 +52,7 @@ def test_words_see_what_the_4d_mask_shows(pair, backend, monkeypatch):
     """Prompts of several chunks, the last of them ragged, then a tree: hidden states by either path."""
     target, draft = pair
     ids, mask = rows(3, 150)
-    monkeypatch.setattr("beagle_sd.models.target._PREFILL_CHUNK", 70)
+    monkeypatch.setattr("beagle_sd.models.target.AT_ONCE", 70)
     op = __import__("beagle_kernels").tree_attention
     monkeypatch.setattr(
         "beagle_sd.models.layers.attention.tree_attention", lambda *args, **more: op(*args, backend=backend, **more)
@@ -78,7 +78,7 @@ def test_buffers_stay_where_they_are(pair):
     target, draft = pair
     engine = begun(target, draft, page_size=7, return_logprobs=True, tree=TREE)
     places = {name: tensor.data_ptr() for name, tensor in engine.buffers.tensors().items()}
-    assert {"states", "lengths", "block_table", "draft_keys", "output", "logprobs", "news", "seed"} <= set(places)
+    assert {"states_0", "lengths", "table_0", "draft_keys", "output", "logprobs", "news", "seed"} <= set(places)
     for _ in range(3):
         play_round(engine.target, draft, engine.buffers, engine.shape)
     engine.begin(

@@ -198,7 +198,7 @@ def test_prefill_in_chunks_equals_one_pass(monkeypatch):
     model = small_target()
     target, tokens = Target(model), torch.randint(VOCAB, (2, 23))
     lengths = torch.tensor([23, 10], dtype=torch.int32)
-    monkeypatch.setattr("beagle_sd.models.target._PREFILL_CHUNK", 5)
+    monkeypatch.setattr("beagle_sd.models.target.AT_ONCE", 5)
     with torch.inference_mode():
         cache = target.new_cache(2, 23)
         states = target.prefill(tokens, lengths, cache)

@@ -156,7 +156,7 @@ def _beagle_tree(
         cache.lengths,
         words,
         scale=scale,
-        block_table=cache.block_table,
+        block_table=cache.table(span),
         **{name: value for name, value in extra.items() if value is not None},
     ), None
 
