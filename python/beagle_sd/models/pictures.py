@@ -177,7 +177,8 @@ def _whole_cache(target: Target) -> DynamicCache:
 
 
 def _check_kept(target: Target, own: DynamicCache, hidden: Tensor, prompt: PicturePrompt, positions: list) -> None:
-    keys = [layer.keys if one.heads else None for one, layer in zip(target.kept, own.layers, strict=False)]
+    layers: list[Any] = own.layers
+    keys = [layer.keys if one.heads else None for one, layer in zip(target.kept, layers, strict=False)]
     if any(one is not None and one.shape[:1] + one.shape[2:3] != prompt.ids.shape for one in keys):
         _refuse(target, prompt, "keeps other than a key and a value for each token of the prompt")
     if len(own.layers) != len(target.kept) or hidden.shape[:2] != prompt.ids.shape:

@@ -31,9 +31,8 @@ def check_length(config: PretrainedConfig, shortest: int, total: int) -> None:
         kind = rope.get("rope_type")
         if kind not in _CHANGING:
             continue
-        limit = rope.get(_CHANGING[kind]) or getattr(config, _CHANGING[kind], None)
-        over = total > limit if limit else False
-        if over and (kind == "dynamic" or shortest <= limit):
+        limit: int = rope.get(_CHANGING[kind]) or getattr(config, _CHANGING[kind], None) or total
+        if total > limit and (kind == "dynamic" or shortest <= limit):
             allowed = f"texts of at most {limit} tokens with the new ones"
             if kind == "longrope":
                 allowed += f", or prompts of more than {limit}"
@@ -41,10 +40,10 @@ def check_length(config: PretrainedConfig, shortest: int, total: int) -> None:
                 f"{config.model_type} has rope_type={kind!r}, whose angles change at {limit} tokens, and a prompt of "
                 f"{shortest} tokens goes on to {total}; allowed: {allowed}"
             )
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and total > limit and _has_table(config):
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and total > positions and _has_table(config):
         raise UnsupportedTarget(
-            f"{config.model_type} has {limit} positions; prompt and new tokens need {total}; allowed: {limit} at most"
+            f"{config.model_type} has {positions} positions; prompt and new tokens need {total}; allowed: {positions} at most"
         )
 
 

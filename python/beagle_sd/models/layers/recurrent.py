@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,29 +76,80 @@ def step_by_step(decoder: PreTrainedModel, kept: Sequence[Kept]) -> None:
     """Let the recurrent modules of a view (view.py) go a token at a time where the cache being read asks for it."""
     for index, one in enumerate(kept):
         for name in one.mixers:
-            module: Any = decoder.get_submodule(name)
-            module.forward = _stepping(module, index)
+            _Steps(decoder.get_submodule(name), index)
 
 
-def _stepping(module: nn.Module, index: int) -> Any:
-    forward = module.forward
-    first = next(iter(inspect.signature(forward).parameters))
+class _Last(NamedTuple):
+    """The linear layer whose output is the module's: its inputs [B, 1, k] a token, and the first one's output."""
 
-    @functools.wraps(forward)
-    def stepping(*args, **kwargs):
+    forward: Any
+    inputs: list[Tensor]
+    output: Tensor
+
+
+class _Steps:
+    """A recurrent module that runs a token at a time, but its linear layers on all tokens at once: those that take its
+    input, and the one whose output is its own, so that their weights are read once."""
+
+    def __init__(self, module: Any, index: int):
+        self.index, self.forward = index, module.forward
+        self.first = next(iter(inspect.signature(self.forward).parameters))
+        self.token: Tensor | None = None
+        self.hidden: Tensor
+        self.projected: dict[nn.Module, Tensor]
+        self.latest: _Last | None
+        self.last: _Last | None
+        for linear in module.modules():
+            if isinstance(linear, nn.Linear):
+                linear.forward = functools.partial(self._linear, linear, linear.forward)  # type: ignore[method-assign]
+        module.forward = self._run
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         cache = cache_being_read()
         if cache is None or not cache.stepping:
-            return forward(*args, **kwargs)
-        hidden, *others = args if args else (kwargs.pop(first),)
-        recurrence, found = cache.recurrences[index], []
-        for token in hidden.split(1, 1):
-            if cache.recording and not found:
-                recurrence.record()
-            found.append(forward(token, *others, **kwargs))
-            if cache.recording:
-                recurrence.record()
-        if isinstance(found[0], Tensor):
-            return torch.cat(found, 1)
-        return torch.cat([one[0] for one in found], 1), *found[-1][1:]
+            return self.forward(*args, **kwargs)
+        hidden, *others = args if args else (kwargs.pop(self.first),)
+        recurrence = cache.recurrences[self.index]
+        if cache.recording:
+            recurrence.record()
+        self.hidden, self.projected = hidden, {}
+        self.latest = self.last = None
+        found = []
+        try:
+            for self.number, self.token in enumerate(hidden.split(1, 1)):
+                found.append(self.forward(self.token, *others, **kwargs))
+                if cache.recording:
+                    recurrence.record()
+                if self.number == 0:
+                    self._see_ending(found[0])
+        finally:
+            self.token = None
+        return self._joined(found)
 
-    return stepping
+    def _linear(self, linear: nn.Linear, forward: Any, x: Tensor) -> Tensor:
+        """A linear layer: its output for the token at hand, or, of the last one, something of its shape."""
+        if self.token is None or self.hidden.shape[1] == 1:
+            return forward(x)
+        if x is self.token:
+            if linear not in self.projected:
+                self.projected[linear] = forward(self.hidden)
+            return self.projected[linear][:, self.number : self.number + 1]
+        if self.last is not None and self.last.forward is forward:
+            self.last.inputs.append(x)
+            return self.last.output
+        self.latest = _Last(forward, [x], forward(x))
+        return self.latest.output
+
+    def _see_ending(self, output: Any) -> None:
+        """Whether the module's output for its first token is that of the linear layer that ran last."""
+        output = output[0] if isinstance(output, tuple) else output
+        latest = self.latest
+        if latest is not None and latest.output is output and latest.inputs[0].dim() == 3:
+            self.last = latest
+
+    def _joined(self, found: list[Any]) -> Any:
+        first = [one[0] if isinstance(one, tuple) else one for one in found]
+        whole = torch.cat(first, 1)
+        if self.last is not None and len(found) > 1:
+            whole = self.last.forward(torch.cat(self.last.inputs, 1))
+        return (whole, *found[-1][1:]) if isinstance(found[0], tuple) else whole
