@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PretrainedConfig
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from beagle_sd.models.head import UnsupportedTarget
 
@@ -24,9 +25,10 @@ def check_supported(config: PretrainedConfig) -> None:
         raise UnsupportedTarget(f"{kind} has ALiBi, which is a mask of its own; allowed: rotary positions, or none")
 
 
-def check_length(config: PretrainedConfig, shortest: int, total: int) -> None:
+def check_length(config: PretrainedConfig, table: int | None, shortest: int, total: int) -> None:
     """Raise UnsupportedTarget for texts whose keys would be turned by other angles than those of plain decoding, or
-    that the model has no positions for: prompts of `shortest` tokens or more, `total` with the new ones at most."""
+    that a `table` of so many positions does not reach: prompts of `shortest` tokens or more, `total` with the new ones
+    at most."""
     for rope in _ropes(config):
         kind = rope.get("rope_type")
         if kind not in _CHANGING:
@@ -40,23 +42,24 @@ def check_length(config: PretrainedConfig, shortest: int, total: int) -> None:
                 f"{config.model_type} has rope_type={kind!r}, whose angles change at {limit} tokens, and a prompt of "
                 f"{shortest} tokens goes on to {total}; allowed: {allowed}"
             )
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and total > positions and _has_table(config):
+    if table is not None and total > table:
         raise UnsupportedTarget(
-            f"{config.model_type} has {positions} positions; prompt and new tokens need {total}; allowed: {positions} at most"
+            f"{config.model_type} has {table} positions; prompt and new tokens need {total}; allowed: {table} at most"
         )
 
 
-def ends_matter(config: PretrainedConfig) -> bool:
-    """Whether the model must not be given positions beyond a text's end, as drafted tokens may have: angles would
-    change for all, or there are no more positions."""
-    ropes = _ropes(config)
-    return any(rope.get("rope_type") in _CHANGING for rope in ropes) or _has_table(config)
+def angles_change(config: PretrainedConfig) -> bool:
+    """Whether the angles of rotary positions depend on the length of the text."""
+    return any(rope.get("rope_type") in _CHANGING for rope in _ropes(config))
 
 
-def _has_table(config: PretrainedConfig) -> bool:
-    """Whether positions may be looked up in a table: there are no rotary ones."""
-    return not _ropes(config) and getattr(config, "rope_theta", None) is None
+def positions_in_table(decoder: PreTrainedModel, config: PretrainedConfig, tokens: nn.Module) -> int | None:
+    """The positions that the model looks up in a learned table, beside that of its `tokens`; None where it has none."""
+    most = getattr(config, "max_position_embeddings", None)
+    others = (one for one in decoder.modules() if isinstance(one, nn.Embedding) and one is not tokens)
+    if most and any(most <= one.num_embeddings <= most + 2 for one in others):  # OPT's begins with two more
+        return most
+    return None
 
 
 def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:

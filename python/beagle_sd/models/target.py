@@ -18,7 +18,7 @@ from beagle_sd.models.head import Head, UnsupportedTarget, decoder_of, head_of
 from beagle_sd.models.layers.attention import reading
 from beagle_sd.models.layers.kept import Kept, kept_by
 from beagle_sd.models.layers.recurrent import step_by_step
-from beagle_sd.models.supported import check_length, check_supported, ends_matter
+from beagle_sd.models.supported import angles_change, check_length, check_supported, positions_in_table
 from beagle_sd.models.view import uncompiled, view_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,8 +97,13 @@ class Target:
         return known[1]
 
     @cached_property
+    def _table(self) -> int | None:
+        return positions_in_table(self.decoder, self.config, self.embedding)
+
+    @cached_property
     def _ends_matter(self) -> bool:
-        return ends_matter(self.config)
+        """Whether the model must not be given positions beyond a text's end, as drafted tokens may have."""
+        return self._table is not None or angles_change(self.config)
 
     @cached_property
     def _attends(self) -> bool:
@@ -147,7 +152,7 @@ class Target:
 
     def check_length(self, shortest: int, total: int) -> None:
         """UnsupportedTarget for texts that decoding could not carry on as the model does (supported.py)."""
-        check_length(self.config, shortest, total)
+        check_length(self.config, self._table, shortest, total)
 
     def forward(self, tokens: Tensor, depth: Tensor, mask: Tensor, cache: TreeCache) -> Tensor:
         """Top hidden states [B, N, d] of N new tokens a row, written to the cache behind its lengths.
