@@ -246,7 +246,24 @@ def inside_vllm() -> str:
     return "\n".join(lines)
 
 
+def cache_memory() -> str:
+    """MiB of the target's cache of one long text, by kind."""
+    found = results.read("cache-memory.json")
+    lines = [
+        "| default config of | layers with keys | of these with a window or chunk | of | whole, MiB "
+        f"| in pages of {found['page']}, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        size = f"{row['window']:,}" if row["window"] else ""
+        whole, pages = (f"{row[name] / 2**20:,.0f}" for name in ("whole", "pages"))
+        cells = row["kind"], f"{row['with_keys']} of {row['layers']}", str(row["with_window"]), size, whole, pages
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "cache_memory": cache_memory,
     "acceptance": acceptance,
     "acceptance_elsewhere": acceptance_elsewhere,
     "lengths": lengths,
