@@ -11,6 +11,7 @@ from beagle_sd.data.answers import Request, _Writer, requests_of, seed_of, write
 from beagle_sd.data.conversations import encode_chat, encode_turns
 from beagle_sd.models.ends import end_tokens
 from beagle_sd.models.target import Target
+from bench.answers.tiny_targets import tiny_target
 
 END = small_tokenizer().eos_token_id
 
@@ -32,8 +33,13 @@ def whole(sequence) -> list[int]:
     return [*sequence.tokens.tolist(), sequence.final_token]
 
 
-def test_greedy_answers_and_states_are_the_targets_own():
-    model, asked = small_target(), requests(9)
+def target_of(kind: str):
+    return small_target() if kind == "llama" else tiny_target(kind)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3_next"])
+def test_greedy_answers_and_states_are_the_targets_own(kind):
+    model, asked = target_of(kind), requests(9)
     found = answers(model, asked, batch=4, max_new_tokens=12)
     assert sorted(found) == list(range(9))
     for request in asked:
@@ -175,10 +181,11 @@ def test_wrong_sizes_are_refused():
 
 
 @pytest.mark.parametrize("longest", [5, 14])
-def test_every_turn_of_a_chat_is_answered_as_plain_decoding_does(longest, monkeypatch):
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3_next"])
+def test_every_turn_of_a_chat_is_answered_as_plain_decoding_does(kind, longest, monkeypatch):
     """Behind the keys of the turns before; answers alone are learnt, and an end of turn that they came to."""
     monkeypatch.setattr("beagle_sd.data.answers._PROMPT_TOKENS", 16)
-    model, tokenizer = small_target(), small_tokenizer()
+    model, tokenizer = target_of(kind), small_tokenizer()
     chats = [["ab", "c", "abc" * 30], ["a"], ["b" * 9, "ca"]]
     asked = [encode_turns(tokenizer, [{"role": "user", "content": text} for text in chat]) for chat in chats]
     model.lm_head.weight.data[END] *= 3  # so that some answers come to their end

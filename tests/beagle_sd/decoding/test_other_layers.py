@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import small_draft
 
-from beagle_sd import TreeShape, UnsupportedTarget, generate
+from beagle_sd import TreeShape, UnsupportedTarget, adaptive_tree, custom_generate, generate
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.models.layers.attention import Span
 from beagle_sd.models.target import Target
@@ -79,6 +79,24 @@ def test_a_branching_tree_is_refused_and_the_default_is_a_chain(kind):
     with pytest.raises(UnsupportedTarget, match=r"recurrent layers .* use a chain: TreeShape\(3, 1, 4\).*allowed"):
         generate(model, draft, ids, tree=TreeShape(3, 2, 6))
     assert Engine(model, draft, batch=1, capacity=20).shape == TreeShape(4, 1, 5)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h"])
+def test_behind_transformers_own_call(kind):
+    model, ids = tiny_target(kind), prompts()[0][:1]
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False}
+    by = custom_generate(small_draft(model))
+    assert model.generate(ids, custom_generate=by, **asked).equal(model.generate(ids, **asked))
+
+
+def test_an_adaptive_tree_of_a_recurrent_target_adapts_the_length_of_its_chain(tmp_path, monkeypatch):
+    monkeypatch.setenv("BEAGLE_CACHE", str(tmp_path))
+    model, ids = tiny_target("lfm2"), prompts()[0][:1]
+    draft = small_draft(model)
+    tree = adaptive_tree(model, draft)
+    assert {shape.branch for shape in tree.shapes if shape.num_nodes > 1} == {1}
+    want = generate(model, None, ids, max_new_tokens=NEW).sequences
+    assert generate(model, draft, ids, max_new_tokens=NEW, tree=tree).sequences.equal(want)
 
 
 def test_a_prompt_in_parts_is_the_prompt(monkeypatch):
