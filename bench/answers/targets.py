@@ -1,9 +1,10 @@
 """Every kind of causal LM that transformers has, made tiny: its tokens, or a refusal: python -m bench.answers.targets
 
-A kind is right where `generate` gives the tokens of the model's own greedy `target.generate`, without and with a draft
-and for a padded batch, or where it refuses the model with a reason before any token. Other tokens and other errors are
-faults, and the exit status is then 1. A kind whose layers are not all full attention is tried once more with layers
-that are. Each is tried in a process of its own, under a time limit.
+A kind is right where `generate` gives the tokens of the model's own greedy `target.generate` and, sampled, those that
+the model's own logits and the noise decide, without and with a draft and for a padded batch; or where it refuses the
+model with a reason before any token. Other tokens and other errors are faults, and the exit status is then 1. A kind
+whose layers are not all full attention is tried once more with layers that are, and one that takes images with an
+image. Each is tried in a process of its own, under a time limit.
 """
 
 from __future__ import annotations
@@ -14,169 +15,22 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, logging
-from transformers.generation.streamers import BaseStreamer
+from transformers import logging
 
-from beagle_sd.decoding.generate import generate
-from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.files import write_json
-from beagle_sd.models.draft import BeagleDraft
-from bench.answers.tiny_targets import KINDS, full_attention, tiny_target
+from bench.answers.one_kind import AS_IT_COMES, FAULTS, NOT_MADE, REFUSED, SAME, Row, rows_of
+from bench.answers.tiny_targets import KINDS
 from bench.environment import commit, device_name, sources, versions
 from bench.processes import ROOT
 
 OUT = ROOT / "bench" / "results" / "targets.json"
 SECONDS = 60.0
-PROMPT, PADDING, NEW = 11, 4, 20
-TREE = TreeShape(depth=3, branch=8, num_nodes=60)
-AS_IT_COMES, FULL = "as it comes", "full attention"
-SAME, REFUSED, NOT_MADE, OTHER, RAISED = "same", "refused", "not made", "other tokens", "raised"
-FAULTS = (OTHER, RAISED)
-VARIED = 8
-"""Different tokens of a text that tells something."""
-
-
-@dataclass
-class Row:
-    """What came of a kind; `layers` AS_IT_COMES or FULL; `why` is the reason given, or the error.
-
-    varied: different tokens among the text's; tokens_per_round of the draft that knows the text's words; padded:
-    whether a padded batch was compared.
-    """
-
-    kind: str
-    layers: str
-    outcome: str
-    why: str = ""
-    varied: int = 0
-    tokens_per_round: float = 0.0
-    padded: bool = False
-
-
-class Told(BaseStreamer):
-    """How many times tokens came, the prompt included."""
-
-    def __init__(self) -> None:
-        self.times = 0
-
-    def put(self, value: Tensor) -> None:
-        self.times += 1
-
-    def end(self) -> None:
-        pass
-
-
-def own_text(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """The new tokens [B, NEW] of the model's own greedy decoding."""
-    return model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)[:, ids.shape[1] :]  # type: ignore
-
-
-def prompts() -> tuple[Tensor, Tensor]:
-    """Two prompts and their mask [2, PROMPT]: the second padded on the left."""
-    ids = torch.randint(3, 120, (2, PROMPT), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    ids[1, :PADDING] = mask[1, :PADDING] = 0
-    return ids, mask
-
-
-def varied_target(kind: str, overrides: dict[str, Any]) -> tuple[PreTrainedModel, Tensor]:
-    """Of a few seeds' models the first whose text has VARIED different tokens, or the most, and that text [1, NEW]."""
-    ids, mask = prompts()
-    best: tuple[int, PreTrainedModel, Tensor] | None = None
-    for seed in range(6):
-        model = tiny_target(kind, seed, **overrides)
-        text = own_text(model, ids[:1], mask[:1])
-        varied = len(text.unique())
-        if best is None or varied > best[0]:
-            best = varied, model, text
-        if varied >= VARIED:
-            break
-    assert best is not None
-    return best[1:]
-
-
-def padded_text(model: PreTrainedModel, ids: Tensor, mask: Tensor, alone: Tensor) -> Tensor | None:
-    """The model's own text of the padded batch, None where it is not that of each row alone."""
-    try:
-        text = own_text(model, ids, mask)
-        second = own_text(model, ids[1:, PADDING:], mask[1:, PADDING:])
-    except Exception:
-        return None
-    return text if text.equal(torch.cat([alone, second])) else None
-
-
-def tried(kind: str, layers: str, overrides: dict[str, Any], tell: Callable[[Row], None] = lambda row: None) -> Row:
-    """Make the kind, let it and `generate` write. `tell` is given what stands should a step end this process."""
-    tell(Row(kind, layers, NOT_MADE))
-    try:
-        model, want = varied_target(kind, overrides)
-    except Exception as error:
-        return Row(kind, layers, NOT_MADE, said(error))
-    tell(Row(kind, layers, RAISED))
-    ids, mask = prompts()
-    row = Row(kind, layers, SAME, varied=len(want.unique()))
-    told = Told()
-    try:
-        row.tokens_per_round = compared(model, ids[:1], mask[:1], want, told)
-        batch = padded_text(model, ids, mask, want)
-        if batch is not None:
-            row.padded = True
-            compared(model, ids, mask, batch, None)
-    except Differs as error:
-        row.outcome, row.why = OTHER, str(error)
-    except ValueError as error:
-        clear = "allowed" in str(error) and not told.times
-        row.outcome, row.why = (REFUSED, str(error)) if clear else (RAISED, said(error))
-    except Exception as error:
-        row.outcome, row.why = RAISED, said(error)
-    return row
-
-
-class Differs(Exception):
-    """Tokens that are not the model's own."""
-
-
-def compared(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor, told: Told | None) -> float:
-    """`generate` without a draft, with a fresh one, and with one that knows no words but the text's, whose trees are
-    accepted often; the last one's tokens a round."""
-    drafts = {
-        "without a draft": lambda: None,
-        "with a draft": lambda: BeagleDraft.from_target(model),
-        "with a draft of the text's words": lambda: BeagleDraft.from_target(model, want.unique()),
-    }
-    per_round = 0.0
-    for name, make in drafts.items():
-        made = generate(model, make(), ids, mask, max_new_tokens=NEW, tree=TREE, streamer=told)
-        found = made.sequences[:, ids.shape[1] :]
-        if not found.equal(want):
-            first = (found != want).nonzero()[0].tolist()
-            raise Differs(f"{name}, {len(ids)} rows: row {first[0]} from new token {first[1]} on")
-        per_round = made.report.tokens_per_round
-    return round(per_round, 2)
-
-
-def said(error: BaseException) -> str:
-    """The error's kind and its text in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def rows_of(kind: str, tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
-    """The kind as it comes and, where other layers can be made full attention, with that in all of them."""
-    rows = [tried(kind, AS_IT_COMES, {}, tell)]
-    tell(rows[0])
-    if rows[0].outcome != NOT_MADE and (overrides := full_attention(kind)):
-        row = tried(kind, FULL, overrides, tell)
-        rows += [row] if row.outcome != NOT_MADE else []
-    return rows
 
 
 def work(kind: str, answer: Connection) -> None:

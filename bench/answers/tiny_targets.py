@@ -57,12 +57,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dory": {"sliding_window": 64},
     "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
     "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64},
     **dict.fromkeys(("glm4v_text", "glm_ocr_text"), {"rope_parameters": IMAGE_ROPE}),
     "glm4v_moe_text": {"rope_parameters": IMAGE_ROPE | {"mrope_section": [2, 1, 1]}},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -146,9 +144,10 @@ def _first_layers(default: PretrainedConfig) -> dict[str, Any]:
     return {"num_hidden_layers": count} | sized
 
 
-def tiny_target(kind: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of a kind, in float32 and ready to decode; the same for the same arguments."""
-    model_class = getattr(transformers, CLASSES[kind])
+def tiny_target(kind: str, seed: int = 0, named: str | None = None, **overrides: Any) -> PreTrainedModel:
+    """A random model of a kind, of its class or the one named, in float32 and ready to decode; the same for the same
+    arguments."""
+    model_class = getattr(transformers, named or CLASSES[kind])
     config = tiny_config(CONFIG_MAPPING[kind], **overrides)
     if not isinstance(config, model_class.config_class):  # the kind's causal LM is a part of it
         parts = [part for part in vars(config).values() if isinstance(part, model_class.config_class)]

@@ -9,14 +9,23 @@ from bench.report import results
 
 LONGEST = 180
 """Characters of an error that are shown."""
+FAULTS = ("other tokens", "raised", "took a tree")
+TITLES = {
+    "as it comes": "it comes",
+    "full attention": "changed to full attention in every layer",
+    "with an image": "it comes, with an image",
+}
+MARKS = {"as it comes": "", "full attention": " \\*", "with an image": " (image)"}
 
 
 def _rows(*outcomes: str) -> list[dict]:
-    return [row for row in results.read("targets.json")["rows"] if row["outcome"] in outcomes]
+    """Those with such an outcome; before chains there were trees alone."""
+    rows = [{"verified": "tree", "chain": ""} | row for row in results.read("targets.json")["rows"]]
+    return [row for row in rows if row["outcome"] in outcomes]
 
 
 def _name(row: dict) -> str:
-    return row["kind"] + (" *" if row["layers"] == "full attention" else "")
+    return row["kind"] + MARKS[row["layers"]]
 
 
 def run() -> str:
@@ -27,12 +36,42 @@ def run() -> str:
 
 
 def working() -> str:
-    """The kinds whose own tokens came, as they come and with full attention."""
-    lines = []
-    for layers, title in (("as it comes", "As they come"), ("full attention", "With full attention in every layer")):
-        names = sorted(row["kind"] for row in _rows("same") if row["layers"] == layers)
-        lines.append(f"{title} ({len(names)}): {', '.join(names)}.")
-    return "\n\n".join(lines)
+    """The kinds whose own tokens came: as they come, with full attention where only that does it, with an image."""
+    as_they_come = {row["kind"]: row["verified"] for row in _rows("same") if row["layers"] == "as it comes"}
+    lines = ["| as | verified by | kinds | which |", "|---|---|---|---|"]
+    for layers, title in TITLES.items():
+        for verified in ("tree", "chain"):
+            found = {row["kind"] for row in _rows("same") if (row["layers"], row["verified"]) == (layers, verified)}
+            if layers == "full attention":
+                found -= {kind for kind, by in as_they_come.items() if by in ("tree", verified)}
+            if found:
+                lines.append(f"| {title} | {verified} | {len(found)} | {', '.join(sorted(found))} |")
+    return "\n".join(lines)
+
+
+def chains() -> str:
+    """The kinds whose drafts are chains by the target's reason, most kinds first."""
+    return _by_reason([(row["chain"], row) for row in _rows("same") if row["verified"] == "chain"], "reason")
+
+
+def text_alone() -> str:
+    """The kinds that take images and were given none."""
+    rows = results.read("targets.json")["rows"]
+    if not any(row["layers"] == "with an image" for row in rows):
+        return "all of them"
+    made = {row["kind"] for row in rows if row["layers"] == "as it comes" and row["outcome"] != "not made"}
+    names = [row["kind"] for row in _rows("not made") if row["layers"] == "with an image" and row["kind"] in made]
+    return ", ".join(sorted(names)) or "none"
+
+
+def _by_reason(found: list[tuple[str, dict]], title: str) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for why, row in found:
+        by_reason.setdefault(reason(why), []).append(_name(row))
+    lines = [f"| {title} | kinds |", "|---|---|"]
+    for why, names in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
+        lines.append(f"| {why} | {', '.join(sorted(names))} |")
+    return "\n".join(lines) if found else "None."
 
 
 def reason(why: str) -> str:
@@ -49,18 +88,12 @@ def _short(text: str) -> str:
 
 def refused() -> str:
     """The kinds by the reason why they were refused, most kinds first."""
-    by_reason: dict[str, list[str]] = {}
-    for row in _rows("refused"):
-        by_reason.setdefault(reason(row["why"]), []).append(_name(row))
-    lines = ["| reason: the model ... | kinds |", "|---|---|"]
-    for why, names in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
-        lines.append(f"| {why} | {', '.join(sorted(names))} |")
-    return "\n".join(lines)
+    return _by_reason([(row["why"], row) for row in _rows("refused")], "reason: the model ...")
 
 
 def faults() -> str:
     """The kinds with tokens that were not their own, or with errors that are no refusals."""
-    lines = [f"| {_name(row)} | {row['outcome']}: {_short(row['why'])} |" for row in _rows("other tokens", "raised")]
+    lines = [f"| {_name(row)} | {row['outcome']}: {_short(row['why'])} |" for row in _rows(*FAULTS)]
     return "\n".join(["| kind | what happened |", "|---|---|", *lines]) if lines else "None."
 
 
@@ -68,6 +101,8 @@ def not_made() -> str:
     """The kinds of which no tiny model could be made, or whose own generate fails."""
     lines = []
     for row in _rows("not made"):
+        if row["layers"] == "with an image":
+            continue
         why = re.sub(r"^Strict\w+: .*?: (?=\w+Error: )", "", row["why"])  # a config's own check of its fields
         lines.append(f"| {_name(row)} | {_short(why)} |")
     return "\n".join(["| kind | why |", "|---|---|", *lines])
@@ -76,6 +111,8 @@ def not_made() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "targets_run": run,
     "targets_working": working,
+    "targets_chains": chains,
+    "targets_text_alone": text_alone,
     "targets_refused": refused,
     "targets_faults": faults,
     "targets_not_made": not_made,
