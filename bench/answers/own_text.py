@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel
 
 from beagle_kernels import Sampling, choose_tokens
 
@@ -34,16 +34,16 @@ class Said(LogitsProcessor):
 
 def stepped_logits(model: PreTrainedModel, prompts: Mapping[str, Tensor], text: Tensor) -> Tensor:
     """The logits [B, count, V] f32 by which `model.generate` would choose each token of the text [B, count]: step by
-    step, with the model's own cache."""
-    made: Any = model.generate(  # type: ignore[operator]
-        **prompts,
-        max_new_tokens=text.shape[1],
-        do_sample=False,
-        logits_processor=[Said(text, prompts["input_ids"].shape[1])],
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return torch.stack(made.logits, 1).float()
+    step, with the model's own cache. RuntimeError where it cannot be made to say the text."""
+    options: dict[str, Any] = {"max_new_tokens": text.shape[1], "do_sample": False, "output_logits": True}
+    prompt = prompts["input_ids"].shape[1]
+    kind: Any = type(model)
+    for generate in (kind.generate, GenerationMixin.generate):  # Janus's own drops the processor
+        said = [Said(text, prompt)]
+        made: Any = generate(model, **prompts, **options, logits_processor=said, return_dict_in_generate=True)
+        if made.sequences[:, prompt:].equal(text):
+            return torch.stack(made.logits, 1).float()
+    raise RuntimeError(f"{type(model).__name__}.generate says another text than it is made to say")
 
 
 @torch.inference_mode()
@@ -55,14 +55,13 @@ def whole_logits(model: PreTrainedModel, prompts: Mapping[str, Tensor], text: Te
 
 
 def whole_is_stepped(model: PreTrainedModel, prompts: Mapping[str, Tensor], text: Tensor) -> bool:
-    """Whether one forward of prompt and text says what the steps say; not where it fails or was given images."""
+    """Whether one forward of prompt and text says what the steps say; not where either fails or images are given."""
     if set(prompts) - {"input_ids", "attention_mask"}:
         return False
     try:
-        whole = whole_logits(model, prompts, text)
+        whole, stepped = whole_logits(model, prompts, text), stepped_logits(model, prompts, text)
     except Exception:
         return False
-    stepped = stepped_logits(model, prompts, text)
     return whole.shape == stepped.shape and bool(((whole - stepped).abs() < TIE / 2).all())
 
 

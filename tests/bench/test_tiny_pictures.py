@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.answers.own_text import own_text
+from bench.answers.own_text import own_text, stepped_logits
 from bench.answers.tiny_pictures import KINDS, SPECIAL, pictured_target, pictures
 from bench.answers.tiny_targets import VOCAB
 
@@ -41,6 +41,21 @@ def test_token_types_tell_pictures_from_text():
         given = pictures(kind, model)
         assert given[name].equal((given["input_ids"] == model.config.image_token_id).long())
         assert SPECIAL <= model.config.image_token_id < VOCAB
+
+
+@pytest.mark.parametrize("kind", ["llava", "janus"])
+def test_the_logits_of_steps_are_those_of_the_text_that_was_said(kind):
+    model = pictured_target(kind)
+    prompts = pictures(kind, model)
+    text = own_text(model, prompts, NEW)
+    assert stepped_logits(model, prompts, text).argmax(-1).equal(text)
+    other = (text + 1) % SPECIAL
+    logits = stepped_logits(model, prompts, other)[0]
+    ids = torch.cat([prompts["input_ids"], other], 1)
+    given = {"input_ids": ids, "pixel_values": prompts["pixel_values"], "use_cache": False}
+    with torch.inference_mode():
+        whole = model(**given).logits[0, -NEW - 1 : -1]
+    torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
 
 
 def test_nothing_for_kinds_without_pictures():
