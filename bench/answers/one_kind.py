@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from beagle_sd.decoding import rounds
 from beagle_sd.decoding.generate import generate
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.target import Target
 from bench.answers import tiny_pictures
+from bench.answers.knowing_draft import knowing
 from bench.answers.own_text import first_wrong, own_text, stepped_logits, whole_is_stepped, whole_logits
-from bench.answers.tiny_targets import full_attention, tiny_target
+from bench.answers.tiny_targets import VOCAB, full_attention, tiny_target
 
 LENGTHS = (11, 7, 5)
 """Tokens of the prompts: more than windows take (tiny_targets.REACH), and fewer."""
@@ -41,7 +43,7 @@ Prompts = Callable[[Sequence[int]], dict[str, Tensor]]
 class Row:
     """What came of a kind; `layers` AS_IT_COMES, FULL or PICTURED; `why` is the reason given, or the error.
 
-    varied: different tokens among the text's; tokens_per_round of the draft that knows the text's words; padded:
+    varied: different tokens among the text's; tokens_per_round of the draft that knows the text; padded:
     whether a padded batch was compared; verified: as a "tree" or as a "chain", where the tokens are the same; chain:
     the target's own reason why it takes chains only.
     """
@@ -58,13 +60,13 @@ class Row:
 
 
 class Told(BaseStreamer):
-    """How many times tokens came, the prompt included."""
+    """How many times new tokens came; a prompt comes as a batch."""
 
     def __init__(self) -> None:
         self.times = 0
 
     def put(self, value: Tensor) -> None:
-        self.times += 1
+        self.times += value.dim() == 1
 
     def end(self) -> None:
         pass
@@ -101,7 +103,7 @@ class Trial:
 
     def run(self) -> tuple[float, bool]:
         """Compare each row's text alone or, where the model's own padded texts are those, the first row's and all
-        rows'. The tokens a round of the draft that knows the text's words, and whether the rows were compared together.
+        rows'. The tokens a round of the draft that knows the text, and whether the rows were compared together.
         """
         everything = tuple(range(self.count))
         alone = {row: self.own((row,)) for row in everything}
@@ -125,30 +127,35 @@ class Trial:
 
     def compared(self, rows: Sequence[int], want: Tensor | None) -> float:
         """Greedy beside the model's own text [B, NEW], and sampled beside what its logits choose; raises Differs.
-        The tokens a round of the greedy draft that knows the text's words."""
+        The tokens a round of the greedy draft that knows the text."""
         per_round = 0.0
         for settings in (GREEDY, SAMPLED):
             right = want if settings is GREEDY else None
-            for name, text, rounds in self.texts(rows, settings):
+            for name, text, tokens in self.texts(rows, settings):
                 if right is None or not text.equal(right):
                     self.judge(f"{'sampled, ' if settings else ''}{name}", rows, text, settings)
                     right = text if right is None else right
-                per_round = per_round if settings else rounds
+                per_round = per_round if settings else tokens
         return round(per_round, 2)
 
     def texts(self, rows: Sequence[int], settings: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, float]]:
-        """`generate` without a draft, with a fresh one, and with one that knows no words but the text's, whose nodes
-        are accepted often: which it was, its new tokens [B, NEW], tokens a round."""
-        text = torch.empty(0)
-        drafts: dict[str, Callable[[], BeagleDraft | None]] = {
-            "without a draft": lambda: None,
-            "with a draft": lambda: BeagleDraft.from_target(self.model),
-            "with a draft of the text's words": lambda: BeagleDraft.from_target(self.model, text.unique()),
-        }
-        for name, make in drafts.items():
-            made = self.generated(make(), rows, self.tree, settings)
-            text = made.sequences[:, -NEW:]
-            yield name, text, made.report.tokens_per_round
+        """`generate` without a draft, with a fresh one, with one that knows no words but the text's, and with what is
+        mostly the text itself: which it was, its new tokens [B, NEW], tokens a round."""
+
+        def made(draft: BeagleDraft | None) -> tuple[Tensor, float]:
+            found = self.generated(draft, rows, self.tree, settings)
+            return found.sequences[:, -NEW:], found.report.tokens_per_round
+
+        text, per_round = made(None)
+        yield "without a draft", text, per_round
+        fresh = BeagleDraft.from_target(self.model)
+        yield "with a draft", *made(fresh)
+        yield "with a draft of the text's words", *made(BeagleDraft.from_target(self.model, text.unique()))
+        prompts = self.prompts(rows)
+        kept = [ids[mask != 0] for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)]
+        whole = [torch.cat([prompt, said]) for prompt, said in zip(kept, text, strict=True)]
+        with mock.patch.object(rounds, "propose", knowing(whole, VOCAB)):
+            yield "with a draft that knows the text", *made(fresh)
 
     def generated(self, draft: BeagleDraft | None, rows: Sequence[int], tree: TreeShape, settings: Mapping[str, Any]):
         """`generate` for these rows; what an image needs besides ids and mask goes as model_inputs."""
@@ -276,6 +283,6 @@ def rows_of(kind: str, tell: Callable[[Row], None] = lambda row: None) -> list[R
         row = tried(kind, FULL, overrides, tell)
         tell(row)
         rows += [row] if row.outcome != NOT_MADE else []
-    if kind in tiny_pictures.KINDS and "model_inputs" in inspect.signature(generate).parameters:
+    if kind in tiny_pictures.KINDS:
         rows.append(tried(kind, PICTURED, {}, tell))
     return rows

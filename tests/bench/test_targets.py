@@ -26,7 +26,7 @@ def outcomes(rows: list[Row]) -> list[tuple[str, str]]:
 def test_a_kind_that_works_is_the_same_with_branches_accepted_and_padded():
     (row,) = one_kind.rows_of("llama")
     assert (row.outcome, row.why, row.padded, row.verified, row.chain) == (SAME, "", True, "tree", "")
-    assert row.varied >= one_kind.VARIED and row.tokens_per_round > 1.1
+    assert row.varied >= one_kind.VARIED and row.tokens_per_round > 2
 
 
 def test_refusals_and_what_cannot_be_made_say_why():
@@ -85,7 +85,7 @@ def test_other_errors_and_late_refusals_are_faults(monkeypatch):
         raise ValueError("not enough values to unpack")
 
     def too_late(real, target, draft, ids, mask, streamer, **options):
-        streamer.put(ids)
+        streamer.put(ids[0])
         raise ValueError("one; allowed: another")
 
     for wrong, why in (
@@ -117,6 +117,7 @@ def test_a_target_of_chains_has_to_refuse_trees_before_any_token(monkeypatch):
 
     row = with_plants(monkeypatch, right)
     assert (row.outcome, row.verified, row.chain) == (SAME, "chain", "its layers pass a state on")
+    assert row.tokens_per_round > 2
     for wrong, why in (
         (lambda real, *args, **options: real(*args, **options), "a tree with branches was not refused"),
         (late, "refused after a token: use a chain; allowed: branch=1"),
