@@ -77,7 +77,8 @@ def _by_reason(found: list[tuple[str, dict]], title: str) -> str:
 def reason(why: str) -> str:
     """A refusal without what is particular to one model: its name, and sizes that the tiny model has."""
     text = re.sub(r"^(?!the |layer )\S+ ", "", why.partition("; allowed")[0])
-    text = re.sub(r" \(they differ by [^)]*\)|=\d[\d.]*", "", text)
+    text = re.sub(r"^the logits of \S+ are", "the logits are", text)
+    text = re.sub(r" \(they differ by [^)]*\)| \(layer \d+\)| in layer \d+|=\d[\d.]*", "", text)
     return _short(text)
 
 

@@ -228,6 +228,9 @@ def test_the_page_groups_what_works_and_reads_rows_of_before_chains(monkeypatch)
 def test_reasons_are_grouped_without_what_is_one_model_s():
     assert page.reason("gpt2 has no rotary positions; allowed: RoPE") == "has no rotary positions"
     assert page.reason("mistral has sliding_window=8; allowed: full attention (...)") == "has sliding_window"
+    assert page.reason("zamba has recurrent layers (layer 2), whose states follow") == (
+        "has recurrent layers, whose states follow"
+    )
     assert page.reason("the LM head has a bias; allowed: heads without") == "the LM head has a bias"
     assert page.reason("X gives other states for a text (they differ by 3%), so; allowed: Y") == (
         "gives other states for a text, so"
