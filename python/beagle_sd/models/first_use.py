@@ -6,6 +6,7 @@ those beside them. Of a target with recurrent layers it is two chains, the first
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+import beagle_kernels
 from beagle_sd.models.cache import TreeCache, causal
 from beagle_sd.models.head import UnsupportedTarget
 
@@ -117,6 +119,8 @@ def _by_our_cache(target: Target, tokens: Tensor, count: int) -> tuple[Tensor, T
     except (UnsupportedTarget, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if _in_the_kernels(error):
+            raise
         if cache is not None and not getattr(target.model, "_supports_attention_backend", False):
             _check_attended(target, cache)
         raise UnsupportedTarget(
@@ -125,6 +129,15 @@ def _by_our_cache(target: Target, tokens: Tensor, count: int) -> tuple[Tensor, T
         ) from error
     _check_attended(target, cache)
     return text[0], tree
+
+
+def _in_the_kernels(error: Exception) -> bool:
+    """Whether an error other than of a wrong argument arose in beagle_kernels: it says nothing of the target."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    where = Path(at.tb_frame.f_code.co_filename) if at is not None else Path()
+    return not isinstance(error, ValueError) and Path(beagle_kernels.__file__).parent in where.parents
 
 
 def _as_tree(target: Target, tokens: Tensor, cache: TreeCache) -> Tensor:

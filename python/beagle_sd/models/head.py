@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,8 +20,8 @@ class UnsupportedTarget(ValueError):
 class Head:
     """logits = cap * tanh(scale * W h / cap): [..., d] -> [..., V]; without a cap scale * W h.
 
-    scale is `logit_scale` (Cohere), `logits_scaling` (HyperCLOVA X) or one over it (Granite); cap is
-    `final_logit_softcapping` (Gemma 2).
+    scale is `logit_scale` (Cohere), `logits_scaling` (HyperCLOVA X), one over it (Granite) or `output_multiplier`
+    (Muse); cap is `final_logit_softcapping` (Gemma 2).
     """
 
     def __init__(self, module: nn.Module, scale: float = 1.0, cap: float | None = None):
@@ -56,7 +57,7 @@ def head_of(model: PreTrainedModel) -> Head:
     model's own logits.
 
     On a model's first use a token is run through it, since configs do not tell: Granite divides by
-    `logits_scaling` where HyperCLOVA X multiplies.
+    `logits_scaling` where HyperCLOVA X multiplies, and Cohere's vision models leave `logit_scale` out.
     """
     module = model.get_output_embeddings()
     if (known := _found.get(model)) is not None and known.module is module:
@@ -71,9 +72,11 @@ def head_of(model: PreTrainedModel) -> Head:
     if model.training or head.weight.is_meta:  # dropout, or nothing to compute with: no probe
         return head
     _check_product(module)
-    for candidate in {scale: None, 1.0 / scale: None}:
-        head = Head(module, candidate, cap)
-        if _explains(head, model):
+    scales = dict.fromkeys((scale, 1.0 / scale, getattr(config, "output_multiplier", None) or 1.0, 1.0))
+    want, states = _one_token(model)
+    for candidate, soft in itertools.product(scales, dict.fromkeys((cap, None))):
+        head = Head(module, candidate, soft)
+        if _explains(head, want, states):
             _found[model] = head
             return head
     raise UnsupportedTarget(
@@ -123,10 +126,25 @@ def _check_product(module: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def _explains(head: Head, model: PreTrainedModel) -> bool:
-    ids = torch.tensor([[model.config.get_text_config().vocab_size // 2]], device=head.weight.device)
-    want = model(input_ids=ids, use_cache=False).logits.float()
-    have = head(decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state).float()
+def _one_token(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """The model's own logits and top hidden states of one token."""
+    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[assignment]
+    ids = torch.tensor([[model.config.get_text_config().vocab_size // 2]], device=weight.device)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+        return logits.float(), decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    except (UnsupportedTarget, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        raise UnsupportedTarget(
+            f"{type(model).__name__} does not run on text alone ({type(error).__name__}: {error}); allowed: models "
+            "that give logits, and a decoder beneath that gives hidden states, for tokens"
+        ) from error
+
+
+@torch.inference_mode()
+def _explains(head: Head, want: Tensor, states: Tensor) -> bool:
+    have = head(states).float()
     if have.shape != want.shape:
         return False
     finite = want.isfinite() & have.isfinite()  # broken weights are told of where their logits are used

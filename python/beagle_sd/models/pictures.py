@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from beagle_sd.models.cache import AT_ONCE, TreeCache, causal
 from beagle_sd.models.head import UnsupportedTarget, decoder_of
+from beagle_sd.models.layers.kept import states_of
 from beagle_sd.models.view import view_of
 
 if TYPE_CHECKING:
@@ -210,8 +211,12 @@ def _next_token(target: Target, prompt: PicturePrompt) -> Tensor:
 
 
 def _own_next(target: Target, base: PreTrainedModel, own: DynamicCache, prompt: PicturePrompt, place: Tensor) -> Tensor:
-    """The state [B, d] of a token behind the prompts at `place` [B], by the model's own forward."""
+    """The state [B, d] of a token behind the prompts at `place` [B], by the model's own forward; recurrent states are
+    then as before it."""
     settings = {"use_cache": True, target.cache_argument: own}
+    layers: list[Any] = own.layers
+    states = [state for one, layer in zip(target.kept, layers, strict=True) if one.mixers for state in states_of(layer)]
+    before = [state.clone() for state in states]
     seen = torch.cat([prompt.mask, torch.ones_like(prompt.mask[:, :1])], 1).long()
     try:
         made = base(input_ids=_next_token(target, prompt), attention_mask=seen, position_ids=place[:, None], **settings)
@@ -219,12 +224,15 @@ def _own_next(target: Target, base: PreTrainedModel, own: DynamicCache, prompt: 
         raise
     except Exception as error:
         _refuse(target, prompt, f"cannot go on behind the prompt with tokens alone ({type(error).__name__}: {error})")
+    for state, kept in zip(states, before, strict=True):
+        state.copy_(kept)
     return made.last_hidden_state[:, 0].float()
 
 
 def _compare_next(target: Target, want: Tensor, prompt: PicturePrompt, cache: TreeCache) -> None:
     token = _next_token(target, prompt)
     have = target.forward(token, torch.zeros_like(token), causal(len(token), 1, token.device), cache)[:, 0].float()
+    cache.advance(torch.zeros_like(token[:, 0]))
     apart = float((have - want).norm(dim=-1).max() / want.norm(dim=-1).mean().clamp(min=1e-30))
     # broken weights are told of where their logits are used
     if bool(want.isfinite().all()) and not apart <= _DIFFERENCE[target.dtype]:
