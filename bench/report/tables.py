@@ -263,7 +263,6 @@ def cache_memory() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "cache_memory": cache_memory,
     "acceptance": acceptance,
     "acceptance_elsewhere": acceptance_elsewhere,
     "lengths": lengths,
@@ -273,6 +272,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "inside_vllm": inside_vllm,
     "ops": ops,
     "counts": counts,
+    "cache_memory": cache_memory,
     "gpu": gpu,
     "compiled": compiled,
     "speedup": speedup,
