@@ -131,9 +131,9 @@ def _by_rows(
 def _slots(k: Tensor, v: Tensor, row: int, first: int, end: int, block_table: Tensor | None) -> list[Tensor]:
     """The row's slots first .. end - 1, [Hkv, end - first, D] each."""
     if block_table is None:
-        parts = k[row, :, first:end], v[row, :, first:end]
+        parts = [x[row, :, first:end] for x in (k, v)]
     else:
         page = k.shape[2]
         table, skipped = block_table[row : row + 1, first // page : -(-end // page)], first // page * page
-        parts = tuple(gather_pages(x, table)[0, :, first - skipped : end - skipped] for x in (k, v))
+        parts = [gather_pages(x, table)[0, :, first - skipped : end - skipped] for x in (k, v)]
     return [x if x.stride(-1) == 1 else x.contiguous() for x in parts]

@@ -4,7 +4,7 @@ models add to attention: windows, sinks, soft caps, values of another width than
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -183,30 +183,34 @@ def written_out(visible: torch.Tensor, sinks: torch.Tensor | None, softcap: floa
 def of_layer(layer: Layer, inputs: list[tuple], mask: torch.Tensor, prefix: int, beside_slice: bool = False) -> Case:
     """beside_slice: a window beside nothing but its own keys. Peers that read the whole cache are in a case of their
     own, since they leave the next in turn cold caches."""
-    q, k, v = inputs[0]
-    batch, nodes, hq, device = *q.shape[:3], q.device
+    q, k, _ = inputs[0]
+    (batch, nodes, hq, _), device = q.shape, q.device
     # nodes as deep as their number of ancestors: each sees as many keys as the window has
-    depth = sum((mask >> bit & 1).sum(-1) for bit in range(64)) - 1
+    depth = (mask[..., None] >> torch.arange(64, device=device) & 1).sum((-2, -1)) - 1
     starts = (prefix + 1 - layer.window + depth).int() if layer.window else None
     sinks = torch.randn(hq, device=device) if layer.sinks else None
     lengths = torch.full((batch,), prefix, dtype=torch.int32, device=device)
-    visible, attend = visible_slots(prefix + nodes, lengths, mask, starts), sdpa.attention()
-    more = {"starts": starts, "sinks": sinks, "softcap": layer.softcap}
+    visible, attend = visible_slots(prefix + nodes, lengths, mask), sdpa.attention()
+    if starts is not None:
+        visible = visible & (torch.arange(prefix + nodes, device=device) >= starts[..., None])
+    more: dict[str, Any] = {"starts": starts, "sinks": sinks, "softcap": layer.softcap}
     first = prefix + 1 - layer.window if layer.window else 0
+
+    def whole(q, k, v):
+        return attend(q.transpose(1, 2), k, v, visible[:, None]).transpose(1, 2)
 
     def sliced(q, k, v):
         return attend(q.transpose(1, 2), k[:, :, first:], v[:, :, first:], visible[:, None, :, first:]).transpose(1, 2)
 
-    peers: dict[str, Callable | str] = {"beagle": lambda q, k, v: tree_attention(q, k, v, lengths, mask, **more)}
+    peers: dict[str, Callable] = {"beagle": lambda q, k, v: tree_attention(q, k, v, lengths, mask, **more)}
     if starts is not None and beside_slice:
         # in a cache of their own: what was just read for "beagle" would be at hand
         short = {id(k): (k[:, :, first:].clone(), v[:, :, first:].clone()) for _, k, v in inputs}
-        fewer, alone = lengths - first, {**more, "starts": starts - first}
+        fewer, alone = lengths - first, more | {"starts": starts - first}
         peers["beagle alone"] = lambda q, k, v: tree_attention(q, *short[id(k)], fewer, mask, **alone)
     else:
         peers["written out"] = written_out(visible, sinks, layer.softcap)
     if sinks is None and layer.softcap is None:
-        whole = lambda q, k, v: attend(q.transpose(1, 2), k, v, visible[:, None]).transpose(1, 2)  # noqa: E731
         peers |= {"sdpa slice": sliced} if beside_slice else {"sdpa mask": whole}
 
     def check_peer(name: str) -> None:
