@@ -35,11 +35,11 @@ def tree_attention(
     sinks: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    plain = softcap is None and v.shape[3] == k.shape[3]
-    small = q.dtype == torch.float32 or q.shape[1] * q.shape[2] < LARGE * k.shape[1] or not plain
-    if small and q.dtype in DTYPES and missing_cpu(q.device) is None:
+    few = q.dtype == torch.float32 or q.shape[1] * q.shape[2] < LARGE * k.shape[1]
+    ours = few or softcap is not None or v.shape[3] != k.shape[3]
+    if ours and q.dtype in DTYPES and missing_cpu(q.device) is None:
         return _compiled(q, k, v, lengths, mask, block_table, scale, starts, sinks, softcap)
-    if not plain:
+    if softcap is not None or v.shape[3] != k.shape[3]:
         return definition(q, k, v, lengths, mask, block_table, scale, starts, sinks, softcap)
     return _by_rows(q, k, v, lengths, mask, block_table, scale, starts, sinks)
 
