@@ -231,7 +231,7 @@ def tree_attention_combine(
         # far above all scores a sink takes everything: its share is infinite, and the rest 0
         b_sink = tl.exp2((tl.load(p_sinks + i_row % HQ) - b_max) * LOG2E)
         b_total += tl.where(b_max == float("-inf"), 0.0, b_sink)
-    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(b_total > 0, b_total, 1.0)
+    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(b_total == 0, 1.0, b_total)
     tl.store(p_out + i_row * D + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
 
 
