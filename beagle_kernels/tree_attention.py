@@ -53,29 +53,33 @@ def tree_attention(
     """
     op = "tree_attention"
     checks.tensor(op, "q", q, (None, None, None, None), checks.FLOATS)
-    checks.tensor(op, "k", k, (None if block_table is not None else q.shape[0], None, None, q.shape[3]), (q.dtype,))
-    checks.tensor(op, "v", v, (*k.shape[:3], None), (q.dtype,))
+    dtypes, (batch, nodes, heads, width) = (q.dtype,), q.shape
+    checks.tensor(op, "k", k, (None if block_table is not None else batch, None, None, width), dtypes)
+    keys = k.shape
+    # most often as wide as the keys, which is compared at once
+    checks.tensor(op, "v", v, keys if v.shape == keys else (*keys[:3], None), dtypes)
+    checks.heads(op, heads, keys[1], width)
     checks.at_least(op, "the values' head size", v.shape[3], 1)
-    checks.heads(op, q.shape[2], k.shape[1], q.shape[-1])
-    checks.tensor(op, "lengths", lengths, (q.shape[0],), (torch.int32,))
-    checks.tensor(op, "mask", mask, (q.shape[0], q.shape[1], None), (torch.int64,))
+    checks.tensor(op, "lengths", lengths, (batch,), checks.INT32)
+    checks.tensor(op, "mask", mask, (batch, nodes, None), checks.INT64)
     if block_table is not None:
-        checks.tensor(op, "block_table", block_table, (q.shape[0], None), (torch.int32,))
-        if k.shape[0] < 1 or k.shape[2] < 1:
-            raise ValueError(f"{op}: k holds {k.shape[0]} pages of {k.shape[2]} slots; allowed: 1 or more of each")
+        checks.tensor(op, "block_table", block_table, (batch, None), checks.INT32)
+        if keys[0] < 1 or keys[2] < 1:
+            raise ValueError(f"{op}: k holds {keys[0]} pages of {keys[2]} slots; allowed: 1 or more of each")
     if mask.shape[2] < 1:
         raise ValueError(f"{op}: mask has shape {list(mask.shape)}; allowed: at least one word a node")
+    checks.same_device(op, q=q, k=k, v=v, lengths=lengths, mask=mask, block_table=block_table)
     if starts is not None:
-        checks.tensor(op, "starts", starts, (q.shape[0], q.shape[1]), (torch.int32,))
+        checks.tensor(op, "starts", starts, (batch, nodes), checks.INT32)
+        checks.same_device(op, q=q, starts=starts)
     if sinks is not None:
-        checks.tensor(op, "sinks", sinks, (q.shape[2],), (torch.float32,))
-    if softcap is not None and not 1e-30 <= softcap <= 1e30:
-        raise ValueError(f"{op}: softcap is {softcap}; allowed: 1e-30 to 1e30, or None for no cap")
-    checks.same_device(
-        op, q=q, k=k, v=v, lengths=lengths, mask=mask, block_table=block_table, starts=starts, sinks=sinks
-    )
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    softcap = None if softcap is None else float(softcap)
+        checks.tensor(op, "sinks", sinks, (heads,), checks.FLOAT32)
+        checks.same_device(op, q=q, sinks=sinks)
+    if softcap is not None:
+        if not 1e-30 <= softcap <= 1e30:
+            raise ValueError(f"{op}: softcap is {softcap}; allowed: 1e-30 to 1e30, or None for no cap")
+        softcap = float(softcap)
+    scale = width**-0.5 if scale is None else float(scale)
     return torch.ops.beagle.tree_attention(q, k, v, lengths, mask, block_table, scale, starts, sinks, softcap, backend)
 
 

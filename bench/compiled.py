@@ -134,15 +134,28 @@ def extend_attention(head_size: int, dtype: torch.dtype, rows: int = 64) -> None
     kernels.extend_attention_backward(q, lse, q, lse, q, k, k, 1.0)
 
 
-def tree_attention(head_size: int, dtype: torch.dtype, nodes: int = 60, paged: bool = False) -> None:
-    """The splits and their combination."""
+def tree_attention(
+    head_size: int,
+    dtype: torch.dtype,
+    nodes: int = 60,
+    paged: bool = False,
+    value_size: int | None = None,
+    starts: bool = False,
+    sinks: bool = False,
+    softcap: float | None = None,
+) -> None:
+    """The splits and their combination; values as wide as keys unless `value_size` says otherwise."""
     from beagle_kernels.triton import tree_attention as kernels
 
     q, lengths = torch.zeros(1, nodes, 32, head_size, dtype=dtype), torch.zeros(1, dtype=torch.int32)
-    k = torch.zeros((64, 8, 16, head_size) if paged else (1, 8, 1024, head_size), dtype=dtype)
+    k, v = (
+        torch.zeros((64, 8, 16, size) if paged else (1, 8, 1024, size), dtype=dtype)
+        for size in (head_size, value_size or head_size)
+    )
     table = torch.zeros(1, 64, dtype=torch.int32) if paged else None
     mask = torch.zeros(1, nodes, -(-nodes // 64), dtype=torch.int64)
-    kernels.tree_attention(q, k, k, lengths, mask, table, 1.0)
+    first = torch.zeros(1, nodes, dtype=torch.int32) if starts else None
+    kernels.tree_attention(q, k, v, lengths, mask, table, 1.0, first, torch.zeros(32) if sinks else None, softcap)
 
 
 def distill_loss(width: int, dtype: torch.dtype) -> None:
@@ -157,6 +170,9 @@ LAUNCHES: dict[str, Callable[[int, torch.dtype], None]] = {
     "extend_attention": extend_attention,
     "tree_attention, 60 nodes": tree_attention,
     "tree_attention, 60 nodes, pages": lambda size, dtype: tree_attention(size, dtype, paged=True),
+    "tree_attention, 60 nodes, window, sinks, soft cap": lambda size, dtype: tree_attention(
+        size, dtype, starts=True, sinks=True, softcap=50.0
+    ),
     "tree_attention, 8 nodes": lambda size, dtype: tree_attention(size, dtype, nodes=8),
     "distill_loss": distill_loss,
 }

@@ -35,11 +35,11 @@ def tree_attention(
     sinks: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    plain = softcap is None and v.shape[3] == k.shape[3]
-    small = q.dtype == torch.float32 or q.shape[1] * q.shape[2] < LARGE * k.shape[1] or not plain
-    if small and q.dtype in DTYPES and missing_cpu(q.device) is None:
+    few = q.dtype == torch.float32 or q.shape[1] * q.shape[2] < LARGE * k.shape[1]
+    ours = few or softcap is not None or v.shape[3] != k.shape[3]
+    if ours and q.dtype in DTYPES and missing_cpu(q.device) is None:
         return _compiled(q, k, v, lengths, mask, block_table, scale, starts, sinks, softcap)
-    if not plain:
+    if softcap is not None or v.shape[3] != k.shape[3]:
         return definition(q, k, v, lengths, mask, block_table, scale, starts, sinks, softcap)
     return _by_rows(q, k, v, lengths, mask, block_table, scale, starts, sinks)
 
@@ -131,9 +131,9 @@ def _by_rows(
 def _slots(k: Tensor, v: Tensor, row: int, first: int, end: int, block_table: Tensor | None) -> list[Tensor]:
     """The row's slots first .. end - 1, [Hkv, end - first, D] each."""
     if block_table is None:
-        parts = k[row, :, first:end], v[row, :, first:end]
+        parts = [x[row, :, first:end] for x in (k, v)]
     else:
         page = k.shape[2]
         table, skipped = block_table[row : row + 1, first // page : -(-end // page)], first // page * page
-        parts = tuple(gather_pages(x, table)[0, :, first - skipped : end - skipped] for x in (k, v))
+        parts = [gather_pages(x, table)[0, :, first - skipped : end - skipped] for x in (k, v)]
     return [x if x.stride(-1) == 1 else x.contiguous() for x in parts]

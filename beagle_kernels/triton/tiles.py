@@ -77,6 +77,20 @@ def softmax_step(b_s, b_max, m_s, scale, MASKED: tl.constexpr):
 
 
 @triton.jit
+def tanh(b_x):
+    """To fp32's last bit or two: below 0.55 a polynomial, since 1 - 2 e / (1 + e) would cancel."""
+    b_size, b_square = tl.abs(b_x), b_x * b_x
+    b_e = tl.exp2(b_size * (-2 * LOG2E))
+    b_far = 1 - 2 * b_e / (1 + b_e)
+    b_p = -6.38112e-3 * b_square + 2.115393e-2
+    b_p = b_p * b_square - 5.387445e-2
+    b_p = b_p * b_square + 1.3332827e-1
+    b_p = b_p * b_square - 3.3333326e-1
+    # NaN stays: it is not above 0.55
+    return tl.where(b_size > 0.55, tl.where(b_x < 0, -b_far, b_far), b_x + b_x * (b_square * b_p))
+
+
+@triton.jit
 def block_and_head(i, blocks, heads, together):
     """What the i-th program takes: group of heads after group of heads, in a group block after block, in a block head
     after head."""

@@ -16,32 +16,11 @@ from torch import Tensor
 from ..backends import implementation
 from ..extension import contiguous
 from .configs import Config, architecture, choose, tune
-from .tiles import LN2, LOG2E, block_d, positive_scale, rows_contiguous, softmax_step
+from .tiles import LN2, LOG2E, block_d, positive_scale, rows_contiguous, softmax_step, tanh
+from .tree_splits import MOST_SPLITS, first_slot, running_at_once, splits_in_use, splits_of, tiles
 
-MIN_KEYS = tl.constexpr(256)
-"""Prefix keys below which a further split is not worth its combining."""
-MOST_SPLITS = tl.constexpr(128)
-"""The combining step reads the results of so many at once."""
-NODES = tl.constexpr(64)
-"""Whose starts are read at once."""
 COMBINED = 64
 """Columns of the head size that a program of the combining step takes."""
-
-
-@triton.jit
-def splits_in_use(keys, words, splits):
-    """Of so many of the prefix, and of the words of the masks."""
-    return tl.maximum(tl.minimum(tl.cdiv(keys + 64 * (words - 1), MIN_KEYS), splits), 1)
-
-
-@triton.jit
-def first_slot(p_starts, N, length):
-    """The first slot of the prefix that some node of the row sees, `length` if none is."""
-    b_first = tl.full([NODES], 2147483647, tl.int32)
-    for start in range(0, N, NODES):
-        o_node = start + tl.arange(0, NODES)
-        b_first = tl.minimum(b_first, tl.load(p_starts + o_node, mask=o_node < N, other=2147483647))
-    return tl.minimum(tl.maximum(tl.min(b_first, 0), 0), length)
 
 
 @triton.jit
@@ -74,20 +53,6 @@ def load_slots(
         return tl.load(p_row)
     else:
         return tl.load(p_row, mask=o_d[None, :] < D, other=0.0)
-
-
-@triton.jit
-def tanh(b_x):
-    """To fp32's last bit or two: below 0.55 a polynomial, since 1 - 2 e / (1 + e) would cancel."""
-    b_size, b_square = tl.abs(b_x), b_x * b_x
-    b_e = tl.exp2(b_size * (-2 * LOG2E))
-    b_far = 1 - 2 * b_e / (1 + b_e)
-    b_p = -6.38112e-3 * b_square + 2.115393e-2
-    b_p = b_p * b_square - 5.387445e-2
-    b_p = b_p * b_square + 1.3332827e-1
-    b_p = b_p * b_square - 3.3333326e-1
-    # NaN stays: it is not above 0.55
-    return tl.where(b_size > 0.55, tl.where(b_x < 0, -b_far, b_far), b_x + b_x * (b_square * b_p))
 
 
 @triton.jit
@@ -147,7 +112,7 @@ def tree_attention_splits(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGED: tl.constexpr,
-    HAS_STARTS: tl.constexpr,
+    NODES: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
     # Tiles of the same keys follow each other, so that all but one of them find the keys in the cache.
@@ -155,8 +120,8 @@ def tree_attention_splits(
     i_m, i_plane, i_split = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
     i_h, i_b = i_plane % (HQ // GROUP), (i_plane // (HQ // GROUP)).to(tl.int64)
     length, base = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 0), slots), 0
-    if HAS_STARTS:
-        base = first_slot(p_starts + i_b * N, N, length)
+    if NODES:
+        base = first_slot(p_starts + i_b * N, N, length, NODES)
     in_use = splits_in_use(length - base, WORDS, splits)
     if i_split >= in_use:
         return
@@ -174,9 +139,8 @@ def tree_attention_splits(
         p_k += i_b * s_kb
         p_v += i_b * s_vb
     scale *= LOG2E
-    m_seen = None
-    if HAS_STARTS:
-        b_start = tl.load(p_starts + i_b * N + o_node, mask=m_row, other=2147483647)[:, None]
+    if NODES:
+        b_start = tl.maximum(tl.load(p_starts + i_b * N + o_node, mask=m_row, other=2147483647), 0)  # [BM]
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -192,17 +156,16 @@ def tree_attention_splits(
         o_slot = start + o_n
         b_k = load_slots(p_k, o_slot, None, p_table, num_pages, page, s_kb, s_ks, o_d, D, BLOCK_D, PAGED, False)
         b_v = load_slots(p_v, o_slot, None, p_table, num_pages, page, s_vb, s_vs, o_dv, DV, BLOCK_DV, PAGED, False)
-        if HAS_STARTS:
-            m_seen = o_slot[None, :] >= b_start
-        b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_seen, scale, squash, HAS_STARTS, SOFTCAP)
+        m_s = o_slot[None, :] >= b_start[:, None] if NODES else None
+        b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, squash, NODES > 0, SOFTCAP)
     if full_hi < hi:
         o_slot = full_hi + o_n
         m_slot = o_slot < hi
         b_k = load_slots(p_k, o_slot, m_slot, p_table, num_pages, page, s_kb, s_ks, o_d, D, BLOCK_D, PAGED, True)
         b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_dv, DV, BLOCK_DV, PAGED, True)
         m_s = m_slot[None, :]
-        if HAS_STARTS:
-            m_s = m_s & (o_slot[None, :] >= b_start)
+        if NODES:
+            m_s = m_s & (o_slot[None, :] >= b_start[:, None])
         b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, squash, True, SOFTCAP)
     BITS: tl.constexpr = min(BLOCK_N, 64)
     first, last = 0, WORDS * 64
@@ -215,14 +178,12 @@ def tree_attention_splits(
             p_word = p_mask + i_b * s_mb + o_node.to(tl.int64) * s_mn + start // 64 * s_mw
             b_word = tl.load(p_word, mask=m_row, other=0) >> start % 64  # [BM]
             o_slot = length + start + o_bit
+            if NODES:
+                b_hidden = tl.maximum(b_start - length - start, 0)
+                b_word = tl.where(b_hidden < 64, b_word & (-1 << tl.minimum(b_hidden, 63).to(tl.int64)), 0)
             # A slot that no row sees may hold anything, NaN included: it is not read.
-            if HAS_STARTS:
-                m_s = ((b_word[:, None] >> o_bit[None, :]) & 1 != 0) & (o_slot[None, :] >= b_start)
-                m_slot = (tl.max(m_s.to(tl.int32), 0) != 0) & (o_slot < slots)
-                m_s = m_s & m_slot[None, :]
-            else:
-                m_slot = ((tl.reduce(b_word, 0, either) >> o_bit) & 1 != 0) & (o_slot < slots)
-                m_s = ((b_word[:, None] >> o_bit[None, :]) & 1 != 0) & m_slot[None, :]
+            m_slot = ((tl.reduce(b_word, 0, either) >> o_bit) & 1 != 0) & (o_slot < slots)
+            m_s = ((b_word[:, None] >> o_bit[None, :]) & 1 != 0) & m_slot[None, :]
             b_k = load_slots(p_k, o_slot, m_slot, p_table, num_pages, page, s_kb, s_ks, o_d, D, BLOCK_D, PAGED, True)
             b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_dv, DV, BLOCK_DV, PAGED, True)
             b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, squash, True, SOFTCAP)
@@ -249,15 +210,15 @@ def tree_attention_combine(
     HQ: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HAS_STARTS: tl.constexpr,
+    NODES: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
     """One program a node, head and BLOCK_D columns of values, D wide: the splits' results weighted by their
     log-sum-exp, and the sink's share taken off."""
     i_row = tl.program_id(0).to(tl.int64)
     keys = tl.minimum(tl.maximum(tl.load(p_lengths + i_row // (N * HQ)), 0), slots)
-    if HAS_STARTS:
-        keys -= first_slot(p_starts + i_row // (N * HQ) * N, N, keys)
+    if NODES:
+        keys -= first_slot(p_starts + i_row // (N * HQ) * N, N, keys, NODES)
     o_split, o_d = tl.arange(0, MOST_SPLITS), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_split = o_split < splits_in_use(keys, words, splits)
     b_lse = tl.load(p_part_lse + i_row * splits + o_split, mask=m_split, other=float("-inf"))  # [MOST_SPLITS]
@@ -270,35 +231,8 @@ def tree_attention_combine(
         # far above all scores a sink takes everything: its share is infinite, and the rest 0
         b_sink = tl.exp2((tl.load(p_sinks + i_row % HQ) - b_max) * LOG2E)
         b_total += tl.where(b_max == float("-inf"), 0.0, b_sink)
-    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(b_total > 0, b_total, 1.0)
+    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(b_total == 0, 1.0, b_total)
     tl.store(p_out + i_row * D + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
-
-
-def tiles(config: Config, rows: int, block_d: int, paged: bool) -> Config:
-    """For so many rows: no larger than they fill it, 4 warps where these hold it, a stage more to look up the pages."""
-    block_m = max(16, min(config.block_m, triton.next_power_of_2(rows)))
-    held_by_4 = block_m < config.block_m and block_m <= (64 if block_d <= 128 else 16)
-    more = paged and config.stages > 1
-    return Config(block_m, config.block_n, 4 if held_by_4 else config.warps, config.stages + more)
-
-
-def running_at_once(config: Config, block_d: int, block_dv: int, paged: bool, q: Tensor) -> int:
-    """Blocks of these tiles that the device runs at a time, by shared memory and by registers: 128 a thread in the
-    smallest tiles, up to 255 in others. On the host, where only the grid matters, a few."""
-    if q.device.type != "cuda":
-        return 8
-    device = torch.cuda.get_device_properties(q.device)
-    row = block_d * q.element_size()
-    streamed = (block_d + block_dv) * q.element_size() * config.block_n
-    needed = row * config.block_m + max(1, config.stages - 1 - paged) * streamed + 1024
-    by_registers = 65536 // (32 * config.warps * (128 if row * config.block_m <= 2048 else 256))
-    return device.multi_processor_count * max(1, min(by_registers, device.shared_memory_per_multiprocessor // needed))
-
-
-def splits_of(blocks: int, slots: int, at_once: int) -> int:
-    """Splits with which the blocks come nearest to, and not above, the `at_once` that the device runs at a time; no
-    more than the cache can use. What they write is so bounded too: `at_once` tiles of rows, if not one split of all."""
-    return max(1, min(at_once // blocks, triton.cdiv(slots, MIN_KEYS.value), MOST_SPLITS.value))
 
 
 @implementation("tree_attention", "triton")
@@ -337,7 +271,9 @@ def tree_attention(
     scale, squash = (scale, 0.0) if softcap is None else (softcap, scale / softcap)
     sizes = nodes, slots, k.shape[0], k.shape[2], splits, scale, squash
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride()
-    constants = dict(HQ=heads, HAS_STARTS=starts is not None, enable_fp_fusion=True)
+    # as many variants as there are of the words of ancestor masks
+    read = 0 if starts is None else 64 * triton.next_power_of_2(triton.cdiv(nodes, 64))
+    constants = dict(HQ=heads, NODES=read, enable_fp_fusion=True)
     columns = min(wide_v, COMBINED)
     with torch.cuda.device_of(q):
         tree_attention_splits[(blocks, splits)](

@@ -67,7 +67,7 @@ struct Keys {
   int padded_count() const { return (count + kLanes - 1) / kLanes * kLanes; }
 };
 
-// A soft cap c: a score z becomes `most` tanh(z `inverse`), c and 1 / c in the scores' units; none where `most` is 0.
+// A soft cap c: a score z becomes `most` tanh(z `inverse`), that is c tanh(z / c) in powers of two.
 struct Cap {
   float inverse, most;
 };
@@ -164,14 +164,14 @@ inline __attribute__((always_inline)) void cap_scores(float* score, Cap cap) {
 }
 
 // Adds a tile's keys to few query rows by the online softmax, one row after the other; bit j of seen[r] is key j.
+template <bool kCapped>
 inline __attribute__((always_inline)) void add_tile(Queries& q, Scratch& s, const uint64_t* seen, const Keys& keys) {
   const int count = keys.padded_count();
   for (int r = 0; r < q.rows; ++r) {
     float* score = s.score + r * kKeys;
     for (int j = 0; j < count; j += kLanes)
       at(score + j) = dots(&q.query[r * s.padded], keys.key + j * keys.key_stride, keys.key_stride, s.padded);
-    if (s.cap.most > 0.0f)
-      for (int j = 0; j < count; j += kLanes) cap_scores<kLanes>(score + j, s.cap);
+    for (int j = 0; kCapped && j < count; j += kLanes) cap_scores<kLanes>(score + j, s.cap);
     if (seen[r] != ~0ull)
       for (int j = 0; j < count; ++j) score[j] = seen[r] >> j & 1 ? score[j] : -kInf;
     float top = q.top[r], mass = 0.0f;
@@ -190,7 +190,7 @@ inline __attribute__((always_inline)) void add_tile(Queries& q, Scratch& s, cons
 }
 
 // The same for many rows, 16 a vector.
-template <int kWide>
+template <int kWide, bool kCapped>
 inline __attribute__((always_inline)) void add_tile_across(Queries& q, Scratch& s, const uint64_t* seen, bool whole,
                                                            int64_t width, const Keys& keys) {
   constexpr int kVecs = kWide / kLanes, kStep = 16 / kVecs;
@@ -198,8 +198,7 @@ inline __attribute__((always_inline)) void add_tile_across(Queries& q, Scratch& 
   for (int j = 0; j < count; j += kStep)
     dots_across<kStep, kVecs>(q.query.data(), keys.key + j * keys.key_stride, keys.key_stride, width,
                               s.score + j * kRows);
-  if (s.cap.most > 0.0f)
-    for (int j = 0; j < count; ++j) cap_scores<kWide>(s.score + j * kRows, s.cap);
+  for (int j = 0; kCapped && j < count; ++j) cap_scores<kWide>(s.score + j * kRows, s.cap);
   for (int half = 0; half < 64 && !whole; half += 32) {
     uint32_t part[kWide];
     for (int r = 0; r < kWide; ++r) part[r] = uint32_t(seen[r] >> half);

@@ -122,7 +122,7 @@ inline __attribute__((always_inline)) Keys load_keys(const TreeAttention& op, in
 }
 
 // Part `split` of the keys for all tiles of queries in the scratch.
-template <class T>
+template <class T, bool kCapped>
 BEAGLE_CLONES void attend(const TreeAttention& op, int64_t b, int64_t h, int64_t split, int64_t splits, Scratch& s) {
   for (Queries& q : s.tiles) load_queries<T>(op, b, h, s.padded, s.value_padded, q);
   const Starts starts = starts_of(op, b);
@@ -146,11 +146,11 @@ BEAGLE_CLONES void attend(const TreeAttention& op, int64_t b, int64_t h, int64_t
     for (size_t t = 0; t < s.tiles.size(); ++t) {
       Queries& q = s.tiles[t];
       if (!q.across)
-        add_tile(q, s, seen[t], keys);
+        add_tile<kCapped>(q, s, seen[t], keys);
       else if (q.rows > kLanes)
-        add_tile_across<kRows>(q, s, seen[t], whole, op.width, keys);
+        add_tile_across<kRows, kCapped>(q, s, seen[t], whole, op.width, keys);
       else
-        add_tile_across<kLanes>(q, s, seen[t], whole, op.width, keys);
+        add_tile_across<kLanes, kCapped>(q, s, seen[t], whole, op.width, keys);
     }
   }
 }
@@ -219,7 +219,7 @@ void run(const TreeAttention& op, int64_t longest, int threads) {
       Queries& q = scratch.tiles.emplace_back();
       q.first = first, q.rows = int(std::min<int64_t>(kRows, rows - first));
     }
-    attend<T>(op, b, h, split, by.splits, scratch);
+    (op.softcap > 0.0f ? attend<T, true> : attend<T, false>)(op, b, h, split, by.splits, scratch);
     for (const Queries& q : scratch.tiles)
       for (int r = 0; r < q.rows; ++r) {
         const float* sum = &q.sum[r * scratch.value_padded];

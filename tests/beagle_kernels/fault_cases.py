@@ -93,7 +93,7 @@ def check_block_attention(device: str, rounds: int, backend: str) -> int:
 
 
 def check_tree_attention(device: str, rounds: int, backend: str) -> int:
-    """Lengths, masks and page numbers of any value, dense and paged: what the reference gives."""
+    """Lengths, masks, page numbers, starts and sinks of any value, dense and paged: what the reference gives."""
     for seed in range(rounds):
         pick = torch.Generator().manual_seed(seed)
         nodes, slots = (int(one_of(pick, values, (), torch.int64)) for values in ([1, 5, 66], [1, 7, 40]))
@@ -102,15 +102,23 @@ def check_tree_attention(device: str, rounds: int, backend: str) -> int:
         words = [0, -1, 1, 2**63 - 1, -(2**63), 0b1011]
         mask = guarded(one_of(pick, words, (batch, nodes, (nodes + 63) // 64), torch.int64), device)
         pages = batch if seed % 2 else 4
-        q, (k, v) = normal(pick, device, batch, nodes, 2, 16), (normal(pick, device, pages, 1, slots, 16) for _ in "kv")
+        q, k = normal(pick, device, batch, nodes, 2, 16), normal(pick, device, pages, 1, slots, 16)
+        v = normal(pick, device, pages, 1, slots, (16, 24, 5)[seed % 3])
         table = guarded(one_of(pick, [-INT32 - 1, -1, 0, 1, 3, 4, INT32], (batch, 3), torch.int32), device)
         table = None if seed % 2 else table
+        first = one_of(pick, [-INT32 - 1, -1, 0, 1, slots, slots + 1, 2 * slots, INT32], (batch, nodes), torch.int32)
+        sinks = one_of(pick, [-torch.inf, -3e38, 0.0, 1.0, 3e38, torch.inf, torch.nan], (2,), torch.float32)
+        more = {
+            "starts": guarded(first, device) if seed % 5 < 3 else None,
+            "sinks": guarded(sinks, device) if seed % 4 > 1 else None,
+            "softcap": (None, 1.5, 1e-30, None, 1e30)[seed % 5],
+        }
         with GuardedOutputs():
-            got = tree_attention(q, k, v, lengths, mask, block_table=table, backend=backend)
-        want = tree_attention(q, k, v, lengths, mask, block_table=table, backend="reference")
-        what = f"round {seed}: lengths {lengths.tolist()}, table {table}"
-        assert got.isfinite().all(), what
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=what)
+            got = tree_attention(q, k, v, lengths, mask, block_table=table, **more, backend=backend)
+        want = tree_attention(q, k, v, lengths, mask, block_table=table, **more, backend="reference")
+        what = f"round {seed}: lengths {lengths.tolist()}, table {table}, {more}"
+        assert got.isfinite().all() or (more["sinks"] is not None and sinks.isnan().any()), what
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, equal_nan=True, msg=what)
     return rounds
 
 

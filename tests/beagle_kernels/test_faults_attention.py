@@ -110,6 +110,20 @@ def calls(sizes: dict[str, int]) -> dict[str, Call]:
                 whole(P, B, 2, dtype=torch.int32),
             ],
         ),
+        "tree_attention, all": (
+            lambda q, k, v, lengths, mask, starts, sinks, backend: bk.tree_attention(
+                q, k, v, lengths, mask, starts=starts, sinks=sinks, softcap=2.0, backend=backend
+            ),
+            [
+                normal(B, N, H, D),
+                normal(B, K, S, D),
+                normal(B, K, S, D + 3),
+                one * 3,
+                whole(9, B, N, 1),
+                whole(5, B, N, dtype=torch.int32),
+                normal(H),
+            ],
+        ),
         "distill_loss": (bk.distill_loss, [normal(T, D), normal(T, D), normal(V, D), normal(T).abs()]),
         "choose_tokens": (
             lambda z, at, *fields, backend: bk.choose_tokens(z, at, sampling_of(*fields), backend=backend),

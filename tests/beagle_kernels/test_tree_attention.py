@@ -43,15 +43,20 @@ def case(batch=3, nodes=7, hq=4, hkv=2, d=8, prefix=(0, 5, 40), slack=3, dtype=t
     return (q, k, v, lengths, mask), bits
 
 
-def literal(q, k, v, lengths, bits, scale=None):
-    out, group = torch.zeros_like(q), q.shape[2] // k.shape[1]
+def literal(q, k, v, lengths, bits, scale=None, *, starts=None, sinks=None, softcap=None):
+    out, group = q.new_zeros(*q.shape[:3], v.shape[-1]), q.shape[2] // k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     for b, length in enumerate(lengths.tolist()):
         for n in range(q.shape[1]):
             slots = list(range(length)) + [length + j for j in range(bits.shape[2]) if bits[b, n, j]]
-            slots = [s for s in slots if s < k.shape[2]]
+            slots = [s for s in slots if s < k.shape[2] and (starts is None or s >= starts[b, n])]
             keys, values = (x[b, :, slots].repeat_interleave(group, 0) for x in (k, v))
-            weights = torch.softmax(torch.einsum("hd,hsd->hs", q[b, n], keys) * scale, -1)
+            scores = torch.einsum("hd,hsd->hs", q[b, n], keys) * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.to(scores.dtype)[:, None]], 1)
+            weights = torch.softmax(scores, -1)[:, : len(slots)]
             out[b, n] = torch.einsum("hs,hsd->hd", weights, values)
     return out
 
@@ -208,7 +213,7 @@ def test_splits_make_one_wave(processors, shared_kib, rows, head_size, wanted, m
     on_gpu = SimpleNamespace(device=torch.device("cuda", 0), element_size=lambda: 2)
     arch = {228: 90, 164: 80, 100: 86}[shared_kib]
     config = kernels.tiles(configs.choose("tree", arch, head_size, torch.bfloat16), rows, head_size, False)
-    at_once = kernels.running_at_once(config, head_size, False, on_gpu)
+    at_once = kernels.running_at_once(config, head_size, head_size, False, on_gpu)
     assert at_once % processors == 0 and at_once >= processors
     blocks = 8 * -(-rows // config.block_m)
     splits = kernels.splits_of(blocks, 1 << 20, at_once)

@@ -119,6 +119,29 @@ def test_tree_attention(nodes, paged, head_size, dtype, arch):
     check(found[1], arch, matrix=False)
 
 
+TREE_VARIANTS = {
+    "window": {"starts": True},
+    "sinks": {"sinks": True},
+    "soft cap": {"softcap": 50.0},
+    "all": {"starts": True, "sinks": True, "softcap": 50.0},
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("head_size, value_size", [pytest.param(64, 64, marks=SLOW), (128, 128), (192, 128)])
+@pytest.mark.parametrize("paged", [False, pytest.param(True, marks=SLOW)])
+@pytest.mark.parametrize("nodes", MANY_AND_FEW)
+@pytest.mark.parametrize("name", ["window", pytest.param("sinks", marks=SLOW), "soft cap", "all"])
+def test_variants_of_tree_attention(name, nodes, paged, head_size, value_size, arch):
+    """None costs a spill but the starts of the tallest tile on sm_80, which fills its registers without them, and what
+    is padded from 192 to 256."""
+    with compiling_for(arch) as found:
+        compiled.tree_attention(head_size, torch.bfloat16, nodes, paged, value_size, **TREE_VARIANTS[name])
+    tall = "starts" in TREE_VARIANTS[name] and (nodes, arch) == (60, 80)
+    check(found[0], arch, matrix=nodes == 60, spills=8 if tall or head_size == 192 else 0)
+    check(found[1], arch, matrix=False)
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("head_size, most", [(64, 63), pytest.param(128, 128, marks=SLOW)])
 @pytest.mark.parametrize("paged", [False, True])
@@ -130,7 +153,7 @@ def test_tree_attention_in_float32(paged, head_size, most, arch):
 
 
 def test_tree_attention_compiles_once_for_all_lengths(monkeypatch):
-    """However many splits the shapes and the device ask for."""
+    """However many splits the shapes and the device ask for; with windows for any number of nodes of a word too."""
     from beagle_kernels.triton import tree_attention as kernels
 
     wanted = []
@@ -139,6 +162,10 @@ def test_tree_attention_compiles_once_for_all_lengths(monkeypatch):
         for splits in (1, 2, 7, 16, 128):
             wanted.append(splits)
             compiled.tree_attention(64, torch.bfloat16)
+    assert len(found) == 2
+    with compiling_for(90) as found:
+        for nodes in (60, 57, 64):
+            compiled.tree_attention(64, torch.bfloat16, nodes, starts=True)
     assert len(found) == 2
 
 

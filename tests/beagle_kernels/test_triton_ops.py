@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-CASES = {"tree_attention": 5, "block_attention": 26, "extend_attention": 6, "distill_loss": 5}
+CASES = {"tree_attention": 7, "block_attention": 26, "extend_attention": 6, "distill_loss": 5}
 """How many there are at least."""
 
 
@@ -74,20 +75,24 @@ def test_on_a_gpu(gpu, poisoned, op, group, dtype):
 
 @pytest.mark.gpu
 def test_one_graph_serves_every_length(gpu):
-    """tree_attention captured once gives, after the lengths change in place, what a fresh call gives."""
+    """tree_attention captured once gives, after lengths and starts change in place, what a fresh call gives."""
     from test_tree_attention import case
 
     shape = {"nodes": 4, "hq": 4, "hkv": 1, "d": 64}
     (q, k, v, lengths, mask), _ = case(**shape, prefix=(3, 500, 900), dtype=torch.bfloat16, slack=200)
     q, k, v, lengths, mask = (x.nan_to_num(0.0).to(gpu) for x in (q, k, v, lengths, mask))
-    tree_attention(q, k, v, lengths, mask, backend="triton")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = tree_attention(q, k, v, lengths, mask, backend="triton")
-    for length in (0, 1, 255, 256, 1000):
-        lengths.fill_(length)
-        graph.replay()
-        assert torch.equal(out, tree_attention(q, k, v, lengths, mask, backend="triton"))
+    starts = torch.zeros(3, 4, dtype=torch.int32, device=gpu)
+    for more in ({}, {"starts": starts, "sinks": torch.zeros(4, device=gpu), "softcap": 9.0}):
+        attend = partial(tree_attention, q, k, v, lengths, mask, **more, backend="triton")
+        attend()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attend()
+        for length in (0, 1, 255, 256, 1000):
+            lengths.fill_(length)
+            starts.fill_(length - 300)
+            graph.replay()
+            assert torch.equal(out, attend())
 
 
 @pytest.mark.gpu

@@ -23,6 +23,8 @@ from test_distill_loss import naive as naive_distill_loss
 from test_extend_attention import inputs as extend_inputs
 from test_tree_attention import case as tree_case
 from test_tree_attention import paged, ring_case
+from test_tree_attention_variants import VARIANTS, in_pages, variant
+from test_tree_attention_variants import eager as eager_variant
 
 from beagle_kernels import block_attention, distill_loss, extend_attention, tree_attention
 from beagle_kernels.reference.tree_attention import visible_slots
@@ -149,6 +151,38 @@ def check_tree_attention(device: str, dtype: torch.dtype, group: str) -> int:
     return len(TREE_CASES[group])
 
 
+VARIANT_CASES = {
+    # nodes, query heads, key heads, widths of keys and values, longest prefix
+    "windows, sinks, caps": [(5, 4, 2, 40, 24, 300)],
+    "wide keys": [(2, 2, 1, 192, 128, 70)],
+    "large, windows, sinks, caps": [(16, 8, 2, 128, 128, 5000), (60, 8, 1, 64, 128, 5000), (70, 4, 1, 192, 128, 3000)],
+}
+
+
+def check_tree_variants(device: str, dtype: torch.dtype, group: str) -> int:
+    """Each alone and all together, dense and in pages of which those that nobody sees have no true id."""
+    for n, hq, hkv, d, dv, longest in VARIANT_CASES[group]:
+        for name in ("all",) if group == "wide keys" else VARIANTS:
+            what = f"{dtype} {(n, hq, hkv, d, dv)} {name}"
+            args, more, _ = variant(VARIANTS[name], d, dv, n, hq, hkv, longest, dtype)
+            q, k, v, lengths, mask = (x.to(device) for x in args)
+            more = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in more.items()}
+            got = tree_attention(q, k, v, lengths, mask, **more, backend="triton")
+            exact = eager_variant(q.double(), k.double(), v.double(), lengths, mask, **more)
+            near = eager_variant(q, k, v, lengths, mask, **more)
+            close_as_eager(got, near, exact, 2, what, score_rounding(q, k))
+            first = args[3], args[4], None if name not in ("starts", "all") else more["starts"].cpu()
+            *pages, table = (x.to(device) for x in in_pages(args[1], args[2], visible_slots(k.shape[2], *first)))
+            spread = {key: x.repeat(2, 1).t()[:, 0] if key == "sinks" else x for key, x in more.items()}
+            again = tree_attention(q, *pages, lengths, mask, block_table=table, **spread, backend="triton")
+            assert torch.equal(got, again), what
+    odd = torch.full((hq,), torch.inf, device=device)
+    assert not tree_attention(q, k, v, lengths, mask, **more | {"sinks": odd}, backend="triton").any()
+    hidden = more["starts"] * 0 + 2**31 - 1
+    assert not tree_attention(q, k, v, lengths, mask, starts=hidden, sinks=odd * torch.nan, backend="triton").any()
+    return len(VARIANT_CASES[group])
+
+
 def check_distill_loss(device: str, dtype: torch.dtype) -> int:
     """Several chunks, several blocks of the vocabulary, rows of weight zero, peaky logits."""
     cases = [(0, 16, 50, 1), (1, 16, 1, 1), (20, 24, 113, 1), (33, 16, 5008, 1), (9, 32, 1025, 20)]
@@ -184,7 +218,8 @@ CHECKS = {
         "variants": check_variants,
     },
     "extend_attention": {"all": check_extend_attention},
-    "tree_attention": {group: partial(check_tree_attention, group=group) for group in TREE_CASES},
+    "tree_attention": {group: partial(check_tree_attention, group=group) for group in TREE_CASES}
+    | {group: partial(check_tree_variants, group=group) for group in VARIANT_CASES},
     "distill_loss": {"all": check_distill_loss},
 }
 """By op and group of cases, each of few kernels: those named large are for a GPU."""

@@ -128,7 +128,7 @@ def _check_product(module: nn.Module) -> None:
 @torch.inference_mode()
 def _one_token(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """The model's own logits and top hidden states of one token."""
-    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[assignment]
+    weight: Tensor = model.get_output_embeddings().weight
     ids = torch.tensor([[model.config.get_text_config().vocab_size // 2]], device=weight.device)
     try:
         logits = model(input_ids=ids, use_cache=False).logits
