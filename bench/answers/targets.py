@@ -24,8 +24,8 @@ import torch
 from transformers import logging
 
 from beagle_sd.files import write_json
-from bench.answers.one_kind import AS_IT_COMES, FAULTS, NOT_MADE, REFUSED, SAME, Row, rows_of
-from bench.answers.tiny_targets import KINDS
+from bench.answers.kinds.one_kind import AS_IT_COMES, FAULTS, NOT_MADE, REFUSED, SAME, Row, rows_of
+from bench.answers.kinds.tiny_targets import KINDS
 from bench.environment import commit, device_name, sources, versions
 from bench.processes import ROOT
 

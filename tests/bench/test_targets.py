@@ -12,9 +12,10 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from beagle_kernels import Sampling, choose_tokens
-from bench.answers import one_kind, targets, tiny_targets
-from bench.answers.one_kind import AS_IT_COMES, NOT_MADE, OTHER, RAISED, REFUSED, SAME, TOOK_TREE, Row
-from bench.answers.own_text import TIE, first_wrong, own_text, stepped_logits, whole_is_stepped, whole_logits
+from bench.answers import targets
+from bench.answers.kinds import one_kind, tiny_targets
+from bench.answers.kinds.one_kind import AS_IT_COMES, NOT_MADE, OTHER, RAISED, REFUSED, SAME, TOOK_TREE, Row
+from bench.answers.kinds.own_text import TIE, first_wrong, own_text, stepped_logits, whole_is_stepped, whole_logits
 from bench.report import results
 from bench.report import targets as page
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.answers.own_text import own_text, stepped_logits
-from bench.answers.tiny_pictures import KINDS, SPECIAL, pictured_target, pictures
-from bench.answers.tiny_targets import VOCAB
+from bench.answers.kinds.own_text import own_text, stepped_logits
+from bench.answers.kinds.tiny_pictures import KINDS, SPECIAL, pictured_target, pictures
+from bench.answers.kinds.tiny_targets import VOCAB
 
 NEW = 12
 MADE = (

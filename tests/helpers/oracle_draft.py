@@ -1,11 +1,11 @@
-"""Rounds that draft along the text itself (bench/answers/knowing_draft.py), for one test."""
+"""Rounds that draft along the text itself (bench/answers/kinds/knowing_draft.py), for one test."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from beagle_sd.decoding import rounds
-from bench.answers.knowing_draft import knowing
+from bench.answers.kinds.knowing_draft import knowing
 
 
 def know(monkeypatch, texts: list[Tensor], vocab: int, *, wrong: float = 0.25) -> None:

@@ -11,7 +11,7 @@ from beagle_sd.data.answers import Request, _Writer, requests_of, seed_of, write
 from beagle_sd.data.conversations import encode_chat, encode_turns
 from beagle_sd.models.ends import end_tokens
 from beagle_sd.models.target import Target
-from bench.answers.tiny_targets import tiny_target
+from bench.answers.kinds.tiny_targets import tiny_target
 
 END = small_tokenizer().eos_token_id
 

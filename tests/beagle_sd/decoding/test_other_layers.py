@@ -11,7 +11,7 @@ from beagle_sd import TreeShape, UnsupportedTarget, adaptive_tree, custom_genera
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.models.layers.attention import Span
 from beagle_sd.models.target import Target
-from bench.answers.tiny_targets import REACH, VOCAB, tiny_target
+from bench.answers.kinds.tiny_targets import REACH, VOCAB, tiny_target
 
 TREES = (
     "mistral",

@@ -11,7 +11,7 @@ from beagle_kernels.reference.build_tree import pack
 from beagle_sd import UnsupportedTarget, generate
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.target import Target
-from bench.answers.tiny_targets import tiny_target
+from bench.answers.kinds.tiny_targets import tiny_target
 
 _SIZES = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 

@@ -7,7 +7,7 @@ import torch
 
 from beagle_sd.models.layers.attention import Span
 from beagle_sd.models.target import Target
-from bench.answers.tiny_targets import REACH, tiny_target
+from bench.answers.kinds.tiny_targets import REACH, tiny_target
 
 WINDOW = Span(window=REACH)
 SHOWN = {

@@ -7,7 +7,7 @@ import torch
 
 from beagle_sd.models.cache import causal
 from beagle_sd.models.target import Target
-from bench.answers.tiny_targets import VOCAB, tiny_target
+from bench.answers.kinds.tiny_targets import VOCAB, tiny_target
 
 KINDS = ("qwen3_next", "nemotron_h", "lfm2", "falcon_h1", "mamba", "jamba")
 

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from bench.answers.tiny_targets import VOCAB, tiny_config, tiny_target
+from bench.answers.kinds.tiny_targets import VOCAB, tiny_config, tiny_target
 
 KINDS = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 """What may take images: the class of each kind, by name."""

@@ -17,10 +17,10 @@ from beagle_sd.decoding.generate import generate
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.target import Target
-from bench.answers import tiny_pictures
-from bench.answers.knowing_draft import knowing
-from bench.answers.own_text import first_wrong, own_text, stepped_logits, whole_is_stepped, whole_logits
-from bench.answers.tiny_targets import VOCAB, full_attention, tiny_target
+from bench.answers.kinds import tiny_pictures
+from bench.answers.kinds.knowing_draft import knowing
+from bench.answers.kinds.own_text import first_wrong, own_text, stepped_logits, whole_is_stepped, whole_logits
+from bench.answers.kinds.tiny_targets import VOCAB, full_attention, tiny_target
 
 LENGTHS = (11, 7, 5)
 """Tokens of the prompts: more than windows take (tiny_targets.REACH), and fewer."""
