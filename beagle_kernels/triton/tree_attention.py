@@ -140,7 +140,7 @@ def tree_attention_splits(
         p_v += i_b * s_vb
     scale *= LOG2E
     if NODES:
-        b_start = tl.maximum(tl.load(p_starts + i_b * N + o_node, mask=m_row, other=2147483647), 0)  # [BM]
+        b_start = tl.maximum(tl.load(p_starts + i_b * N + o_node, mask=m_row, other=0), 0)  # [BM]
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -152,21 +152,31 @@ def tree_attention_splits(
     hi = tl.minimum(lo + (share + (i_split < more)) * BLOCK_N, length)
     full_hi = lo + (hi - lo) // BLOCK_N * BLOCK_N
     o_n = tl.arange(0, BLOCK_N)
-    for start in range(lo, full_hi, BLOCK_N):
+    # Blocks up to `mid` hold slots below some node's start.
+    mid = lo
+    if NODES:
+        mid += tl.cdiv(tl.maximum(tl.minimum(tl.max(b_start, 0), full_hi) - lo, 0), BLOCK_N) * BLOCK_N
+    for start in range(mid, full_hi, BLOCK_N):
         o_slot = start + o_n
         b_k = load_slots(p_k, o_slot, None, p_table, num_pages, page, s_kb, s_ks, o_d, D, BLOCK_D, PAGED, False)
         b_v = load_slots(p_v, o_slot, None, p_table, num_pages, page, s_vb, s_vs, o_dv, DV, BLOCK_DV, PAGED, False)
-        m_s = o_slot[None, :] >= b_start[:, None] if NODES else None
-        b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, squash, NODES > 0, SOFTCAP)
-    if full_hi < hi:
+        b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, None, scale, squash, False, SOFTCAP)
+    if NODES:
+        # The last block, where it is not whole, comes after those below `mid`; stages for so few would spill.
+        for i in tl.range(0, (mid - lo) // BLOCK_N + (full_hi < hi), num_stages=1):
+            start = lo + i * BLOCK_N
+            o_slot = tl.where(start < mid, start, full_hi) + o_n
+            m_slot = o_slot < hi
+            b_k = load_slots(p_k, o_slot, m_slot, p_table, num_pages, page, s_kb, s_ks, o_d, D, BLOCK_D, PAGED, True)
+            b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_dv, DV, BLOCK_DV, PAGED, True)
+            m_s = m_slot[None, :] & (o_slot[None, :] >= b_start[:, None])
+            b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, squash, True, SOFTCAP)
+    elif full_hi < hi:
         o_slot = full_hi + o_n
         m_slot = o_slot < hi
         b_k = load_slots(p_k, o_slot, m_slot, p_table, num_pages, page, s_kb, s_ks, o_d, D, BLOCK_D, PAGED, True)
         b_v = load_slots(p_v, o_slot, m_slot, p_table, num_pages, page, s_vb, s_vs, o_dv, DV, BLOCK_DV, PAGED, True)
-        m_s = m_slot[None, :]
-        if NODES:
-            m_s = m_s & (o_slot[None, :] >= b_start[:, None])
-        b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, squash, True, SOFTCAP)
+        b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_slot[None, :], scale, squash, True, SOFTCAP)
     BITS: tl.constexpr = min(BLOCK_N, 64)
     first, last = 0, WORDS * 64
     if WORDS > 1:

@@ -133,12 +133,10 @@ TREE_VARIANTS = {
 @pytest.mark.parametrize("nodes", MANY_AND_FEW)
 @pytest.mark.parametrize("name", ["window", pytest.param("sinks", marks=SLOW), "soft cap", "all"])
 def test_variants_of_tree_attention(name, nodes, paged, head_size, value_size, arch):
-    """None costs a spill but the starts of the tallest tile on sm_80, which fills its registers without them, and what
-    is padded from 192 to 256."""
+    """None costs a spill, except where 192 is padded to 256, in some."""
     with compiling_for(arch) as found:
         compiled.tree_attention(head_size, torch.bfloat16, nodes, paged, value_size, **TREE_VARIANTS[name])
-    tall = "starts" in TREE_VARIANTS[name] and (nodes, arch) == (60, 80)
-    check(found[0], arch, matrix=nodes == 60, spills=8 if tall or head_size == 192 else 0)
+    check(found[0], arch, matrix=nodes == 60, spills=64 if head_size == 192 else 0)
     check(found[1], arch, matrix=False)
 
 

@@ -176,9 +176,17 @@ def check_tree_variants(device: str, dtype: torch.dtype, group: str) -> int:
             spread = {key: x.repeat(2, 1).t()[:, 0] if key == "sinks" else x for key, x in more.items()}
             again = tree_attention(q, *pages, lengths, mask, block_table=table, **spread, backend="triton")
             assert torch.equal(got, again), what
+        # windows that begin all over the prefix: blocks that some nodes see and others do not, in every split
+        args, _, _ = variant((), d, dv, n, hq, hkv, longest, dtype)
+        q, k, v, lengths, mask = (x.to(device) for x in args)
+        spread_out = (torch.arange(n, device=device) * longest // n).expand(3, -1).int()
+        given = q, k, v, lengths, mask, spread_out
+        got = tree_attention(*given[:5], starts=spread_out, backend="triton")
+        exact = eager_variant(*(x.double() if x.is_floating_point() else x for x in given))
+        close_as_eager(got, eager_variant(*given), exact, 2, f"{dtype} {n} spread", score_rounding(q, k))
     odd = torch.full((hq,), torch.inf, device=device)
     assert not tree_attention(q, k, v, lengths, mask, **more | {"sinks": odd}, backend="triton").any()
-    hidden = more["starts"] * 0 + 2**31 - 1
+    hidden = spread_out * 0 + 2**31 - 1
     assert not tree_attention(q, k, v, lengths, mask, starts=hidden, sinks=odd * torch.nan, backend="triton").any()
     return len(VARIANT_CASES[group])
 
