@@ -72,6 +72,20 @@ def test_the_text_is_the_targets_own(kind, way, monkeypatch):
                 assert len(table.unique()) == (table.numel() if span == Span() else 3 * 7)
 
 
+@pytest.mark.parametrize("way", ["as on a GPU", "in pages"])
+@pytest.mark.parametrize("kind", ["gemma4_text", "llama4_text", "deepseek_v3"])
+def test_heads_too_wide_for_the_kernel(kind, way, monkeypatch):
+    """They go through SDPA, which reads nothing on the host either."""
+    monkeypatch.setattr("beagle_sd.models.layers.attention._too_wide", lambda key, value: True)
+    monkeypatch.setattr("beagle_sd.models.layers.attention.tree_attention", None)
+    model, ids = tiny_target(kind), prompts()[0][:1]
+    want = model.generate(ids, max_new_tokens=NEW, do_sample=False)
+    oracle_draft.know(monkeypatch, [want[0]], VOCAB)
+    engine = Engine(model, small_draft(model), batch=1, capacity=ids.shape[1] + NEW, tree=shape_of(model), **WAYS[way])
+    made = generate(model, engine.draft, ids, max_new_tokens=NEW, engine=engine)
+    assert made.sequences.equal(want) and made.report.tokens_per_round > 1.7
+
+
 @pytest.mark.parametrize("kind", CHAINS)
 def test_a_branching_tree_is_refused_and_the_default_is_a_chain(kind):
     model, ids = tiny_target(kind), torch.ones(1, 5, dtype=torch.int64)

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from beagle_kernels import tree_attention
+from beagle_kernels.reference.tree_attention import gather_pages
 from beagle_sd.models.head import UnsupportedTarget
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ _MEANINGLESS = {"position_ids", "cache_position", "use_cache", "layer_idx", "is_
 _FEW_NODES = 64
 """New tokens up to which a row's attention reads just what the row sees, by mask words: beyond, as in a prompt on a
 CPU, SDPA's products over a padded 4-D mask are faster."""
+WIDEST = 256
+"""Of heads that tree_attention takes on a GPU."""
 _reading = threading.local()
 
 
@@ -143,8 +146,11 @@ def _beagle_tree(
     span = cache.span_of(getattr(module, "layer_idx", None), sliding_window)
     words, starts = cache.once(("seen", span), lambda: seen(attention_mask[:, 0], cache.lengths, cache.depth, span))
     softcap = softcap or None
-    if query.shape[2] > _FEW_NODES and not cache.fixed and softcap is None and s_aux is None:
-        first = 0 if starts is None else int(starts.min())
+    many = query.shape[2] > _FEW_NODES and not cache.fixed
+    if softcap is None and s_aux is None and (many or _too_wide(key, value)):
+        if (table := cache.table(span)) is not None:
+            key, value = gather_pages(key, table), gather_pages(value, table)
+        first = 0 if starts is None or cache.fixed else int(starts.min())
         mask = cache.once(("4-D", span), lambda: visible_keys(cache.lengths, words, key.shape[2], starts))
         out = grouped_attention(query, key[:, :, first:], value[:, :, first:], mask[..., first:], scale)
         return out.transpose(1, 2), None
@@ -159,6 +165,12 @@ def _beagle_tree(
         block_table=cache.table(span),
         **{name: value for name, value in extra.items() if value is not None},
     ), None
+
+
+def _too_wide(key: Tensor, value: Tensor) -> bool:
+    """Whether heads are wider than tree_attention takes on a GPU, as Gemma 4's of 512 are: these go through SDPA and a
+    mask over the whole cache."""
+    return key.is_cuda and max(key.shape[3], value.shape[3]) > WIDEST
 
 
 def _check(module, query: Tensor, mask: Tensor | None, unknown: dict) -> None:
