@@ -114,6 +114,8 @@ def _kept(name: str, index: int, layer: Any, layer_type: str | None, mixers: tup
         size = getattr(layer, "sliding_window", None)
         fields["span"] = Span(chunk=size) if layer_type == "chunked_attention" else Span(size)
     if linear and states_of(layer):
+        for held in ("conv_states", "recurrent_states"):  # their shapes, dtypes and device without their memory
+            setattr(layer, held, each(getattr(layer, held), lambda one: one.new_zeros(()).expand(one.shape)))
         fields |= {"recurrence": layer, "mixers": mixers}
         if not mixers:
             raise UnsupportedTarget(

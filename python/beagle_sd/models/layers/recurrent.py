@@ -95,10 +95,10 @@ class _Steps:
         self.index, self.forward = index, module.forward
         self.first = next(iter(inspect.signature(self.forward).parameters))
         self.token: Tensor | None = None
-        self.hidden: Tensor
-        self.projected: dict[nn.Module, Tensor]
-        self.latest: _Last | None
-        self.last: _Last | None
+        self.hidden: Tensor | None = None
+        self.projected: dict[nn.Module, Tensor] = {}
+        self.latest: _Last | None = None
+        self.last: _Last | None = None
         for linear in module.modules():
             if isinstance(linear, nn.Linear):
                 linear.forward = functools.partial(self._linear, linear, linear.forward)  # type: ignore[method-assign]
@@ -112,9 +112,7 @@ class _Steps:
         recurrence = cache.recurrences[self.index]
         if cache.recording:
             recurrence.record()
-        self.hidden, self.projected = hidden, {}
-        self.latest = self.last = None
-        found = []
+        self.hidden, found = hidden, []
         try:
             for self.number, self.token in enumerate(hidden.split(1, 1)):
                 found.append(self.forward(self.token, *others, **kwargs))
@@ -122,13 +120,15 @@ class _Steps:
                     recurrence.record()
                 if self.number == 0:
                     self._see_ending(found[0])
-        finally:
             self.token = None
-        return self._joined(found)
+            return self._joined(found)
+        finally:  # a graph's memory would be held with them
+            self.token = self.hidden = self.latest = self.last = None
+            self.projected = {}
 
     def _linear(self, linear: nn.Linear, forward: Any, x: Tensor) -> Tensor:
         """A linear layer: its output for the token at hand, or, of the last one, something of its shape."""
-        if self.token is None or self.hidden.shape[1] == 1:
+        if self.token is None or self.hidden is None or self.hidden.shape[1] == 1:
             return forward(x)
         if x is self.token:
             if linear not in self.projected:
