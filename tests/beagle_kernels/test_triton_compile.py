@@ -127,11 +127,20 @@ TREE_VARIANTS = {
 }
 
 
+TREE_CASES = [
+    # variant, nodes, paged, head size, values' head size
+    *((name, 60, False, 128, 128) for name in TREE_VARIANTS),
+    ("all", 8, False, 128, 128),
+    ("all", 60, False, 192, 128),
+    *(pytest.param(name, 60, True, 128, 128, marks=SLOW) for name in ("window", "all")),
+    *(pytest.param(name, 60, False, 64, 64, marks=SLOW) for name in ("window", "all")),
+    *(pytest.param(name, nodes, True, 128, 128, marks=SLOW) for name in ("window", "all") for nodes in (8, 4)),
+    *(pytest.param("window", nodes, False, 192, 128, marks=SLOW) for nodes in (60, 8)),
+]
+
+
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("head_size, value_size", [pytest.param(64, 64, marks=SLOW), (128, 128), (192, 128)])
-@pytest.mark.parametrize("paged", [False, pytest.param(True, marks=SLOW)])
-@pytest.mark.parametrize("nodes", MANY_AND_FEW)
-@pytest.mark.parametrize("name", ["window", pytest.param("sinks", marks=SLOW), "soft cap", "all"])
+@pytest.mark.parametrize("name, nodes, paged, head_size, value_size", TREE_CASES)
 def test_variants_of_tree_attention(name, nodes, paged, head_size, value_size, arch):
     """None costs a spill, except where 192 is padded to 256, in some."""
     with compiling_for(arch) as found:

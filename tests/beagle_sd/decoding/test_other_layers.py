@@ -28,6 +28,13 @@ TREES = (
 CHAINS = ("qwen3_next", "qwen3_5_text", "nemotron_h", "falcon_h1", "lfm2", "mamba")
 NEW = 24
 WAYS = {"as it is": {}, "as on a GPU": {"fixed": True}, "in pages": {"page_size": 4}}
+FIRST = ("gemma4_text", "gpt_oss", "llama4_text", "deepseek_v3", "qwen3_next", "nemotron_h")
+CASES = [
+    *((kind, "in pages") for kind in FIRST),
+    *(pytest.param(kind, "in pages", marks=pytest.mark.slow) for kind in (*TREES, *CHAINS) if kind not in FIRST),
+    *(pytest.param(kind, "as on a GPU", marks=pytest.mark.slow) for kind in (*TREES, *CHAINS)),
+    *(pytest.param(kind, "as it is", marks=pytest.mark.slow) for kind in FIRST),
+]
 SAMPLED = {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "seed": 3}
 
 
@@ -44,8 +51,7 @@ def shape_of(model) -> TreeShape:
     return TreeShape(4, 1, 5) if Target(model).chains_only else TreeShape(4, 3, 13)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", [*TREES, *CHAINS])
+@pytest.mark.parametrize("kind, way", CASES)
 def test_the_text_is_the_targets_own(kind, way, monkeypatch):
     model, (ids, mask) = tiny_target(kind), prompts()
     monkeypatch.setattr("beagle_sd.models.target.AT_ONCE", 8)  # so that pages take turns, in the prompt too
