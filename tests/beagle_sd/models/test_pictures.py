@@ -155,6 +155,14 @@ def test_the_model_is_as_before(kind, target):
         assert all(value is before[name][key] for key, value in vars(module).items()), name
 
 
+def test_its_own_generate_may_come_second(kind):
+    """Hooks by which a forward records states are added to the view alone: twice, they would record others."""
+    target, prompt = picture_target(kind), picture_prompts(kind, ONE)
+    made = written(target, None, prompt)
+    assert not any(module._forward_hooks for module in target.modules())
+    assert torch.equal(made.sequences, own_text(target, prompt))
+
+
 @pytest.mark.parametrize("name", ["pixel_valuez", "inputs_embeds", "input_ids", "labels", "output_attentions"])
 def test_other_names_are_refused_with_those_allowed(name):
     target, prompt = picture_target("qwen2_vl"), picture_prompts("qwen2_vl", ONE)
