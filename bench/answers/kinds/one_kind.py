@@ -264,7 +264,7 @@ def tried(kind: str, layers: str, overrides: dict[str, Any], tell: Callable[[Row
 def chains_only(model: PreTrainedModel) -> str | None:
     """The target's reason why it takes chains only; None for trees, and for what `generate` has to refuse."""
     try:
-        return getattr(Target(model), "chains_only", None)
+        return Target(model).chains_only
     except ValueError:
         return None
 

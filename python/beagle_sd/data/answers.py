@@ -16,6 +16,7 @@ from beagle_kernels import STATUS_NO_FINITE, Sampling, choose_tokens
 from beagle_sd.data import shards
 from beagle_sd.decoding.graph import GraphError, RoundGraph, check_capturable
 from beagle_sd.models.cache import causal
+from beagle_sd.models.supported import angles_change_at
 from beagle_sd.models.target import Target
 
 _PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -100,8 +101,11 @@ def write_answers(
 
 
 def longest_text(model: PreTrainedModel, context: int) -> int:
-    """Tokens of prompt and answer together: `context`, or what the model has positions for if that is less."""
-    return min(context, getattr(model.config.get_text_config(), "max_position_embeddings", None) or context)
+    """Tokens of prompt and answer together: `context`, or if that is less what the model has positions for, or where
+    its angles change."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    return min(context, positions or context, angles_change_at(config) or context)
 
 
 def _up_to(tokens: int, requests: Iterator[Request], longer: list[Request], longest: int) -> Iterator[Request]:

@@ -49,16 +49,17 @@ def adaptive_tree(
     bundled draft's as a first guess, which the text soon corrects; of a target that verifies chains only, the chains.
     """
     if measured is None:
-        rows = measured_acceptance(Path(draft.name_or_path)) if draft.name_or_path else []
-        rows = rows or measured_acceptance(bundled_folder(smollm2.NAME))
-        measured = {
-            TreeShape(row["depth"], row["branch"], row["num_nodes"]): row["tokens_per_round"]
-            for row in rows
-            if row["temperature"] == 0.0
-        }
-        if Target(target).chains_only:
-            measured = {shape: tokens for shape, tokens in measured.items() if shape.branch == 1}
+        chains = bool(Target(target).chains_only)
+        own = Path(draft.name_or_path) if draft.name_or_path else None
+        measured = (_greedy(own, chains) if own else {}) or _greedy(bundled_folder(smollm2.NAME), chains)
     return AdaptiveTree(calibrated_costs(target, draft, measured, anew=calibrate), measured)
+
+
+def _greedy(folder: Path, chains: bool) -> dict[TreeShape, float]:
+    """Tokens a round by shape as a draft's folder has them, of chains alone if asked."""
+    rows = [row for row in measured_acceptance(folder) if row["temperature"] == 0.0]
+    found = {TreeShape(row["depth"], row["branch"], row["num_nodes"]): row["tokens_per_round"] for row in rows}
+    return {shape: tokens for shape, tokens in found.items() if shape.branch == 1 or not chains}
 
 
 def calibrated_costs(

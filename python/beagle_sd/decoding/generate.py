@@ -22,8 +22,8 @@ from beagle_sd.decoding.loop import Decoding
 from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.models.ends import end_tokens, token_ids
-from beagle_sd.models.pictures import PicturePrompt, checked_inputs, placeholders
+from beagle_sd.models.ends import end_tokens, named_tokens, token_ids
+from beagle_sd.models.pictures import PicturePrompt, checked_inputs
 from beagle_sd.models.target import Target
 
 
@@ -123,7 +123,7 @@ def generate(
     }
     _check_engine(engine, target, draft, options)
     beside = checked_inputs(wrapped, model_inputs)
-    prompts, lengths = _prompts(input_ids, attention_mask, wrapped, placeholders(wrapped) if beside else [])
+    prompts, lengths = _prompts(input_ids, attention_mask, wrapped, named_tokens(wrapped.model) if beside else [])
     wrapped.check_length(int(lengths.min()), prompts.shape[1] + max_new_tokens)
     pictures = PicturePrompt.of(wrapped, input_ids, attention_mask, beside) if beside else None
     sampling = Sampling.of(len(prompts), seed, temperature, top_k, top_p, min_p, device=wrapped.device)

@@ -38,7 +38,6 @@ class TreeCache(Cache):
     the longest row bounds what it reads.
     """
 
-    attended = False
     stepping = recording = False
 
     def __init__(
@@ -69,6 +68,7 @@ class TreeCache(Cache):
         self.capacity, self.page_size, self.at_once = 0, page_size, at_once
         if page_size is not None and page_size < 1:
             raise ValueError(f"page_size is {page_size}; allowed: 1 or more slots")
+        self.attended: set[int] = set()  # one object for the cache and its rows
         self.tables: dict[Span, Tensor] = {}
         self.states: list[Tensor] = []
         self.spans: list[Span] = []
@@ -178,6 +178,8 @@ class TreeCache(Cache):
         count = depth.shape[1]
         if (limit or count) > self.capacity:
             raise ValueError(f"the cache has {self.capacity} slots a row; {limit or count} are needed")
+        if self.page_size is not None and count > self.at_once:
+            raise ValueError(f"a forward over {count} new tokens; allowed: {self.at_once}, as its pages were made for")
         self._limit, self.depth = limit, depth.long()
         self.stepping, self.recording = stepping, ends is None
         self._made.clear()
@@ -253,6 +255,8 @@ class TreeCache(Cache):
 
 def grown(values: Tensor, dim: int, size: int) -> Tensor:
     """The values, followed by zeros up to `size` along `dim`."""
+    if values.shape[dim] == size:
+        return values
     shape = list(values.shape)
     shape[dim] = size - shape[dim]
     more = values.new_zeros(shape)

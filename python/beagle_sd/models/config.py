@@ -124,9 +124,9 @@ def _rope_of(config: PretrainedConfig) -> dict[str, Any]:
     if not rope:  # none, or a model of its own code, in transformers 4's names
         rope = {"rope_type": "default", "rope_theta": getattr(config, "rope_theta", None) or 10000.0}
         rope |= getattr(config, "rope_scaling", None) or {}
-    if "rope_type" not in rope:
-        rope = rope.get("full_attention") or next(one for one in rope.values() if isinstance(one, dict))
-    if rope["rope_type"] not in _FIXED_ROPE:
+    if nested := [one for one in rope.values() if isinstance(one, dict)]:
+        rope = rope.get("full_attention") or nested[0]
+    if rope.get("rope_type") not in _FIXED_ROPE:
         return {"rope_type": "default", "rope_theta": rope.get("rope_theta") or 10000.0}
     return {name: rope[name] for name in rope if name != "partial_rotary_factor"}
 

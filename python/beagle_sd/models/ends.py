@@ -1,4 +1,5 @@
-"""The tokens that end an answer: one notion for decoding, for written answers and for what is learnt."""
+"""Tokens that stand for more than text: those that end an answer, one notion for decoding, for written answers and for
+what is learnt, and those that a config names."""
 
 from __future__ import annotations
 
@@ -12,6 +13,11 @@ def end_tokens(target: PreTrainedModel | None = None, tokenizer: PreTrainedToken
     ids = [] if target is None else token_ids(target.generation_config.eos_token_id)
     ids += [] if tokenizer is None else token_ids(tokenizer.eos_token_id)
     return list(dict.fromkeys(ids))
+
+
+def named_tokens(model: PreTrainedModel) -> list[int]:
+    """The tokens that the model's config names, such as a picture's, which may lie outside of its vocabulary."""
+    return [value for name, value in model.config.to_dict().items() if "token" in name and type(value) is int]
 
 
 def token_ids(value) -> list[int]:

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import beagle_kernels
 from beagle_sd.models.cache import TreeCache, causal
+from beagle_sd.models.ends import named_tokens
 from beagle_sd.models.head import UnsupportedTarget
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _compare(target: Target) -> None:
     if not bool(own.isfinite().all()):  # broken weights are told of where their logits are used
         return
     alone = target.states(text[None])[0]
-    allowed = _allowed(target.dtype, target.device, _difference(own[0, :count], alone))
+    allowed = _allowed(target.dtype, target.device, difference(own[0, :count], alone))
     _refuse_over(allowed, own[0, :count], alone, target, "the start of a text in a batch, by its own forward,")
     cached, tree = _by_our_cache(target, tokens, count)
     _refuse_over(allowed, cached, own[0, :count], target, "a plain text")
@@ -95,7 +96,7 @@ def _text_length(target: Target) -> int:
 def _tokens(target: Target, count: int) -> Tensor:
     """Tokens all over the vocabulary, none that the config names (an image's stands for more than text)."""
     vocab = target.config.vocab_size
-    named = {value for name, value in target.model.config.to_dict().items() if "token" in name and type(value) is int}
+    named = named_tokens(target.model)
     found = []
     for number in range(count):
         token = (2 * number + 1) * vocab // (2 * count)
@@ -175,13 +176,14 @@ def _allowed(dtype: torch.dtype, device: torch.device, noise: float) -> float:
     return max(allowed, _NOISE * noise)
 
 
-def _difference(have: Tensor, want: Tensor) -> float:
+def difference(have: Tensor, want: Tensor) -> float:
+    """How far states [.., d] are from others: the largest norm of a difference, as a share of the others' mean norm."""
     have, want = have.float(), want.float()
     return float((have - want).norm(dim=-1).max() / want.norm(dim=-1).mean().clamp(min=1e-30))
 
 
 def _refuse_over(allowed: float, have: Tensor, want: Tensor, target: Target, where: str) -> None:
-    if (found := _difference(have, want)) > allowed or found != found:
+    if (found := difference(have, want)) > allowed or found != found:
         raise UnsupportedTarget(
             f"{type(target.model).__name__} gives other states for {where} than for that text alone (they differ by "
             f"{100 * found:.2g}%), so its texts would not be those of plain decoding; allowed: models whose tokens "

@@ -14,6 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from beagle_sd.models.cache import AT_ONCE, TreeCache, causal
+from beagle_sd.models.ends import named_tokens
+from beagle_sd.models.first_use import difference, used_as
 from beagle_sd.models.head import UnsupportedTarget, decoder_of
 from beagle_sd.models.layers.kept import states_of
 from beagle_sd.models.view import view_of
@@ -22,13 +24,14 @@ if TYPE_CHECKING:
     from beagle_sd.models.target import Target
 
 _OURS = ("input_ids", "attention_mask", "inputs_embeds", "use_cache", "cache_position", "labels", "logits_to_keep")
-"""Arguments of a model's forward that a caller of ours cannot give beside the prompt, with these beginnings too:"""
+"""Arguments of a model's forward that a caller of ours cannot give beside the prompt."""
 _OURS_BEGIN = ("self", "cache", "past_key_values", "output_", "return_dict", "encoder_", "decoder_")
+"""How others of them begin."""
 _DIFFERENCE = {torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.2}
 """How far the state behind a first prompt may be from the model's own, as a share of its norm: roundings are far below,
 what a model attends to beside its keys far above."""
 _known: WeakKeyDictionary[PreTrainedModel, set[tuple]] = WeakKeyDictionary()
-"""What has been compared: dtype, device and the inputs' names."""
+"""What has been compared: the model as it is used, and the inputs' names."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,6 @@ def checked_inputs(target: Target, inputs: Mapping[str, Any] | None) -> dict[str
             f"what the forward of {type(target.decoder).__name__} takes besides: {', '.join(allowed) or 'nothing'}"
         )
     return given
-
-
-def placeholders(target: Target) -> list[int]:
-    """The tokens that the target's config names, such as a picture's, which may lie outside of its vocabulary."""
-    named = target.model.config.to_dict().items()
-    return [value for name, value in named if "token" in name and type(value) is int]
 
 
 def _allowed(base: PreTrainedModel) -> list[str]:
@@ -199,13 +196,16 @@ def _refuse(target: Target, prompt: PicturePrompt, what: str) -> NoReturn:
     )
 
 
+def _used_with(target: Target, prompt: PicturePrompt) -> tuple:
+    return *used_as(target), frozenset(prompt.inputs)
+
+
 def _is_first(target: Target, prompt: PicturePrompt) -> bool:
-    state = target.dtype, target.device, frozenset(prompt.inputs)
-    return state not in _known.get(target.model, ())
+    return _used_with(target, prompt) not in _known.get(target.model, ())
 
 
 def _next_token(target: Target, prompt: PicturePrompt) -> Tensor:
-    named, vocab = placeholders(target), target.config.vocab_size
+    named, vocab = named_tokens(target.model), target.config.vocab_size
     token = next((one for one in range(vocab // 2, vocab) if one not in named), vocab // 2)
     return torch.full_like(prompt.ids[:, :1], token)
 
@@ -233,9 +233,8 @@ def _compare_next(target: Target, want: Tensor, prompt: PicturePrompt, cache: Tr
     token = _next_token(target, prompt)
     have = target.forward(token, torch.zeros_like(token), causal(len(token), 1, token.device), cache)[:, 0].float()
     cache.advance(torch.zeros_like(token[:, 0]))
-    apart = float((have - want).norm(dim=-1).max() / want.norm(dim=-1).mean().clamp(min=1e-30))
+    apart = difference(have, want)
     # broken weights are told of where their logits are used
     if bool(want.isfinite().all()) and not apart <= _DIFFERENCE[target.dtype]:
         _refuse(target, prompt, f"gives other states behind them over our cache (they differ by {100 * apart:.2g}%)")
-    state = target.dtype, target.device, frozenset(prompt.inputs)
-    _known.setdefault(target.model, set()).add(state)
+    _known.setdefault(target.model, set()).add(_used_with(target, prompt))

@@ -29,11 +29,7 @@ def check_length(config: PretrainedConfig, table: int | None, shortest: int, tot
     """Raise UnsupportedTarget for texts whose keys would be turned by other angles than those of plain decoding, or
     that a `table` of so many positions does not reach: prompts of `shortest` tokens or more, `total` with the new ones
     at most."""
-    for rope in _ropes(config):
-        kind = rope.get("rope_type")
-        if kind not in _CHANGING:
-            continue
-        limit: int = rope.get(_CHANGING[kind]) or getattr(config, _CHANGING[kind], None) or total
+    for kind, limit in _changes(config):
         if total > limit and (kind == "dynamic" or shortest <= limit):
             allowed = f"texts of at most {limit} tokens with the new ones"
             if kind == "longrope":
@@ -48,9 +44,17 @@ def check_length(config: PretrainedConfig, table: int | None, shortest: int, tot
         )
 
 
-def angles_change(config: PretrainedConfig) -> bool:
-    """Whether the angles of rotary positions depend on the length of the text."""
-    return any(rope.get("rope_type") in _CHANGING for rope in _ropes(config))
+def angles_change_at(config: PretrainedConfig) -> int | None:
+    """The length of text at which the angles of rotary positions change; None where they do not depend on it."""
+    return min((limit for _, limit in _changes(config)), default=None)
+
+
+def _changes(config: PretrainedConfig) -> list[tuple[str, int]]:
+    """The kinds of rotary positions whose angles change, and at which length of text."""
+    kinds = [(rope.get("rope_type"), rope) for rope in _ropes(config)]
+    names = [(kind, _CHANGING[kind], rope) for kind, rope in kinds if kind in _CHANGING]
+    limits = [(kind, rope.get(name) or getattr(config, name, None)) for kind, name, rope in names]
+    return [(kind, limit) for kind, limit in limits if limit]
 
 
 def positions_in_table(decoder: PreTrainedModel, config: PretrainedConfig, tokens: nn.Module) -> int | None:

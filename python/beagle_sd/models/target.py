@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from beagle_sd.models.cache import AT_ONCE, TreeCache, causal
-from beagle_sd.models.first_use import check_first_use, used_as
+from beagle_sd.models.first_use import check_first_use, difference, used_as
 from beagle_sd.models.head import Head, UnsupportedTarget, decoder_of, head_of
-from beagle_sd.models.layers.attention import reading
+from beagle_sd.models.layers.attention import packed, reading
 from beagle_sd.models.layers.kept import Kept, kept_by
 from beagle_sd.models.layers.recurrent import step_by_step
-from beagle_sd.models.supported import angles_change, check_length, check_supported, positions_in_table
+from beagle_sd.models.supported import angles_change_at, check_length, check_supported, positions_in_table
 from beagle_sd.models.view import uncompiled, view_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,7 +103,7 @@ class Target:
     @cached_property
     def _ends_matter(self) -> bool:
         """Whether the model must not be given positions beyond a text's end, as drafted tokens may have."""
-        return self._table is not None or angles_change(self.config)
+        return self._table is not None or angles_change_at(self.config) is not None
 
     @cached_property
     def _attends(self) -> bool:
@@ -208,9 +208,11 @@ class Target:
         states = []
         for start in range(0, total, AT_ONCE):
             part = tokens[:, start : start + AT_ONCE]
-            cache.lengths.fill_(begin + start)
+            cache.lengths.copy_(ends.clamp(max=begin + start))
             step = torch.arange(part.shape[1], device=tokens.device).expand(batch, -1)
             mask = causal(batch, part.shape[1], tokens.device)
+            if cache.page_size is not None:  # padding is not kept there, so that nobody may see it
+                mask = mask & packed(cache.lengths[:, None, None] + step[:, None] < ends[:, None, None], mask.shape[2])
             stepping = bool(cache.recurrences) and begin + start > 0 and not self._continues
             states.append(self._run(part, step, mask, cache, stepping=stepping, ends=ends))
         return torch.cat(states, 1)
@@ -228,5 +230,5 @@ class Target:
                 mask = causal(1, part.shape[1], self.device)
                 states = self._run(part, step, mask, cache, stepping=False, ends=cache.lengths + 6)
                 cache.lengths += part.shape[1]
-            found.append(states[0, -1].float())
-        return bool((found[0] - found[1]).norm() <= 0.05 * found[0].norm())
+            found.append(states[0, -1])
+        return difference(found[1][None], found[0][None]) <= 0.05

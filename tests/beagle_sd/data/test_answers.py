@@ -7,7 +7,7 @@ from tokenizers_for_tests import small_tokenizer
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from beagle_sd import generate
-from beagle_sd.data.answers import Request, _Writer, requests_of, seed_of, write_answers
+from beagle_sd.data.answers import Request, _Writer, longest_text, requests_of, seed_of, write_answers
 from beagle_sd.data.conversations import encode_chat, encode_turns
 from beagle_sd.models.ends import end_tokens
 from beagle_sd.models.target import Target
@@ -172,6 +172,16 @@ def test_a_model_without_finite_logits_is_named():
     model.get_output_embeddings().weight.data[:] = float("nan")
     with pytest.raises(RuntimeError, match="prompt 0: the target gave no finite logit"):
         answers(model, requests(1), max_new_tokens=3)
+
+
+def test_texts_end_where_the_angles_of_longrope_change():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model = small_target(rope_parameters=rope, max_position_embeddings=96)
+    assert longest_text(model, 64) == 24 and longest_text(model, 20) == 20
+    asked = requests(3)
+    found = answers(model, asked, batch=3, max_new_tokens=60, states=False)
+    assert max(len(whole(sequence)) for sequence in found.values()) <= 24
 
 
 def test_wrong_sizes_are_refused():

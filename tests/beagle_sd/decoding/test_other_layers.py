@@ -92,6 +92,20 @@ def test_heads_too_wide_for_the_kernel(kind, way, monkeypatch):
     assert made.sequences.equal(want) and made.report.tokens_per_round > 1.7
 
 
+@pytest.mark.parametrize("way", ["as it is", "in pages"])
+def test_what_nobody_sees_may_be_nan(way, monkeypatch):
+    """As an earlier text may have left it: in prompts, and where heads are too wide for the kernel."""
+    model, (ids, mask) = tiny_target("mistral"), prompts()
+    monkeypatch.setattr("beagle_sd.models.layers.attention._FEW_NODES", 4)
+    if way == "in pages":
+        monkeypatch.setattr("beagle_sd.models.layers.attention._too_wide", lambda key, value: True)
+    want = generate(model, None, ids, mask, max_new_tokens=NEW).sequences
+    engine = Engine(model, None, batch=3, capacity=ids.shape[1] + NEW, **WAYS[way])
+    for states in engine.buffers.cache.states:
+        states.fill_(torch.nan)
+    assert generate(model, None, ids, mask, max_new_tokens=NEW, engine=engine).sequences.equal(want)
+
+
 @pytest.mark.parametrize("kind", CHAINS)
 def test_a_branching_tree_is_refused_and_the_default_is_a_chain(kind):
     model, ids = tiny_target(kind), torch.ones(1, 5, dtype=torch.int64)

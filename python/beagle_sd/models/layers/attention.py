@@ -137,7 +137,7 @@ def _beagle_tree(
 ):
     cache = cache_being_read()
     if cache is not None:
-        cache.attended = True
+        cache.attended.add(id(module))
     _check(module, query, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cache is None or attention_mask is None or attention_mask.dtype != torch.int64:
@@ -152,6 +152,9 @@ def _beagle_tree(
             key, value = gather_pages(key, table), gather_pages(value, table)
         first = 0 if starts is None or cache.fixed else int(starts.min())
         mask = cache.once(("4-D", span), lambda: visible_keys(cache.lengths, words, key.shape[2], starts))
+        if len(query) > 1 or cache.fixed:  # slots that nobody sees may hold anything, and 0 times NaN is none
+            hidden = cache.once(("hidden", span), lambda: ~mask.any(2)[..., None])
+            key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
         out = grouped_attention(query, key[:, :, first:], value[:, :, first:], mask[..., first:], scale)
         return out.transpose(1, 2), None
     extra = {"starts": starts, "softcap": softcap, "sinks": None if s_aux is None else s_aux.flatten().float()}

@@ -117,10 +117,10 @@ def _kept(name: str, index: int, layer: Any, layer_type: str | None, mixers: tup
         for held in ("conv_states", "recurrent_states"):  # their shapes, dtypes and device without their memory
             setattr(layer, held, each(getattr(layer, held), lambda one: one.new_zeros(()).expand(one.shape)))
         fields |= {"recurrence": layer, "mixers": mixers}
-        if not mixers:
+        if len(mixers) != 1:
             raise UnsupportedTarget(
-                f"no module of {name} was seen to take the states of layer {index} ({kind}) on; allowed: recurrent "
-                "layers that hand their states to transformers' cache"
+                f"{len(mixers)} modules of {name} were seen to take the states of layer {index} ({kind}) on; allowed: "
+                "recurrent layers of one module that hands its states to transformers' cache"
             )
     return Kept(**fields)
 

@@ -95,6 +95,7 @@ class _Steps:
         self.index, self.forward = index, module.forward
         self.first = next(iter(inspect.signature(self.forward).parameters))
         self.token: Tensor | None = None
+        self.number = 0
         self.hidden: Tensor | None = None
         self.projected: dict[nn.Module, Tensor] = {}
         self.latest: _Last | None = None

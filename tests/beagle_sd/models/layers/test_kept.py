@@ -35,9 +35,17 @@ def test_recurrent_layers_and_who_runs_them():
 
 def test_layers_of_other_sizes_and_layers_that_read_others():
     kept = Target(tiny_target("gemma3n_text", num_kv_shared_layers=2)).kept
-    assert any(one.heads for one in kept)
+    assert len(kept) > 2 and [bool(one.heads) for one in kept] == [True] * (len(kept) - 2) + [False] * 2
     sizes = {(one.heads, one.key_width) for one in Target(tiny_target("gemma4_text")).kept if one.heads}
     assert len(sizes) > 1
+
+
+def test_more_tokens_than_the_pages_were_made_for_are_refused():
+    target = Target(tiny_target("mistral"))
+    cache = target.new_cache(1, 2000, page_size=4)
+    step = torch.arange(513)[None]
+    with pytest.raises(ValueError, match="a forward over 513 new tokens; allowed: 512"):
+        cache.expect(step, None, stepping=True, ends=None)
 
 
 def test_the_cache_lays_equal_layers_together():

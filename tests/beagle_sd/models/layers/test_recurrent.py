@@ -52,15 +52,31 @@ def test_a_text_begins_without_the_states_of_the_one_before():
 
 
 @torch.inference_mode()
-def test_a_forward_that_fails_leaves_no_history():
+def test_a_forward_that_fails_leaves_no_history(monkeypatch):
+    """Nobody takes the tokens of a forward whose last layer raises: the next one goes back to its own beginning."""
     target = Target(tiny_target("lfm2"))
     cache = target.new_cache(1, 12)
     target.prefill(torch.arange(3, 9)[None], torch.tensor([6], dtype=torch.int32), cache)
-    tokens, step = torch.tensor([[5, 6]]), torch.arange(2)[None]
-    target.forward(tokens, step, causal(1, 2, tokens.device), cache)  # and nobody takes its tokens
-    before = [state.clone() for recurrence in cache.recurrences.values() for state in recurrence.history[0]]
-    cache.advance(torch.zeros(1, dtype=torch.int64))
+    tokens, step, none = torch.tensor([[5, 6]]), torch.arange(2)[None], torch.zeros(1, dtype=torch.int64)
+    before = states_of(cache)
     target.forward(tokens, step, causal(1, 2, tokens.device), cache)
+    assert not all(a.equal(b) for a, b in zip(before, states_of(cache), strict=True))
+    cache.advance(none)
+    assert all(a.equal(b) for a, b in zip(before, states_of(cache), strict=True))
+
+    def failing(*args, **kwargs):
+        raise RuntimeError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target._view.layers[-1].self_attn, "forward", failing)
+        with pytest.raises(RuntimeError, match="no"):
+            target.forward(tokens, step, causal(1, 2, tokens.device), cache)
+    left = states_of(cache)
     target.forward(tokens, step, causal(1, 2, tokens.device), cache)
-    assert all(len(recurrence.history) == 3 for recurrence in cache.recurrences.values())
-    assert before
+    assert all(len(one.history) == 3 for one in cache.recurrences.values())
+    cache.advance(none)
+    assert all(a.equal(b) for a, b in zip(left, states_of(cache), strict=True))
+
+
+def states_of(cache) -> list[torch.Tensor]:
+    return [state.clone() for one in cache.recurrences.values() for state in one.states]
