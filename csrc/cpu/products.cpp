@@ -73,27 +73,34 @@ BEAGLE_FN void tile(const T* weight, int64_t stride, const T* ahead, const float
   }
 }
 
-// Weight rows n .. n + count - 1, at `weight`, with kRows rows of x from row m on.
-template <int kWeights, int kRows, int kAhead, class T, class W>
-BEAGLE_FN void block(const SkinnyLinear& op, const W* weight, int64_t stride, const W* ahead, const float* x, int64_t m,
-                     int64_t n, int64_t count) {
-  const int64_t width = padded(op.width);
+// What a call of multiply is given, beside the weight's rows.
+struct Call {
+  const float* x;
+  int64_t rows, width;
+  float* out;
+  int64_t out_stride;
+};
+
+// `count` weight rows, at `weight`, with kRows rows of x from row m on, into columns from n on.
+template <int kWeights, int kRows, int kAhead, class W>
+BEAGLE_FN void block(const Call& call, const W* weight, int64_t stride, const W* ahead, int64_t m, int64_t n,
+                     int64_t count) {
+  const int64_t width = padded(call.width);
   float out[power_of_two(kWeights * kRows)];
-  tile<kWeights, kRows, kAhead>(weight, stride, ahead, x + m * row_stride(width), width, out);
+  tile<kWeights, kRows, kAhead>(weight, stride, ahead, call.x + m * row_stride(width), width, out);
   for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < count; ++j)
-      static_cast<T*>(op.out)[(m + i) * op.outputs + n + j] = narrow<T>(out[i * kWeights + j]);
+    for (int j = 0; j < count; ++j) call.out[(m + i) * call.out_stride + n + j] = out[i * kWeights + j];
 }
 
 // All rows of x with one panel of weight rows, in tiles of equal height; the tiles share the fetching of the next panel.
-template <int kWeights, int kAhead, class T, class W>
-BEAGLE_FN void panel(const SkinnyLinear& op, const W* weight, int64_t stride, const float* x, int64_t n, int64_t count) {
+template <int kWeights, int kAhead, class W>
+BEAGLE_FN void panel(const Call& call, const W* weight, int64_t stride, int64_t n, int64_t count) {
   constexpr int kRows = kSums / kWeights;
-  const int64_t tiles = (op.rows + kRows - 1) / kRows;
+  const int64_t tiles = (call.rows + kRows - 1) / kRows;
   const W* ahead = weight + kWeights * stride;
   for (int64_t i = 0, m = 0; i < tiles; ++i) {
-    const int64_t rows = (op.rows - m + tiles - i - 1) / (tiles - i);
-#define BLOCK(rows) block<kWeights, (rows < kRows ? rows : kRows), kAhead, T>(op, weight, stride, ahead, x, m, n, count)
+    const int64_t rows = (call.rows - m + tiles - i - 1) / (tiles - i);
+#define BLOCK(rows) block<kWeights, (rows < kRows ? rows : kRows), kAhead>(call, weight, stride, ahead, m, n, count)
     if (rows == 1) BLOCK(1);
     if (rows == 2) BLOCK(2);
     if (rows == 3) BLOCK(3);
@@ -118,33 +125,48 @@ BEAGLE_FN void widen(const T* weight, int64_t stride, int64_t count, int64_t wid
 
 // Weight rows first .. last - 1 in panels, each multiplied where it lies unless it is ragged or better widened first.
 template <int kWeights, int kAhead, class T>
-BEAGLE_FN void panels(const SkinnyLinear& op, const float* x, int64_t first, int64_t last, float* spare) {
-  const T* weight = static_cast<const T*>(op.weight);
-  const bool whole = op.width == padded(op.width) && (sizeof(T) == 4 || op.rows <= kWidened * kSums / kWeights);
+BEAGLE_FN void panels(const Weight& weight, const Call& call, int64_t first, int64_t last, float* spare) {
+  const bool exact = call.width == padded(call.width) && (sizeof(T) == 4 || call.rows <= kWidened * kSums / kWeights);
   for (int64_t n = first; n < last; n += kWeights) {
+    const T* rows = static_cast<const T*>(weight.rows) + n * weight.stride;
     const int64_t count = least<int64_t>(kWeights, last - n);
-    if (whole && count == kWeights) {
-      panel<kWeights, kAhead, T>(op, weight + n * op.stride, op.stride, x, n, count);
+    if (exact && count == kWeights) {
+      panel<kWeights, kAhead>(call, rows, weight.stride, n - first, count);
       continue;
     }
-    widen(weight + n * op.stride, op.stride, count, op.width, spare);
-    panel<kWeights, 0, T>(op, spare, padded(op.width), x, n, count);
+    widen(rows, weight.stride, count, call.width, spare);
+    panel<kWeights, 0>(call, spare, padded(call.width), n - first, count);
   }
 }
 
 template <class T>
-void multiply(const SkinnyLinear& op, const float* x, int64_t first, int64_t last, float* spare) {
+void multiply(const Weight& weight, const void* x, int64_t rows, int64_t first, int64_t last, float* out,
+              int64_t out_stride, float* spare) {
   constexpr int kRows = kSums / kWide;
-  if (op.rows == 1) return panels<kSums, kSums, T>(op, x, first, last, spare);
-  if (op.rows == 2) return panels<kSums / 2, kSums / 2, T>(op, x, first, last, spare);
-  if (op.rows <= kRows) return panels<kWide, kWide, T>(op, x, first, last, spare);
-  if (op.rows <= 3 * kRows) return panels<kWide, 2, T>(op, x, first, last, spare);
-  panels<kWide, 1, T>(op, x, first, last, spare);
+  const Call call{static_cast<const float*>(x), rows, weight.width, out, out_stride};
+  if (rows == 1) return panels<kSums, kSums, T>(weight, call, first, last, spare);
+  if (rows == 2) return panels<kSums / 2, kSums / 2, T>(weight, call, first, last, spare);
+  if (rows <= kRows) return panels<kWide, kWide, T>(weight, call, first, last, spare);
+  if (rows <= 3 * kRows) return panels<kWide, 2, T>(weight, call, first, last, spare);
+  panels<kWide, 1, T>(weight, call, first, last, spare);
+}
+
+int64_t prepared(int64_t rows, int64_t width) { return 4 * rows * row_stride(width); }
+
+// Rows padded with zeros.
+void prepare(const float* x, int64_t stride, int64_t rows, int64_t width, void* to) {
+  float* row = static_cast<float*>(to);
+  for (int64_t m = 0; m < rows; ++m, x += stride, row += row_stride(width)) {
+    for (int64_t k = 0; k < width; ++k) row[k] = x[k];
+    for (int64_t k = width; k < padded(width); ++k) row[k] = 0.0f;
+  }
 }
 
 }  // namespace
 
 extern const Products kProducts;
-const Products kProducts = {{multiply<float>, multiply<Half>, multiply<BFloat>}};
+const Products kProducts = {{{prepared, prepare, multiply<float>},
+                             {prepared, prepare, multiply<Half>},
+                             {prepared, prepare, multiply<BFloat>}}};
 
 }  // namespace beagle::cpu::BEAGLE_ISA

@@ -16,10 +16,25 @@ constexpr int64_t row_stride(int64_t width) { return padded(width) / kPad % 2 ? 
 // Most weight rows that are multiplied together.
 constexpr int64_t kPanel = 16;
 
+// A linear layer's weight [outputs, width] where it lies, its rows `stride` elements apart.
+struct Weight {
+  const void* rows;
+  int64_t outputs, width, stride;
+};
+
+// What is done with weights of one kind.
+struct Product {
+  // Bytes of rows of x as `multiply` reads them.
+  int64_t (*prepared)(int64_t rows, int64_t width);
+  // These, from rows in fp32, `stride` floats apart; `to` is aligned to 64 bytes.
+  void (*prepare)(const float* x, int64_t stride, int64_t rows, int64_t width, void* to);
+  // out[m * out_stride + n - first] for all rows m and first <= n < last; spare holds kPanel padded rows.
+  void (*multiply)(const Weight& weight, const void* x, int64_t rows, int64_t first, int64_t last, float* out,
+                   int64_t out_stride, float* spare);
+};
+
 struct Products {
-  // out[m, n] for all m and first <= n < last; x is [op.rows, padded(op.width)], row_stride(op.width)
-  // apart, and spare holds kPanel padded rows.
-  void (*multiply[3])(const SkinnyLinear& op, const float* x, int64_t first, int64_t last, float* spare);
+  Product of[3];  // by dtype
 };
 
 const Products& products();
