@@ -26,8 +26,8 @@ INSTRUCTION_SETS = {
     "avx512": "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
 """Of x86-64: what is IN_SETS is compiled for each besides the baseline, and one is chosen at run time."""
-IN_SETS = ("rows", "products")
-FUSED = ("tree_attention", "products")
+IN_SETS = ("rows", "products", "layer_steps")
+FUSED = ("tree_attention", "products", "layer_steps")
 """With fused multiply-adds: the ops that have no exact twin on another backend."""
 LAUNCHERS = ("ccache", "distcc", "sccache")
 """What may stand before the compiler in CXX."""

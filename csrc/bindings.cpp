@@ -119,6 +119,7 @@ struct Cpu {
   CPU(compact_cache, CompactCache)
   CPU(tree_attention, TreeAttention)
   CPU(skinny_linear, SkinnyLinear)
+  CPU(decoder_layer, DecoderLayer)
 };
 
 #ifdef BEAGLE_CUDA
@@ -169,6 +170,7 @@ PYBIND11_MODULE(_C, m) {
   bind_all<Cpu>(cpu);
   bind<TreeAttention>(cpu, "tree_attention", Cpu::tree_attention);
   bind<SkinnyLinear>(cpu, "skinny_linear", Cpu::skinny_linear);
+  bind<DecoderLayer>(cpu, "decoder_layer", Cpu::decoder_layer);
 #ifdef BEAGLE_CUDA
   bind_all<Cuda>(m.def_submodule("cuda"));
   bind_why_not(m.attr("cuda"));

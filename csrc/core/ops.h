@@ -223,4 +223,57 @@ struct SkinnyLinear {
   BEAGLE_FIELDS(x, weight, out, dtype, rows, outputs, width, x_stride, stride)
 };
 
+// A linear layer as nn.Linear stores it: y = W x + bias, W [outputs, width] with rows `stride` elements apart; W null: there
+// is none.
+struct LinearWeight {
+  const void* weight;
+  const void* bias;  // or null
+  int32_t kind;      // a Dtype
+  int64_t outputs, width, stride;
+  BEAGLE_FIELDS(weight, bias, kind, outputs, width, stride)
+};
+
+// x / sqrt(mean(x^2) + eps) * (weight + added); weight null: x as it is.
+struct NormWeight {
+  const void* weight;
+  float eps, added;
+  BEAGLE_FIELDS(weight, eps, added)
+};
+
+// A plane of a cache: slot s of row b's head h is at base + place * batch + h * head + s' * slot, as in TreeAttention.
+struct CachePlane {
+  void* base;
+  int64_t batch, head, slot;
+  BEAGLE_FIELDS(base, batch, head, slot)
+};
+
+enum Activation : int32_t { kSilu, kGeluTanh };
+
+// Everything of one dtype but the weights of linear layers; x, out [batch, nodes, width], cos, sin [batch, nodes, rotary].
+struct DecoderLayer {
+  const void* x;
+  void* out;
+  int32_t dtype;
+  int64_t batch, nodes, width, heads, kv_heads, head_width, rotary;
+  LinearWeight q, k, v, o, gate, up, down;
+  NormWeight norm_in, norm_q, norm_k, norm_attended, norm_mlp, norm_after, norm_out, norm_state;
+  int32_t activation;
+  float residual, scale, softcap;  // softcap 0: none
+  const void *cos, *sin;
+  CachePlane keys, values;
+  int64_t slots;
+  const int32_t* table;  // or null
+  int64_t table_width, pages;
+  const int32_t* lengths;
+  const int64_t* mask;
+  int64_t words;
+  const int32_t* starts;  // or null
+  int64_t write;          // where the new keys go, behind the length
+  int32_t of_output;      // keys are those of the states that come out
+  BEAGLE_FIELDS(x, out, dtype, batch, nodes, width, heads, kv_heads, head_width, rotary, q, k, v, o, gate, up, down,
+                norm_in, norm_q, norm_k, norm_attended, norm_mlp, norm_after, norm_out, norm_state, activation, residual,
+                scale, softcap, cos, sin, keys, values, slots, table, table_width, pages, lengths, mask, words, starts,
+                write, of_output)
+};
+
 }  // namespace beagle

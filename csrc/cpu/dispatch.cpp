@@ -1,12 +1,14 @@
+#include "layer_steps.h"
 #include "products.h"
 #include "rows.h"
 
 namespace beagle::cpu {
 
-#define BEAGLE_SET(set)              \
-  namespace set {                    \
-  extern const Rows kRows;           \
-  extern const Products kProducts;   \
+#define BEAGLE_SET(set)                \
+  namespace set {                      \
+  extern const Rows kRows;             \
+  extern const Products kProducts;     \
+  extern const LayerSteps kLayerSteps; \
   }
 BEAGLE_SET(baseline)
 #ifdef BEAGLE_X86
@@ -30,6 +32,11 @@ const char* instruction_set() { return "baseline"; }
 
 const Rows& rows() {
   static const Rows& best = BEAGLE_BEST(kRows);
+  return best;
+}
+
+const LayerSteps& layer_steps() {
+  static const LayerSteps& best = BEAGLE_BEST(kLayerSteps);
   return best;
 }
 
