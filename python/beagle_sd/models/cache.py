@@ -12,7 +12,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from beagle_sd.models.head import UnsupportedTarget
-from beagle_sd.models.layers.attention import Span
+from beagle_sd.models.layers.attention import Attended, Span
 from beagle_sd.models.layers.kept import Kept
 from beagle_sd.models.layers.recurrent import Recurrence
 
@@ -68,7 +68,7 @@ class TreeCache(Cache):
         self.capacity, self.page_size, self.at_once = 0, page_size, at_once
         if page_size is not None and page_size < 1:
             raise ValueError(f"page_size is {page_size}; allowed: 1 or more slots")
-        self.attended: set[int] = set()  # one object for the cache and its rows
+        self.attended: dict[int, Attended] = {}  # by the attention's id; one object for the cache and its rows
         self.tables: dict[Span, Tensor] = {}
         self.states: list[Tensor] = []
         self.spans: list[Span] = []

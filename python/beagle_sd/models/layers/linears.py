@@ -53,6 +53,14 @@ def few_rows_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return functools.partial(_forward, module) if plain else None
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a view's module is a linear layer that goes through `linear`."""
+    forward = module.__dict__.get("forward")
+    return isinstance(module, FewRowsLinear) or (
+        isinstance(forward, functools.partial) and forward.func is _forward and forward.args == (module,)
+    )
+
+
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, module.weight, module.bias)
 
