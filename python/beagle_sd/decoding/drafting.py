@@ -113,7 +113,9 @@ def propose(
         if cache.window and level > cache.window:  # the window has left the first ancestors behind
             visible = visible & ~bits[: 1 + (level - cache.window - 1) * branch].sum(0)
         words = visible if seen is None else visible | seen[:, level : level + 1]
-        state = _states(draft, cache, tokens, turn, prefix, words)
+        more = draft.config.append_states and level + 1 < depth
+        at = cache.ring + slot if more else None
+        state = _states(draft, cache, tokens, turn, prefix, words, at)
         chosen = (start + (level + 1)).expand(-1, width).flatten()
         child, gain = top_candidates(
             draft.logits(state).flatten(0, 1), branch, chosen, settings[width], token_ids=draft.draft_vocab
@@ -123,9 +125,7 @@ def propose(
         found.append(Candidates(child.view(batch, -1), total.flatten(1), parents.flatten(1)))
         if level + 1 == depth:
             break
-        if draft.config.append_states:
-            slots = torch.arange(cache.ring + slot, cache.ring + slot + width, device=device)
-            cache.append(draft, state, prefix.long()[:, None] + slots, turn)
+        if more:
             visible = visible | bits[slot : slot + width]
             slot += width
         score, best = total.flatten(1).topk(branch, dim=1)
@@ -135,11 +135,26 @@ def propose(
     return Candidates(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
 
 
-def _states(draft, cache, tokens, turn, prefix, words) -> Tensor:
-    """Draft states [B, n, d] of tokens [B, n], which see the prefix and behind it the slots set in `words`."""
+def _states(
+    draft: BeagleDraft,
+    cache: DraftCache,
+    tokens: Tensor,
+    turn: Angles,
+    prefix: Tensor,
+    words: Tensor,
+    append_at: int | None,
+) -> Tensor:
+    """Draft states [B, n, d] of tokens [B, n], which see the prefix and behind it the slots set in `words`; their keys
+    and values go `append_at` slots behind the prefix, if given."""
     embedded = draft.embed(tokens)
+    if (layer := draft.whole(embedded)) is not None:
+        return layer(embedded, turn, cache.keys, cache.values, prefix, words, append_at)
     attended = tree_attention(draft.queries(embedded, turn), cache.keys, cache.values, prefix, words)
-    return draft.block(embedded, attended)
+    state = draft.block(embedded, attended)
+    if append_at is not None:
+        slots = torch.arange(append_at, append_at + tokens.shape[1], device=tokens.device)
+        cache.append(draft, state, prefix.long()[:, None] + slots, turn)
+    return state
 
 
 def _bits(first: int, count: int, device: torch.device) -> Tensor:

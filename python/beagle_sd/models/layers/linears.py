@@ -17,19 +17,22 @@ MOST_ROWS = {torch.float32: 32, torch.bfloat16: 8}
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear for inference: by skinny_linear where x [..., K] has few rows on a CPU."""
-    rows = x.shape[:-1].numel()
-    if not (
-        0 < rows <= MOST_ROWS.get(weight.dtype, 0)
-        and x.dtype == weight.dtype
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and _served()
-    ):
+    if x.dtype != weight.dtype or not few_rows(x):
         return F.linear(x, weight, bias)
     # the op itself: the public function's checks would cost a small model a percent
     out = torch.ops.beagle.skinny_linear.default(x, weight, "cpu")
     return out if bias is None else out.add_(bias)
+
+
+def few_rows(x: Tensor) -> bool:
+    """Whether x [..., K] is what the CPU's ops for few rows serve: inference, in its own dtype."""
+    return (
+        0 < x.shape[:-1].numel() <= MOST_ROWS.get(x.dtype, 0)
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and _served()
+    )
 
 
 @functools.cache

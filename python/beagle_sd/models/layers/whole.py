@@ -21,7 +21,7 @@ from beagle_kernels import LayerWeights, Linear, Norm, backends
 from beagle_kernels.decoder_layer import flat
 from beagle_sd.models.cache import TreeCache
 from beagle_sd.models.layers.attention import cache_being_read, seen
-from beagle_sd.models.layers.linears import MOST_ROWS, is_plain
+from beagle_sd.models.layers.linears import few_rows, is_plain
 
 _ROUNDING = {torch.float32: (1e-4, 2e-6), torch.bfloat16: (0.05, 0.01), torch.float16: (0.01, 2e-3)}
 """How far a layer's result may be from its own modules', as shares of what the layer adds and of what comes out."""
@@ -83,15 +83,7 @@ class WholeLayer:
         return self._run(hidden_states, words, angles, cache, verdict)
 
     def _few(self, x: Tensor, words: Tensor | None, cache: TreeCache) -> bool:
-        return (
-            words is not None
-            and words.dtype == torch.int64
-            and cache.recording
-            and x.device.type == "cpu"
-            and 0 < x.shape[0] * x.shape[1] <= MOST_ROWS.get(x.dtype, 0)
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-        )
+        return words is not None and words.dtype == torch.int64 and cache.recording and few_rows(x)
 
     @property
     def verdict(self) -> Verdict | None:
