@@ -21,12 +21,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 DEFAULT_ARCHS = "80;90a"
+AVX512 = "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 INSTRUCTION_SETS = {
-    "avx2": "-mavx2 -mfma",
-    "avx512": "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
+    "avx2": ("-mavx2 -mfma", ("rows", "products", "layer_steps")),
+    "avx512": (AVX512, ("rows", "products", "layer_steps")),
+    "avx512_bf16": (f"{AVX512} -mavx512bf16", ("products",)),
 }
-"""Of x86-64: what is IN_SETS is compiled for each besides the baseline, and one is chosen at run time."""
-IN_SETS = ("rows", "products", "layer_steps")
+"""Of x86-64: the compiler's flags, and what is compiled with them besides the baseline; one is chosen at run time."""
 FUSED = ("tree_attention", "products", "layer_steps")
 """With fused multiply-adds: the ops that have no exact twin on another backend."""
 LAUNCHERS = ("ccache", "distcc", "sccache")
@@ -113,8 +114,8 @@ def ninja_file(target: Path, nvcc: str | None, why_not: str) -> str:
     sources += sorted((CSRC / "cuda").glob("*.cu")) if nvcc else []
     objects = []
     x86 = platform.machine() in ("x86_64", "AMD64")
-    for name, flags in INSTRUCTION_SETS.items() if x86 else ():
-        for stem in IN_SETS:
+    for name, (flags, stems) in INSTRUCTION_SETS.items() if x86 else ():
+        for stem in stems:
             objects.append(f"{stem}_{name}.o")
             fused = "-ffp-contract=fast" if stem in FUSED else ""
             lines.append(f"build {objects[-1]}: cxx {CSRC / 'cpu' / stem}.cpp")

@@ -7,6 +7,7 @@ cuda: Any
 no_cuda: str
 archs: str
 instruction_set: str
+instruction_sets: tuple[str, ...]
 dtypes: dict[str, int]
 law_size: int
 max_nodes: int
@@ -15,3 +16,5 @@ max_k: int
 max_rows: int
 row_words: int
 part_words: int
+
+def use_instruction_set(name: str) -> None: ...

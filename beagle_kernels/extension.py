@@ -18,7 +18,7 @@ from .backends import BackendError, device_index, implementation
 try:
     from . import _C
 
-    _CODES, _ = _C.dtypes, _C.instruction_set
+    _CODES, _ = _C.dtypes, _C.instruction_sets
 except (ImportError, AttributeError) as error:  # the latter from one that was built of older sources
     _C, _CODES, _WHY = None, {}, str(error)  # type: ignore[assignment]
 
@@ -44,6 +44,11 @@ def described() -> str:
         return f"no extension ({_WHY}); {BUILD}"
     cuda = f"CUDA for {_C.archs}" if hasattr(_C, "cuda") else f"no CUDA half: {_C.no_cuda}"
     return f"extension for CPU ({_C.instruction_set}), {cuda}"
+
+
+def multiplies_bf16() -> bool:
+    """Whether this machine has an instruction for products of bf16, and the extension the code for it."""
+    return _C is not None and "bf16" in _C.instruction_set
 
 
 def missing_cpu(device: torch.device) -> str | None:

@@ -1,13 +1,14 @@
 // Python bindings: pointers, sizes, strides and a stream in; nothing is allocated, nothing waits.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
 #include "core/chain.h"
+#include "cpu/dispatch.h"
 #include "cpu/executor.h"
-#include "cpu/products.h"
 #ifdef BEAGLE_CUDA
 #include "cuda/executor.h"
 #endif
@@ -164,7 +165,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("dtypes") = dtypes;
   m.attr("no_cuda") = BEAGLE_NO_CUDA;
   m.attr("archs") = BEAGLE_ARCHS;
-  m.attr("instruction_set") = cpu::instruction_set();
+  m.attr("instruction_set") = cpu::instruction_sets().back();
+  m.attr("instruction_sets") = py::tuple(py::cast(cpu::instruction_sets()));
+  m.def("use_instruction_set", &cpu::use_instruction_set);
   m.def("row_offset", &row_offset);
   py::module_ cpu = m.def_submodule("cpu");
   bind_all<Cpu>(cpu);

@@ -1,48 +1,84 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <stdexcept>
+
 #include "layer_steps.h"
 #include "products.h"
 #include "rows.h"
 
 namespace beagle::cpu {
 
-#define BEAGLE_SET(set)                \
-  namespace set {                      \
-  extern const Rows kRows;             \
-  extern const Products kProducts;     \
-  extern const LayerSteps kLayerSteps; \
-  }
-BEAGLE_SET(baseline)
+#define BEAGLE_ROWS(set) namespace set { extern const Rows kRows; extern const LayerSteps kLayerSteps; }
+#define BEAGLE_PRODUCTS(set) namespace set { extern const Products kProducts; }
+BEAGLE_ROWS(baseline)
+BEAGLE_PRODUCTS(baseline)
 #ifdef BEAGLE_X86
-BEAGLE_SET(avx2)
-BEAGLE_SET(avx512)
-
-namespace {
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-}
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-}  // namespace
-
-#define BEAGLE_BEST(name) (has_avx512() ? avx512::name : has_avx2() ? avx2::name : baseline::name)
-const char* instruction_set() { return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "baseline"; }
-#else
-#define BEAGLE_BEST(name) baseline::name
-const char* instruction_set() { return "baseline"; }
+BEAGLE_ROWS(avx2)
+BEAGLE_PRODUCTS(avx2)
+BEAGLE_ROWS(avx512)
+BEAGLE_PRODUCTS(avx512)
+BEAGLE_PRODUCTS(avx512_bf16)
 #endif
 
-const Rows& rows() {
-  static const Rows& best = BEAGLE_BEST(kRows);
-  return best;
+namespace {
+
+// What serves with an instruction set: what is compiled for it, or else for a lesser one.
+struct Set {
+  const char* name;
+  const Rows* rows;
+  const LayerSteps* layer_steps;
+  const Products* products;
+};
+
+#ifdef BEAGLE_X86
+#define BEAGLE_HAS(feature) bool(__builtin_cpu_supports(feature))
+#endif
+
+// Those that the machine has.
+std::vector<Set> sets_here() {
+  std::vector<Set> sets{{"baseline", &baseline::kRows, &baseline::kLayerSteps, &baseline::kProducts}};
+#ifdef BEAGLE_X86
+  if (!BEAGLE_HAS("avx2") || !BEAGLE_HAS("fma")) return sets;
+  sets.push_back({"avx2", &avx2::kRows, &avx2::kLayerSteps, &avx2::kProducts});
+  if (!BEAGLE_HAS("avx512f") || !BEAGLE_HAS("avx512bw") || !BEAGLE_HAS("avx512dq") || !BEAGLE_HAS("avx512vl")) return sets;
+  sets.push_back({"avx512", &avx512::kRows, &avx512::kLayerSteps, &avx512::kProducts});
+  if (BEAGLE_HAS("avx512bf16")) sets.push_back({"avx512_bf16", &avx512::kRows, &avx512::kLayerSteps, &avx512_bf16::kProducts});
+#endif
+  return sets;
 }
 
-const LayerSteps& layer_steps() {
-  static const LayerSteps& best = BEAGLE_BEST(kLayerSteps);
-  return best;
+const std::vector<Set>& sets() {
+  static const std::vector<Set> here = sets_here();
+  return here;
 }
 
-const Products& products() {
-  static const Products& best = BEAGLE_BEST(kProducts);
-  return best;
+std::atomic<const Set*>& serving() {
+  static std::atomic<const Set*> one{&sets().back()};
+  return one;
 }
+
+}  // namespace
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Set& set : sets()) names.push_back(set.name);
+  return names;
+}
+
+void use_instruction_set(const std::string& name) {
+  std::string allowed;
+  for (const Set& set : sets()) {
+    if (name == set.name) return serving().store(&set);
+    allowed += (allowed.empty() ? "" : ", ") + std::string(set.name);
+  }
+  throw std::invalid_argument("instruction set is '" + name + "'; allowed here: " + allowed);
+}
+
+const Rows& rows() { return *serving().load(std::memory_order_relaxed)->rows; }
+
+const LayerSteps& layer_steps() { return *serving().load(std::memory_order_relaxed)->layer_steps; }
+
+const Products& products() { return *serving().load(std::memory_order_relaxed)->products; }
 
 }  // namespace beagle::cpu

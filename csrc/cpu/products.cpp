@@ -2,6 +2,10 @@
 
 #include "lanes.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #ifndef BEAGLE_ISA
 #define BEAGLE_ISA baseline
 #endif
@@ -21,8 +25,7 @@ constexpr int kLanes = 4, kSums = 16;
 #endif
 // Weight rows of a tile, where there are x rows enough to share them.
 constexpr int kWide = 4;
-// Tiles up to which a panel in 16 bits is widened as each one reads it; for more it is widened once, before.
-constexpr int kWidened = 2;
+constexpr int64_t kAny = 1 << 30;
 
 using Vec = Floats<kLanes>;
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
@@ -39,28 +42,68 @@ BEAGLE_FN Vec load(const Half* from) {
   return Vec(Bits(magnitude) | special | (bits & 0x8000) << 16);
 }
 
+// Elements of X that a row of `width` is padded to with zeros, whole cache lines; and elements between rows of x, an odd
+// number of cache lines, so that rows do not compete for the same places of the cache.
+template <class X>
+constexpr int64_t lined(int64_t width) { return (width * sizeof(X) + 63) / 64 * 64 / sizeof(X); }
+template <class X>
+constexpr int64_t row_stride(int64_t width) { return ((width * sizeof(X) + 63) / 64 | 1) * 64 / sizeof(X); }
+
+// A kind of product: a weight of W times x as X, kStep of each in a vector; what a ragged panel is copied as; and tiles
+// up to which a panel is multiplied where it lies, each tile widening it anew: for more it is copied once, before.
+template <class T>
+struct Widened {
+  using W = T;
+  using X = float;
+  using Vector = Vec;
+  using Copied = Widened<float>;
+  static constexpr int64_t kStep = kLanes, kMostTiles = sizeof(T) == 4 ? kAny : 2;
+  template <class From>
+  BEAGLE_FN static Vec read(const From* from) { return load(from); }
+  BEAGLE_FN static Vec add(Vec sum, Vec x, Vec w) { return sum + x * w; }
+  BEAGLE_FN static float copy(T w) { return to_float(w); }
+};
+
+#if defined(__AVX512BF16__)
+// Pairs of bf16 by one instruction: their products are added in fp32, the odd one first, and denormals count as zero.
+struct Pairs {
+  using W = BFloat;
+  using X = BFloat;
+  using Vector = __m512bh;
+  using Copied = Pairs;
+  static constexpr int64_t kStep = 32, kMostTiles = kAny;
+  BEAGLE_FN static __m512bh read(const BFloat* from) { return __m512bh(_mm512_loadu_si512(from)); }
+  BEAGLE_FN static Vec add(Vec sum, __m512bh x, __m512bh w) { return Vec(_mm512_dpbf16_ps(__m512(sum), x, w)); }
+  BEAGLE_FN static BFloat copy(BFloat w) { return w; }
+};
+using OfBFloat = Pairs;
+#else
+using OfBFloat = Widened<BFloat>;
+#endif
+
 constexpr int power_of_two(int least) { return least <= 1 ? 1 : 2 * power_of_two((least + 1) / 2); }
 
-// kWeights weight rows times kRows rows of x. Lane i of a sum takes the products at i, i + kLanes, ..., in order, and
+// kWeights weight rows times kRows rows of x. Lane i of a sum takes the products of each vector's lane i in order, and
 // lanes are added in one order too: an output depends on nothing but the two rows. Meanwhile kAhead weight rows from
 // `ahead` on are asked into the L2 cache.
-template <int kWeights, int kRows, int kAhead, class T>
-BEAGLE_FN void tile(const T* weight, int64_t stride, const T* ahead, const float* x, int64_t width, float* out) {
+template <class Kind, int kWeights, int kRows, int kAhead>
+BEAGLE_FN void tile(const typename Kind::W* weight, int64_t stride, const typename Kind::W* ahead,
+                    const typename Kind::X* x, int64_t width, float* out) {
   constexpr int kTotal = power_of_two(kWeights * kRows), kGroup = kTotal < kLanes ? kTotal : kLanes;
   Vec sum[kTotal];
 #pragma GCC unroll 16
   for (int i = 0; i < kTotal; ++i) sum[i] = Vec{};
-  for (int64_t k = 0; k < width; k += kLanes) {
+  for (int64_t k = 0; k < width; k += Kind::kStep) {
 #pragma GCC unroll 16
     for (int j = 0; j < kAhead; ++j) __builtin_prefetch(ahead + j * stride + k, 0, 2);
-    Vec row[kRows];
+    typename Kind::Vector row[kRows];
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) row[i] = load(x + i * row_stride(width) + k);
+    for (int i = 0; i < kRows; ++i) row[i] = Kind::read(x + i * row_stride<typename Kind::X>(width) + k);
 #pragma GCC unroll 16
     for (int j = 0; j < kWeights; ++j) {
-      const Vec w = load(weight + j * stride + k);
+      const auto w = Kind::read(weight + j * stride + k);
 #pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) sum[i * kWeights + j] += row[i] * w;
+      for (int i = 0; i < kRows; ++i) sum[i * kWeights + j] = Kind::add(sum[i * kWeights + j], row[i], w);
     }
   }
 #pragma GCC unroll 4
@@ -74,33 +117,37 @@ BEAGLE_FN void tile(const T* weight, int64_t stride, const T* ahead, const float
 }
 
 // What a call of multiply is given, beside the weight's rows.
+template <class X>
 struct Call {
-  const float* x;
+  const X* x;
   int64_t rows, width;
   float* out;
   int64_t out_stride;
 };
 
 // `count` weight rows, at `weight`, with kRows rows of x from row m on, into columns from n on.
-template <int kWeights, int kRows, int kAhead, class W>
-BEAGLE_FN void block(const Call& call, const W* weight, int64_t stride, const W* ahead, int64_t m, int64_t n,
-                     int64_t count) {
-  const int64_t width = padded(call.width);
+template <class Kind, int kWeights, int kRows, int kAhead>
+BEAGLE_FN void block(const Call<typename Kind::X>& call, const typename Kind::W* weight, int64_t stride,
+                     const typename Kind::W* ahead, int64_t m, int64_t n, int64_t count) {
+  using X = typename Kind::X;
   float out[power_of_two(kWeights * kRows)];
-  tile<kWeights, kRows, kAhead>(weight, stride, ahead, call.x + m * row_stride(width), width, out);
+  const X* x = call.x + m * row_stride<X>(call.width);
+  tile<Kind, kWeights, kRows, kAhead>(weight, stride, ahead, x, lined<X>(call.width), out);
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < count; ++j) call.out[(m + i) * call.out_stride + n + j] = out[i * kWeights + j];
 }
 
 // All rows of x with one panel of weight rows, in tiles of equal height; the tiles share the fetching of the next panel.
-template <int kWeights, int kAhead, class W>
-BEAGLE_FN void panel(const Call& call, const W* weight, int64_t stride, int64_t n, int64_t count) {
+template <class Kind, int kWeights, int kAhead>
+BEAGLE_FN void panel(const Call<typename Kind::X>& call, const typename Kind::W* weight, int64_t stride, int64_t n,
+                     int64_t count) {
   constexpr int kRows = kSums / kWeights;
   const int64_t tiles = (call.rows + kRows - 1) / kRows;
-  const W* ahead = weight + kWeights * stride;
+  const auto* ahead = weight + kWeights * stride;
   for (int64_t i = 0, m = 0; i < tiles; ++i) {
     const int64_t rows = (call.rows - m + tiles - i - 1) / (tiles - i);
-#define BLOCK(rows) block<kWeights, (rows < kRows ? rows : kRows), kAhead>(call, weight, stride, ahead, m, n, count)
+#define BLOCK(rows) \
+  block<Kind, kWeights, (rows < kRows ? rows : kRows), kAhead>(call, weight, stride, ahead, m, n, count)
     if (rows == 1) BLOCK(1);
     if (rows == 2) BLOCK(2);
     if (rows == 3) BLOCK(3);
@@ -110,63 +157,83 @@ BEAGLE_FN void panel(const Call& call, const W* weight, int64_t stride, int64_t 
   }
 }
 
-// Weight rows as fp32, padded with zeros.
-template <class T>
-BEAGLE_FN void widen(const T* weight, int64_t stride, int64_t count, int64_t width, float* to) {
-  for (int64_t j = 0; j < count; ++j, weight += stride, to += padded(width)) {
+// Weight rows as the kind's copies, padded with zeros.
+template <class Kind>
+BEAGLE_FN void copy(const typename Kind::W* weight, int64_t stride, int64_t count, int64_t width,
+                    typename Kind::Copied::W* to) {
+  constexpr int64_t kStep = Kind::kStep;
+  const int64_t whole = lined<typename Kind::X>(width);
+  for (int64_t j = 0; j < count; ++j, weight += stride, to += whole) {
     int64_t k = 0;
-    for (; k + kLanes <= width; k += kLanes) {
+    for (; k + kStep <= width; k += kStep) {
       __builtin_prefetch(weight + count * stride + k, 0, 2);
-      *reinterpret_cast<Vec*>(to + k) = load(weight + k);
+      const auto vector = Kind::read(weight + k);
+      __builtin_memcpy(to + k, &vector, sizeof vector);
     }
-    for (; k < padded(width); ++k) to[k] = k < width ? to_float(weight[k]) : 0.0f;
+    for (; k < whole; ++k) to[k] = k < width ? Kind::copy(weight[k]) : typename Kind::Copied::W{};
   }
 }
 
-// Weight rows first .. last - 1 in panels, each multiplied where it lies unless it is ragged or better widened first.
-template <int kWeights, int kAhead, class T>
-BEAGLE_FN void panels(const Weight& weight, const Call& call, int64_t first, int64_t last, float* spare) {
-  const bool exact = call.width == padded(call.width) && (sizeof(T) == 4 || call.rows <= kWidened * kSums / kWeights);
+// Weight rows first .. last - 1 in panels, each multiplied where it lies unless it is ragged or better copied first.
+template <class Kind, int kWeights, int kAhead>
+BEAGLE_FN void panels(const Weight& weight, const Call<typename Kind::X>& call, int64_t first, int64_t last,
+                      float* spare) {
+  using W = typename Kind::W;
+  using Copied = typename Kind::Copied;
+  const int64_t whole = lined<typename Kind::X>(call.width);
+  const bool exact = call.width == whole && call.rows <= Kind::kMostTiles * (kSums / kWeights);
   for (int64_t n = first; n < last; n += kWeights) {
-    const T* rows = static_cast<const T*>(weight.rows) + n * weight.stride;
+    const W* rows = static_cast<const W*>(weight.rows) + n * weight.stride;
     const int64_t count = least<int64_t>(kWeights, last - n);
     if (exact && count == kWeights) {
-      panel<kWeights, kAhead>(call, rows, weight.stride, n - first, count);
+      panel<Kind, kWeights, kAhead>(call, rows, weight.stride, n - first, count);
       continue;
     }
-    widen(rows, weight.stride, count, call.width, spare);
-    panel<kWeights, 0>(call, spare, padded(call.width), n - first, count);
+    auto* copies = reinterpret_cast<typename Copied::W*>(spare);
+    copy<Kind>(rows, weight.stride, count, call.width, copies);
+    panel<Copied, kWeights, 0>(call, copies, whole, n - first, count);
   }
 }
 
-template <class T>
+template <class Kind>
 void multiply(const Weight& weight, const void* x, int64_t rows, int64_t first, int64_t last, float* out,
               int64_t out_stride, float* spare) {
   constexpr int kRows = kSums / kWide;
-  const Call call{static_cast<const float*>(x), rows, weight.width, out, out_stride};
-  if (rows == 1) return panels<kSums, kSums, T>(weight, call, first, last, spare);
-  if (rows == 2) return panels<kSums / 2, kSums / 2, T>(weight, call, first, last, spare);
-  if (rows <= kRows) return panels<kWide, kWide, T>(weight, call, first, last, spare);
-  if (rows <= 3 * kRows) return panels<kWide, 2, T>(weight, call, first, last, spare);
-  panels<kWide, 1, T>(weight, call, first, last, spare);
+  const Call<typename Kind::X> call{static_cast<const typename Kind::X*>(x), rows, weight.width, out, out_stride};
+  if (rows == 1) return panels<Kind, kSums, kSums>(weight, call, first, last, spare);
+  if (rows == 2) return panels<Kind, kSums / 2, kSums / 2>(weight, call, first, last, spare);
+  if (rows <= kRows) return panels<Kind, kWide, kWide>(weight, call, first, last, spare);
+  if (rows <= 3 * kRows) return panels<Kind, kWide, 2>(weight, call, first, last, spare);
+  panels<Kind, kWide, 1>(weight, call, first, last, spare);
 }
 
-int64_t prepared(int64_t rows, int64_t width) { return 4 * rows * row_stride(width); }
+template <class Kind>
+int64_t prepared(int64_t rows, int64_t width) {
+  return rows * row_stride<typename Kind::X>(width) * int64_t(sizeof(typename Kind::X));
+}
 
-// Rows padded with zeros.
+// Rows in X, padded with zeros; as T has it, so that all instruction sets multiply the same x.
+template <class Kind>
 void prepare(const float* x, int64_t stride, int64_t rows, int64_t width, void* to) {
-  float* row = static_cast<float*>(to);
-  for (int64_t m = 0; m < rows; ++m, x += stride, row += row_stride(width)) {
-    for (int64_t k = 0; k < width; ++k) row[k] = x[k];
-    for (int64_t k = width; k < padded(width); ++k) row[k] = 0.0f;
+  using X = typename Kind::X;
+  constexpr bool kRound = std::is_same_v<typename Kind::W, BFloat>;
+  X* row = static_cast<X*>(to);
+  for (int64_t m = 0; m < rows; ++m, x += stride, row += row_stride<X>(width)) {
+    for (int64_t k = 0; k < width; ++k) {
+      if constexpr (!kRound) row[k] = x[k];
+      else if constexpr (sizeof(X) == 4) row[k] = to_float(narrow<BFloat>(x[k]));
+      else row[k] = narrow<BFloat>(x[k]);
+    }
+    for (int64_t k = width; k < lined<X>(width); ++k) row[k] = X{};
   }
 }
+
+template <class Kind>
+constexpr Product kProduct = {prepared<Kind>, prepare<Kind>, multiply<Kind>};
 
 }  // namespace
 
 extern const Products kProducts;
-const Products kProducts = {{{prepared, prepare, multiply<float>},
-                             {prepared, prepare, multiply<Half>},
-                             {prepared, prepare, multiply<BFloat>}}};
+const Products kProducts = {{kProduct<Widened<float>>, kProduct<Widened<Half>>, kProduct<OfBFloat>}};
 
 }  // namespace beagle::cpu::BEAGLE_ISA

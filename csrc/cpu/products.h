@@ -10,9 +10,6 @@ namespace beagle::cpu {
 constexpr int64_t kPad = 16;
 constexpr int64_t padded(int64_t width) { return (width + kPad - 1) / kPad * kPad; }
 
-// Floats between rows of x: an odd number of cache lines, so that rows do not compete for the same places of the cache.
-constexpr int64_t row_stride(int64_t width) { return padded(width) / kPad % 2 ? padded(width) : padded(width) + kPad; }
-
 // Most weight rows that are multiplied together.
 constexpr int64_t kPanel = 16;
 
@@ -26,7 +23,8 @@ struct Weight {
 struct Product {
   // Bytes of rows of x as `multiply` reads them.
   int64_t (*prepared)(int64_t rows, int64_t width);
-  // These, from rows in fp32, `stride` floats apart; `to` is aligned to 64 bytes.
+  // These, from rows in fp32, `stride` floats apart; `to` is aligned to 64 bytes. For a weight in bf16 they are rounded
+  // to bf16.
   void (*prepare)(const float* x, int64_t stride, int64_t rows, int64_t width, void* to);
   // out[m * out_stride + n - first] for all rows m and first <= n < last; spare holds kPanel padded rows.
   void (*multiply)(const Weight& weight, const void* x, int64_t rows, int64_t first, int64_t last, float* out,
@@ -38,8 +36,5 @@ struct Products {
 };
 
 const Products& products();
-
-// Of what is compiled several times, the one that serves on this machine.
-const char* instruction_set();
 
 }  // namespace beagle::cpu

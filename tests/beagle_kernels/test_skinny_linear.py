@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import HERE, using
 from torch.library import opcheck
 
 from beagle_kernels import BackendError, skinny_linear
-from beagle_kernels.extension import missing_cpu
+from beagle_kernels.extension import _C, missing_cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_extension = pytest.mark.skipif(missing_cpu(torch.device("cpu")) is not None, reason="the extension is not built")
@@ -34,21 +35,44 @@ def test_error_near_eager(outputs, width, dtype, backend):
         assert error <= 2 * max(allowed, torch.finfo(dtype).eps / 4)
 
 
-@needs_extension
+@pytest.mark.parametrize("instructions", HERE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("outputs, width", [(576, 576), (113, 200), (1536, 63), (50, 1025)])
-def test_a_row_does_not_depend_on_the_others(outputs, width, dtype):
-    """Bit for bit, for any number of rows, place and number of threads."""
-    x, weight = draw(33, width, dtype=dtype), draw(outputs, width, dtype=dtype)
-    alone = torch.cat([skinny_linear(row, weight, backend="cpu") for row in x.split(1)])
+@pytest.mark.parametrize("outputs, width", [(576, 576), (113, 200), (1536, 63), (50, 1025), (33, 48)])
+def test_a_row_does_not_depend_on_the_others(outputs, width, dtype, instructions):
+    """Bit for bit, for any number of rows, place and number of threads, and any part of the weight."""
+    x, weight = draw(40, width, dtype=dtype), draw(outputs, width, dtype=dtype)
     before = torch.get_num_threads()
     try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            for rows in range(1, 34):
-                assert torch.equal(skinny_linear(x[33 - rows :], weight, backend="cpu"), alone[33 - rows :])
+        with using(instructions):
+            alone = torch.cat([skinny_linear(row, weight, backend="cpu") for row in x.split(1)])
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                for rows in range(1, 41):
+                    assert torch.equal(skinny_linear(x[40 - rows :], weight, backend="cpu"), alone[40 - rows :])
+            for first in (1, 5, 16):
+                assert torch.equal(skinny_linear(x[:5], weight[first:], backend="cpu"), alone[:5, first:])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("instructions", HERE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_is_as_exact(dtype, instructions):
+    x, weight = draw(13, 200, dtype=dtype), draw(50, 200, dtype=dtype)
+    want = x.double() @ weight.double().T
+    with using(instructions):
+        for rows in (1, 2, 4, 13):
+            got = skinny_linear(x[:rows], weight, backend="cpu")
+            eager = F.linear(x[:rows], weight)
+            error, allowed = ((y.double() - want[:rows]).norm() for y in (got, eager))
+            assert error <= 2 * max(allowed, torch.finfo(dtype).eps / 4 * want[:rows].norm())
+            assert not skinny_linear(torch.zeros_like(x[:rows]), weight, backend="cpu").any()
+
+
+@needs_extension
+def test_an_instruction_set_that_is_not_there():
+    with pytest.raises(ValueError, match=f"instruction set is 'mmx'; allowed here: {', '.join(HERE)}$"):
+        _C.use_instruction_set("mmx")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle_kernels import backends
+from beagle_kernels.extension import multiplies_bf16
 
-MOST_ROWS = {torch.float32: 32, torch.bfloat16: 8}
-"""Rows up to which skinny_linear serves: from there on a library's blocked product is as fast or faster."""
+MOST_ROWS = {torch.float32: 32, torch.bfloat16: 32 if multiplies_bf16() else 8}
+"""Rows up to which skinny_linear serves: from there on a library's blocked product is as fast or faster. In bfloat16
+few, where each row costs a weight that is widened to be multiplied."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
