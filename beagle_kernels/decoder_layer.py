@@ -47,7 +47,7 @@ def decoder_layer(
 ) -> Tensor:
     """One layer on N new tokens a row (docs/design.md: A round of decoding): out [B, N, d] of x [B, N, d].
 
-    layer: LayerWeights, all in x's dtype, fp32, fp16 or bf16; W_q [Hq D, d], W_k and W_v [Hkv D, d], W_o [d, Hq D],
+    layer: LayerWeights, all in x's dtype, fp32, fp16 or bf16, linear weights also in bf16 where x is fp32; W_q [Hq D, d], W_k and W_v [Hkv D, d], W_o [d, Hq D],
     W_gate and W_up [I, d], W_down [d, I]; norm_q and norm_k [D], the others [d]. cos, sin [B, N, R], R even and at most
     D: RoPE turns the first R numbers of a head, in halves. keys, values: the cache, [B, Hkv, S, D] or with block_table
     pages [P, Hkv, page, D], both written in place; lengths, mask, starts, softcap, scale and block_table as in
@@ -106,7 +106,8 @@ def _check_weights(op: str, layer: LayerWeights, width: int, head: int, kv_heads
         raise ValueError(f"{op}: layer.{'k' if layer.k is None else 'v'} is None; allowed: both of k and v, or none")
     if layer.activation not in ACTIVATIONS:
         raise ValueError(f"{op}: layer.activation is {layer.activation!r}; allowed: {', '.join(ACTIVATIONS)}")
-    checks.tensor(op, "layer.q.weight", layer.q.weight, (None, width), (x.dtype,))
+    kinds = (x.dtype, torch.bfloat16) if x.dtype == torch.float32 else (x.dtype,)
+    checks.tensor(op, "layer.q.weight", layer.q.weight, (None, width), kinds)
     queries, inner = layer.q.weight.shape[0], layer.gate.weight.shape[0]
     if queries % head:
         raise ValueError(f"{op}: layer.q.weight has {queries} rows; allowed: a multiple of the head size, {head}")
@@ -116,7 +117,7 @@ def _check_weights(op: str, layer: LayerWeights, width: int, head: int, kv_heads
     sizes += (inner, width), (inner, width), (width, inner)
     for name, linear, shape in zip(layer._fields, layer.linears, sizes):
         if linear is not None:
-            checks.tensor(op, f"layer.{name}.weight", linear.weight, shape, (x.dtype,))
+            checks.tensor(op, f"layer.{name}.weight", linear.weight, shape, kinds)
             if linear.bias is not None:
                 checks.tensor(op, f"layer.{name}.bias", linear.bias, shape[:1], (x.dtype,))
             checks.same_device(op, x=x, **{f"layer.{name}.weight": linear.weight})

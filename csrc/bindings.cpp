@@ -68,6 +68,14 @@ auto check_dtype(const Op& op, int) -> decltype(void(op.dtype)) {
 template <class Op>
 void check_dtype(const Op&, ...) {}
 template <class Op>
+auto check_kind(const Op& op, int) -> decltype(void(op.kind)) {
+  if (op.kind < 0 || op.kind >= kKinds || op.kind == kInt8) {
+    throw std::invalid_argument("kind is " + std::to_string(op.kind) + "; allowed: the values of _C.dtypes, _C.exact");
+  }
+}
+template <class Op>
+void check_kind(const Op&, ...) {}
+template <class Op>
 auto check_tree(const Op& op, int) -> decltype(void(op.tree)) {
   if (op.tree.nodes > kMaxNodes || op.tree.words > kMaxNodes / 64) {
     throw std::invalid_argument(std::to_string(op.tree.nodes) + " nodes in " + std::to_string(op.tree.words) +
@@ -82,7 +90,7 @@ template <class Op, class Executor>
 void launch(const char* name, Executor run, const Op& op, int64_t where) {
   const py::gil_scoped_release release;
   try {
-    check_dtype(op, 0), check_tree(op, 0);
+    check_dtype(op, 0), check_kind(op, 0), check_tree(op, 0);
     run(op, where);
   } catch (const std::exception& error) {
     throw std::runtime_error(std::string(name) + ": " + error.what());
@@ -163,6 +171,7 @@ PYBIND11_MODULE(_C, m) {
   py::dict dtypes;
   dtypes["float32"] = int(kFloat32), dtypes["float16"] = int(kFloat16), dtypes["bfloat16"] = int(kBFloat16);
   m.attr("dtypes") = dtypes;
+  m.attr("exact") = int(kExact);
   m.attr("no_cuda") = BEAGLE_NO_CUDA;
   m.attr("archs") = BEAGLE_ARCHS;
   m.attr("instruction_set") = cpu::instruction_sets().back();

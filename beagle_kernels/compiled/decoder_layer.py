@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import implementation
-from ..extension import _C, DTYPES, address, contiguous, dense, missing_cpu
+from ..extension import _C, DTYPES, address, contiguous, dense, kind_of, missing_cpu
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _NO_LINEAR = (0, 0, 0, 0, 0, 0)
@@ -43,7 +43,7 @@ def decoder_layer(
     planes = [plane if plane.stride(3) == 1 else plane.contiguous() for plane in (keys, values)]
     linears: list[int] = []
     for weight, bias in zip(weights[:7], weights[7:14]):
-        linears += _NO_LINEAR if weight is None else _linear(weight, bias)
+        linears += _NO_LINEAR if weight is None else _linear(weight, bias, x.dtype)
     norms: list[float] = []
     for weight, eps, added in zip(weights[14:], numbers[:8], numbers[8:]):
         norms += address(weight), eps, added
@@ -86,9 +86,9 @@ def decoder_layer(
     return out
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[int, ...]:
     outputs, width = weight.shape
-    return weight.data_ptr(), address(bias), DTYPES[weight.dtype], outputs, width, weight.stride(0)
+    return weight.data_ptr(), address(bias), kind_of(weight, dtype), outputs, width, weight.stride(0)
 
 
 def _plane(plane: Tensor) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ namespace beagle {
 
 // What Python must know too and takes from here, by the bindings.
 enum Dtype : int32_t { kFloat32, kFloat16, kBFloat16, kDtypes };
+// Kinds of weights beside those of x's own dtype; kExact: bf16 where x is fp32.
+enum Kind : int32_t { kInt8 = kDtypes, kExact, kKinds };
 constexpr int32_t kMaxNodes = 1024;  // of a tree
 constexpr int64_t kChunk = 8192;     // tokens of a row that one CUDA block takes
 constexpr int64_t kRowWords = 8;     // of 64 bits, that the CUDA blocks of a row share
@@ -218,9 +220,9 @@ struct TreeAttention {
 struct SkinnyLinear {
   const void *x, *weight;
   void* out;
-  int32_t dtype;
+  int32_t dtype, kind;  // of x and out; of the weight
   int64_t rows, outputs, width, x_stride, stride;
-  BEAGLE_FIELDS(x, weight, out, dtype, rows, outputs, width, x_stride, stride)
+  BEAGLE_FIELDS(x, weight, out, dtype, kind, rows, outputs, width, x_stride, stride)
 };
 
 // A linear layer as nn.Linear stores it: y = W x + bias, W [outputs, width] with rows `stride` elements apart; W null: there
@@ -228,7 +230,7 @@ struct SkinnyLinear {
 struct LinearWeight {
   const void* weight;
   const void* bias;  // or null
-  int32_t kind;      // a Dtype
+  int32_t kind;      // a Dtype or a Kind
   int64_t outputs, width, stride;
   BEAGLE_FIELDS(weight, bias, kind, outputs, width, stride)
 };

@@ -32,7 +32,7 @@ struct Product {
 };
 
 struct Products {
-  Product of[3];  // by dtype
+  Product of[kKinds];  // by dtype, and kExact
 };
 
 const Products& products();

@@ -51,7 +51,7 @@ void store(const SkinnyLinear& op, const float* from, int64_t first, int64_t las
 
 void skinny_linear(const SkinnyLinear& op, int threads) {
   thread_local Buffer wide, prepared;
-  const Product& product = products().of[op.dtype];
+  const Product& product = products().of[op.kind];
   const float* x = static_cast<const float*>(op.x);
   if (op.dtype) {
     x = wide.floats(op.rows * op.width);
@@ -60,7 +60,7 @@ void skinny_linear(const SkinnyLinear& op, int threads) {
   void* rows = prepared.floats(product.prepared(op.rows, op.width) / 4);
   product.prepare(x, op.dtype ? op.width : op.x_stride, op.rows, op.width, rows);
   const Weight weight{op.weight, op.outputs, op.width, op.stride};
-  const int64_t row_bytes = std::max<int64_t>(op.width, 1) * (op.dtype ? 2 : 4);
+  const int64_t row_bytes = std::max<int64_t>(op.width, 1) * (op.kind ? 2 : 4);
   const int64_t step = (kTaskBytes / row_bytes / kPanel + 1) * kPanel, tasks = (op.outputs + step - 1) / step;
   parallel(tasks, threads, [&](int64_t task) {
     thread_local Buffer spare, sums;
