@@ -10,6 +10,7 @@ from torch import Tensor
 from beagle_kernels import Sampling, top_candidates, tree_attention
 from beagle_sd.models.cache import grown
 from beagle_sd.models.draft import Angles, BeagleDraft
+from beagle_sd.models.layers.linears import few_rows
 
 
 class Candidates(NamedTuple):
@@ -39,6 +40,7 @@ class DraftCache:
         shape = batch, config.num_key_value_heads, self._slots(tokens), config.head_dim
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
+        self.layer = draft.layer()
         self._rows = torch.arange(batch, device=weight.device)[:, None]
         self._none = torch.zeros(batch, dtype=torch.int32, device=weight.device)
 
@@ -147,8 +149,8 @@ def _states(
     """Draft states [B, n, d] of tokens [B, n], which see the prefix and behind it the slots set in `words`; their keys
     and values go `append_at` slots behind the prefix, if given."""
     embedded = draft.embed(tokens)
-    if (layer := draft.whole(embedded)) is not None:
-        return layer(embedded, turn, cache.keys, cache.values, prefix, words, append_at)
+    if cache.layer is not None and few_rows(embedded):
+        return cache.layer(embedded, turn, cache.keys, cache.values, prefix, words, append_at)
     attended = tree_attention(draft.queries(embedded, turn), cache.keys, cache.values, prefix, words)
     state = draft.block(embedded, attended)
     if append_at is not None:

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from beagle_kernels import LayerWeights, Linear, Norm
 from beagle_kernels.decoder_layer import flat
 from beagle_sd.models.config import BeagleConfig, write_custom_generate
-from beagle_sd.models.layers.linears import FewRowsLinear, few_rows, linear
+from beagle_sd.models.layers.linears import FewRowsLinear, linear, read_weight
 from beagle_sd.models.target import Target
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class BeagleDraft(PreTrainedModel):
         reduced = config.draft_vocab_size
         self.register_buffer("draft_vocab", torch.zeros(reduced, dtype=torch.int64) if reduced else None)
         self._shared: tuple[Target, Tensor] | None = None
+        self._half: Tensor | None = None  # the head's rows in bf16
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -165,16 +166,19 @@ class BeagleDraft(PreTrainedModel):
         return self._share(target)
 
     def _share(self, target: Target) -> Self:
-        head = target.head.weight.detach()
-        if self.draft_vocab is not None:
-            _check_draft_vocab(self.draft_vocab, target.config.vocab_size)
-            head = head[self.draft_vocab.to(head.device)]
-        elif len(head) > self.config.vocab_size:
-            head = head[: self.config.vocab_size]
+        head = self._own_rows(target.head.weight.detach(), target)
+        half = target.head.half if target.head.scale == 1.0 else None
+        self._half = None if half is None else self._own_rows(half, target)
         if target.head.scale != 1.0:
             head = head * target.head.scale
         self._shared = (target, head)
         return self
+
+    def _own_rows(self, weight: Tensor, target: Target) -> Tensor:
+        if self.draft_vocab is not None:
+            _check_draft_vocab(self.draft_vocab, target.config.vocab_size)
+            return weight[self.draft_vocab.to(weight.device)]
+        return weight[: self.config.vocab_size]
 
     def set_draft_vocab(self, draft_vocab: Tensor | None) -> Self:
         """Propose these tokens from now on: ascending ids [V'] int64 of the vocabulary that the draft was made for;
@@ -239,14 +243,13 @@ class BeagleDraft(PreTrainedModel):
         x = self.norm_mlp(y)
         return self.norm_output(y + self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)))
 
-    def whole(self, embedded: Tensor) -> DraftLayer | None:
-        """What computes the states of few tokens on a CPU in one op, embedded [B, n, d]; None where it cannot."""
-        few = few_rows(embedded) and self.config.hidden_act in _OF_THE_OP
-        return DraftLayer(self) if few else None
+    def layer(self) -> DraftLayer | None:
+        """The block as one op, while the weights stay as they are; None where the op does not have its activation."""
+        return DraftLayer(self) if self.config.hidden_act in _OF_THE_OP else None
 
     def logits(self, states: Tensor) -> Tensor:
         """The draft's logits over its own vocabulary, soft-capped as the target's: [..., d] -> [..., V']."""
-        return self.target.head.capped(linear(states.to(self.head.dtype), self.head))
+        return self.target.head.capped(linear(states.to(self.head.dtype), self.head, half=self._half))
 
     def _rotate(self, x: Tensor, positions: Tensor | Angles) -> Tensor:
         x = x.unflatten(-1, (-1, self.config.head_dim))
@@ -262,11 +265,11 @@ class DraftLayer:
     def __init__(self, draft: BeagleDraft):
         norms = (_norm(norm) for norm in (draft.norm_query, draft.norm_mlp, draft.norm_output, draft.norm_state))
         names = ("norm_in", "norm_mlp", "norm_out", "norm_state")
-        q, k, v, o = (Linear(linear.weight) for linear in (draft.q_proj, draft.k_proj, draft.v_proj, draft.o_proj))
-        mlp = (Linear(linear.weight) for linear in (draft.gate_proj, draft.up_proj, draft.down_proj))
-        self.without = LayerWeights(q, None, None, o, *mlp, **dict(zip(names, norms)))
-        self.without = self.without._replace(activation=_OF_THE_OP[draft.config.hidden_act])
-        self.with_keys = self.without._replace(k=k, v=v)
+        q, k, v, o = (Linear(read_weight(linear)) for linear in (draft.q_proj, draft.k_proj, draft.v_proj, draft.o_proj))
+        mlp = (Linear(read_weight(linear)) for linear in (draft.gate_proj, draft.up_proj, draft.down_proj))
+        layer = LayerWeights(q, None, None, o, *mlp, **dict(zip(names, norms)))
+        layer = layer._replace(activation=_OF_THE_OP[draft.config.hidden_act])
+        self.without, self.with_keys = flat(layer), flat(layer._replace(k=k, v=v))
 
     def __call__(
         self,
@@ -283,7 +286,7 @@ class DraftLayer:
         cos, sin = (part[:, :, 0].expand(shape) for part in turn)
         scale = turn.cos.shape[-1] ** -0.5
         given = cos, sin, keys, values, prefix, words, None, None, scale, None, append_at or 0, append_at is not None
-        return torch.ops.beagle.decoder_layer.default(embedded, *flat(layer), *given, "cpu")
+        return torch.ops.beagle.decoder_layer.default(embedded, *layer, *given, "cpu")
 
 
 def _norm(norm: nn.Module) -> Norm | None:

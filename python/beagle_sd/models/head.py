@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from beagle_sd.models.halved import halved_weight
 from beagle_sd.models.layers.linears import linear
 
 
@@ -32,8 +33,13 @@ class Head:
         """W [V, d], without the scale."""
         return self.module.weight  # type: ignore[return-value]
 
+    @property
+    def half(self) -> Tensor | None:
+        """W in bf16, if `halve_` has kept it."""
+        return halved_weight(self.module)
+
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = linear(hidden, self.weight)
+        logits = linear(hidden, self.weight, half=self.half)
         return self.capped(logits if self.scale == 1.0 else logits * self.scale)
 
     def capped(self, logits: Tensor) -> Tensor:

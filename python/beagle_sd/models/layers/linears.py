@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle_kernels import backends
+from beagle_sd.models.halved import halved_weight
 from beagle_kernels.extension import multiplies_bf16
 
 MOST_ROWS = {torch.float32: 32, torch.bfloat16: 32 if multiplies_bf16() else 8}
@@ -17,12 +18,13 @@ MOST_ROWS = {torch.float32: 32, torch.bfloat16: 32 if multiplies_bf16() else 8}
 few, where each row costs a weight that is widened to be multiplied."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear for inference: by skinny_linear where x [..., K] has few rows on a CPU."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, half: Tensor | None = None) -> Tensor:
+    """F.linear for inference: by skinny_linear where x [..., K] has few rows on a CPU; half: the same weight in bf16
+    (halved.py), which that then reads."""
     if x.dtype != weight.dtype or not few_rows(x):
         return F.linear(x, weight, bias)
     # the op itself: the public function's checks would cost a small model a percent
-    out = torch.ops.beagle.skinny_linear.default(x, weight, "cpu")
+    out = torch.ops.beagle.skinny_linear.default(x, weight if half is None else half, "cpu")
     return out if bias is None else out.add_(bias)
 
 
@@ -55,23 +57,30 @@ def few_rows_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         and weight.layout == torch.strided
         and weight.stride(-1) == 1
     )
-    return functools.partial(_forward, module) if plain else None
+    return functools.partial(_forward, module, halved_weight(module)) if plain else None
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a view's module is a linear layer that goes through `linear`."""
     forward = module.__dict__.get("forward")
     return isinstance(module, FewRowsLinear) or (
-        isinstance(forward, functools.partial) and forward.func is _forward and forward.args == (module,)
+        isinstance(forward, functools.partial) and forward.func is _forward and forward.args[0] is module
     )
 
 
-def _forward(module: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x, module.weight, module.bias)
+def read_weight(module: nn.Linear) -> Tensor:
+    """The weight that a plain linear layer of a view reads for few rows."""
+    forward = module.__dict__.get("forward")
+    half = halved_weight(module) if forward is None else forward.args[1]
+    return module.weight if half is None else half
+
+
+def _forward(module: nn.Linear, half: Tensor | None, x: Tensor) -> Tensor:
+    return linear(x, module.weight, module.bias, half)
 
 
 class FewRowsLinear(nn.Linear):
     """nn.Linear whose forward is `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _forward(self, x)
+        return linear(x, self.weight, self.bias, halved_weight(self))

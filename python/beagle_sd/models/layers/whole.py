@@ -21,7 +21,7 @@ from beagle_kernels import LayerWeights, Linear, Norm, backends
 from beagle_kernels.decoder_layer import flat
 from beagle_sd.models.cache import TreeCache
 from beagle_sd.models.layers.attention import cache_being_read, seen
-from beagle_sd.models.layers.linears import few_rows, is_plain
+from beagle_sd.models.layers.linears import few_rows, is_plain, read_weight
 
 _ROUNDING = {torch.float32: (1e-4, 2e-6), torch.bfloat16: (0.05, 0.01), torch.float16: (0.01, 2e-3)}
 """How far a layer's result may be from its own modules', as shares of what the layer adds and of what comes out."""
@@ -178,7 +178,7 @@ def _linear(module: nn.Module, name: str) -> Linear:
     linear = getattr(module, name, None)
     if linear is None or not is_plain(linear) or linear._forward_hooks or linear._forward_pre_hooks:
         raise NotTaken(f"{type(module).__name__}.{name} is no plain linear layer ({type(linear).__name__})")
-    return Linear(linear.weight, linear.bias)
+    return Linear(read_weight(linear), linear.bias)
 
 
 def _norm(module: nn.Module, width: int | None = None) -> Norm:
