@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "core/chain.h"
 #include "cpu/dispatch.h"
@@ -54,7 +55,7 @@ class Reader {
                          "; allowed: the op's fields in csrc/core/ops.h");
   }
 
-  const py::args& values_;
+  const py::args values_;
   size_t next_ = 0;
 };
 
@@ -128,7 +129,6 @@ struct Cpu {
   CPU(compact_cache, CompactCache)
   CPU(tree_attention, TreeAttention)
   CPU(skinny_linear, SkinnyLinear)
-  CPU(decoder_layer, DecoderLayer)
 };
 
 #ifdef BEAGLE_CUDA
@@ -157,6 +157,39 @@ void bind_why_not(py::module_ m) {
 }
 #endif
 
+// Decoder layers, read once from Python and then called with new tokens and where each layer's keys and values lie.
+struct DecoderLayers {
+  std::vector<LayerParts> parts;
+
+  explicit DecoderLayers(const py::list& layers) {
+    for (const py::handle& layer : layers) {
+      parts.push_back(Reader(layer.cast<py::args>()).op<LayerParts>());
+      check_dtype(parts.back(), 0);
+      for (const LinearWeight* one : {&parts.back().q, &parts.back().o, &parts.back().gate, &parts.back().down})
+        check_kind(*one, 0);
+    }
+  }
+
+  void run(int threads, const py::list& planes, const py::args& values) const {
+    const NewTokens tokens = Reader(values).op<NewTokens>();
+    std::vector<DecoderLayer> layers(parts.size());
+    for (size_t i = 0; i < parts.size(); ++i) {
+      static_cast<LayerParts&>(layers[i]) = parts[i];
+      static_cast<NewTokens&>(layers[i]) = tokens;
+      layers[i].keys = Reader(planes[2 * i].cast<py::args>()).op<CachePlane>();
+      layers[i].values = Reader(planes[2 * i + 1].cast<py::args>()).op<CachePlane>();
+    }
+    const py::gil_scoped_release release;
+    cpu::decoder_layers(layers.data(), int64_t(layers.size()), threads);
+  }
+};
+
+void bind_layers(py::module_ m) {
+  py::class_<DecoderLayers>(m, "DecoderLayers")
+      .def(py::init<const py::list&>())
+      .def("run", &DecoderLayers::run);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -182,7 +215,7 @@ PYBIND11_MODULE(_C, m) {
   bind_all<Cpu>(cpu);
   bind<TreeAttention>(cpu, "tree_attention", Cpu::tree_attention);
   bind<SkinnyLinear>(cpu, "skinny_linear", Cpu::skinny_linear);
-  bind<DecoderLayer>(cpu, "decoder_layer", Cpu::decoder_layer);
+  bind_layers(cpu);
 #ifdef BEAGLE_CUDA
   bind_all<Cuda>(m.def_submodule("cuda"));
   bind_why_not(m.attr("cuda"));

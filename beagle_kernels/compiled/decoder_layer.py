@@ -1,4 +1,4 @@
-"""`decoder_layer` by the compiled executor of the host."""
+"""`decoder_layer` by the compiled executor of the host; `Layers` is one or more of them, read once and called often."""
 
 from __future__ import annotations
 
@@ -12,6 +12,84 @@ from ..extension import _C, DTYPES, address, contiguous, dense, kind_of, missing
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _NO_LINEAR = (0, 0, 0, 0, 0, 0)
+
+
+class Parts:
+    """A layer as the executor reads it: x's dtype, d, Hkv and D, the op's arguments for what it is made of, and how it
+    attends. Holds its weights; `sizes` is alike for layers that can run together."""
+
+    def __init__(
+        self,
+        sizes: tuple[torch.dtype, int, int, int],
+        weights: Sequence[Tensor | None],
+        numbers: Sequence[float],
+        activation: str,
+        residual: float,
+        scale: float,
+        softcap: float | None,
+        keys_of_output: bool,
+    ):
+        dtype, width, key_heads, head = sizes
+        self.weights = [None if one is None else dense(one) for one in weights[:7]]
+        self.weights += map(contiguous, weights[7:])
+        self.sizes = [None if one is None else (one.shape, one.dtype) for one in self.weights]
+        linears: list[int] = []
+        for weight, bias in zip(self.weights[:7], self.weights[7:14]):
+            linears += _NO_LINEAR if weight is None else _linear(weight, bias, dtype)
+        norms: list[float] = []
+        for weight, eps, added in zip(self.weights[14:], numbers[:8], numbers[8:]):
+            norms += address(weight), eps, added
+        heads = self.weights[0].shape[0] // head  # type: ignore[union-attr]
+        self.values = DTYPES[dtype], width, heads, key_heads, head, *linears, *norms
+        self.values += _ACTIVATIONS[activation], residual, scale, softcap or 0.0, keys_of_output
+
+
+class Layers:
+    """Layers of equal sizes one after the other, whose weights stay as and where they are."""
+
+    def __init__(self, parts: Sequence[Parts]):
+        self.parts = parts
+        self.executor = _C.cpu.DecoderLayers([one.values for one in parts])
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        planes: Sequence[Tensor],
+        lengths: Tensor,
+        mask: Tensor,
+        block_table: Tensor | None,
+        starts: Tensor | None,
+        write: int = 0,
+    ) -> Tensor:
+        """As decoder_layer, layer by layer, whose keys and values are two planes each: their last dimension is
+        contiguous."""
+        x, cos, sin, lengths, mask = (one.contiguous() for one in (x, cos, sin, lengths, mask))
+        block_table, starts = contiguous(block_table), contiguous(starts)
+        out = torch.empty_like(x)
+        first = planes[0]
+        self.executor.run(
+            torch.get_num_threads(),
+            [(one.data_ptr(), *one.stride()[:3]) for one in planes],
+            x.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+            cos.shape[2],
+            cos.data_ptr(),
+            sin.data_ptr(),
+            first.shape[2],
+            address(block_table),
+            0 if block_table is None else block_table.shape[1],
+            first.shape[0],
+            lengths.data_ptr(),
+            mask.data_ptr(),
+            mask.shape[2],
+            address(starts),
+            write,
+        )
+        return out
 
 
 @implementation("decoder_layer", "cpu", missing_cpu)
@@ -34,52 +112,10 @@ def decoder_layer(
     write: int,
     keys_of_output: bool,
 ) -> Tensor:
-    x, cos, sin, lengths, mask = (tensor.contiguous() for tensor in (x, cos, sin, lengths, mask))
-    block_table, starts = contiguous(block_table), contiguous(starts)
-    weights = [*(weight if weight is None else dense(weight) for weight in weights[:7]), *map(contiguous, weights[7:])]
-    batch, nodes, width = x.shape
-    out = torch.empty_like(x)
-    key_heads, slots, head = keys.shape[1:]
+    sizes = x.dtype, x.shape[2], keys.shape[1], keys.shape[3]
+    layer = Layers([Parts(sizes, weights, numbers, activation, residual, scale, softcap, keys_of_output)])
     planes = [plane if plane.stride(3) == 1 else plane.contiguous() for plane in (keys, values)]
-    linears: list[int] = []
-    for weight, bias in zip(weights[:7], weights[7:14]):
-        linears += _NO_LINEAR if weight is None else _linear(weight, bias, x.dtype)
-    norms: list[float] = []
-    for weight, eps, added in zip(weights[14:], numbers[:8], numbers[8:]):
-        norms += address(weight), eps, added
-    _C.cpu.decoder_layer(
-        torch.get_num_threads(),
-        x.data_ptr(),
-        out.data_ptr(),
-        DTYPES[x.dtype],
-        batch,
-        nodes,
-        width,
-        weights[0].shape[0] // head,  # type: ignore[union-attr]
-        key_heads,
-        head,
-        cos.shape[2],
-        *linears,
-        *norms,
-        _ACTIVATIONS[activation],
-        residual,
-        scale,
-        softcap or 0.0,
-        cos.data_ptr(),
-        sin.data_ptr(),
-        *_plane(planes[0]),
-        *_plane(planes[1]),
-        slots,
-        address(block_table),
-        0 if block_table is None else block_table.shape[1],
-        keys.shape[0],
-        lengths.data_ptr(),
-        mask.data_ptr(),
-        mask.shape[2],
-        address(starts),
-        write,
-        keys_of_output,
-    )
+    out = layer(x, cos, sin, planes, lengths, mask, block_table, starts, write)
     for given, plane in zip((keys, values), planes):
         if plane is not given:
             given.copy_(plane)
@@ -89,7 +125,3 @@ def decoder_layer(
 def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[int, ...]:
     outputs, width = weight.shape
     return weight.data_ptr(), address(bias), kind_of(weight, dtype), outputs, width, weight.stride(0)
-
-
-def _plane(plane: Tensor) -> tuple[int, ...]:
-    return plane.data_ptr(), *plane.stride()[:3]

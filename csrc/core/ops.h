@@ -251,18 +251,12 @@ struct CachePlane {
 
 enum Activation : int32_t { kSilu, kGeluTanh };
 
-// Everything of one dtype but the weights of linear layers; x, out [batch, nodes, width], cos, sin [batch, nodes, rotary].
-struct DecoderLayer {
+// What new tokens bring to decoder layers: x, out [batch, nodes, width], cos, sin [batch, nodes, rotary].
+struct NewTokens {
   const void* x;
   void* out;
-  int32_t dtype;
-  int64_t batch, nodes, width, heads, kv_heads, head_width, rotary;
-  LinearWeight q, k, v, o, gate, up, down;
-  NormWeight norm_in, norm_q, norm_k, norm_attended, norm_mlp, norm_after, norm_out, norm_state;
-  int32_t activation;
-  float residual, scale, softcap;  // softcap 0: none
+  int64_t batch, nodes, rotary;
   const void *cos, *sin;
-  CachePlane keys, values;
   int64_t slots;
   const int32_t* table;  // or null
   int64_t table_width, pages;
@@ -271,11 +265,25 @@ struct DecoderLayer {
   int64_t words;
   const int32_t* starts;  // or null
   int64_t write;          // where the new keys go, behind the length
-  int32_t of_output;      // keys are those of the states that come out
-  BEAGLE_FIELDS(x, out, dtype, batch, nodes, width, heads, kv_heads, head_width, rotary, q, k, v, o, gate, up, down,
-                norm_in, norm_q, norm_k, norm_attended, norm_mlp, norm_after, norm_out, norm_state, activation, residual,
-                scale, softcap, cos, sin, keys, values, slots, table, table_width, pages, lengths, mask, words, starts,
-                write, of_output)
+  BEAGLE_FIELDS(x, out, batch, nodes, rotary, cos, sin, slots, table, table_width, pages, lengths, mask, words, starts,
+                write)
+};
+
+// What a decoder layer is, everything of one dtype but the weights of its linear layers.
+struct LayerParts {
+  int32_t dtype;
+  int64_t width, heads, kv_heads, head_width;
+  LinearWeight q, k, v, o, gate, up, down;
+  NormWeight norm_in, norm_q, norm_k, norm_attended, norm_mlp, norm_after, norm_out, norm_state;
+  int32_t activation;
+  float residual, scale, softcap;  // softcap 0: none
+  int32_t of_output;               // keys are those of the states that come out
+  BEAGLE_FIELDS(dtype, width, heads, kv_heads, head_width, q, k, v, o, gate, up, down, norm_in, norm_q, norm_k,
+                norm_attended, norm_mlp, norm_after, norm_out, norm_state, activation, residual, scale, softcap, of_output)
+};
+
+struct DecoderLayer : LayerParts, NewTokens {
+  CachePlane keys, values;
 };
 
 }  // namespace beagle

@@ -1,4 +1,4 @@
-// A decoder layer over a cache in one call: every step is shared out among the same threads, each weight is read once.
+// Decoder layers over a cache in one call: every step is shared out among the same threads, each weight is read once.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -20,7 +20,7 @@ int64_t attend_room(const DecoderLayer& op) {
 namespace {
 
 constexpr int64_t kTaskBytes = 1 << 16;  // of a weight, that one task reads at least
-constexpr int64_t kSteps = 16;           // calls of Team::each, at most
+constexpr int64_t kSteps = 16;           // calls of Team::each a layer, at most
 
 // Memory for the steps of one call, kept by its thread for the next.
 class Memory {
@@ -50,6 +50,8 @@ class Memory {
   int64_t size_ = 0, used_ = 0;
 };
 
+int64_t size_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+
 int64_t outputs_a_task(const LinearWeight& linear) {
   const int64_t row_bytes = std::max<int64_t>(linear.width, 1) * (linear.kind == kFloat32 ? 4 : 2);
   return (kTaskBytes / row_bytes / kPanel + 1) * kPanel;
@@ -60,107 +62,119 @@ int64_t tasks_of(const LinearWeight& linear) {
   return linear.weight ? (linear.outputs + step - 1) / step : 0;
 }
 
-class Layer {
- public:
-  Layer(const DecoderLayer& op, int threads) : op_(op), threads_(threads) {
-    const int64_t inner = op.gate.outputs;
-    queries_ = op.heads * op.head_width, keys_ = op.k.weight ? op.kv_heads * op.head_width : 0;
-    widest_ = std::max({op.width, queries_, inner});
-    tile_ = rows_ * std::max({outputs_a_task(op.q), outputs_a_task(op.o), outputs_a_task(op.gate), outputs_a_task(op.down)});
-    tile_ = std::max(tile_, rows_ * (op.k.weight ? outputs_a_task(op.k) : 0));
-    spare_ = std::max(attend_room(op), kPanel * padded(widest_) + 2 * tile_);
+// What the layers of one call share: their sizes, and memory for rows between steps.
+struct Room {
+  Room(const DecoderLayer& op, int threads)
+      : count(op.batch * op.nodes), width(op.width), queries(op.heads * op.head_width),
+        keys(op.k.weight ? op.kv_heads * op.head_width : 0), inner(op.gate.outputs),
+        widest(std::max({width, queries, inner})) {
+    spare = std::max(attend_room(op), kPanel * padded(widest) + count * outputs_a_task(op.up));
+    spare = (spare + 15) / 16 * 16;
+    int64_t bytes = 0;
+    for (const LinearWeight* linear : {&op.q, &op.o, &op.gate, &op.down})
+      bytes = std::max(bytes, products().of[linear->kind].prepared(count, linear->width));
     thread_local Memory memory;
-    const int64_t prepared = products().of[op.dtype].prepared(rows_, widest_);
-    memory.need(4 * rows_ * (3 * op.width + queries_ + 2 * keys_ + queries_ + inner) + prepared +
-                threads * (4 * spare_ + 64) + 16 * 64);
-    state_ = memory.take(rows_ * op.width), normed_ = memory.take(rows_ * op.width);
-    projected_ = memory.take(rows_ * op.width);
-    mixed_ = memory.take(rows_ * (queries_ + 2 * keys_)), attended_ = memory.take(rows_ * queries_);
-    inner_ = memory.take(rows_ * inner);
-    prepared_ = memory.take<char>(prepared);
-    spares_ = memory.take(threads * (spare_ + 16));
+    memory.need(4 * (count * (3 * width + 2 * queries + 2 * keys + inner) + threads * spare) + bytes + 8 * 64);
+    state = memory.take(count * width), normed = memory.take(count * width), projected = memory.take(count * width);
+    mixed = memory.take(count * mixed_width()), attended = memory.take(count * queries);
+    middle = memory.take(count * inner), spares = memory.take(threads * spare);
+    prepared = memory.take<char>(bytes);
   }
 
-  void run() {
-    together(threads_, kSteps, [this](Team& team) {
-      float* spare = spares_ + team.member * ((spare_ + 15) / 16 * 16);
-      read(team);
-      queries_and_keys(team, spare);
-      attend(team, spare);
-      output(team, spare);
-      feed_forward(team, spare);
-      if (op_.of_output && op_.k.weight) keys_of_output(team, spare);
-    });
+  int64_t mixed_width() const { return queries + 2 * keys; }
+
+  const int64_t count, width, queries, keys, inner, widest;
+  int64_t spare;                                      // floats of scratch a thread
+  float *state, *normed, *projected, *mixed, *attended;  // the residual stream; queries, keys and values side by side
+  float *middle, *spares;
+  char* prepared;  // rows as a weight is multiplied with
+};
+
+// One layer as one thread of a team goes through it.
+class Layer {
+ public:
+  Layer(const DecoderLayer& op, const Room& rows, Team& team, int threads)
+      : op_(op), rows_(rows), team_(team), threads_(threads), spare_(rows.spares + team.member * rows.spare) {}
+
+  void run(bool first) {
+    begin(first);
+    queries_and_keys();
+    attend();
+    output();
+    feed_forward();
+    if (op_.of_output && op_.k.weight) keys_of_output();
   }
 
  private:
-  // Rows as a linear layer's weight is multiplied with, from `from`.
-  void prepare(Team& team, const float* from, int64_t width, const LinearWeight& linear) {
+  void prepare(const float* from, const LinearWeight& linear) {
     const Product& product = products().of[linear.kind];
-    team.each(1, [&](int64_t) { product.prepare(from, width, rows_, width, prepared_); });
+    team_.each(1, [&](int64_t) { product.prepare(from, linear.width, rows_.count, linear.width, rows_.prepared); });
   }
 
-  // Task `task` of a linear layer into columns of `to`, `stride` apart, bias added.
-  void multiply(const LinearWeight& linear, int64_t task, float* to, int64_t stride, float* spare) {
+  // Task `task` of a linear layer, bias added; `to` is where its first column goes, rows are `stride` apart.
+  void multiply(const LinearWeight& linear, int64_t task, float* to, int64_t stride) {
     const int64_t step = outputs_a_task(linear), first = task * step, last = std::min(linear.outputs, first + step);
     const Weight weight{linear.weight, linear.outputs, linear.width, linear.stride};
-    products().of[linear.kind].multiply(weight, prepared_, rows_, first, last, to + first, stride, spare);
+    products().of[linear.kind].multiply(weight, rows_.prepared, rows_.count, first, last, to, stride, spare_);
     if (!linear.bias) return;
-    float* bias = spare;
-    const int64_t size = op_.dtype == kFloat32 ? 4 : 2;
-    steps_.widen[op_.dtype](static_cast<const char*>(linear.bias) + first * size, last - first, bias);
-    for (int64_t m = 0; m < rows_; ++m)
-      for (int64_t n = first; n < last; ++n) to[m * stride + n] += bias[n - first];
+    steps_.widen[op_.dtype](static_cast<const char*>(linear.bias) + first * size_of(op_.dtype), last - first, spare_);
+    for (int64_t m = 0; m < rows_.count; ++m)
+      for (int64_t n = 0; n < last - first; ++n) to[m * stride + n] += spare_[n];
+  }
+
+  // The same into rows of `mixed`, from column `column` on.
+  void mix(const LinearWeight& linear, int64_t task, int64_t column) {
+    multiply(linear, task, rows_.mixed + column + task * outputs_a_task(linear), rows_.mixed_width());
   }
 
   void norm(const NormWeight& norm, const float* from, int64_t width, float* to) {
     steps_.norm[op_.dtype](from, norm, width, to);
   }
 
-  void read(Team& team) {
-    const int64_t size = op_.dtype == kFloat32 ? 4 : 2, width = op_.width;
-    team.each(rows_, [&](int64_t m) {
-      steps_.widen[op_.dtype](static_cast<const char*>(op_.x) + m * width * size, width, state_ + m * width);
-      norm(op_.norm_in, state_ + m * width, width, normed_ + m * width);
+  void begin(bool first) {
+    const int64_t width = rows_.width;
+    team_.each(rows_.count, [&](int64_t m) {
+      const void* from = static_cast<const char*>(op_.x) + m * width * size_of(op_.dtype);
+      if (first) steps_.widen[op_.dtype](from, width, rows_.state + m * width);
+      norm(op_.norm_in, rows_.state + m * width, width, rows_.normed + m * width);
     });
-    prepare(team, normed_, width, op_.q);
+    prepare(rows_.normed, op_.q);
   }
 
-  void queries_and_keys(Team& team, float* spare) {
+  void queries_and_keys() {
     const bool keys = op_.k.weight && !op_.of_output;
-    const int64_t first = tasks_of(op_.q), second = keys ? tasks_of(op_.k) : 0, third = keys ? tasks_of(op_.v) : 0;
-    const int64_t stride = queries_ + 2 * keys_;
-    team.each(first + second + third, [&](int64_t task) {
-      if (task < first) return multiply(op_.q, task, mixed_, stride, spare);
-      if (task < first + second) return multiply(op_.k, task - first, mixed_ + queries_, stride, spare);
-      multiply(op_.v, task - first - second, mixed_ + queries_ + keys_, stride, spare);
+    const int64_t first = tasks_of(op_.q), second = first + (keys ? tasks_of(op_.k) : 0);
+    team_.each(second + (keys ? tasks_of(op_.v) : 0), [&](int64_t task) {
+      if (task < first) return mix(op_.q, task, 0);
+      if (task < second) return mix(op_.k, task - first, rows_.queries);
+      mix(op_.v, task - second, rows_.queries + rows_.keys);
     });
     const int64_t parts = op_.heads + (keys ? op_.kv_heads : 0);
-    team.each(op_.batch * parts, [&](int64_t task) {
+    team_.each(op_.batch * parts, [&](int64_t task) {
       const int64_t b = task / parts, head = task % parts;
-      if (head >= op_.heads) return keep(b, head - op_.heads, mixed_ + queries_, stride);
-      for (int64_t n = 0; n < op_.nodes; ++n) turn(b, n, mixed_ + head * op_.head_width, stride, op_.norm_q);
+      if (head >= op_.heads) return keep(b, head - op_.heads);
+      for (int64_t n = 0; n < op_.nodes; ++n) turn(b, n, head * op_.head_width, op_.norm_q);
     });
   }
 
-  // Head `head` of node n, normed and turned to its position.
-  float* turn(int64_t b, int64_t n, float* head, int64_t stride, const NormWeight& norm_head) {
-    const int64_t row = b * op_.nodes + n, angles = row * op_.rotary * (op_.dtype == kFloat32 ? 4 : 2);
-    float* place = head + row * stride;
-    norm(norm_head, place, op_.head_width, place);
-    steps_.rotate[op_.dtype](place, static_cast<const char*>(op_.cos) + angles,
+  // The head at `column` of node n's row of `mixed`, normed and turned to its position.
+  float* turn(int64_t b, int64_t n, int64_t column, const NormWeight& norm_head) {
+    const int64_t row = b * op_.nodes + n, angles = row * op_.rotary * size_of(op_.dtype);
+    float* head = rows_.mixed + row * rows_.mixed_width() + column;
+    norm(norm_head, head, op_.head_width, head);
+    steps_.rotate[op_.dtype](head, static_cast<const char*>(op_.cos) + angles,
                              static_cast<const char*>(op_.sin) + angles, op_.rotary);
-    return place;
+    return head;
   }
 
   // Keys and values of head h of row b into the cache.
-  void keep(int64_t b, int64_t h, float* keys, int64_t stride) {
+  void keep(int64_t b, int64_t h) {
     const int64_t all = op_.table ? op_.slots * op_.table_width : op_.slots;
     for (int64_t n = 0; n < op_.nodes; ++n) {
       const int64_t slot = std::max<int64_t>(op_.lengths[b], 0) + op_.write + n;
-      const float* key = turn(b, n, keys + h * op_.head_width, stride, op_.norm_k);
+      const float* key = turn(b, n, rows_.queries + h * op_.head_width, op_.norm_k);
       if (slot >= all) continue;
-      store(op_.keys, b, h, slot, key), store(op_.values, b, h, slot, key + keys_);
+      store(op_.keys, b, h, slot, key), store(op_.values, b, h, slot, key + rows_.keys);
     }
   }
 
@@ -170,82 +184,88 @@ class Layer {
     steps_.narrow[op_.dtype](from, op_.head_width, to);
   }
 
-  void attend(Team& team, float* spare) {
+  void attend() {
     const int64_t planes = op_.batch * op_.kv_heads, queries = op_.nodes * (op_.heads / op_.kv_heads);
     int64_t chunks = (queries + kQueries - 1) / kQueries;
     if (threads_ > 1) chunks = std::max(chunks, std::min(queries, (3 * threads_ + planes - 1) / planes));
-    team.each(planes * chunks, [&](int64_t task) {
+    team_.each(planes * chunks, [&](int64_t task) {
       const int64_t plane = task / chunks, chunk = task % chunks;
       const int64_t first = queries * chunk / chunks, last = queries * (chunk + 1) / chunks;
-      steps_.attend[op_.dtype](op_, plane / op_.kv_heads, plane % op_.kv_heads, first, last - first, mixed_,
-                               queries_ + 2 * keys_, attended_, queries_, spare);
+      steps_.attend[op_.dtype](op_, plane / op_.kv_heads, plane % op_.kv_heads, first, last - first, rows_.mixed,
+                               rows_.mixed_width(), rows_.attended, rows_.queries, spare_);
     });
   }
 
-  // The residual stream takes what attention or the MLP gives in, by a norm of its own where there is one.
-  void join(int64_t m, const NormWeight& norm_of_it) {
-    float *state = state_ + m * op_.width, *given = projected_ + m * op_.width;
-    norm(norm_of_it, given, op_.width, given);
-    for (int64_t d = 0; d < op_.width; ++d) state[d] += op_.residual * given[d];
+  // Row m of the residual stream takes in what attention or the MLP gives, by a norm of its own where there is one.
+  float* join(int64_t m, const NormWeight& norm_of_it) {
+    float *state = rows_.state + m * rows_.width, *given = rows_.projected + m * rows_.width;
+    norm(norm_of_it, given, rows_.width, given);
+    for (int64_t d = 0; d < rows_.width; ++d) state[d] += op_.residual * given[d];
+    return state;
   }
 
-  void output(Team& team, float* spare) {
-    prepare(team, attended_, queries_, op_.o);
-    team.each(tasks_of(op_.o), [&](int64_t task) { multiply(op_.o, task, projected_, op_.width, spare); });
-    team.each(rows_, [&](int64_t m) {
-      join(m, op_.norm_attended);
-      norm(op_.norm_mlp, state_ + m * op_.width, op_.width, normed_ + m * op_.width);
+  void project(const float* from, const LinearWeight& linear) {
+    prepare(from, linear);
+    team_.each(tasks_of(linear), [&](int64_t task) {
+      multiply(linear, task, rows_.projected + task * outputs_a_task(linear), rows_.width);
     });
-    prepare(team, normed_, op_.width, op_.gate);
   }
 
-  void feed_forward(Team& team, float* spare) {
-    const int64_t inner = op_.gate.outputs, step = outputs_a_task(op_.gate);
-    team.each(tasks_of(op_.gate), [&](int64_t task) {
-      const int64_t first = task * step, count = std::min(inner, first + step) - first;
-      float* up = spare + kPanel * padded(widest_);
-      multiply(op_.gate, task, inner_, inner, spare);
-      multiply(op_.up, task, up - first, step, spare);
-      for (int64_t m = 0; m < rows_; ++m)
-        steps_.gate(inner_ + m * inner + first, up + m * step, count, op_.activation);
+  void output() {
+    project(rows_.attended, op_.o);
+    team_.each(rows_.count, [&](int64_t m) {
+      norm(op_.norm_mlp, join(m, op_.norm_attended), rows_.width, rows_.normed + m * rows_.width);
     });
-    prepare(team, inner_, inner, op_.down);
-    team.each(tasks_of(op_.down), [&](int64_t task) { multiply(op_.down, task, projected_, op_.width, spare); });
-    const int64_t size = op_.dtype == kFloat32 ? 4 : 2, width = op_.width;
-    team.each(rows_, [&](int64_t m) {
-      join(m, op_.norm_after);
-      float* state = state_ + m * width;
+    prepare(rows_.normed, op_.gate);
+  }
+
+  void feed_forward() {
+    const int64_t step = outputs_a_task(op_.gate), width = rows_.width;
+    team_.each(tasks_of(op_.gate), [&](int64_t task) {
+      const int64_t first = task * step, count = std::min(rows_.inner, first + step) - first;
+      float *gate = rows_.middle + first, *up = spare_ + kPanel * padded(rows_.widest);
+      multiply(op_.gate, task, gate, rows_.inner);
+      multiply(op_.up, task, up, step);
+      for (int64_t m = 0; m < rows_.count; ++m) steps_.gate(gate + m * rows_.inner, up + m * step, count, op_.activation);
+    });
+    project(rows_.middle, op_.down);
+    team_.each(rows_.count, [&](int64_t m) {
+      float* state = join(m, op_.norm_after);
+      void* out = static_cast<char*>(op_.out) + m * width * size_of(op_.dtype);
       norm(op_.norm_out, state, width, state);
-      steps_.narrow[op_.dtype](state, width, static_cast<char*>(op_.out) + m * width * size);
-      if (op_.of_output) norm(op_.norm_state, state, width, normed_ + m * width);
+      steps_.narrow[op_.dtype](state, width, out);
+      steps_.widen[op_.dtype](out, width, state);
+      if (op_.of_output) norm(op_.norm_state, state, width, rows_.normed + m * width);
     });
   }
 
-  void keys_of_output(Team& team, float* spare) {
-    prepare(team, normed_, op_.width, op_.k);
-    const int64_t first = tasks_of(op_.k), stride = queries_ + 2 * keys_;
-    team.each(first + tasks_of(op_.v), [&](int64_t task) {
-      if (task < first) return multiply(op_.k, task, mixed_ + queries_, stride, spare);
-      multiply(op_.v, task - first, mixed_ + queries_ + keys_, stride, spare);
+  void keys_of_output() {
+    prepare(rows_.normed, op_.k);
+    const int64_t first = tasks_of(op_.k);
+    team_.each(first + tasks_of(op_.v), [&](int64_t task) {
+      if (task < first) return mix(op_.k, task, rows_.queries);
+      mix(op_.v, task - first, rows_.queries + rows_.keys);
     });
-    team.each(op_.batch * op_.kv_heads, [&](int64_t task) {
-      keep(task / op_.kv_heads, task % op_.kv_heads, mixed_ + queries_, stride);
-    });
+    team_.each(op_.batch * op_.kv_heads, [&](int64_t task) { keep(task / op_.kv_heads, task % op_.kv_heads); });
   }
 
   const DecoderLayer& op_;
+  const Room& rows_;
+  Team& team_;
   const LayerSteps& steps_ = layer_steps();
   const int threads_;
-  const int64_t rows_ = op_.batch * op_.nodes;
-  int64_t queries_, keys_, widest_, tile_, spare_;
-  float *state_, *normed_, *projected_, *mixed_, *attended_, *inner_, *spares_;
-  char* prepared_;
+  float* spare_;
 };
 
 }  // namespace
 
-void decoder_layer(const DecoderLayer& op, int threads) {
-  if (op.batch * op.nodes > 0) Layer(op, std::max(threads, 1)).run();
+void decoder_layers(const DecoderLayer* ops, int64_t count, int threads) {
+  if (count < 1 || ops->batch * ops->nodes < 1) return;
+  threads = std::max(threads, 1);
+  const Room rows(*ops, threads);
+  together(threads, kSteps * count, [&](Team& team) {
+    for (int64_t i = 0; i < count; ++i) Layer(ops[i], rows, team, threads).run(i == 0);
+  });
 }
 
 }  // namespace beagle::cpu

@@ -10,6 +10,7 @@ from torch import Tensor
 from beagle_kernels import Sampling, top_candidates, tree_attention
 from beagle_sd.models.cache import grown
 from beagle_sd.models.draft import Angles, BeagleDraft
+from beagle_sd.models.draft_layer import draft_layer
 from beagle_sd.models.layers.linears import few_rows
 
 
@@ -40,7 +41,7 @@ class DraftCache:
         shape = batch, config.num_key_value_heads, self._slots(tokens), config.head_dim
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
-        self.layer = draft.layer()
+        self.layer = draft_layer(draft)
         self._rows = torch.arange(batch, device=weight.device)[:, None]
         self._none = torch.zeros(batch, dtype=torch.int32, device=weight.device)
 

@@ -81,6 +81,7 @@ class TreeCache(Cache):
         self._starts: list[int] = []
         self._limit: int | None = None
         self._made: dict[Hashable, Any] = {}
+        self.passed: Any = None  # what the last of whole layers gave, and to whom (layers/whole.py)
 
     def _lay_out(self, rows: int, size: int) -> None:
         """`states` without slots, the span of each, and of each layer the (tensor, layer in it, plane) of its keys and
@@ -183,6 +184,7 @@ class TreeCache(Cache):
         self._limit, self.depth = limit, depth.long()
         self.stepping, self.recording = stepping, ends is None
         self._made.clear()
+        self.passed = None
         for recurrence in self.recurrences.values():
             recurrence.history = []
         if not self.fixed:

@@ -13,10 +13,8 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from beagle_kernels import LayerWeights, Linear, Norm
-from beagle_kernels.decoder_layer import flat
 from beagle_sd.models.config import BeagleConfig, write_custom_generate
-from beagle_sd.models.layers.linears import FewRowsLinear, linear, read_weight
+from beagle_sd.models.layers.linears import FewRowsLinear, linear
 from beagle_sd.models.target import Target
 
 if TYPE_CHECKING:
@@ -61,8 +59,6 @@ class Angles(NamedTuple):
     sin: Tensor
 
 
-_OF_THE_OP = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""Activations that decoder_layer has, by their names in a config."""
 _OF_THE_HUB = ("repo_id", "commit_message", "private", "token", "create_pr", "revision", "tags")
 """Arguments of push_to_hub."""
 
@@ -243,10 +239,6 @@ class BeagleDraft(PreTrainedModel):
         x = self.norm_mlp(y)
         return self.norm_output(y + self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)))
 
-    def layer(self) -> DraftLayer | None:
-        """The block as one op, while the weights stay as they are; None where the op does not have its activation."""
-        return DraftLayer(self) if self.config.hidden_act in _OF_THE_OP else None
-
     def logits(self, states: Tensor) -> Tensor:
         """The draft's logits over its own vocabulary, soft-capped as the target's: [..., d] -> [..., V']."""
         return self.target.head.capped(linear(states.to(self.head.dtype), self.head, half=self._half))
@@ -257,40 +249,6 @@ class BeagleDraft(PreTrainedModel):
         half = self.config.head_dim // 2
         turned = torch.cat((-x[..., half:], x[..., :half]), -1)
         return (x * cos + turned * sin).to(x.dtype)  # in autocast x is in 16 bits, and the values are too
-
-
-class DraftLayer:
-    """The draft's block from embeddings to states by `decoder_layer`."""
-
-    def __init__(self, draft: BeagleDraft):
-        norms = (_norm(norm) for norm in (draft.norm_query, draft.norm_mlp, draft.norm_output, draft.norm_state))
-        names = ("norm_in", "norm_mlp", "norm_out", "norm_state")
-        q, k, v, o = (Linear(read_weight(linear)) for linear in (draft.q_proj, draft.k_proj, draft.v_proj, draft.o_proj))
-        mlp = (Linear(read_weight(linear)) for linear in (draft.gate_proj, draft.up_proj, draft.down_proj))
-        layer = LayerWeights(q, None, None, o, *mlp, **dict(zip(names, norms)))
-        layer = layer._replace(activation=_OF_THE_OP[draft.config.hidden_act])
-        self.without, self.with_keys = flat(layer), flat(layer._replace(k=k, v=v))
-
-    def __call__(
-        self,
-        embedded: Tensor,
-        turn: Angles,
-        keys: Tensor,
-        values: Tensor,
-        prefix: Tensor,
-        words: Tensor,
-        append_at: int | None,
-    ) -> Tensor:
-        """States [B, n, d] of embedded tokens, at angles [B, 1, 1, D] or [B, n, 1, D]; the rest as in propose."""
-        layer, shape = self.without if append_at is None else self.with_keys, (*embedded.shape[:2], turn.cos.shape[-1])
-        cos, sin = (part[:, :, 0].expand(shape) for part in turn)
-        scale = turn.cos.shape[-1] ** -0.5
-        given = cos, sin, keys, values, prefix, words, None, None, scale, None, append_at or 0, append_at is not None
-        return torch.ops.beagle.decoder_layer.default(embedded, *layer, *given, "cpu")
-
-
-def _norm(norm: nn.Module) -> Norm | None:
-    return Norm(norm.weight, norm.eps) if isinstance(norm, RMSNorm) else None
 
 
 def _check_draft_vocab(ids: Tensor, vocab_size: int) -> None:

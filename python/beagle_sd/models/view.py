@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from beagle_sd.models.layers.attention import NAME, tempered_by_position
 from beagle_sd.models.layers.linears import few_rows_forward
-from beagle_sd.models.layers.whole import whole_forward
+from beagle_sd.models.layers.whole import take_over
 
 
 def view_of(model: PreTrainedModel, *, attention: str | None = NAME) -> PreTrainedModel:
@@ -31,8 +31,8 @@ def view_of(model: PreTrainedModel, *, attention: str | None = NAME) -> PreTrain
         _bind(copied[id(old)], copied)
         if attention == NAME and tempered_by_position(old):
             copied[id(old)].__dict__["attn_temperature_tuning"] = False  # attention.py does it, by each one's position
-        if attention == NAME and (forward := whole_forward(copied[id(old)], old)) is not None:
-            copied[id(old)].__dict__["forward"] = forward
+    if attention == NAME:
+        take_over({copied[id(old)]: old for old in _uncompiled_modules(model)})
     if attention is not None:
         view.config._attn_implementation = attention
     return view

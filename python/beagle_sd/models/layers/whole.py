@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle_kernels import LayerWeights, Linear, Norm, backends
+from beagle_kernels.compiled.decoder_layer import Layers, Parts
 from beagle_kernels.decoder_layer import flat
 from beagle_sd.models.cache import TreeCache
 from beagle_sd.models.layers.attention import cache_being_read, seen
@@ -35,55 +36,87 @@ _verdicts: WeakKeyDictionary[nn.Module, tuple[tuple, Verdict]] = WeakKeyDictiona
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a layer is taken over: what its attention was given (scale, softcap), or why it is not."""
+    """Whether a layer is taken over: what its attention was given (scale, softcap), and whether it was given just what
+    the layer before it gave; or why it is not."""
 
     scale: float = 1.0
     softcap: float | None = None
+    follows: bool = False
     why_not: str | None = None
+
+
+class Passed(NamedTuple):
+    """What went through layers up to `index` so far in a forward, by whole layers alone or as a model has it."""
+
+    index: int
+    states: Tensor
+    words: Tensor
+    angles: Any
 
 
 class NotTaken(Exception):
     """A layer has what the op does not do; the message says what."""
 
 
-def whole_forward(layer: nn.Module, original: nn.Module) -> WholeLayer | None:
-    """A forward for a view's `layer`, whose own is that of `original` over the same weights; None unless it has an
-    attention and an MLP as decoder layers do, on a CPU that the extension serves."""
-    attention = getattr(layer, "self_attn", None)
-    if getattr(attention, "layer_idx", None) is None or "forward" in layer.__dict__ or not hasattr(layer, "mlp"):
-        return None
-    return WholeLayer(layer, original) if _served() else None
+def take_over(layers: dict[nn.Module, nn.Module]) -> None:
+    """Give those of a view's modules that are decoder layers, on a CPU that the extension serves, a forward that takes
+    few rows through the op. layers: each module with the model's own, over the same weights."""
+    taken = [WholeLayer(layer, original) for layer, original in layers.items() if served() and _is_layer(layer)]
+    for layer in taken:
+        layer.layer.__dict__["forward"] = layer
+    for layer, after in zip(taken, taken[1:]):
+        if after.index == layer.index + 1:
+            layer.after = after
+
+
+def _is_layer(module: nn.Module) -> bool:
+    attention = getattr(module, "self_attn", None)
+    return hasattr(module, "mlp") and type(getattr(attention, "layer_idx", None)) is int and not _hooked(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
 
 
 @functools.cache
-def _served() -> bool:
+def served() -> bool:
+    """Whether the extension has the op."""
     return backends.why_not("decoder_layer", "cpu", torch.device("cpu")) is None
 
 
 class WholeLayer:
-    """The forward of one decoder layer."""
+    """The forward of one decoder layer. The first of several that follow each other runs them all in one call, and
+    those after it hand its states on."""
 
-    def __init__(self, layer: nn.Module, original: nn.Module):
+    def __init__(self, layer: Any, original: nn.Module):
         self.layer, self.original = layer, original
         self.own = type(layer).forward.__get__(layer)
         self.attention: Any = layer.self_attn
         self.index: int = self.attention.layer_idx
-        self.known: tuple[Any, ...] | None = None  # the op's arguments, while the weights stay where they are
+        self.after: WholeLayer | None = None
+        self.known: tuple[WholeLayer, Layers] | None = None  # the last of those that run together, and what runs them
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = cache_being_read()
         words, angles = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-        if not (cache is not None and angles is not None and not args and self._few(hidden_states, words, cache)):
+        if cache is None or words is None or args or not self._few(hidden_states, words, angles, cache):
             return self.own(hidden_states, *args, **kwargs)
         verdict = self.verdict
         if verdict is None:
             return self._try(hidden_states, cache, kwargs)
         if verdict.why_not is not None:
             return self.own(hidden_states, **kwargs)
-        return self._run(hidden_states, words, angles, cache, verdict)
+        passed: Passed | None = cache.passed
+        if passed is None or passed.index < self.index:
+            last, layers = self.known = self.known or self._together(cache)
+            states = self._run(layers, last, hidden_states, words, angles, cache)
+            cache.passed = passed = Passed(last.index, states, words, angles)
+        elif passed.states is not hidden_states:
+            raise RuntimeError(f"{type(self.layer).__name__} {self.index} was given other states than on first use")
+        return passed.states
 
-    def _few(self, x: Tensor, words: Tensor | None, cache: TreeCache) -> bool:
-        return words is not None and words.dtype == torch.int64 and cache.recording and few_rows(x)
+    def _few(self, x: Tensor, words: Tensor, angles: Any, cache: TreeCache) -> bool:
+        return words.dtype == torch.int64 and isinstance(angles, tuple) and cache.recording and few_rows(x)
 
     @property
     def verdict(self) -> Verdict | None:
@@ -92,51 +125,62 @@ class WholeLayer:
         return known[1] if known is not None and known[0] == self._used_as() else None
 
     def _used_as(self) -> tuple:
-        weight = next(self.layer.parameters())
+        weight = self.attention.q_proj.weight
         return weight.dtype, weight.device, weight.data_ptr()
 
     def _try(self, x: Tensor, cache: TreeCache, kwargs: dict[str, Any]) -> Any:
         """The layer's own result, with which the op's is compared."""
         want = self.own(x, **kwargs)
+        words, angles = kwargs["attention_mask"], kwargs["position_embeddings"]
+        passed: Passed | None = cache.passed
+        follows = passed is not None and passed.index == self.index - 1
+        follows = follows and all(one is other for one, other in zip(passed[1:], (x, words, angles)))
         try:
             if not isinstance(want, Tensor):
                 raise NotTaken(f"its layers return a {type(want).__name__}")
+            cache.passed = Passed(self.index, want, words, angles)
             given = cache.attended.get(id(self.attention))
             if given is None or given.unlike is not None:
                 raise NotTaken(given.unlike if given is not None else "its attention is its own")
-            verdict = Verdict(given.scale, given.softcap)
-            have = self._run(x, kwargs["attention_mask"], kwargs["position_embeddings"], cache, verdict)
+            verdict = Verdict(given.scale, given.softcap, follows)
+            have = self._run(Layers([self._parts(cache, verdict)]), self, x, words, angles, cache)
             _compare(x, have, want)
         except NotTaken as reason:
             verdict = Verdict(why_not=str(reason))
         _verdicts[self.original] = self._used_as(), verdict
         return want
 
-    def _run(self, x: Tensor, words: Tensor, angles: Any, cache: TreeCache, verdict: Verdict) -> Tensor:
-        if self.known is None:
-            self.known = flat(weights_of(self.layer))
+    def _parts(self, cache: TreeCache, verdict: Verdict) -> Parts:
+        keys = cache.layer(self.index)[0]
+        weights = weights_of(self.layer)
+        dtype = weights.norm_in.weight.dtype if weights.norm_in is not None else keys.dtype
+        sizes = dtype, weights.q.weight.shape[1], keys.shape[1], keys.shape[3]
+        return Parts(sizes, *flat(weights), verdict.scale, verdict.softcap, False)
+
+    def _together(self, cache: TreeCache) -> tuple[WholeLayer, Layers]:
+        """This layer and those after it that are given just what it gives, and see as far back."""
+        members, parts, span = [self], [self._parts(cache, self.verdict)], cache.span_of(self.index, None)
+        while (after := members[-1].after) is not None:
+            verdict = after.verdict
+            if verdict is None or not verdict.follows or cache.span_of(after.index, None) != span:
+                break
+            more = after._parts(cache, verdict)
+            if more.sizes != parts[0].sizes:
+                break
+            members.append(after)
+            parts.append(more)
+        return members[-1], Layers(parts)
+
+    def _run(
+        self, layers: Layers, last: WholeLayer, x: Tensor, words: Tensor, angles: Any, cache: TreeCache
+    ) -> Tensor:
         span = cache.span_of(self.index, None)
         visible, starts = cache.once(("seen", span), lambda: seen(words[:, 0], cache.lengths, cache.depth, span))
         cos, sin = angles
         if cos.shape[0] != x.shape[0]:
             cos, sin = cos.expand(len(x), -1, -1), sin.expand(len(x), -1, -1)
-        # the op itself: the public function's checks would cost a small model a percent
-        return torch.ops.beagle.decoder_layer.default(
-            x,
-            *self.known,
-            cos,
-            sin,
-            *cache.layer(self.index),
-            cache.lengths,
-            visible,
-            cache.table(span),
-            starts,
-            verdict.scale,
-            verdict.softcap,
-            0,
-            False,
-            "cpu",
-        )
+        planes = [plane for index in range(self.index, last.index + 1) for plane in cache.layer(index)]
+        return layers(x, cos, sin, planes, cache.lengths, visible, cache.table(span), starts)
 
 
 def weights_of(layer: nn.Module) -> LayerWeights:
@@ -146,7 +190,7 @@ def weights_of(layer: nn.Module) -> LayerWeights:
     norms = next((names for names in _NORMS if all(hasattr(layer, name) for name in names)), None)
     if norms is None:
         raise NotTaken("its norms are not where Llama's or Gemma's are")
-    _check_children(layer, ("self_attn", "mlp", *norms))
+    _check_children(layer, ("self_attn", "mlp", *norms), hooked=False)
     _check_children(attention, ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"))
     _check_children(mlp, ("gate_proj", "up_proj", "down_proj", "act_fn", "activation_fn"))
     found = {name: _norm(getattr(layer, norm)) for name, norm in zip(_placed(norms), norms)}
@@ -166,9 +210,9 @@ def _placed(norms: tuple[str, ...]) -> tuple[str, ...]:
     return ("norm_in", "norm_attended", "norm_mlp", "norm_after") if len(norms) == 4 else ("norm_in", "norm_mlp")
 
 
-def _check_children(module: nn.Module, known: tuple[str, ...]) -> None:
-    hooks = module._forward_hooks or module._forward_pre_hooks
+def _check_children(module: nn.Module, known: tuple[str, ...], hooked: bool = True) -> None:
     others = [name for name, child in module.named_children() if name not in known and any(child.parameters())]
+    hooks = hooked and _hooked(module)
     if hooks or others or any(True for _ in module.parameters(recurse=False)):
         what = ", ".join(others) or ("hooks" if hooks else "parameters of its own")
         raise NotTaken(f"{type(module).__name__} has {what}")
