@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from ..backends import implementation
+from ..backends import implementation, operator
 from ..extension import _C, DTYPES, address, contiguous, dense, kind_of, missing_cpu
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
@@ -15,12 +17,12 @@ _NO_LINEAR = (0, 0, 0, 0, 0, 0)
 
 
 class Parts:
-    """A layer as the executor reads it: x's dtype, d, Hkv and D, the op's arguments for what it is made of, and how it
+    """A layer as the executor reads it: x's dtype, d, Hq, Hkv and D, the op's arguments for what it is made of, and how it
     attends. Holds its weights; `sizes` is alike for layers that can run together."""
 
     def __init__(
         self,
-        sizes: tuple[torch.dtype, int, int, int],
+        sizes: tuple[torch.dtype, int, int, int, int],
         weights: Sequence[Tensor | None],
         numbers: Sequence[float],
         activation: str,
@@ -29,7 +31,7 @@ class Parts:
         softcap: float | None,
         keys_of_output: bool,
     ):
-        dtype, width, key_heads, head = sizes
+        dtype, width, heads, key_heads, head = sizes
         self.weights = [None if one is None else dense(one) for one in weights[:7]]
         self.weights += map(contiguous, weights[7:])
         self.sizes = [None if one is None else (one.shape, one.dtype) for one in self.weights]
@@ -39,7 +41,6 @@ class Parts:
         norms: list[float] = []
         for weight, eps, added in zip(self.weights[14:], numbers[:8], numbers[8:]):
             norms += address(weight), eps, added
-        heads = self.weights[0].shape[0] // head  # type: ignore[union-attr]
         self.values = DTYPES[dtype], width, heads, key_heads, head, *linears, *norms
         self.values += _ACTIVATIONS[activation], residual, scale, softcap or 0.0, keys_of_output
 
@@ -50,6 +51,8 @@ class Layers:
     def __init__(self, parts: Sequence[Parts]):
         self.parts = parts
         self.executor = _C.cpu.DecoderLayers([one.values for one in parts])
+        self.number = next(_numbers)
+        _made[self.number] = self
 
     def __call__(
         self,
@@ -63,33 +66,58 @@ class Layers:
         starts: Tensor | None,
         write: int = 0,
     ) -> Tensor:
-        """As decoder_layer, layer by layer, whose keys and values are two planes each: their last dimension is
-        contiguous."""
-        x, cos, sin, lengths, mask = (one.contiguous() for one in (x, cos, sin, lengths, mask))
-        block_table, starts = contiguous(block_table), contiguous(starts)
-        out = torch.empty_like(x)
-        first = planes[0]
-        self.executor.run(
-            torch.get_num_threads(),
-            [(one.data_ptr(), *one.stride()[:3]) for one in planes],
-            x.data_ptr(),
-            out.data_ptr(),
-            x.shape[0],
-            x.shape[1],
-            cos.shape[2],
-            cos.data_ptr(),
-            sin.data_ptr(),
-            first.shape[2],
-            address(block_table),
-            0 if block_table is None else block_table.shape[1],
-            first.shape[0],
-            lengths.data_ptr(),
-            mask.data_ptr(),
-            mask.shape[2],
-            address(starts),
-            write,
-        )
-        return out
+        """As decoder_layer, layer by layer; planes: the keys and values of each, whose last dimension is contiguous."""
+        run = torch.ops.beagle.run_layers.default
+        return run(self.number, x, cos, sin, planes, lengths, mask, block_table, starts, write)
+
+
+_made: WeakValueDictionary[int, Layers] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@operator("run_layers", mutates_args=("planes",))
+def _run(
+    layers: int,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    planes: Sequence[Tensor],
+    lengths: Tensor,
+    mask: Tensor,
+    block_table: Tensor | None,
+    starts: Tensor | None,
+    write: int,
+) -> Tensor:
+    x, cos, sin, lengths, mask = (one.contiguous() for one in (x, cos, sin, lengths, mask))
+    block_table, starts = contiguous(block_table), contiguous(starts)
+    out = torch.empty_like(x)
+    first = planes[0]
+    _made[layers].executor.run(
+        torch.get_num_threads(),
+        [(one.data_ptr(), *one.stride()[:3]) for one in planes],
+        x.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        cos.shape[2],
+        cos.data_ptr(),
+        sin.data_ptr(),
+        first.shape[2],
+        address(block_table),
+        0 if block_table is None else block_table.shape[1],
+        first.shape[0],
+        lengths.data_ptr(),
+        mask.data_ptr(),
+        mask.shape[2],
+        address(starts),
+        write,
+    )
+    return out
+
+
+@_run.register_fake
+def _(layers, x, *args):
+    return torch.empty_like(x)
 
 
 @implementation("decoder_layer", "cpu", missing_cpu)
@@ -112,7 +140,8 @@ def decoder_layer(
     write: int,
     keys_of_output: bool,
 ) -> Tensor:
-    sizes = x.dtype, x.shape[2], keys.shape[1], keys.shape[3]
+    heads = weights[0].shape[0] // keys.shape[3]  # type: ignore[union-attr]
+    sizes = x.dtype, x.shape[2], heads, keys.shape[1], keys.shape[3]
     layer = Layers([Parts(sizes, weights, numbers, activation, residual, scale, softcap, keys_of_output)])
     planes = [plane if plane.stride(3) == 1 else plane.contiguous() for plane in (keys, values)]
     out = layer(x, cos, sin, planes, lengths, mask, block_table, starts, write)

@@ -269,7 +269,8 @@ struct NewTokens {
                 write)
 };
 
-// What a decoder layer is, everything of one dtype but the weights of its linear layers.
+// What a decoder layer is, everything of one dtype but the weights of its linear layers. Without q it is only the keys
+// and values of the states x, by norm_state.
 struct LayerParts {
   int32_t dtype;
   int64_t width, heads, kv_heads, head_width;

@@ -71,8 +71,8 @@ struct Room {
     spare = std::max(attend_room(op), kPanel * padded(widest) + count * outputs_a_task(op.up));
     spare = (spare + 15) / 16 * 16;
     int64_t bytes = 0;
-    for (const LinearWeight* linear : {&op.q, &op.o, &op.gate, &op.down})
-      bytes = std::max(bytes, products().of[linear->kind].prepared(count, linear->width));
+    for (const LinearWeight* linear : {&op.q, &op.k, &op.o, &op.gate, &op.down})
+      if (linear->weight) bytes = std::max(bytes, products().of[linear->kind].prepared(count, linear->width));
     thread_local Memory memory;
     memory.need(4 * (count * (3 * width + 2 * queries + 2 * keys + inner) + threads * spare) + bytes + 8 * 64);
     state = memory.take(count * width), normed = memory.take(count * width), projected = memory.take(count * width);
@@ -98,6 +98,7 @@ class Layer {
 
   void run(bool first) {
     begin(first);
+    if (!op_.q.weight) return keys_of_output();  // of the states that are given
     queries_and_keys();
     attend();
     output();
@@ -136,12 +137,12 @@ class Layer {
     team_.each(rows_.count, [&](int64_t m) {
       const void* from = static_cast<const char*>(op_.x) + m * width * size_of(op_.dtype);
       if (first) steps_.widen[op_.dtype](from, width, rows_.state + m * width);
-      norm(op_.norm_in, rows_.state + m * width, width, rows_.normed + m * width);
+      norm(op_.q.weight ? op_.norm_in : op_.norm_state, rows_.state + m * width, width, rows_.normed + m * width);
     });
-    prepare(rows_.normed, op_.q);
   }
 
   void queries_and_keys() {
+    prepare(rows_.normed, op_.q);
     const bool keys = op_.k.weight && !op_.of_output;
     const int64_t first = tasks_of(op_.q), second = first + (keys ? tasks_of(op_.k) : 0);
     team_.each(second + (keys ? tasks_of(op_.v) : 0), [&](int64_t task) {

@@ -60,7 +60,11 @@ class DraftCache:
         self.values[self._rows, :, slots] = values
 
     def append_true(self, draft: BeagleDraft, states: Tensor, positions: Tensor) -> None:
-        """Write the true states [B, n, d] of `positions` [B, n]."""
+        """Write the true states [B, n, d] of `positions` [B, n], those of a row one after the other."""
+        if self.layer is not None and not self.ring and few_rows(states) and states.dtype == self.keys.dtype:
+            start = positions[:, 0].to(torch.int32)
+            self.layer.append(states, draft.angles(positions), self.keys, self.values, start)
+            return
         self.append(draft, states, positions % self.ring if self.ring else positions, positions)
 
     def begin(self, draft: BeagleDraft, states: Tensor, lengths: Tensor) -> None:

@@ -59,6 +59,7 @@ class Angles(NamedTuple):
     sin: Tensor
 
 
+_SAMPLED_ROWS = 64
 _OF_THE_HUB = ("repo_id", "commit_message", "private", "token", "create_pr", "revision", "tags")
 """Arguments of push_to_hub."""
 
@@ -96,6 +97,7 @@ class BeagleDraft(PreTrainedModel):
         self.register_buffer("draft_vocab", torch.zeros(reduced, dtype=torch.int64) if reduced else None)
         self._shared: tuple[Target, Tensor] | None = None
         self._half: Tensor | None = None  # the head's rows in bf16
+        self._made_of: tuple[Tensor | None, Tensor | None] = (None, None)  # the vocabulary and the target's half
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -162,13 +164,27 @@ class BeagleDraft(PreTrainedModel):
         return self._share(target)
 
     def _share(self, target: Target) -> Self:
-        head = self._own_rows(target.head.weight.detach(), target)
-        half = target.head.half if target.head.scale == 1.0 else None
-        self._half = None if half is None else self._own_rows(half, target)
-        if target.head.scale != 1.0:
-            head = head * target.head.scale
-        self._shared = (target, head)
+        if self._shared is None or not self._is_head_of(target):
+            weight, half, scale = target.head.weight.detach(), target.head.half, target.head.scale
+            head = self._own_rows(weight, target)
+            self._half = self._own_rows(half, target) if half is not None and scale == 1.0 else None
+            self._shared = (target, head if scale == 1.0 else head * scale)
+            self._made_of = (self.draft_vocab, half)
+        self._shared = (target, self.head)
         return self
+
+    def _is_head_of(self, target: Target) -> bool:
+        """Whether the head at hand is still the target's, by every so many of its rows: to gather all of them takes as
+        long as some tokens."""
+        weight, head = target.head.weight.detach(), self.head
+        vocab, half = self._made_of
+        if vocab is not self.draft_vocab or half is not target.head.half or weight.dtype != head.dtype:
+            return False
+        if weight.device.type != "cpu" or weight.device != head.device or weight.shape[1] != head.shape[1]:
+            return False
+        step = max(1, len(head) // _SAMPLED_ROWS)
+        rows = weight[: len(head) : step] if vocab is None else weight[vocab[::step].to(weight.device)]
+        return rows.shape == head[::step].shape and torch.equal(rows * target.head.scale, head[::step])
 
     def _own_rows(self, weight: Tensor, target: Target) -> Tensor:
         if self.draft_vocab is not None:

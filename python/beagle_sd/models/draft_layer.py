@@ -33,10 +33,15 @@ class DraftLayer:
         mlp = (Linear(read_weight(linear)) for linear in (draft.gate_proj, draft.up_proj, draft.down_proj))
         named = dict(zip(("norm_in", "norm_mlp", "norm_out", "norm_state"), norms))
         layer = LayerWeights(q, None, None, o, *mlp, **named, activation=_ACTIVATIONS[config.hidden_act])  # type: ignore[arg-type]
-        sizes = draft.k_proj.weight.dtype, config.hidden_size, config.num_key_value_heads, config.head_dim
+        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        sizes = draft.k_proj.weight.dtype, config.hidden_size, *heads
         scale = config.head_dim**-0.5
-        self.without = Layers([Parts(sizes, *flat(layer), scale, None, False)])
-        self.with_keys = Layers([Parts(sizes, *flat(layer._replace(k=k, v=v)), scale, None, True)])
+
+        def made(layer: LayerWeights, of_output: bool) -> Layers:
+            return Layers([Parts(sizes, *flat(layer), scale, None, of_output)])
+
+        self.without, self.with_keys = made(layer, False), made(layer._replace(k=k, v=v), True)
+        self.keys = made(LayerWeights(None, k, v, None, None, None, None, norm_state=named["norm_state"]), True)
 
     def __call__(
         self,
@@ -52,6 +57,13 @@ class DraftLayer:
         layer, shape = self.without if append_at is None else self.with_keys, (*embedded.shape[:2], turn.cos.shape[-1])
         cos, sin = (part[:, :, 0].expand(shape) for part in turn)
         return layer(embedded, cos, sin, (keys, values), prefix, words, None, None, append_at or 0)
+
+
+    def append(self, states: Tensor, turn: Angles, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+        """The keys and values of states [B, n, d] at angles [B, n, 1, D] into slots lengths[b], lengths[b] + 1, .."""
+        cos, sin = (part[:, :, 0] for part in turn)
+        none = torch.zeros(*states.shape[:2], 1, dtype=torch.int64)
+        self.keys(states, cos, sin, (keys, values), lengths, none, None, None)
 
 
 def _norm(norm: nn.Module) -> Norm | None:

@@ -71,7 +71,8 @@ def take_over(layers: dict[nn.Module, nn.Module]) -> None:
 
 def _is_layer(module: nn.Module) -> bool:
     attention = getattr(module, "self_attn", None)
-    return hasattr(module, "mlp") and type(getattr(attention, "layer_idx", None)) is int and not _hooked(module)
+    known = hasattr(module, "mlp") and type(getattr(attention, "layer_idx", None)) is int
+    return known and not _hooked(module) and next(module.parameters(), None) is not None
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -93,6 +94,9 @@ class WholeLayer:
         self.own = type(layer).forward.__get__(layer)
         self.attention: Any = layer.self_attn
         self.index: int = self.attention.layer_idx
+        self.first = next(
+            (one._parameters, name) for one in layer.modules() for name, it in one._parameters.items() if it is not None
+        )
         self.after: WholeLayer | None = None
         self.known: tuple[WholeLayer, Layers] | None = None  # the last of those that run together, and what runs them
 
@@ -125,7 +129,8 @@ class WholeLayer:
         return known[1] if known is not None and known[0] == self._used_as() else None
 
     def _used_as(self) -> tuple:
-        weight = self.attention.q_proj.weight
+        parameters, name = self.first
+        weight = parameters[name]
         return weight.dtype, weight.device, weight.data_ptr()
 
     def _try(self, x: Tensor, cache: TreeCache, kwargs: dict[str, Any]) -> Any:
@@ -154,7 +159,8 @@ class WholeLayer:
         keys = cache.layer(self.index)[0]
         weights = weights_of(self.layer)
         dtype = weights.norm_in.weight.dtype if weights.norm_in is not None else keys.dtype
-        sizes = dtype, weights.q.weight.shape[1], keys.shape[1], keys.shape[3]
+        queries, width = weights.q.weight.shape
+        sizes = dtype, width, queries // keys.shape[3], keys.shape[1], keys.shape[3]
         return Parts(sizes, *flat(weights), verdict.scale, verdict.softcap, False)
 
     def _together(self, cache: TreeCache) -> tuple[WholeLayer, Layers]:
@@ -211,7 +217,7 @@ def _placed(norms: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _check_children(module: nn.Module, known: tuple[str, ...], hooked: bool = True) -> None:
-    others = [name for name, child in module.named_children() if name not in known and any(child.parameters())]
+    others = [name for name, child in module.named_children() if name not in known and next(child.parameters(), None) is not None]
     hooks = hooked and _hooked(module)
     if hooks or others or any(True for _ in module.parameters(recurse=False)):
         what = ", ".join(others) or ("hooks" if hooks else "parameters of its own")
