@@ -65,10 +65,12 @@ class Layers:
         block_table: Tensor | None,
         starts: Tensor | None,
         write: int = 0,
+        ring: int = 0,
     ) -> Tensor:
-        """As decoder_layer, layer by layer; planes: the keys and values of each, whose last dimension is contiguous."""
+        """As decoder_layer, layer by layer; planes: the keys and values of each, whose last dimension is contiguous;
+        ring: keys go into slots modulo so many, if it is not 0."""
         run = torch.ops.beagle.run_layers.default
-        return run(self.number, x, cos, sin, planes, lengths, mask, block_table, starts, write)
+        return run(self.number, x, cos, sin, planes, lengths, mask, block_table, starts, write, ring)
 
 
 _made: WeakValueDictionary[int, Layers] = WeakValueDictionary()
@@ -87,6 +89,7 @@ def _run(
     block_table: Tensor | None,
     starts: Tensor | None,
     write: int,
+    ring: int,
 ) -> Tensor:
     x, cos, sin, lengths, mask = (one.contiguous() for one in (x, cos, sin, lengths, mask))
     block_table, starts = contiguous(block_table), contiguous(starts)
@@ -111,6 +114,7 @@ def _run(
         mask.shape[2],
         address(starts),
         write,
+        ring,
     )
     return out
 

@@ -172,7 +172,8 @@ class Layer {
   void keep(int64_t b, int64_t h) {
     const int64_t all = op_.table ? op_.slots * op_.table_width : op_.slots;
     for (int64_t n = 0; n < op_.nodes; ++n) {
-      const int64_t slot = std::max<int64_t>(op_.lengths[b], 0) + op_.write + n;
+      const int64_t place = std::max<int64_t>(op_.lengths[b], 0) + op_.write + n;
+      const int64_t slot = op_.ring ? place % op_.ring : place;
       const float* key = turn(b, n, rows_.queries + h * op_.head_width, op_.norm_k);
       if (slot >= all) continue;
       store(op_.keys, b, h, slot, key), store(op_.values, b, h, slot, key + rows_.keys);

@@ -61,9 +61,9 @@ class DraftCache:
 
     def append_true(self, draft: BeagleDraft, states: Tensor, positions: Tensor) -> None:
         """Write the true states [B, n, d] of `positions` [B, n], those of a row one after the other."""
-        if self.layer is not None and not self.ring and few_rows(states) and states.dtype == self.keys.dtype:
+        if self.layer is not None and few_rows(states) and states.dtype == self.keys.dtype:
             start = positions[:, 0].to(torch.int32)
-            self.layer.append(states, draft.angles(positions), self.keys, self.values, start)
+            self.layer.append(states, draft.angles(positions), self.keys, self.values, start, self.ring)
             return
         self.append(draft, states, positions % self.ring if self.ring else positions, positions)
 
@@ -75,7 +75,7 @@ class DraftCache:
         if self.window:
             positions = (lengths.long()[:, None] - 1 - step).clamp(min=0)
             states = states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[2]))
-        self.append_true(draft, states, positions)
+        self.append(draft, states, positions % self.ring if self.ring else positions, positions)
 
     def prefix(self, lengths: Tensor) -> Tensor:
         """[B] int32: the slots at a row's start that every node sees. The draft states begin `ring` slots behind."""

@@ -59,11 +59,14 @@ class DraftLayer:
         return layer(embedded, cos, sin, (keys, values), prefix, words, None, None, append_at or 0)
 
 
-    def append(self, states: Tensor, turn: Angles, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
-        """The keys and values of states [B, n, d] at angles [B, n, 1, D] into slots lengths[b], lengths[b] + 1, .."""
+    def append(
+        self, states: Tensor, turn: Angles, keys: Tensor, values: Tensor, lengths: Tensor, ring: int
+    ) -> None:
+        """The keys and values of states [B, n, d] at angles [B, n, 1, D] into slots lengths[b], lengths[b] + 1, .., of a
+        ring if it is not 0."""
         cos, sin = (part[:, :, 0] for part in turn)
         none = torch.zeros(*states.shape[:2], 1, dtype=torch.int64)
-        self.keys(states, cos, sin, (keys, values), lengths, none, None, None)
+        self.keys(states, cos, sin, (keys, values), lengths, none, None, None, 0, ring)
 
 
 def _norm(norm: nn.Module) -> Norm | None:
