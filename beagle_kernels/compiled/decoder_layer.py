@@ -18,7 +18,7 @@ _NO_LINEAR = (0, 0, 0, 0, 0, 0)
 
 class Parts:
     """A layer as the executor reads it: x's dtype, d, Hq, Hkv and D, the op's arguments for what it is made of, and how it
-    attends. Holds its weights; `sizes` is alike for layers that can run together."""
+    attends; turned: queries and keys have rotary positions. Holds its weights; `sizes` is alike for layers that can run together."""
 
     def __init__(
         self,
@@ -29,7 +29,8 @@ class Parts:
         residual: float,
         scale: float,
         softcap: float | None,
-        keys_of_output: bool,
+        keys_of_output: bool = False,
+        turned: bool = True,
     ):
         dtype, width, heads, key_heads, head = sizes
         self.weights = [None if one is None else dense(one) for one in weights[:7]]
@@ -42,7 +43,7 @@ class Parts:
         for weight, eps, added in zip(self.weights[14:], numbers[:8], numbers[8:]):
             norms += address(weight), eps, added
         self.values = DTYPES[dtype], width, heads, key_heads, head, *linears, *norms
-        self.values += _ACTIVATIONS[activation], residual, scale, softcap or 0.0, keys_of_output
+        self.values += _ACTIVATIONS[activation], residual, scale, softcap or 0.0, keys_of_output, turned
 
 
 class Layers:

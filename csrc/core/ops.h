@@ -280,8 +280,10 @@ struct LayerParts {
   int32_t activation;
   float residual, scale, softcap;  // softcap 0: none
   int32_t of_output;               // keys are those of the states that come out
+  int32_t turned;                  // queries and keys have rotary positions
   BEAGLE_FIELDS(dtype, width, heads, kv_heads, head_width, q, k, v, o, gate, up, down, norm_in, norm_q, norm_k,
-                norm_attended, norm_mlp, norm_after, norm_out, norm_state, activation, residual, scale, softcap, of_output)
+                norm_attended, norm_mlp, norm_after, norm_out, norm_state, activation, residual, scale, softcap, of_output,
+                turned)
 };
 
 struct DecoderLayer : LayerParts, NewTokens {

@@ -163,8 +163,9 @@ class Layer {
     const int64_t row = b * op_.nodes + n, angles = row * op_.rotary * size_of(op_.dtype);
     float* head = rows_.mixed + row * rows_.mixed_width() + column;
     norm(norm_head, head, op_.head_width, head);
-    steps_.rotate[op_.dtype](head, static_cast<const char*>(op_.cos) + angles,
-                             static_cast<const char*>(op_.sin) + angles, op_.rotary);
+    if (op_.turned)
+      steps_.rotate[op_.dtype](head, static_cast<const char*>(op_.cos) + angles,
+                               static_cast<const char*>(op_.sin) + angles, op_.rotary);
     return head;
   }
 

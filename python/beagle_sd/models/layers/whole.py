@@ -9,6 +9,7 @@ results are the same but for rounding is taken over; any other runs as its model
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -67,6 +68,21 @@ def take_over(layers: dict[nn.Module, nn.Module]) -> None:
     for layer, after in zip(taken, taken[1:]):
         if after.index == layer.index + 1:
             layer.after = after
+
+
+def described(view: nn.Module) -> str | None:
+    """How a view's decoder layers run where few rows come: how many as one op, and why the others by their modules; None
+    where none has been tried."""
+    forwards = [module.__dict__.get("forward") for module in view.modules()]
+    verdicts = [one.verdict for one in forwards if isinstance(one, WholeLayer)]
+    reasons = Counter(verdict.why_not for verdict in verdicts if verdict is not None)
+    if not verdicts and served() and next(view.parameters()).device.type == "cpu":
+        return "all by their modules (none has an attention and an MLP where Llama's layers have them)"
+    if not reasons:
+        return None
+    whole = reasons.pop(None, 0)
+    others = [f"{count} by their modules ({reason})" for reason, count in reasons.items()]
+    return ", ".join([f"{whole} as one op", *others])
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -161,7 +177,8 @@ class WholeLayer:
         dtype = weights.norm_in.weight.dtype if weights.norm_in is not None else keys.dtype
         queries, width = weights.q.weight.shape
         sizes = dtype, width, queries // keys.shape[3], keys.shape[1], keys.shape[3]
-        return Parts(sizes, *flat(weights), verdict.scale, verdict.softcap, False)
+        turned = bool(getattr(self.attention, "use_rope", True))
+        return Parts(sizes, *flat(weights), verdict.scale, verdict.softcap, turned=turned)
 
     def _together(self, cache: TreeCache) -> tuple[WholeLayer, Layers]:
         """This layer and those after it that are given just what it gives, and see as far back."""
@@ -197,19 +214,46 @@ def weights_of(layer: nn.Module) -> LayerWeights:
     if norms is None:
         raise NotTaken("its norms are not where Llama's or Gemma's are")
     _check_children(layer, ("self_attn", "mlp", *norms), hooked=False)
-    _check_children(attention, ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"))
-    _check_children(mlp, ("gate_proj", "up_proj", "down_proj", "act_fn", "activation_fn"))
+    _check_children(attention, ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"))
+    _check_children(mlp, ("gate_up_proj", "gate_proj", "up_proj", "down_proj"))
     found = {name: _norm(getattr(layer, norm)) for name, norm in zip(_placed(norms), norms)}
     for name in ("q_norm", "k_norm"):
         if (norm := getattr(attention, name, None)) is not None:
             found["norm_" + name[0]] = _norm(norm, attention.head_dim)
     return LayerWeights(
-        *(_linear(attention, name + "_proj") for name in ("q", "k", "v", "o")),
-        *(_linear(mlp, name + "_proj") for name in ("gate", "up", "down")),
+        *_queries_keys_values(attention),
+        _linear(attention, "o_proj"),
+        *_gate_and_up(mlp),
+        _linear(mlp, "down_proj"),
         **found,
         activation=_activation(getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)),
         residual=float(getattr(layer, "residual_multiplier", 1.0)),
     )
+
+
+def _queries_keys_values(attention: Any) -> list[Linear]:
+    if not hasattr(attention, "qkv_proj"):
+        return [_linear(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
+    groups = getattr(attention, "num_key_value_groups", 1)
+    whole = _linear(attention, "qkv_proj")
+    heads = len(whole.weight) // attention.head_dim
+    keys = heads // (groups + 2) * attention.head_dim
+    return _split(whole, [len(whole.weight) - 2 * keys, keys, keys])
+
+
+def _gate_and_up(mlp: Any) -> list[Linear]:
+    if not hasattr(mlp, "gate_up_proj"):
+        return [_linear(mlp, name) for name in ("gate_proj", "up_proj")]
+    whole = _linear(mlp, "gate_up_proj")
+    return _split(whole, [len(whole.weight) // 2] * 2)
+
+
+def _split(whole: Linear, sizes: list[int]) -> list[Linear]:
+    """Layers whose weights lie one after the other in that of one."""
+    if sum(sizes) != len(whole.weight):
+        raise NotTaken(f"a projection of {len(whole.weight)} rows is not {' + '.join(map(str, sizes))}")
+    biases = [None] * len(sizes) if whole.bias is None else whole.bias.detach().split(sizes)
+    return [Linear(weight, bias) for weight, bias in zip(whole.weight.detach().split(sizes), biases)]
 
 
 def _placed(norms: tuple[str, ...]) -> tuple[str, ...]:
