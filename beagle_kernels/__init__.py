@@ -12,6 +12,7 @@ from .choose_tokens import choose_tokens
 from .compact_cache_ import compact_cache_
 from .distill_loss import distill_loss
 from .extend_attention import extend_attention
+from .int8_linear import int8_linear
 from .perturb_logits import perturb_logits
 from .skinny_linear import skinny_linear
 from .top_candidates import top_candidates
@@ -38,6 +39,7 @@ __all__ = [
     "compact_cache_",
     "distill_loss",
     "extend_attention",
+    "int8_linear",
     "perturb_logits",
     "skinny_linear",
     "top_candidates",

@@ -120,6 +120,7 @@ struct Cpu {
   CPU(compact_cache, CompactCache)
   CPU(tree_attention, TreeAttention)
   CPU(skinny_linear, SkinnyLinear)
+  CPU(int8_linear, Int8Linear)
 };
 
 #ifdef BEAGLE_CUDA
@@ -172,6 +173,7 @@ PYBIND11_MODULE(_C, m) {
   bind_all<Cpu>(cpu);
   bind<TreeAttention>(cpu, "tree_attention", Cpu::tree_attention);
   bind<SkinnyLinear>(cpu, "skinny_linear", Cpu::skinny_linear);
+  bind<Int8Linear>(cpu, "int8_linear", Cpu::int8_linear);
 #ifdef BEAGLE_CUDA
   bind_all<Cuda>(m.def_submodule("cuda"));
   bind_why_not(m.attr("cuda"));

@@ -223,4 +223,15 @@ struct SkinnyLinear {
   BEAGLE_FIELDS(x, weight, out, dtype, rows, outputs, width, x_stride, stride)
 };
 
+// The same of a weight in int8 with contiguous scales [outputs, width / group]; x and out of `dtype`.
+struct Int8Linear {
+  const void* x;
+  const int8_t* weight;
+  const float* scales;
+  void* out;
+  int32_t dtype;
+  int64_t rows, outputs, width, group, x_stride, stride;
+  BEAGLE_FIELDS(x, weight, scales, out, dtype, rows, outputs, width, group, x_stride, stride)
+};
+
 }  // namespace beagle

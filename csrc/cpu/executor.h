@@ -16,5 +16,6 @@ void compact_cache(const CompactCache& op, int threads);
 // on the host alone: a GPU has the Triton kernel, and matrix products of its own
 void tree_attention(const TreeAttention& op, int threads);
 void skinny_linear(const SkinnyLinear& op, int threads);
+void int8_linear(const Int8Linear& op, int threads);
 
 }  // namespace beagle::cpu

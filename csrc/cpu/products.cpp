@@ -50,7 +50,7 @@ template <class X>
 constexpr int64_t row_stride(int64_t width) { return ((width * sizeof(X) + 63) / 64 | 1) * 64 / sizeof(X); }
 
 // A kind of product: a weight of W times x as X, kStep of each in a vector; what a ragged panel is copied as; and tiles
-// up to which a panel is multiplied where it lies, each tile widening it anew: for more it is copied once, before.
+// up to which a panel is multiplied where it lies, each widening it anew: for more it is copied once, before.
 template <class T>
 struct Widened {
   using W = T;
@@ -208,13 +208,13 @@ void multiply(const Weight& weight, const void* x, int64_t rows, int64_t first, 
 }
 
 template <class Kind>
-int64_t prepared(int64_t rows, int64_t width) {
+int64_t prepared(int64_t rows, int64_t width, int64_t) {
   return rows * row_stride<typename Kind::X>(width) * int64_t(sizeof(typename Kind::X));
 }
 
 // Rows in X, padded with zeros; as T has it, so that all instruction sets multiply the same x.
 template <class Kind>
-void prepare(const float* x, int64_t stride, int64_t rows, int64_t width, void* to) {
+void prepare(const float* x, int64_t stride, int64_t rows, int64_t width, int64_t, void* to) {
   using X = typename Kind::X;
   constexpr bool kRound = std::is_same_v<typename Kind::W, BFloat>;
   X* row = static_cast<X*>(to);
@@ -233,7 +233,7 @@ constexpr Product kProduct = {prepared<Kind>, prepare<Kind>, multiply<Kind>};
 
 }  // namespace
 
-extern const Products kProducts;
-const Products kProducts = {{kProduct<Widened<float>>, kProduct<Widened<Half>>, kProduct<OfBFloat>}};
+extern const Product kProducts[kDtypes];
+const Product kProducts[kDtypes] = {kProduct<Widened<float>>, kProduct<Widened<Half>>, kProduct<OfBFloat>};
 
 }  // namespace beagle::cpu::BEAGLE_ISA
