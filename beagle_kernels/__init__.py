@@ -13,6 +13,7 @@ from .compact_cache_ import compact_cache_
 from .decoder_layer import decoder_layer
 from .distill_loss import distill_loss
 from .extend_attention import extend_attention
+from .int8_linear import int8_linear
 from .perturb_logits import perturb_logits
 from .skinny_linear import skinny_linear
 from .top_candidates import top_candidates
@@ -43,6 +44,7 @@ __all__ = [
     "decoder_layer",
     "distill_loss",
     "extend_attention",
+    "int8_linear",
     "perturb_logits",
     "skinny_linear",
     "top_candidates",

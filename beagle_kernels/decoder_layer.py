@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
+from .int8_linear import check_groups
 from .types import LayerWeights, Linear, Norm
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -47,7 +48,8 @@ def decoder_layer(
 ) -> Tensor:
     """One layer on N new tokens a row (docs/design.md: A round of decoding): out [B, N, d] of x [B, N, d].
 
-    layer: LayerWeights, all in x's dtype, fp32, fp16 or bf16, linear weights also in bf16 where x is fp32; W_q [Hq D, d], W_k and W_v [Hkv D, d], W_o [d, Hq D],
+    layer: LayerWeights, all in x's dtype, fp32, fp16 or bf16, linear weights also in bf16 where x is fp32, and in int8
+    with scales as in int8_linear; W_q [Hq D, d], W_k and W_v [Hkv D, d], W_o [d, Hq D],
     W_gate and W_up [I, d], W_down [d, I]; norm_q and norm_k [D], the others [d]. cos, sin [B, N, R], R even and at most
     D: RoPE turns the first R numbers of a head, in halves. keys, values: the cache, [B, Hkv, S, D] or with block_table
     pages [P, Hkv, page, D], both written in place; lengths, mask, starts, softcap, scale and block_table as in
@@ -90,11 +92,12 @@ def decoder_layer(
 
 
 def flat(layer: LayerWeights) -> tuple[list[Tensor | None], list[float], str, float]:
-    """The op's own arguments for a layer: weights, biases and norms' weights; each norm's eps and what it adds; its
+    """The op's own arguments for a layer: weights, biases, norms' weights and scales; each norm's eps and what it adds; its
     activation and the residual factor."""
     linears = [one or Linear(None, None) for one in layer.linears]  # type: ignore[arg-type]
     norms = [one or Norm(None, 0.0) for one in layer.norms]  # type: ignore[arg-type]
     tensors = [one.weight for one in linears] + [one.bias for one in linears] + [one.weight for one in norms]
+    tensors += [one.scales for one in linears]
     numbers = [float(one.eps) for one in norms] + [float(one.added) for one in norms]
     return tensors, numbers, layer.activation, float(layer.residual)
 
@@ -106,7 +109,7 @@ def _check_weights(op: str, layer: LayerWeights, width: int, head: int, kv_heads
         raise ValueError(f"{op}: layer.{'k' if layer.k is None else 'v'} is None; allowed: both of k and v, or none")
     if layer.activation not in ACTIVATIONS:
         raise ValueError(f"{op}: layer.activation is {layer.activation!r}; allowed: {', '.join(ACTIVATIONS)}")
-    kinds = (x.dtype, torch.bfloat16) if x.dtype == torch.float32 else (x.dtype,)
+    kinds = (x.dtype, torch.bfloat16, torch.int8) if x.dtype == torch.float32 else (x.dtype, torch.int8)
     checks.tensor(op, "layer.q.weight", layer.q.weight, (None, width), kinds)
     queries, inner = layer.q.weight.shape[0], layer.gate.weight.shape[0]
     if queries % head:
@@ -118,6 +121,7 @@ def _check_weights(op: str, layer: LayerWeights, width: int, head: int, kv_heads
     for name, linear, shape in zip(layer._fields, layer.linears, sizes):
         if linear is not None:
             checks.tensor(op, f"layer.{name}.weight", linear.weight, shape, kinds)
+            _check_scales(op, name, linear)
             if linear.bias is not None:
                 checks.tensor(op, f"layer.{name}.bias", linear.bias, shape[:1], (x.dtype,))
             checks.same_device(op, x=x, **{f"layer.{name}.weight": linear.weight})
@@ -125,6 +129,18 @@ def _check_weights(op: str, layer: LayerWeights, width: int, head: int, kv_heads
         if norm is not None:
             size = head if name in ("norm_q", "norm_k") else width
             checks.tensor(op, f"layer.{name}.weight", norm.weight, (size,), (x.dtype,))
+
+
+def _check_scales(op: str, name: str, linear: Linear) -> None:
+    if (linear.scales is None) == (linear.weight.dtype == torch.int8):
+        has = "no scales" if linear.scales is None else "scales"
+        raise ValueError(
+            f"{op}: layer.{name} is in {linear.weight.dtype} and has {has}; allowed: scales with a weight in int8, and "
+            "with no other"
+        )
+    if linear.scales is not None:
+        checks.tensor(op, f"layer.{name}.scales", linear.scales, (linear.weight.shape[0], None), checks.FLOAT32)
+        check_groups(op, linear.weight.shape[1], linear.scales.shape[1])
 
 
 @backends.operator("decoder_layer", mutates_args=("keys", "values"))

@@ -59,10 +59,11 @@ class Sampling(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A linear layer as nn.Linear stores it: weight [N, K], bias [N] or None."""
+    """A linear layer as nn.Linear stores it: weight [N, K], bias [N] or None; scales [N, K / G] of a weight in int8."""
 
     weight: Tensor
     bias: Tensor | None = None
+    scales: Tensor | None = None
 
 
 class Norm(NamedTuple):

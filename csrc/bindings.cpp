@@ -70,8 +70,8 @@ template <class Op>
 void check_dtype(const Op&, ...) {}
 template <class Op>
 auto check_kind(const Op& op, int) -> decltype(void(op.kind)) {
-  if (op.kind < 0 || op.kind >= kKinds || op.kind == kInt8) {
-    throw std::invalid_argument("kind is " + std::to_string(op.kind) + "; allowed: the values of _C.dtypes, _C.exact");
+  if (op.kind < 0 || op.kind >= kKinds) {
+    throw std::invalid_argument("kind is " + std::to_string(op.kind) + "; allowed: the values of _C.dtypes, _C.int8, _C.exact");
   }
 }
 template <class Op>
@@ -129,6 +129,7 @@ struct Cpu {
   CPU(compact_cache, CompactCache)
   CPU(tree_attention, TreeAttention)
   CPU(skinny_linear, SkinnyLinear)
+  CPU(int8_linear, Int8Linear)
 };
 
 #ifdef BEAGLE_CUDA
@@ -204,7 +205,7 @@ PYBIND11_MODULE(_C, m) {
   py::dict dtypes;
   dtypes["float32"] = int(kFloat32), dtypes["float16"] = int(kFloat16), dtypes["bfloat16"] = int(kBFloat16);
   m.attr("dtypes") = dtypes;
-  m.attr("exact") = int(kExact);
+  m.attr("exact") = int(kExact), m.attr("int8") = int(kInt8);
   m.attr("no_cuda") = BEAGLE_NO_CUDA;
   m.attr("archs") = BEAGLE_ARCHS;
   m.attr("instruction_set") = cpu::instruction_sets().back();
@@ -216,6 +217,7 @@ PYBIND11_MODULE(_C, m) {
   bind<TreeAttention>(cpu, "tree_attention", Cpu::tree_attention);
   bind<SkinnyLinear>(cpu, "skinny_linear", Cpu::skinny_linear);
   bind_layers(cpu);
+  bind<Int8Linear>(cpu, "int8_linear", Cpu::int8_linear);
 #ifdef BEAGLE_CUDA
   bind_all<Cuda>(m.def_submodule("cuda"));
   bind_why_not(m.attr("cuda"));

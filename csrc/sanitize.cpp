@@ -246,6 +246,13 @@ void linears(int threads) {
     const auto x = logits(rows * width, dtype), weight = logits(outputs * width, dtype);
     std::vector<uint16_t> out(size_t(rows * outputs * (dtype == 0 ? 2 : 1)));
     cpu::skinny_linear({x.data(), weight.data(), out.data(), dtype, rows, outputs, width, width, width}, threads);
+    const int64_t group = 32 * (1 + below(3)), groups = below(5), columns = group * groups;
+    const auto x8 = logits(rows * columns, dtype);
+    std::vector<int8_t> weight8(size_t(outputs * columns));
+    for (int8_t& one : weight8) one = int8_t(below(256) - 128);
+    const std::vector<float> scales(size_t(outputs * groups), 0.01f);
+    cpu::int8_linear({x8.data(), weight8.data(), scales.data(), out.data(), dtype, rows, outputs, columns, group, columns,
+                      columns}, threads);
   }
 }
 

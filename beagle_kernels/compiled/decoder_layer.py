@@ -13,7 +13,7 @@ from ..backends import implementation, operator
 from ..extension import _C, DTYPES, address, contiguous, dense, kind_of, missing_cpu
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
-_NO_LINEAR = (0, 0, 0, 0, 0, 0)
+_NO_LINEAR = (0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Parts:
@@ -37,10 +37,10 @@ class Parts:
         self.weights += map(contiguous, weights[7:])
         self.sizes = [None if one is None else (one.shape, one.dtype) for one in self.weights]
         linears: list[int] = []
-        for weight, bias in zip(self.weights[:7], self.weights[7:14]):
-            linears += _NO_LINEAR if weight is None else _linear(weight, bias, dtype)
+        for weight, bias, scales in zip(self.weights[:7], self.weights[7:14], self.weights[22:]):
+            linears += _NO_LINEAR if weight is None else _linear(weight, bias, scales, dtype)
         norms: list[float] = []
-        for weight, eps, added in zip(self.weights[14:], numbers[:8], numbers[8:]):
+        for weight, eps, added in zip(self.weights[14:22], numbers[:8], numbers[8:]):
             norms += address(weight), eps, added
         self.values = DTYPES[dtype], width, heads, key_heads, head, *linears, *norms
         self.values += _ACTIVATIONS[activation], residual, scale, softcap or 0.0, keys_of_output, turned
@@ -156,6 +156,16 @@ def decoder_layer(
     return out
 
 
-def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[int, ...]:
+def _linear(weight: Tensor, bias: Tensor | None, scales: Tensor | None, dtype: torch.dtype) -> tuple[int, ...]:
     outputs, width = weight.shape
-    return weight.data_ptr(), address(bias), kind_of(weight, dtype), outputs, width, weight.stride(0)
+    group = 0 if scales is None else width // max(scales.shape[1], 1)
+    return (
+        weight.data_ptr(),
+        address(bias),
+        address(scales),
+        kind_of(weight, dtype),
+        outputs,
+        width,
+        weight.stride(0),
+        group,
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backends import implementation
 from ..types import accumulation
+from .int8_linear import int8_linear
 from .tree_attention import tree_attention
 
 _ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -36,8 +37,9 @@ def decoder_layer(
     keys_of_output: bool,
 ) -> Tensor:
     acc, head = accumulation(x.dtype), keys.shape[3]
-    wide = [None if weight is None else weight.to(acc) for weight in weights]
-    linears, norms = zip(wide[:7], wide[7:14]), list(zip(wide[14:], numbers[:8], numbers[8:]))
+    wide = [one if one is None or one.dtype == torch.int8 else one.to(acc) for one in weights[:22]]
+    linears = zip(wide[:7], wide[7:14], weights[22:])
+    norms = zip(wide[14:], numbers[:8], numbers[8:])
     q, k, v, o, gate, up, down = (_Linear(*one) for one in linears)
     norm_in, norm_q, norm_k, norm_attended, norm_mlp, norm_after, norm_out, norm_state = (_Norm(*one) for one in norms)
     angles = cos.to(acc)[:, :, None], sin.to(acc)[:, :, None]
@@ -63,10 +65,13 @@ def decoder_layer(
 
 
 class _Linear:
-    def __init__(self, weight: Tensor | None, bias: Tensor | None):
-        self.weight, self.bias = weight, bias
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, scales: Tensor | None):
+        self.weight, self.bias, self.scales = weight, bias, scales
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.scales is not None:
+            out = int8_linear(x.float(), self.weight, self.scales).to(x.dtype)  # type: ignore[arg-type]
+            return out if self.bias is None else out + self.bias
         return F.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
 
 

@@ -75,7 +75,7 @@ def which_kernels(device: str) -> str:
     """No op falls back to the reference, but those of a backend that is for another device."""
     served = {op: backends.resolve(op, "auto", torch.device(device), FP32) for op in backends.table()}
     if device == "cuda":
-        served.pop("skinny_linear")
+        served.pop("skinny_linear"), served.pop("int8_linear")
     slow = [op for op, backend in served.items() if backend == "reference"]
     why = {backends.why_not(op, backend, torch.device(device)) for op in slow for backend in backends.BACKENDS[:-1]}
     assert not slow, f"served by the reference: {', '.join(slow)}: {why}"
@@ -223,3 +223,11 @@ def skinny_linear(device: str) -> None:
         exact = F.linear(x.double(), weight.double())
         error, usual = ((y.double() - exact).norm() for y in (bk.skinny_linear(x, weight), F.linear(x, weight)))
         assert error <= 2 * max(usual, torch.finfo(dtype).eps / 4 * exact.norm()), f"{dtype}: {error} against {usual}"
+
+
+def int8_linear(device: str) -> None:
+    weight, scales = torch.randint(-127, 128, (1000, 576), dtype=torch.int8), torch.rand(1000, 9)
+    for dtype in (FP32, BF16):
+        x = torch.randn(7, 576).to(dtype)
+        want = bk.int8_linear(x, weight, scales, backend="reference")
+        assert torch.equal(bk.int8_linear(x, weight, scales), want), f"{dtype}: not the definition's bits"

@@ -229,10 +229,11 @@ struct SkinnyLinear {
 // is none.
 struct LinearWeight {
   const void* weight;
-  const void* bias;  // or null
-  int32_t kind;      // a Dtype or a Kind
-  int64_t outputs, width, stride;
-  BEAGLE_FIELDS(weight, bias, kind, outputs, width, stride)
+  const void* bias;     // or null
+  const float* scales;  // [outputs, width / group] of int8
+  int32_t kind;         // a Dtype or a Kind
+  int64_t outputs, width, stride, group;
+  BEAGLE_FIELDS(weight, bias, scales, kind, outputs, width, stride, group)
 };
 
 // x / sqrt(mean(x^2) + eps) * (weight + added); weight null: x as it is.
@@ -288,6 +289,17 @@ struct LayerParts {
 
 struct DecoderLayer : LayerParts, NewTokens {
   CachePlane keys, values;
+};
+
+// The same of a weight in int8 with contiguous scales [outputs, width / group]; x and out of `dtype`.
+struct Int8Linear {
+  const void* x;
+  const int8_t* weight;
+  const float* scales;
+  void* out;
+  int32_t dtype;
+  int64_t rows, outputs, width, group, x_stride, stride;
+  BEAGLE_FIELDS(x, weight, scales, out, dtype, rows, outputs, width, group, x_stride, stride)
 };
 
 }  // namespace beagle

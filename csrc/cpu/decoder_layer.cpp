@@ -53,7 +53,7 @@ class Memory {
 int64_t size_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 int64_t outputs_a_task(const LinearWeight& linear) {
-  const int64_t row_bytes = std::max<int64_t>(linear.width, 1) * (linear.kind == kFloat32 ? 4 : 2);
+  const int64_t row_bytes = std::max<int64_t>(linear.width, 1) * kElementBytes[linear.kind];
   return (kTaskBytes / row_bytes / kPanel + 1) * kPanel;
 }
 
@@ -72,7 +72,7 @@ struct Room {
     spare = (spare + 15) / 16 * 16;
     int64_t bytes = 0;
     for (const LinearWeight* linear : {&op.q, &op.k, &op.o, &op.gate, &op.down})
-      if (linear->weight) bytes = std::max(bytes, products().of[linear->kind].prepared(count, linear->width));
+      if (linear->weight) bytes = std::max(bytes, products().of[linear->kind].prepared(count, linear->width, linear->group));
     thread_local Memory memory;
     memory.need(4 * (count * (3 * width + 2 * queries + 2 * keys + inner) + threads * spare) + bytes + 8 * 64);
     state = memory.take(count * width), normed = memory.take(count * width), projected = memory.take(count * width);
@@ -109,13 +109,13 @@ class Layer {
  private:
   void prepare(const float* from, const LinearWeight& linear) {
     const Product& product = products().of[linear.kind];
-    team_.each(1, [&](int64_t) { product.prepare(from, linear.width, rows_.count, linear.width, rows_.prepared); });
+    team_.each(1, [&](int64_t) { product.prepare(from, linear.width, rows_.count, linear.width, rows_.prepared, linear.group); });
   }
 
   // Task `task` of a linear layer, bias added; `to` is where its first column goes, rows are `stride` apart.
   void multiply(const LinearWeight& linear, int64_t task, float* to, int64_t stride) {
     const int64_t step = outputs_a_task(linear), first = task * step, last = std::min(linear.outputs, first + step);
-    const Weight weight{linear.weight, linear.outputs, linear.width, linear.stride};
+    const Weight weight{linear.weight, linear.outputs, linear.width, linear.stride, linear.scales, linear.group};
     products().of[linear.kind].multiply(weight, rows_.prepared, rows_.count, first, last, to, stride, spare_);
     if (!linear.bias) return;
     steps_.widen[op_.dtype](static_cast<const char*>(linear.bias) + first * size_of(op_.dtype), last - first, spare_);

@@ -9,15 +9,17 @@
 
 namespace beagle::cpu {
 
+// What setup.py has compiled for each instruction set.
 #define BEAGLE_ROWS(set) namespace set { extern const Rows kRows; extern const LayerSteps kLayerSteps; }
-#define BEAGLE_PRODUCTS(set) namespace set { extern const Products kProducts; }
-BEAGLE_ROWS(baseline)
-BEAGLE_PRODUCTS(baseline)
+#define BEAGLE_PRODUCTS(set) namespace set { extern const Product kProducts[kKinds]; }
+#define BEAGLE_INT8(set) namespace set { extern const Product kInt8Product; }
+#define BEAGLE_ALL(set) BEAGLE_ROWS(set) BEAGLE_PRODUCTS(set) BEAGLE_INT8(set)
+BEAGLE_ALL(baseline)
 #ifdef BEAGLE_X86
-BEAGLE_ROWS(avx2)
-BEAGLE_PRODUCTS(avx2)
-BEAGLE_ROWS(avx512)
-BEAGLE_PRODUCTS(avx512)
+BEAGLE_ALL(avx2)
+BEAGLE_INT8(avx2_vnni)
+BEAGLE_ALL(avx512)
+BEAGLE_INT8(avx512_vnni)
 BEAGLE_PRODUCTS(avx512_bf16)
 #endif
 
@@ -28,22 +30,47 @@ struct Set {
   const char* name;
   const Rows* rows;
   const LayerSteps* layer_steps;
-  const Products* products;
+  Products products;
+  Set(const char* name, const Rows& rows, const LayerSteps& steps, const Product* of, const Product& int8)
+      : name(name), rows(&rows), layer_steps(&steps) {
+    for (int kind = 0; kind < kKinds; ++kind) products.of[kind] = kind == kInt8 ? int8 : of[kind];
+  }
 };
 
 #ifdef BEAGLE_X86
 #define BEAGLE_HAS(feature) bool(__builtin_cpu_supports(feature))
+bool has_avx2() { return BEAGLE_HAS("avx2") && BEAGLE_HAS("fma"); }
+bool has_avx512() {
+  return has_avx2() && BEAGLE_HAS("avx512f") && BEAGLE_HAS("avx512bw") && BEAGLE_HAS("avx512dq") &&
+         BEAGLE_HAS("avx512vl");
+}
 #endif
 
 // Those that the machine has.
 std::vector<Set> sets_here() {
-  std::vector<Set> sets{{"baseline", &baseline::kRows, &baseline::kLayerSteps, &baseline::kProducts}};
+  std::vector<Set> sets;
+  sets.emplace_back("baseline", baseline::kRows, baseline::kLayerSteps, baseline::kProducts,
+                    baseline::kInt8Product);
 #ifdef BEAGLE_X86
-  if (!BEAGLE_HAS("avx2") || !BEAGLE_HAS("fma")) return sets;
-  sets.push_back({"avx2", &avx2::kRows, &avx2::kLayerSteps, &avx2::kProducts});
-  if (!BEAGLE_HAS("avx512f") || !BEAGLE_HAS("avx512bw") || !BEAGLE_HAS("avx512dq") || !BEAGLE_HAS("avx512vl")) return sets;
-  sets.push_back({"avx512", &avx512::kRows, &avx512::kLayerSteps, &avx512::kProducts});
-  if (BEAGLE_HAS("avx512bf16")) sets.push_back({"avx512_bf16", &avx512::kRows, &avx512::kLayerSteps, &avx512_bf16::kProducts});
+  if (has_avx2()) {
+    sets.emplace_back("avx2", avx2::kRows, avx2::kLayerSteps, avx2::kProducts,
+                      avx2::kInt8Product);
+    if (BEAGLE_HAS("avxvnni"))
+      sets.emplace_back("avx2_vnni", avx2::kRows, avx2::kLayerSteps, avx2::kProducts,
+                        avx2_vnni::kInt8Product);
+  }
+  if (has_avx512()) {
+    sets.emplace_back("avx512", avx512::kRows, avx512::kLayerSteps, avx512::kProducts,
+                      avx512::kInt8Product);
+    if (BEAGLE_HAS("avx512vnni")) {
+      sets.emplace_back("avx512_vnni", avx512::kRows, avx512::kLayerSteps, avx512::kProducts,
+                        avx512_vnni::kInt8Product);
+      // no processor has it without the former
+      if (BEAGLE_HAS("avx512bf16"))
+        sets.emplace_back("avx512_bf16", avx512::kRows, avx512::kLayerSteps, avx512_bf16::kProducts,
+                          avx512_vnni::kInt8Product);
+    }
+  }
 #endif
   return sets;
 }
@@ -79,6 +106,6 @@ const Rows& rows() { return *serving().load(std::memory_order_relaxed)->rows; }
 
 const LayerSteps& layer_steps() { return *serving().load(std::memory_order_relaxed)->layer_steps; }
 
-const Products& products() { return *serving().load(std::memory_order_relaxed)->products; }
+const Products& products() { return serving().load(std::memory_order_relaxed)->products; }
 
 }  // namespace beagle::cpu

@@ -220,13 +220,13 @@ void multiply(const Weight& weight, const void* x, int64_t rows, int64_t first, 
 }
 
 template <class Kind>
-int64_t prepared(int64_t rows, int64_t width) {
+int64_t prepared(int64_t rows, int64_t width, int64_t) {
   return rows * row_stride<typename Kind::X>(width) * int64_t(sizeof(typename Kind::X));
 }
 
 // Rows in X, padded with zeros; as T has it, so that all instruction sets multiply the same x.
 template <class Kind>
-void prepare(const float* x, int64_t stride, int64_t rows, int64_t width, void* to) {
+void prepare(const float* x, int64_t stride, int64_t rows, int64_t width, int64_t, void* to) {
   using X = typename Kind::X;
   constexpr bool kRound = std::is_same_v<typename Kind::W, BFloat> && !std::is_same_v<Kind, Exact>;
   X* row = static_cast<X*>(to);
@@ -245,8 +245,9 @@ constexpr Product kProduct = {prepared<Kind>, prepare<Kind>, multiply<Kind>};
 
 }  // namespace
 
-extern const Products kProducts;
-const Products kProducts = {
-    {kProduct<Widened<float>>, kProduct<Widened<Half>>, kProduct<OfBFloat>, {}, kProduct<Exact>}};
+extern const Product kProducts[kKinds];
+const Product kProducts[kKinds] = {kProduct<Widened<float>>, kProduct<Widened<Half>>, kProduct<OfBFloat>,
+                                   {},  // kInt8's is int8_product.cpp's
+                                   kProduct<Exact>};
 
 }  // namespace beagle::cpu::BEAGLE_ISA

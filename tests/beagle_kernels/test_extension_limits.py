@@ -31,6 +31,7 @@ def direct_calls(dtype: torch.dtype) -> dict:
         "verify_tree": lambda: ops.verify_tree(z[:, None].expand(-1, 9, -1), *tree, at, *sampling, "cpu"),
         "verify_chain": lambda: ops.verify_chain(*chain, *sampling, "block", None, "cpu"),
         "skinny_linear": lambda: ops.skinny_linear(z, z, "cpu"),
+        "int8_linear": lambda: ops.int8_linear(z[:, :32], z[:, :32].to(torch.int8), z[:, :1].float(), "cpu"),
     }
 
 

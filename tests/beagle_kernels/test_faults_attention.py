@@ -169,6 +169,10 @@ def calls(sizes: dict[str, int]) -> dict[str, Call]:
             [cache, path, few, one],
         ),
         "skinny_linear": (bk.skinny_linear, [normal(R, T, D), normal(V, D)]),
+        "int8_linear": (
+            bk.int8_linear,
+            [normal(R, T, 32 * M), whole(99, V, 32 * M, dtype=torch.int8), normal(V, M).abs()],
+        ),
     }
 
 
