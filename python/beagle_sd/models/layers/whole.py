@@ -113,6 +113,7 @@ class WholeLayer:
         self.first = next(
             (one._parameters, name) for one in layer.modules() for name, it in one._parameters.items() if it is not None
         )
+        self.made_of = tuple((id(one), _hooked(one)) for one in original.modules())
         self.after: WholeLayer | None = None
         self.known: tuple[WholeLayer, Layers] | None = None  # the last of those that run together, and what runs them
 
@@ -147,7 +148,7 @@ class WholeLayer:
     def _used_as(self) -> tuple:
         parameters, name = self.first
         weight = parameters[name]
-        return weight.dtype, weight.device, weight.data_ptr()
+        return weight.dtype, weight.device, weight.data_ptr(), self.made_of
 
     def _try(self, x: Tensor, cache: TreeCache, kwargs: dict[str, Any]) -> Any:
         """The layer's own result, with which the op's is compared."""
