@@ -190,7 +190,7 @@ class Layer {
   void attend() {
     const int64_t planes = op_.batch * op_.kv_heads, queries = op_.nodes * (op_.heads / op_.kv_heads);
     int64_t chunks = (queries + kQueries - 1) / kQueries;
-    if (threads_ > 1) chunks = std::max(chunks, std::min(queries, (3 * threads_ + planes - 1) / planes));
+    if (threads_ > 1) chunks = std::max(chunks, std::min(queries, (2 * threads_ + planes - 1) / planes));
     team_.each(planes * chunks, [&](int64_t task) {
       const int64_t plane = task / chunks, chunk = task % chunks;
       const int64_t first = queries * chunk / chunks, last = queries * (chunk + 1) / chunks;

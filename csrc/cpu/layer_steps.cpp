@@ -97,6 +97,7 @@ struct Attention {
   int64_t begin = 0, stop = 0, behind = 0;  // slots begin .. stop - 1 of the text, and as many behind its length
   int64_t stride = 0;                       // floats between rows of scores: first those of the text, then those behind
   float *query, *wide, *sum, *total, *score;
+  float mass[kQueries] = {}, part[kQueries] = {};  // of the weights, summed as the values are
 
   Attention(const DecoderLayer& op, int64_t b, int64_t h, int64_t first, int64_t count, float* room)
       : op(op), b(b), h(h), first(first), count(count) {
@@ -168,7 +169,11 @@ struct Attention {
     for (int64_t i = stop - begin; i < texts; ++i) text[i] = -kInf;
     for (int64_t i = 0; i < tails; ++i)
       if (i >= behind || length + i < start(r) || !(word(r, i / 64) >> (i % 64) & 1)) tail[i] = -kInf;
-    for (int64_t i = 0; i < texts + tails; ++i) top = text[i] > top ? text[i] : top;
+    float tops[kLanes];
+    for (int j = 0; j < kLanes; ++j) tops[j] = -kInf;
+    for (int64_t i = 0; i < texts + tails; i += kLanes)
+      for (int j = 0; j < kLanes; ++j) tops[j] = text[i + j] > tops[j] ? text[i + j] : tops[j];
+    for (int j = 0; j < kLanes; ++j) top = tops[j] > top ? tops[j] : top;
     const float pivot = top == -kInf ? 0.0f : top;
     for (int64_t i = 0; i < texts + tails; i += kLanes)
       for (int j = 0; j < kLanes; ++j) text[i + j] = exp2_of(text[i + j] - pivot);
@@ -206,6 +211,7 @@ struct Attention {
 
   // A block's sums of row r join its total.
   void close_block(int64_t r) {
+    mass[r] += part[r], part[r] = 0.0f;
     for (int64_t d = 0; d < padded; ++d) total[r * padded + d] += sum[r * padded + d], sum[r * padded + d] = 0.0f;
   }
 
@@ -219,32 +225,29 @@ struct Attention {
       const float* weight = score + slot - begin;
       for (; r + 4 <= count; r += 4) add_rows<4>(r, weight + r * stride, value, n);
       for (; r < count; ++r) add_rows<1>(r, weight + r * stride, value, n);
+      // several rows at a time: one alone would wait for each of its sums
+      for (r = 0; r < count; r += 8)
+        for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 8
+          for (int64_t i = r; i < r + 8; ++i) part[i] += weight[i * stride + j];
       for (r = 0; n == kBlock && r < count; ++r) close_block(r);
     }
   }
 
-  // The values behind the text that row r sees, at the positions that follow: returns the mass of all its weights, which
-  // are summed in the same order.
-  float add_behind(int64_t r) {
-    float mass = 0.0f, part = 0.0f;
-    const float *text = score + r * stride, *tail = behind_of(r), *value[1];
-    int64_t position = begin;
-    const auto close = [&] {
-      if (++position % kBlock == 0) mass += part, part = 0.0f;
-    };
-    for (int64_t i = 0; i < stop - begin; ++i) part += text[i], close();
+  // The values behind the text that row r sees, at the positions that follow.
+  void add_behind(int64_t r) {
+    const float *tail = behind_of(r), *value[1];
+    int64_t position = stop;
     for (int64_t i = 0; i < behind; ++i) {
       if (!(word(r, i / 64) >> (i % 64) & 1)) continue;
       if (length + i >= start(r)) {
         rows(op.values, length + i, 1, 1, value);
         add_rows<1>(r, tail + i, value, 1);
-        part += tail[i];
+        part[r] += tail[i];
       }
-      close();
-      if (position % kBlock == 0) close_block(r);
+      if (++position % kBlock == 0) close_block(r);
     }
     close_block(r);
-    return mass + part;
   }
 
   void run(const float* q, int64_t q_stride, float* out, int64_t out_stride) {
@@ -255,7 +258,8 @@ struct Attention {
     for (int64_t r = 0; r < count; ++r) weigh(r);
     add_text();
     for (int64_t r = 0; r < count; ++r) {
-      const float mass = add_behind(r), inverse = mass != 0.0f ? 1.0f / mass : 0.0f;
+      add_behind(r);
+      const float inverse = mass[r] != 0.0f ? 1.0f / mass[r] : 0.0f;
       float* to = out + (b * op.nodes + node(r)) * out_stride + head(r) * op.head_width;
       for (int64_t d = 0; d < op.head_width; ++d) to[d] = total[r * padded + d] * inverse;
     }

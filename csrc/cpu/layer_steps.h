@@ -6,8 +6,8 @@
 
 namespace beagle::cpu {
 
-// Rows of queries that share a key head and are taken through its keys together.
-constexpr int64_t kQueries = 8;
+// Rows of queries, at most, that share a key head and are taken through its keys together: each key is read once for all.
+constexpr int64_t kQueries = 32;
 
 struct LayerSteps {
   // Rows of width floats: to = norm(from); may be one place.
