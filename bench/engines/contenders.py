@@ -1,4 +1,4 @@
-"""Who takes part: a name, the module of this folder that runs it, its environment, its model, and its settings."""
+"""Who takes part: a name, the module of workers that runs it, its environment, its model, and its settings."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ BASELINE = "transformers fp32"
 """What all are compared with, in time and token for token."""
 OURS = "beagle "
 _OPENVINO_FP32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-_OPENVINO_LOOKUP = {"num_assistant_tokens": 4, "max_ngram_size": 3}
-_LLAMACPP_LOOKUP = {"type": "NGRAM_SIMPLE", "fields": {"size_n": 3, "size_m": 4}}
+_OPENVINO_LOOKUP = {"num_assistant_tokens": 3, "max_ngram_size": 3}
+_WHEEL_LOOKUP = {"type": "NGRAM_SIMPLE", "fields": {"size_n": 3, "size_m": 4}}
+_NATIVE_LOOKUP = {"num_pred_tokens": 3, "max_ngram_size": 3}
+"""Few drafted tokens each: more cost more than they bring on two cores."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Contender:
         """Starts its process; run: threads, cpus, capacity, ends."""
         python = python_of(folder, self.environment) if self.environment else sys.executable
         options = {"model": str(model_of(folder, self.model)), **self.options, **run}
-        return [str(python), "-m", "bench.engines.worker", f"bench.engines.{self.module}", json.dumps(options)]
+        return [str(python), "-m", "bench.engines.workers", f"bench.engines.workers.{self.module}", json.dumps(options)]
 
     def variables(self, threads: int) -> dict[str, str]:
         """Of its process: OpenMP's threads; our packages' folders in our own environment alone."""
@@ -60,9 +62,14 @@ def _beagle(weights: str, name: str) -> list[Contender]:
     ]
 
 
-def _llamacpp(name: str, model: str, cache: str = "F16", lookup: dict | None = None) -> Contender:
-    options = {"cache": cache, "lookup": lookup}
-    return Contender(f"llama.cpp {name}", "llamacpp", "llamacpp", f"{model}.gguf", options)
+def _llamacpp(build: str, module: str, environment: str, lookup: dict) -> list[Contender]:
+    """llama.cpp of a build: the four kinds of weights, fp32 also with speculation."""
+    made = (("fp32", "fp32", "F32", None), ("fp32, lookup", "fp32", "F32", lookup))
+    made += tuple((kind, kind, "F16", None) for kind in ("bf16", "q8_0", "q4_1"))
+    return [
+        Contender(f"llama.cpp {build} {name}", module, environment, f"{model}.gguf", {"cache": cache, "lookup": with_})
+        for name, model, cache, with_ in made
+    ]
 
 
 def _openvino(name: str, weights: str, properties: dict, lookup: dict | None = None) -> Contender:
@@ -76,11 +83,8 @@ CONTENDERS = [
     *_beagle("float32", "fp32"),
     *_beagle("bfloat16", "bf16"),
     *_beagle("int8", "int8"),
-    _llamacpp("fp32", "fp32", "F32"),
-    _llamacpp("fp32, lookup", "fp32", "F32", _LLAMACPP_LOOKUP),
-    _llamacpp("bf16", "bf16"),
-    _llamacpp("q8_0", "q8_0"),
-    _llamacpp("q4_1", "q4_1"),
+    *_llamacpp("wheel", "llamacpp", "llamacpp", _WHEEL_LOOKUP),
+    *_llamacpp("native", "llamacpp_native", "llamacpp-native", _NATIVE_LOOKUP),
     _openvino("fp32", "fp32", _OPENVINO_FP32),
     _openvino("fp32, lookup", "fp32", _OPENVINO_FP32, _OPENVINO_LOOKUP),
     _openvino("bf16", "fp32", {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}),

@@ -1,6 +1,6 @@
 """A virtual environment for each engine: python -m bench.engines.environments FOLDER [NAME ...]
 
-Versions are pinned. `convert` exports the models for two of them; nothing else needs torch, and `llamacpp-native`, which
+Versions are pinned. `convert` exports the models of two engines and alone needs torch; `llamacpp-native`, which
 compiles llama.cpp for this processor, is made only when it is named.
 """
 

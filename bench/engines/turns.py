@@ -16,7 +16,7 @@ from bench.processes import ROOT, watched
 
 LOAD_SECONDS = 300.0
 ANSWER_SECONDS = 120.0
-PAUSE = 0.3
+PAUSE = 0.15
 """Seconds after each answer, in which the threads of the one before stop to spin."""
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class Gone(Exception):
 
 
 class Worker:
-    """A process of `bench.engines.worker`, which `stack` ends; what it prints is in the file `log`.
+    """A process of `bench.engines.workers`, which `stack` ends; what it prints is in the file `log`.
 
     versions: of its packages. Gone from the constructor says why it cannot take part.
     """
@@ -50,7 +50,8 @@ class Worker:
         self.versions: dict[str, str] = self._read(LOAD_SECONDS)["ready"]
 
     def answer(self, prompt: Sequence[int], new_tokens: int) -> Answer:
-        """Answer a prompt greedily; Gone if the process ends or takes longer than ANSWER_SECONDS."""
+        """Answer a prompt greedily; Gone if the process ends, says nothing or takes longer than
+        ANSWER_SECONDS."""
         self._woken()
         request = json.dumps({"prompt": list(prompt), "max_new_tokens": new_tokens}) + "\n"
         try:
@@ -58,6 +59,8 @@ class Worker:
         except OSError:
             raise Gone(self._end()) from None
         answer = Answer(**self._read(ANSWER_SECONDS))
+        if not answer.tokens:
+            raise Gone("it answered with no token at all")
         time.sleep(PAUSE)
         self._idle_from = time.monotonic(), cpu_seconds(self._process.pid)
         return answer

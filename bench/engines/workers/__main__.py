@@ -1,6 +1,6 @@
 """A contender's process: it loads its engine once, then answers a request a line.
 
-`python -m bench.engines.worker MODULE OPTIONS` runs in the engine's own environment, so this file and the engines'
+`python -m bench.engines.workers MODULE OPTIONS` runs in the engine's own environment, so this file and the engines'
 import the standard library alone until `load` is called. A module has PACKAGES, whose versions are told, and
 `load(options) -> answer(prompt ids, new tokens) -> (new ids, seconds after the first of them or None)`.
 

@@ -1,24 +1,34 @@
 """OpenVINO GenAI's pipeline on a graph that optimum-intel exported.
 
 fp32 is asked for twice, as precision of the products and of the KV cache, whose defaults on a CPU are bf16 (where the
-processor has it) and u8. One stream for latency; its threads sleep as soon as an answer is done.
+processor has it) and u8; int8 weights have these defaults, as their users do. One stream for latency, a prompt in one
+piece, and no prefix kept from prompt to prompt. Its threads sleep as soon as an answer is done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 PACKAGES = ("openvino-genai", "openvino")
 
 
 def load(options: dict) -> Callable[[list[int], int], tuple[list[int], float | None]]:
     """options: model (a folder with openvino_model.xml), properties (of the plugin), lookup (None or the fields of
-    the generation config that set prompt lookup), ends (token ids that end an answer), threads."""
+    the generation config that set prompt lookup), ends (token ids that end an answer), capacity (the most prompt and
+    new tokens), threads."""
     import numpy as np
     import openvino
     import openvino_genai
 
-    properties = {"INFERENCE_NUM_THREADS": options["threads"], "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    properties: dict[str, Any] = {
+        "INFERENCE_NUM_THREADS": options["threads"],
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.enable_prefix_caching, scheduler.max_num_batched_tokens = False, options["capacity"]
+    properties["scheduler_config"] = scheduler
     properties |= options["properties"] | ({"prompt_lookup": True} if options["lookup"] else {})
     pipeline = openvino_genai.LLMPipeline(options["model"], "CPU", **properties)
     config = openvino_genai.GenerationConfig()
