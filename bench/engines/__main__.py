@@ -108,7 +108,7 @@ def started(
     stack: ExitStack, contenders: Sequence[Contender], folder: Path, run: dict, logs: Path, gone: dict[str, str]
 ) -> dict[str, Worker]:
     """The contenders' processes, loaded one after another; `gone` is told of those that cannot take part."""
-    workers = {}
+    workers: dict[str, Worker] = {}
     for contender in contenders:
         try:
             if why := contender.why_not(folder):

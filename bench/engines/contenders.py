@@ -64,11 +64,12 @@ def _beagle(weights: str, name: str) -> list[Contender]:
 
 def _llamacpp(build: str, module: str, environment: str, lookup: dict) -> list[Contender]:
     """llama.cpp of a build: the four kinds of weights, fp32 also with speculation."""
-    made = (("fp32", "fp32", "F32", None), ("fp32, lookup", "fp32", "F32", lookup))
-    made += tuple((kind, kind, "F16", None) for kind in ("bf16", "q8_0", "q4_1"))
+    made: dict[str, tuple[str, dict]] = {"fp32": ("fp32", {"cache": "F32", "lookup": None})}
+    made["fp32, lookup"] = ("fp32", {"cache": "F32", "lookup": lookup})
+    made |= {name: (name, {"cache": "F16", "lookup": None}) for name in ("bf16", "q8_0", "q4_1")}
     return [
-        Contender(f"llama.cpp {build} {name}", module, environment, f"{model}.gguf", {"cache": cache, "lookup": with_})
-        for name, model, cache, with_ in made
+        Contender(f"llama.cpp {build} {name}", module, environment, f"{model}.gguf", options)
+        for name, (model, options) in made.items()
     ]
 
 
