@@ -81,6 +81,7 @@ def measured(
         workers = started(stack, contenders, folder, run, logs, gone)
         for name in workers:
             list(answers_to({name: workers[name]}, [longest, longest], new_tokens, gone))  # none of it is timed
+            print(f"{name} is warm", flush=True)
         answers: dict[str, list[dict[str, Answer]]] = {}
         for source, prompts in sets.items():
             answers[source] = []
