@@ -78,10 +78,17 @@ void gate(float* gate, const float* up, int64_t count, int32_t activation) {
 // Scores of 16 keys for one query row.
 BEAGLE_FN Vec dots(const float* query, const float* const* key, int64_t padded) {
   Vec sum[kLanes] = {};
-  for (int64_t d = 0; d < padded; d += kLanes) {
-    const Vec q = at(query + d);
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes; ++j) sum[j] += q * at(key[j] + d);
+  // as many keys at a time as there are registers for their addresses
+#pragma GCC unroll 2
+  for (int first = 0; first < kLanes; first += 8) {
+    const float* row[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) row[j] = key[first + j];
+    for (int64_t d = 0; d < padded; d += kLanes) {
+      const Vec q = at(query + d);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) sum[first + j] += q * at(row[j] + d);
+    }
   }
   add_lanes<kLanes, kLanes>(sum);
   return sum[0];
@@ -189,8 +196,9 @@ struct Attention {
       for (int v = 0; v < kVecs; ++v) part[i][v] = at(sum + (r + i) * padded + d + v * kLanes);
     for (int64_t j = 0; j < n; ++j) {
       Vec row[kVecs];
+      const float* from = value[j] + d;
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) row[v] = at(value[j] + d + v * kLanes);
+      for (int v = 0; v < kVecs; ++v) row[v] = at(from + v * kLanes);
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
