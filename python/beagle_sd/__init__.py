@@ -23,6 +23,7 @@ from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.config import BeagleConfig
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.head import UnsupportedTarget
+from beagle_sd.models.layers.quantize import quantize_
 from beagle_sd.models.loading import load_bundled
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "generate",
     "generate_saved",
     "load_bundled",
+    "quantize_",
 ]

@@ -14,7 +14,9 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from beagle_sd.models.config import BeagleConfig, write_custom_generate
+from beagle_sd.models.layers.int8 import GROUP, Int8Matrix
 from beagle_sd.models.layers.linears import FewRowsLinear, linear
+from beagle_sd.models.layers.quantize import linears_of, replace
 from beagle_sd.models.target import Target
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ class BeagleDraft(PreTrainedModel):
         self.activation = ACT2FN[config.hidden_act]
         reduced = config.draft_vocab_size
         self.register_buffer("draft_vocab", torch.zeros(reduced, dtype=torch.int64) if reduced else None)
-        self._shared: tuple[Target, Tensor] | None = None
+        self._shared: tuple[Target, Tensor | Int8Matrix] | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -126,6 +128,8 @@ class BeagleDraft(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
         """As in transformers, with what `target.generate(..., custom_generate=NAME)` takes beside the weights."""
+        if self.is_int8:
+            raise ValueError("the draft is in int8; allowed: to save it before quantize_()")
         hub: dict[str, Any] = {name: kwargs.pop(name) for name in _OF_THE_HUB if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
@@ -161,7 +165,9 @@ class BeagleDraft(PreTrainedModel):
         return self._share(target)
 
     def _share(self, target: Target) -> Self:
-        head = target.head.weight.detach()
+        head = target.head.matrix
+        if isinstance(head, Tensor):
+            head = head.detach()
         if self.draft_vocab is not None:
             _check_draft_vocab(self.draft_vocab, target.config.vocab_size)
             head = head[self.draft_vocab.to(head.device)]
@@ -201,17 +207,41 @@ class BeagleDraft(PreTrainedModel):
 
     @property
     def head(self) -> Tensor:
-        """[V', d], the rows of the target's LM head that the draft uses, times the target's logit scale."""
-        return self._bound()[1]
+        """[V', d], the rows of the target's LM head that the draft uses, times the target's logit scale; made anew from
+        a head in int8, in float32."""
+        head = self._bound()[1]
+        return head if isinstance(head, Tensor) else head.floats()
 
-    def _bound(self) -> tuple[Target, Tensor]:
+    @property
+    def vocab(self) -> int:
+        """V', how many tokens the draft may propose."""
+        return len(self._bound()[1])
+
+    @property
+    def _kind(self) -> torch.dtype:
+        """The dtype of what passes between the layers."""
+        return self.norm_mlp.weight.dtype
+
+    def quantize_(self, group: int = GROUP) -> Self:
+        """Put the linear layers into int8 in place, for decoding; returns the draft, which can then be neither trained
+        nor saved. The head is the target's, in int8 if that is (`beagle_sd.quantize_`) when it is bound. ValueError for
+        another device than a CPU, and for widths that groups do not divide."""
+        replace(linears_of(self, FewRowsLinear, group), group)
+        return self
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether `quantize_` was called."""
+        return not isinstance(self.q_proj, FewRowsLinear)
+
+    def _bound(self) -> tuple[Target, Tensor | Int8Matrix]:
         if self._shared is None:
             raise RuntimeError("this draft has no target yet: call draft.bind(target) first")
         return self._shared
 
     def embed(self, tokens: Tensor) -> Tensor:
         """e(t): [...] int64 -> [..., d]."""
-        return self.target.embed(tokens).detach().to(self.q_proj.weight.dtype)
+        return self.target.embed(tokens).detach().to(self._kind)
 
     def queries(self, embedded: Tensor, positions: Tensor | Angles) -> Tensor:
         """q_i = RoPE(W_Q norm_q(e_i), i): [..., d], [...] -> [..., Hq, D]."""
@@ -219,13 +249,13 @@ class BeagleDraft(PreTrainedModel):
 
     def keys_values(self, states: Tensor, positions: Tensor | Angles) -> tuple[Tensor, Tensor]:
         """k_j = RoPE(W_K norm_s(X_j), j), v_j = W_V norm_s(X_j): [..., d], [...] -> two [..., Hkv, D]."""
-        states = self.norm_state(states.to(self.k_proj.weight.dtype))
+        states = self.norm_state(states.to(self._kind))
         values = self.v_proj(states)
         return self._rotate(self.k_proj(states), positions), values.unflatten(-1, (-1, self.config.head_dim))
 
     def angles(self, positions: Tensor) -> Angles:
         """RoPE's at positions [...], which `queries` and `keys_values` take in their place: [..., 1, D] each."""
-        cos, sin = self.rotary(self.q_proj.weight, positions.reshape(1, -1))
+        cos, sin = self.rotary(self.norm_mlp.weight, positions.reshape(1, -1))
         shape = (*positions.shape, 1, self.config.head_dim)
         return Angles(cos.view(shape), sin.view(shape))
 
@@ -237,7 +267,8 @@ class BeagleDraft(PreTrainedModel):
 
     def logits(self, states: Tensor) -> Tensor:
         """The draft's logits over its own vocabulary, soft-capped as the target's: [..., d] -> [..., V']."""
-        return self.target.head.capped(linear(states.to(self.head.dtype), self.head))
+        target, head = self._bound()
+        return target.head.capped(linear(states.to(target.dtype), head))
 
     def _rotate(self, x: Tensor, positions: Tensor | Angles) -> Tensor:
         x = x.unflatten(-1, (-1, self.config.head_dim))

@@ -18,7 +18,10 @@ from transformers import (
 
 from beagle_sd.models import smollm2
 from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.layers.quantize import quantize_
 
+WEIGHTS = ("floats", "int8")
+"""What the linear layers may hold: the dtype's numbers, or integers with scales (`quantize_`), on a CPU."""
 _FOLDER = Path(__file__).parents[1] / "bundled"
 
 
@@ -38,28 +41,46 @@ def bundled_folder(name: str) -> Path:
 
 
 def load_bundled(
-    name: str = smollm2.NAME, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    name: str = smollm2.NAME,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    weights: str = "floats",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BeagleDraft]:
     """(target, tokenizer, draft) of a bundled draft; the target is converted into the user's cache on first use.
 
-    device None: the GPU if there is one; dtype None: bf16 on a GPU, fp32 on a CPU.
+    device None: the GPU if there is one; dtype None: bf16 on a GPU, fp32 on a CPU; weights "int8": the linear layers of
+    both in int8, on a CPU.
     """
     folder = bundled_folder(name)
-    target, tokenizer = load_target(name, dtype=dtype, device=device)
-    return target, tokenizer, load_draft(folder, target)
+    target, tokenizer = load_target(name, dtype=dtype, device=device, weights=weights)
+    return target, tokenizer, load_draft(folder, target, weights=weights)
 
 
 def load_target(
-    name: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    weights: str = "floats",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A target and its tokenizer: "smollm2-135m", a folder, or a hub name; ValueError for a device that is not there,
-    FileNotFoundError for a folder without a model."""
+    FileNotFoundError for a folder without a model. weights "int8": put into int8 by `quantize_`, on a CPU."""
+    _check_weights(weights)
     device = _device(device)
+    if weights == "int8" and device.type != "cpu":
+        raise ValueError(f"weights are 'int8' on {str(device)!r}; allowed: on 'cpu', or 'floats'")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     path = target_path(name)
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+    model = model.to(device).eval()  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+    return quantize_(model) if weights == "int8" else model, tokenizer
+
+
+def _check_weights(weights: str) -> None:
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights are {weights!r}; allowed: {', '.join(WEIGHTS)}")
 
 
 def load_outline(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -97,12 +118,17 @@ def _device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def load_draft(folder: str | Path, target: PreTrainedModel, dtype: torch.dtype | None = None) -> BeagleDraft:
-    """A saved draft, bound to `target` and on its device; in its dtype too where none is given."""
+def load_draft(
+    folder: str | Path, target: PreTrainedModel, dtype: torch.dtype | None = None, *, weights: str = "floats"
+) -> BeagleDraft:
+    """A saved draft, bound to `target` and on its device; in its dtype too where none is given. weights "int8": its
+    linear layers in int8; its head is the target's, whatever that holds."""
+    _check_weights(weights)
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; allowed: a folder that `beagle-sd train` wrote")
     draft = BeagleDraft.from_pretrained(folder)
-    return draft.to(device=target.device, dtype=dtype or target.dtype).eval().bind(target)
+    draft.to(device=target.device, dtype=dtype or target.dtype).eval()
+    return (draft.quantize_() if weights == "int8" else draft).bind(target)
 
 
 def measured_acceptance(folder: str | Path) -> list[dict]:

@@ -11,14 +11,19 @@ from torch import Tensor, nn
 
 from beagle_kernels import backends
 from beagle_kernels.extension import multiplies_bf16
+from beagle_sd.models.layers.int8 import Int8Matrix
 
 MOST_ROWS = {torch.float32: 32, torch.bfloat16: 32 if multiplies_bf16() else 8}
 """Rows up to which skinny_linear serves: from there on a library's blocked product is as fast or faster. In bfloat16
 few, where each row costs a weight that is widened to be multiplied."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear for inference: by skinny_linear where x [..., K] has few rows on a CPU."""
+def linear(x: Tensor, weight: Tensor | Int8Matrix, bias: Tensor | None = None) -> Tensor:
+    """F.linear for inference: by skinny_linear where x [..., K] has few rows on a CPU, by int8_linear with a weight in
+    int8."""
+    if isinstance(weight, Int8Matrix):
+        out = weight.times(x)
+        return out if bias is None else out + bias
     rows = x.shape[:-1].numel()
     if not (
         0 < rows <= MOST_ROWS.get(weight.dtype, 0)
