@@ -24,6 +24,7 @@ from beagle_sd.models.config import BeagleConfig
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.halved import halve_
 from beagle_sd.models.head import UnsupportedTarget
+from beagle_sd.models.layers.quantize import quantize_
 from beagle_sd.models.loading import load_bundled
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "generate_saved",
     "halve_",
     "load_bundled",
+    "quantize_",
 ]

@@ -14,6 +14,7 @@ from beagle_sd.cli.console import (
     DraftFolder,
     Dtype,
     TargetName,
+    Weights,
     clear_errors,
     console,
     dtype_of,
@@ -61,6 +62,7 @@ def bench(
     csv: Annotated[Path | None, typer.Option(help="Also write the table there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the ratios there; needs matplotlib.")] = None,
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     device: Device = None,
 ) -> None:
     """Time whole answers side by side: target.generate, transformers' speculation, Beagle's plain, chain and trees."""
@@ -70,8 +72,8 @@ def bench(
             blank_figure(1, 1)  # what it needs is missed now, not after the measuring
         folder = Path(draft) if draft else bundled_folder(target)
         with loading(console, target):
-            model, tokenizer = load_target(target, dtype=dtype_of(dtype), device=device)
-            loaded = load_draft(folder, model)
+            model, tokenizer = load_target(target, dtype=dtype_of(dtype), device=device, weights=weights)
+            loaded = load_draft(folder, model, weights=weights)
             if not raw:
                 check_template(tokenizer)
             helper = load_target(assistant, dtype=model.dtype, device=model.device)[0] if assistant else None

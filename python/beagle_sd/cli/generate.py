@@ -25,6 +25,7 @@ from beagle_sd.cli.console import (
     Dtype,
     Seed,
     TargetName,
+    Weights,
     clear_errors,
     console,
     dtype_of,
@@ -57,6 +58,7 @@ def generate(
     compare: Annotated[bool, typer.Option(help="Answer again by plain decoding and by target.generate.")] = True,
     calibrate: Calibrate = False,
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     device: Device = None,
 ) -> None:
     """Answer a prompt speculatively, tokens accepted from the draft in colour, then without the draft, all timed."""
@@ -70,8 +72,8 @@ def generate(
             raise ValueError("--calibrate was given with --tree; allowed: one or the other")
         folder = Path(draft) if draft else bundled_folder(target)
         with loading(console, target):
-            model, tokenizer = load_target(target, dtype=dtype_of(dtype), device=device)
-            loaded = load_draft(folder, model)
+            model, tokenizer = load_target(target, dtype=dtype_of(dtype), device=device, weights=weights)
+            loaded = load_draft(folder, model, weights=weights)
         ids = torch.tensor([_encoded(tokenizer, prompt, raw)])
         chosen = shape or _adaptive(model, loaded, calibrate)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, **sampling}

@@ -179,7 +179,7 @@ class _Writer:
         device = target.device
         self.target, self.limit, self.longest, self.seed = target, limit, longest, seed
         self.cache = target.new_cache(batch, slots, fixed=fixed)
-        vocab = target.head.weight.shape[0]
+        vocab = target.head.size
         self.end_ids = frozenset(one for one in ends if 0 <= one < vocab)
         self.ends = torch.zeros(vocab, dtype=torch.bool, device=device)
         self.ends[list(self.end_ids)] = True

@@ -192,9 +192,15 @@ def _key(target: PreTrainedModel, draft: BeagleDraft) -> dict:
         "target": {
             "model_type": config.model_type,
             "dtype": str(target.dtype),
+            "int8": Target(target).is_int8,
+            "halved": Target(target).head.half is not None,
             **{name: getattr(config, name, None) for name in sizes},
         },
-        "draft": {"dtype": str(draft.dtype), **{name: getattr(draft.config, name) for name in of_the_draft}},
+        "draft": {
+            "dtype": str(draft.dtype),
+            "int8": draft.is_int8,
+            **{name: getattr(draft.config, name) for name in of_the_draft},
+        },
         "versions": {
             "beagle_kernels": beagle_kernels.__version__,
             "built": _built(),

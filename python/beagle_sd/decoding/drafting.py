@@ -34,7 +34,7 @@ class DraftCache:
 
     def __init__(self, draft: BeagleDraft, batch: int, tokens: int, depth: int, branch: int):
         """Room for `tokens` true states a row and a round's draft states of `depth` levels of `branch` nodes each."""
-        config, weight = draft.config, draft.k_proj.weight
+        config, weight = draft.config, draft.norm_mlp.weight
         self.window = config.window_keys
         self.ring = self.window + depth + 1 if self.window else 0
         self._behind = branch * depth if self.window else max(depth + 1, branch * depth)
@@ -103,7 +103,7 @@ def propose(
     on the host, and all shapes follow from B, depth and branch.
     """
     batch, device = len(root), root.device
-    branch = min(branch, len(draft.head))
+    branch = min(branch, draft.vocab)
     bits = _bits(cache.ring, 1 + branch * (depth - 1), device)
     prefix, seen = cache.prefix(lengths), cache.seen(lengths, depth, bits.shape[1])
     settings = {1: sampling, branch: sampling.repeat(branch) if branch > 1 else sampling}

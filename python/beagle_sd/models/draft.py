@@ -14,7 +14,9 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from beagle_sd.models.config import BeagleConfig, write_custom_generate
+from beagle_sd.models.layers.int8 import GROUP, Int8Matrix
 from beagle_sd.models.layers.linears import FewRowsLinear, linear
+from beagle_sd.models.layers.quantize import linears_of, replace
 from beagle_sd.models.target import Target
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ class BeagleDraft(PreTrainedModel):
         self.activation = ACT2FN[config.hidden_act]
         reduced = config.draft_vocab_size
         self.register_buffer("draft_vocab", torch.zeros(reduced, dtype=torch.int64) if reduced else None)
-        self._shared: tuple[Target, Tensor] | None = None
+        self._shared: tuple[Target, Tensor | Int8Matrix] | None = None
         self._half: Tensor | None = None  # the head's rows in bf16
         self._made_of: tuple[Tensor | None, Tensor | None] = (None, None)  # the vocabulary and the target's half
         self.post_init()
@@ -129,6 +131,8 @@ class BeagleDraft(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
         """As in transformers, with what `target.generate(..., custom_generate=NAME)` takes beside the weights."""
+        if self.is_int8:
+            raise ValueError("the draft is in int8; allowed: to save it before quantize_()")
         hub: dict[str, Any] = {name: kwargs.pop(name) for name in _OF_THE_HUB if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
@@ -165,28 +169,29 @@ class BeagleDraft(PreTrainedModel):
 
     def _share(self, target: Target) -> Self:
         if self._shared is None or not self._is_head_of(target):
-            weight, half, scale = target.head.weight.detach(), target.head.half, target.head.scale
-            head = self._own_rows(weight, target)
+            matrix, half, scale = target.head.matrix, target.head.half, target.head.scale
+            head = self._own_rows(matrix.detach() if isinstance(matrix, Tensor) else matrix, target)
             self._half = self._own_rows(half, target) if half is not None and scale == 1.0 else None
             self._shared = (target, head if scale == 1.0 else head * scale)
             self._made_of = (self.draft_vocab, half)
-        self._shared = (target, self.head)
+        self._shared = (target, self._bound()[1])
         return self
 
     def _is_head_of(self, target: Target) -> bool:
         """Whether the head at hand is still the target's, by every so many of its rows: to gather all of them takes as
         long as some tokens."""
-        weight, head = target.head.weight.detach(), self.head
+        matrix, head = target.head.matrix, self._bound()[1]
         vocab, half = self._made_of
-        if vocab is not self.draft_vocab or half is not target.head.half or weight.dtype != head.dtype:
+        if vocab is not self.draft_vocab or half is not target.head.half or type(matrix) is not type(head):
             return False
-        if weight.device.type != "cpu" or weight.device != head.device or weight.shape[1] != head.shape[1]:
+        if matrix.device.type != "cpu" or head.device != matrix.device:
             return False
         step = max(1, len(head) // _SAMPLED_ROWS)
-        rows = weight[: len(head) : step] if vocab is None else weight[vocab[::step].to(weight.device)]
-        return rows.shape == head[::step].shape and torch.equal(rows * target.head.scale, head[::step])
+        rows = matrix[: len(head) : step] if vocab is None else matrix[vocab[::step]]
+        have, want = _parts(head[::step]), _parts(rows * target.head.scale)
+        return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(have, want))
 
-    def _own_rows(self, weight: Tensor, target: Target) -> Tensor:
+    def _own_rows(self, weight: Any, target: Target) -> Any:
         if self.draft_vocab is not None:
             _check_draft_vocab(self.draft_vocab, target.config.vocab_size)
             return weight[self.draft_vocab.to(weight.device)]
@@ -221,17 +226,41 @@ class BeagleDraft(PreTrainedModel):
 
     @property
     def head(self) -> Tensor:
-        """[V', d], the rows of the target's LM head that the draft uses, times the target's logit scale."""
-        return self._bound()[1]
+        """[V', d], the rows of the target's LM head that the draft uses, times the target's logit scale; made anew from
+        a head in int8, in float32."""
+        head = self._bound()[1]
+        return head if isinstance(head, Tensor) else head.floats()
 
-    def _bound(self) -> tuple[Target, Tensor]:
+    @property
+    def vocab(self) -> int:
+        """V', how many tokens the draft may propose."""
+        return len(self._bound()[1])
+
+    @property
+    def _kind(self) -> torch.dtype:
+        """The dtype of what passes between the layers."""
+        return self.norm_mlp.weight.dtype
+
+    def quantize_(self, group: int = GROUP) -> Self:
+        """Put the linear layers into int8 in place, for decoding; returns the draft, which can then be neither trained
+        nor saved. The head is the target's, in int8 if that is (`beagle_sd.quantize_`) when it is bound. ValueError for
+        another device than a CPU, and for widths that groups do not divide."""
+        replace(linears_of(self, FewRowsLinear, group), group)
+        return self
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether `quantize_` was called."""
+        return not isinstance(self.q_proj, FewRowsLinear)
+
+    def _bound(self) -> tuple[Target, Tensor | Int8Matrix]:
         if self._shared is None:
             raise RuntimeError("this draft has no target yet: call draft.bind(target) first")
         return self._shared
 
     def embed(self, tokens: Tensor) -> Tensor:
         """e(t): [...] int64 -> [..., d]."""
-        return self.target.embed(tokens).detach().to(self.q_proj.weight.dtype)
+        return self.target.embed(tokens).detach().to(self._kind)
 
     def queries(self, embedded: Tensor, positions: Tensor | Angles) -> Tensor:
         """q_i = RoPE(W_Q norm_q(e_i), i): [..., d], [...] -> [..., Hq, D]."""
@@ -239,13 +268,13 @@ class BeagleDraft(PreTrainedModel):
 
     def keys_values(self, states: Tensor, positions: Tensor | Angles) -> tuple[Tensor, Tensor]:
         """k_j = RoPE(W_K norm_s(X_j), j), v_j = W_V norm_s(X_j): [..., d], [...] -> two [..., Hkv, D]."""
-        states = self.norm_state(states.to(self.k_proj.weight.dtype))
+        states = self.norm_state(states.to(self._kind))
         values = self.v_proj(states)
         return self._rotate(self.k_proj(states), positions), values.unflatten(-1, (-1, self.config.head_dim))
 
     def angles(self, positions: Tensor) -> Angles:
         """RoPE's at positions [...], which `queries` and `keys_values` take in their place: [..., 1, D] each."""
-        cos, sin = self.rotary(self.q_proj.weight, positions.reshape(1, -1))
+        cos, sin = self.rotary(self.norm_mlp.weight, positions.reshape(1, -1))
         shape = (*positions.shape, 1, self.config.head_dim)
         return Angles(cos.view(shape), sin.view(shape))
 
@@ -257,7 +286,8 @@ class BeagleDraft(PreTrainedModel):
 
     def logits(self, states: Tensor) -> Tensor:
         """The draft's logits over its own vocabulary, soft-capped as the target's: [..., d] -> [..., V']."""
-        return self.target.head.capped(linear(states.to(self.head.dtype), self.head, half=self._half))
+        target, head = self._bound()
+        return target.head.capped(linear(states.to(target.dtype), head, half=self._half))
 
     def _rotate(self, x: Tensor, positions: Tensor | Angles) -> Tensor:
         x = x.unflatten(-1, (-1, self.config.head_dim))
@@ -265,6 +295,10 @@ class BeagleDraft(PreTrainedModel):
         half = self.config.head_dim // 2
         turned = torch.cat((-x[..., half:], x[..., :half]), -1)
         return (x * cos + turned * sin).to(x.dtype)  # in autocast x is in 16 bits, and the values are too
+
+
+def _parts(matrix: Tensor | Int8Matrix) -> tuple[Tensor, ...]:
+    return (matrix.integers, matrix.scales) if isinstance(matrix, Int8Matrix) else (matrix.detach(),)
 
 
 def _check_draft_vocab(ids: Tensor, vocab_size: int) -> None:

@@ -9,7 +9,7 @@ from beagle_kernels import LayerWeights, Linear, Norm
 from beagle_kernels.compiled.decoder_layer import Layers, Parts
 from beagle_kernels.decoder_layer import flat
 from beagle_sd.models.draft import Angles, BeagleDraft, RMSNorm
-from beagle_sd.models.layers.linears import read_weight
+from beagle_sd.models.layers.linears import parts_of
 from beagle_sd.models.layers.whole import served
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -18,8 +18,8 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 def draft_layer(draft: BeagleDraft) -> DraftLayer | None:
     """The block of a draft on a CPU, while its weights stay as they are; None where the op cannot serve it."""
-    weight = draft.k_proj.weight
-    known = weight.device.type == "cpu" and weight.dtype != torch.float64 and draft.config.hidden_act in _ACTIVATIONS
+    norm, dtypes = draft.norm_mlp.weight, (torch.float32, torch.bfloat16, torch.float16)
+    known = norm.device.type == "cpu" and norm.dtype in dtypes and draft.config.hidden_act in _ACTIVATIONS
     return DraftLayer(draft) if known and served() else None
 
 
@@ -29,12 +29,12 @@ class DraftLayer:
     def __init__(self, draft: BeagleDraft):
         config = draft.config
         norms = (_norm(norm) for norm in (draft.norm_query, draft.norm_mlp, draft.norm_output, draft.norm_state))
-        q, k, v, o = (Linear(read_weight(linear)) for linear in (draft.q_proj, draft.k_proj, draft.v_proj, draft.o_proj))
-        mlp = (Linear(read_weight(linear)) for linear in (draft.gate_proj, draft.up_proj, draft.down_proj))
+        q, k, v, o = (_parts(linear) for linear in (draft.q_proj, draft.k_proj, draft.v_proj, draft.o_proj))
+        mlp = (_parts(linear) for linear in (draft.gate_proj, draft.up_proj, draft.down_proj))
         named = dict(zip(("norm_in", "norm_mlp", "norm_out", "norm_state"), norms))
         layer = LayerWeights(q, None, None, o, *mlp, **named, activation=_ACTIVATIONS[config.hidden_act])  # type: ignore[arg-type]
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        sizes = draft.k_proj.weight.dtype, config.hidden_size, *heads
+        sizes = draft.norm_mlp.weight.dtype, config.hidden_size, *heads
         scale = config.head_dim**-0.5
 
         def made(layer: LayerWeights, of_output: bool) -> Layers:
@@ -67,6 +67,13 @@ class DraftLayer:
         cos, sin = (part[:, :, 0] for part in turn)
         none = torch.zeros(*states.shape[:2], 1, dtype=torch.int64)
         self.keys(states, cos, sin, (keys, values), lengths, none, None, None, 0, ring)
+
+
+def _parts(linear: nn.Module) -> Linear:
+    parts = parts_of(linear)
+    if parts is None:
+        raise TypeError(f"the draft has a {type(linear).__name__}; allowed: its own linear layers, or those in int8")
+    return parts
 
 
 def _norm(norm: nn.Module) -> Norm | None:

@@ -28,6 +28,8 @@ _PARENTS = (-1, 0, 0, 1, 2, 3, 4)
 _DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 """How far the norm of the difference of two forwards may be from none, as a share of the values' own norm."""
 _TF32 = 0.02
+_INT8 = 0.05
+"""Where activations are rounded to integers, of which some fall otherwise with the last bit of what comes before."""
 _NOISE = 4.0
 """In 16 bits, as far as so many times what two ways of the model's own forward differ by: experts may change."""
 _known: WeakKeyDictionary[PreTrainedModel, tuple] = WeakKeyDictionary()
@@ -37,7 +39,7 @@ def check_first_use(target: Target) -> None:
     """Raise UnsupportedTarget, saying what differs, unless the target's states over our cache and a tree are those of
     its own forward. Some forwards over a few tokens, once a model, dtype and device; again if modules were replaced."""
     model = target.model
-    if model.training or target.head.weight.is_meta:  # dropout, or nothing to compute with
+    if model.training or target.device.type == "meta":  # dropout, or nothing to compute with
         return
     state = used_as(target)
     if _known.get(model) != state:
@@ -61,7 +63,7 @@ def _compare(target: Target) -> None:
     if not bool(own.isfinite().all()):  # broken weights are told of where their logits are used
         return
     alone = target.states(text[None])[0]
-    allowed = _allowed(target.dtype, target.device, difference(own[0, :count], alone))
+    allowed = _allowed(target, difference(own[0, :count], alone))
     _refuse_over(allowed, own[0, :count], alone, target, "the start of a text in a batch, by its own forward,")
     cached, tree = _by_our_cache(target, tokens, count)
     _refuse_over(allowed, cached, own[0, :count], target, "a plain text")
@@ -169,10 +171,12 @@ def _check_attended(target: Target, cache: TreeCache) -> None:
         )
 
 
-def _allowed(dtype: torch.dtype, device: torch.device, noise: float) -> float:
-    allowed = _DIFFERENCE[dtype]
-    if dtype == torch.float32:
-        return _TF32 if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else allowed
+def _allowed(target: Target, noise: float) -> float:
+    allowed = _DIFFERENCE[target.dtype]
+    if target.dtype == torch.float32 and not target.is_int8:
+        return _TF32 if target.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else allowed
+    if target.is_int8:
+        allowed = _INT8
     return max(allowed, _NOISE * noise)
 
 

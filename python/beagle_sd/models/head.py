@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from beagle_sd.models.halved import halved_weight
+from beagle_sd.models.layers.int8 import Int8Linear, Int8Matrix
 from beagle_sd.models.layers.linears import linear
 
 
@@ -29,9 +30,23 @@ class Head:
         self.module, self.scale, self.cap = module, scale, cap
 
     @property
+    def matrix(self) -> Tensor | Int8Matrix:
+        """W [V, d] as `linear` takes it, without the scale."""
+        return self.module.matrix if isinstance(self.module, Int8Linear) else self.module.weight  # type: ignore[return-value]
+
+    @property
     def weight(self) -> Tensor:
-        """W [V, d], without the scale."""
-        return self.module.weight  # type: ignore[return-value]
+        """W [V, d], without the scale; made anew from a head in int8, in float32."""
+        return self.matrix.floats() if isinstance(self.matrix, Int8Matrix) else self.matrix
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    @property
+    def size(self) -> int:
+        """V."""
+        return len(self.matrix)
 
     @property
     def half(self) -> Tensor | None:
@@ -39,7 +54,7 @@ class Head:
         return halved_weight(self.module)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = linear(hidden, self.weight, half=self.half)
+        logits = linear(hidden, self.matrix, half=self.half)
         return self.capped(logits if self.scale == 1.0 else logits * self.scale)
 
     def capped(self, logits: Tensor) -> Tensor:
@@ -75,7 +90,7 @@ def head_of(model: PreTrainedModel) -> Head:
     cap = getattr(config, "final_logit_softcapping", None) or None
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     head = Head(module, scale, cap)
-    if model.training or head.weight.is_meta:  # dropout, or nothing to compute with: no probe
+    if model.training or head.device.type == "meta":  # dropout, or nothing to compute with: no probe
         return head
     _check_product(module)
     scales = dict.fromkeys((scale, 1.0 / scale, getattr(config, "output_multiplier", None) or 1.0, 1.0))
@@ -100,6 +115,8 @@ def _check_weight(module: nn.Module) -> None:
             f"the LM head has an adapter ({kind}), which its weight alone leaves out; allowed: adapters elsewhere, or "
             "merged into the weights (merge_and_unload() in PEFT)"
         )
+    if isinstance(module, Int8Linear):
+        return
     weight: Any = getattr(module, "weight", None)
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         what = type(weight).__name__ if isinstance(weight, Tensor) else "no tensor"
@@ -119,6 +136,8 @@ def _check_weight(module: nn.Module) -> None:
 
 @torch.inference_mode()
 def _check_product(module: nn.Module) -> None:
+    if isinstance(module, Int8Linear):  # it is that product
+        return
     weight: Tensor = module.weight  # type: ignore[assignment]
     signs = 1.0 - 2.0 * (torch.arange(2 * weight.shape[1], device=weight.device) * 7 % 5 % 2)
     x = signs.view(2, -1).to(weight.dtype)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -18,7 +20,11 @@ from transformers import (
 
 from beagle_sd.models import smollm2
 from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.halved import halve_
+from beagle_sd.models.layers.quantize import quantize_
 
+WEIGHTS = ("auto", "floats", "int8")
+"""What the linear layers may hold: the dtype's numbers, or integers with scales (`quantize_`), on a CPU."""
 _FOLDER = Path(__file__).parents[1] / "bundled"
 
 
@@ -38,28 +44,54 @@ def bundled_folder(name: str) -> Path:
 
 
 def load_bundled(
-    name: str = smollm2.NAME, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    name: str = smollm2.NAME,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    weights: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BeagleDraft]:
     """(target, tokenizer, draft) of a bundled draft; the target is converted into the user's cache on first use.
 
-    device None: the GPU if there is one; dtype None: bf16 on a GPU, fp32 on a CPU.
+    device None: the GPU if there is one; dtype None: bf16 on a GPU, fp32 on a CPU; weights "int8": the linear layers of
+    both in int8, on a CPU; "auto": on a CPU in fp32 in 16 bits too, where nothing is lost by it (`halve_`); "floats": of
+    the dtype alone.
     """
     folder = bundled_folder(name)
-    target, tokenizer = load_target(name, dtype=dtype, device=device)
-    return target, tokenizer, load_draft(folder, target)
+    target, tokenizer = load_target(name, dtype=dtype, device=device, weights=weights)
+    return target, tokenizer, load_draft(folder, target, weights=weights)
 
 
 def load_target(
-    name: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    weights: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A target and its tokenizer: "smollm2-135m", a folder, or a hub name; ValueError for a device that is not there,
-    FileNotFoundError for a folder without a model."""
+    FileNotFoundError for a folder without a model. weights as in `load_bundled`."""
+    _check_weights(weights)
     device = _device(device)
+    if weights == "int8" and device.type != "cpu":
+        raise ValueError(f"weights are 'int8' on {str(device)!r}; allowed: on 'cpu', or 'floats'")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     path = target_path(name)
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+    model = model.to(device).eval()  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+    return _as(weights, model, quantize_), tokenizer
+
+
+def _as(weights: str, model: Any, quantize: Callable[[Any], Any]) -> Any:
+    """A model with its weights as asked for: "auto" halves those in fp32 on a CPU."""
+    if weights == "int8":
+        return quantize(model)
+    return halve_(model) if weights == "auto" and model.device.type == "cpu" and model.dtype == torch.float32 else model
+
+
+def _check_weights(weights: str) -> None:
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights are {weights!r}; allowed: {', '.join(WEIGHTS)}")
 
 
 def load_outline(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -97,12 +129,17 @@ def _device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def load_draft(folder: str | Path, target: PreTrainedModel, dtype: torch.dtype | None = None) -> BeagleDraft:
-    """A saved draft, bound to `target` and on its device; in its dtype too where none is given."""
+def load_draft(
+    folder: str | Path, target: PreTrainedModel, dtype: torch.dtype | None = None, *, weights: str = "auto"
+) -> BeagleDraft:
+    """A saved draft, bound to `target` and on its device; in its dtype too where none is given. weights as in
+    `load_bundled`; its head is the target's, whatever that holds."""
+    _check_weights(weights)
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; allowed: a folder that `beagle-sd train` wrote")
     draft = BeagleDraft.from_pretrained(folder)
-    return draft.to(device=target.device, dtype=dtype or target.dtype).eval().bind(target)
+    draft.to(device=target.device, dtype=dtype or target.dtype).eval()
+    return _as(weights, draft, BeagleDraft.quantize_).bind(target)
 
 
 def measured_acceptance(folder: str | Path) -> list[dict]:

@@ -125,11 +125,18 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        return self.head.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.head.weight.dtype
+        """That of the hidden states: the head's, or with a head in int8 the model's."""
+        matrix = self.head.matrix
+        return matrix.dtype if isinstance(matrix, Tensor) else self.model.dtype
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether its linear layers are in int8 (layers/quantize.py)."""
+        return not isinstance(self.head.matrix, Tensor)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What the first layer is given: [...] int64 -> [..., d], with the model's scale (Gemma's is in the module,

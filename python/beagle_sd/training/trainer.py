@@ -195,6 +195,8 @@ def _check_fits(draft: BeagleDraft, dataset: PackedDataset, config: TrainingConf
             f"no sequence to train on: all {len(dataset.evaluation)} are held out "
             f"(held_out={config.held_out}; 0 holds none out)"
         )
+    if draft.is_int8:
+        raise ValueError("the draft's weights are in int8; allowed: floating point (a target may be in int8)")
     if dataset.width != draft.config.hidden_size:
         raise ValueError(
             f"the states are {dataset.width} wide; allowed: the draft's hidden_size, {draft.config.hidden_size}"

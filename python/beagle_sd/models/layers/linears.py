@@ -9,18 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beagle_kernels import backends
-from beagle_sd.models.halved import halved_weight
+from beagle_kernels import Linear, backends
 from beagle_kernels.extension import multiplies_bf16
+from beagle_sd.models.halved import halved_weight
+from beagle_sd.models.layers.int8 import Int8Linear, Int8Matrix
 
 MOST_ROWS = {torch.float32: 32, torch.bfloat16: 32 if multiplies_bf16() else 8}
 """Rows up to which skinny_linear serves: from there on a library's blocked product is as fast or faster. In bfloat16
 few, where each row costs a weight that is widened to be multiplied."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, half: Tensor | None = None) -> Tensor:
-    """F.linear for inference: by skinny_linear where x [..., K] has few rows on a CPU; half: the same weight in bf16
-    (halved.py), which that then reads."""
+def linear(x: Tensor, weight: Tensor | Int8Matrix, bias: Tensor | None = None, half: Tensor | None = None) -> Tensor:
+    """F.linear for inference: by skinny_linear where x [..., K] has few rows on a CPU, by int8_linear with a weight in
+    int8; half: the same weight in bf16 (halved.py), which is then read for few rows."""
+    if isinstance(weight, Int8Matrix):
+        out = weight.times(x)
+        return out if bias is None else out + bias
     if x.dtype != weight.dtype or not few_rows(x):
         return F.linear(x, weight, bias)
     # the op itself: the public function's checks would cost a small model a percent
@@ -60,19 +64,18 @@ def few_rows_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return functools.partial(_forward, module, halved_weight(module)) if plain else None
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a view's module is a linear layer that goes through `linear`."""
+def parts_of(module: nn.Module) -> Linear | None:
+    """What decoding reads of a view's or a draft's linear layer for few rows; None of one that is none of ours."""
+    if isinstance(module, Int8Linear):
+        return Linear(module.weight, module.bias, module.scales)
     forward = module.__dict__.get("forward")
-    return isinstance(module, FewRowsLinear) or (
-        isinstance(forward, functools.partial) and forward.func is _forward and forward.args[0] is module
-    )
-
-
-def read_weight(module: nn.Linear) -> Tensor:
-    """The weight that a plain linear layer of a view reads for few rows."""
-    forward = module.__dict__.get("forward")
-    half = halved_weight(module) if forward is None else forward.args[1]
-    return module.weight if half is None else half
+    if isinstance(forward, functools.partial) and forward.func is _forward and forward.args[0] is module:
+        half = forward.args[1]
+    elif isinstance(module, FewRowsLinear) and forward is None:
+        half = halved_weight(module)
+    else:
+        return None
+    return Linear(module.weight if half is None else half, module.bias)  # type: ignore[arg-type]
 
 
 def _forward(module: nn.Linear, half: Tensor | None, x: Tensor) -> Tensor:

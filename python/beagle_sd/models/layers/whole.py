@@ -23,10 +23,13 @@ from beagle_kernels.compiled.decoder_layer import Layers, Parts
 from beagle_kernels.decoder_layer import flat
 from beagle_sd.models.cache import TreeCache
 from beagle_sd.models.layers.attention import cache_being_read, seen
-from beagle_sd.models.layers.linears import few_rows, is_plain, read_weight
+from beagle_sd.models.layers.int8 import Int8Linear
+from beagle_sd.models.layers.linears import few_rows, parts_of
 
 _ROUNDING = {torch.float32: (1e-4, 2e-6), torch.bfloat16: (0.05, 0.01), torch.float16: (0.01, 2e-3)}
 """How far a layer's result may be from its own modules', as shares of what the layer adds and of what comes out."""
+_INT8 = (0.05, 0.01)
+"""With weights in int8: rounded to integers, activations fall otherwise with the last bit of what comes before."""
 _ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 _NORMS = (
     ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
@@ -166,7 +169,8 @@ class WholeLayer:
                 raise NotTaken(given.unlike if given is not None else "its attention is its own")
             verdict = Verdict(given.scale, given.softcap, follows)
             have = self._run(Layers([self._parts(cache, verdict)]), self, x, words, angles, cache)
-            _compare(x, have, want)
+            int8 = any(isinstance(module, Int8Linear) for module in self.layer.modules())
+            _compare(x, have, want, *(_INT8 if int8 else _ROUNDING[x.dtype]))
         except NotTaken as reason:
             verdict = Verdict(why_not=str(reason))
         _verdicts[self.original] = self._used_as(), verdict
@@ -253,8 +257,8 @@ def _split(whole: Linear, sizes: list[int]) -> list[Linear]:
     """Layers whose weights lie one after the other in that of one."""
     if sum(sizes) != len(whole.weight):
         raise NotTaken(f"a projection of {len(whole.weight)} rows is not {' + '.join(map(str, sizes))}")
-    biases = [None] * len(sizes) if whole.bias is None else whole.bias.detach().split(sizes)
-    return [Linear(weight, bias) for weight, bias in zip(whole.weight.detach().split(sizes), biases)]
+    parts = ([None] * len(sizes) if one is None else one.detach().split(sizes) for one in whole)
+    return [Linear(*one) for one in zip(*parts)]
 
 
 def _placed(norms: tuple[str, ...]) -> tuple[str, ...]:
@@ -271,9 +275,10 @@ def _check_children(module: nn.Module, known: tuple[str, ...], hooked: bool = Tr
 
 def _linear(module: nn.Module, name: str) -> Linear:
     linear = getattr(module, name, None)
-    if linear is None or not is_plain(linear) or linear._forward_hooks or linear._forward_pre_hooks:
+    parts = None if linear is None or linear._forward_hooks or linear._forward_pre_hooks else parts_of(linear)
+    if parts is None:
         raise NotTaken(f"{type(module).__name__}.{name} is no plain linear layer ({type(linear).__name__})")
-    return Linear(read_weight(linear), linear.bias)
+    return parts
 
 
 def _norm(module: nn.Module, width: int | None = None) -> Norm:
@@ -312,8 +317,7 @@ def _activation(module: Any) -> str:
     raise NotTaken(f"its activation is {type(module).__name__}")
 
 
-def _compare(x: Tensor, have: Tensor, want: Tensor) -> None:
-    of_added, of_all = _ROUNDING[x.dtype]
+def _compare(x: Tensor, have: Tensor, want: Tensor, of_added: float, of_all: float) -> None:
     x, have, want = x.float(), have.float(), want.float()
     allowed = of_added * (want - x).norm(dim=-1) + of_all * want.norm(dim=-1)
     apart = (have - want).norm(dim=-1)
