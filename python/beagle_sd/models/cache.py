@@ -128,6 +128,10 @@ class TreeCache(Cache):
         states = [*self.states, *(state for one in self.recurrences.values() for state in one.states)]
         return sum(state.nbytes for state in states)
 
+    def keeps(self, index: int) -> bool:
+        """Whether a layer has keys and values here."""
+        return index in self._places
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer: [B, Hkv, S, D] and [B, Hkv, S, Dv], or pages."""
         keys, values = ((self.states[tensor][at, plane]) for tensor, at, plane in self._places[index])

@@ -28,6 +28,20 @@ from beagle_sd.models.layers.linears import few_rows, parts_of
 
 _ROUNDING = {torch.float32: (1e-4, 2e-6), torch.bfloat16: (0.05, 0.01), torch.float16: (0.01, 2e-3)}
 """How far a layer's result may be from its own modules', as shares of what the layer adds and of what comes out."""
+_GIVEN = {
+    "attention_mask",
+    "position_embeddings",
+    "position_ids",
+    "cache_position",
+    "cache",
+    "past_key_values",
+    "use_cache",
+    "is_causal",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+}
+"""What models give their layers that says nothing more, or says what the op goes by."""
 _INT8 = (0.05, 0.01)
 """With weights in int8: rounded to integers, activations fall otherwise with the last bit of what comes before."""
 _ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
@@ -161,6 +175,8 @@ class WholeLayer:
         follows = passed is not None and passed.index == self.index - 1
         follows = follows and all(one is other for one, other in zip(passed[1:], (x, words, angles)))
         try:
+            if unknown := sorted(name for name, given in kwargs.items() if name not in _GIVEN and given is not None):
+                raise NotTaken(f"its layers are given {', '.join(unknown)}")
             if not isinstance(want, Tensor):
                 raise NotTaken(f"its layers return a {type(want).__name__}")
             cache.passed = Passed(self.index, want, words, angles)
@@ -177,6 +193,8 @@ class WholeLayer:
         return want
 
     def _parts(self, cache: TreeCache, verdict: Verdict) -> Parts:
+        if not cache.keeps(self.index):
+            raise NotTaken("it keeps no keys of its own")
         keys = cache.layer(self.index)[0]
         weights = weights_of(self.layer)
         dtype = weights.norm_in.weight.dtype if weights.norm_in is not None else keys.dtype
