@@ -17,8 +17,8 @@ _NO_LINEAR = (0, 0, 0, 0, 0, 0)
 
 
 class Parts:
-    """A layer as the executor reads it: x's dtype, d, Hq, Hkv and D, the op's arguments for what it is made of, and how it
-    attends. Holds its weights; `sizes` is alike for layers that can run together."""
+    """A layer as the executor reads it: x's dtype, d, Hq, Hkv and D, the op's arguments for what it is made of, and how
+    it attends. Holds its weights; `sizes` is alike for layers that can run together."""
 
     def __init__(
         self,
@@ -32,9 +32,11 @@ class Parts:
         keys_of_output: bool,
     ):
         dtype, width, heads, key_heads, head = sizes
-        self.weights = [None if one is None else dense(one) for one in weights[:7]]
-        self.weights += map(contiguous, weights[7:])
-        self.sizes = [None if one is None else (one.shape, one.dtype) for one in self.weights]
+        # a view of its own keeps the memory that the executor reads, whatever the caller's tensor is given later
+        held = [None if one is None else one.detach() for one in weights]
+        self.weights = [None if one is None else dense(one) for one in held[:7]]
+        self.weights += map(contiguous, held[7:])
+        self.sizes = [sizes, *(None if one is None else (one.shape, one.dtype) for one in self.weights)]
         linears: list[int] = []
         for weight, bias in zip(self.weights[:7], self.weights[7:14]):
             linears += _NO_LINEAR if weight is None else _linear(weight, bias, dtype)
@@ -46,9 +48,13 @@ class Parts:
 
 
 class Layers:
-    """Layers of equal sizes one after the other, whose weights stay as and where they are."""
+    """Layers of equal sizes one after the other, whose weights stay as and where they are.
+
+    Raises ValueError for layers that cannot run together."""
 
     def __init__(self, parts: Sequence[Parts]):
+        if not parts or any(one.sizes != parts[0].sizes for one in parts):
+            raise ValueError(f"Layers: {len(parts)} layers of several sizes or dtypes; allowed: 1 or more, all alike")
         self.parts = parts
         self.executor = _C.cpu.DecoderLayers([one.values for one in parts])
         self.number = next(_numbers)
@@ -91,6 +97,8 @@ def _run(
     write: int,
     ring: int,
 ) -> Tensor:
+    if layers not in _made:
+        raise RuntimeError(f"run_layers: layers {layers} are gone; allowed: those of a Layers that is still held")
     x, cos, sin, lengths, mask = (one.contiguous() for one in (x, cos, sin, lengths, mask))
     block_table, starts = contiguous(block_table), contiguous(starts)
     out = torch.empty_like(x)
@@ -121,10 +129,10 @@ def _run(
 
 @_run.register_fake
 def _(layers, x, *args):
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
-@implementation("decoder_layer", "cpu", missing_cpu)
+@implementation("decoder_layer", "cpu", missing_cpu, float64=False)
 def decoder_layer(
     x: Tensor,
     weights: Sequence[Tensor | None],
@@ -147,7 +155,7 @@ def decoder_layer(
     heads = weights[0].shape[0] // keys.shape[3]  # type: ignore[union-attr]
     sizes = x.dtype, x.shape[2], heads, keys.shape[1], keys.shape[3]
     layer = Layers([Parts(sizes, weights, numbers, activation, residual, scale, softcap, keys_of_output)])
-    planes = [plane if plane.stride(3) == 1 else plane.contiguous() for plane in (keys, values)]
+    planes = [dense(plane) for plane in (keys, values)]
     out = layer(x, cos, sin, planes, lengths, mask, block_table, starts, write)
     for given, plane in zip((keys, values), planes):
         if plane is not given:
