@@ -59,6 +59,7 @@ def decoder_layer(
     op = "decoder_layer"
     checks.tensor(op, "x", x, (None, None, None), checks.FLOATS)
     batch, nodes, width = x.shape
+    checks.at_least(op, "the width of x", width, 1)
     dtype = (x.dtype,)
     checks.tensor(op, "keys", keys, (None if block_table is not None else batch, None, None, None), dtype)
     checks.tensor(op, "values", values, keys.shape, dtype)

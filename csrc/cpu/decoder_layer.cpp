@@ -59,7 +59,7 @@ int64_t outputs_a_task(const LinearWeight& linear) {
 
 int64_t tasks_of(const LinearWeight& linear) {
   const int64_t step = outputs_a_task(linear);
-  return linear.weight ? (linear.outputs + step - 1) / step : 0;
+  return (linear.outputs + step - 1) / step;
 }
 
 // What the layers of one call share: their sizes, and memory for rows between steps.

@@ -39,6 +39,7 @@ VARIANTS = {
     "keys further on": {"write": 70, "lengths": (0, 5, 60)},
     "no keys": {"kept": False, "write": 9},
     "keys of output": DRAFT | {"write": 11},
+    "an empty MLP": {"inner": 0},
     "no row": {"lengths": ()},
     "no node": {"nodes": 0},
 }

@@ -263,6 +263,7 @@ def bad_inputs():
     pages = {"block_table": table}
     return given, [
         ({"x": x[0]}, ValueError, r"x has shape \[5, 70\]; allowed: \[any, any, any\]"),
+        ({"x": x[:, :, :0]}, ValueError, "the width of x is 0; allowed: 1 to"),
         ({"x": x.long()}, TypeError, "x is int64; allowed: float32, float16, bfloat16, float64"),
         ({"keys": given["keys"].half()}, TypeError, "keys is float16; allowed: float32"),
         ({"keys": given["keys"][:1]}, ValueError, r"keys has shape \[1, .*; allowed: \[2, any, any, any\]"),
