@@ -18,7 +18,17 @@ from .perturb_logits import perturb_logits
 from .skinny_linear import skinny_linear
 from .top_candidates import top_candidates
 from .tree_attention import tree_attention
-from .types import STATUS_BAD_TREE, STATUS_NAN, STATUS_NO_FINITE, DraftTree, LayerWeights, Linear, Norm, Sampling, Verdict
+from .types import (
+    STATUS_BAD_TREE,
+    STATUS_NAN,
+    STATUS_NO_FINITE,
+    DraftTree,
+    LayerWeights,
+    Linear,
+    Norm,
+    Sampling,
+    Verdict,
+)
 from .verify_chain import verify_chain
 from .verify_tree import verify_tree
 

@@ -48,21 +48,25 @@ def decoder_layer(
 ) -> Tensor:
     """One layer on N new tokens a row (docs/design.md: A round of decoding): out [B, N, d] of x [B, N, d].
 
-    layer: LayerWeights, all in x's dtype, fp32, fp16 or bf16, linear weights also in bf16 where x is fp32, and in int8
-    with scales as in int8_linear; W_q [Hq D, d], W_k and W_v [Hkv D, d], W_o [d, Hq D],
-    W_gate and W_up [I, d], W_down [d, I]; norm_q and norm_k [D], the others [d]. cos, sin [B, N, R], R even and at most
-    D: RoPE turns the first R numbers of a head, in halves. keys, values: the cache, [B, Hkv, S, D] or with block_table
-    pages [P, Hkv, page, D], both written in place; lengths, mask, starts, softcap, scale and block_table as in
-    tree_attention. Keys past the cache are not written. write: at least 0. Not differentiable.
+    layer: LayerWeights, all in x's dtype, fp32, fp16, bf16 or fp64, weights of linear layers also in bf16 where x is
+    fp32, and in int8 with scales as in int8_linear; W_q [Hq D, d], W_k and W_v [Hkv D, d], W_o [d, Hq D], W_gate and
+    W_up [I, d], W_down [d, I]; norm_q and norm_k [D], the others [d]. cos, sin [B, N, R], R even and at most D: RoPE turns the first R numbers of a head, in halves.
+    keys, values: the cache, [B, Hkv, S, D] or with block_table pages [P, Hkv, page, D], both written in place; lengths,
+    mask, starts, softcap, scale and block_table as in tree_attention. Keys past the cache, or in a page that is none,
+    are not written. write: at least 0. Not differentiable; fp64 is the reference's.
 
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
     """
     op = "decoder_layer"
     checks.tensor(op, "x", x, (None, None, None), checks.FLOATS)
     batch, nodes, width = x.shape
+    checks.at_least(op, "the width of x", width, 1)
     dtype = (x.dtype,)
     checks.tensor(op, "keys", keys, (None if block_table is not None else batch, None, None, None), dtype)
     checks.tensor(op, "values", values, keys.shape, dtype)
+    for name, plane in (("keys", keys), ("values", values)):
+        if any(step == 0 and size > 1 for step, size in zip(plane.stride(), plane.shape)):
+            raise ValueError(f"{op}: {name} has stride {plane.stride()}; allowed: a place of its own for each number")
     head = keys.shape[3]
     _check_weights(op, layer, width, head, keys.shape[1], x)
     checks.tensor(op, "cos", cos, (batch, nodes, None), dtype)
@@ -79,16 +83,15 @@ def decoder_layer(
             raise ValueError(f"{op}: keys holds {keys.shape[0]} pages of {keys.shape[2]} slots; allowed: 1 or more")
     if starts is not None:
         checks.tensor(op, "starts", starts, (batch, nodes), checks.INT32)
-    checks.same_device(
-        op, x=x, cos=cos, keys=keys, values=values, lengths=lengths, mask=mask, starts=starts, block_table=block_table
-    )
+    given = {"x": x, "cos": cos, "sin": sin, "keys": keys, "values": values, "lengths": lengths, "mask": mask}
+    checks.same_device(op, **given, starts=starts, block_table=block_table)
     if softcap is not None and not 1e-30 <= softcap <= 1e30:
         raise ValueError(f"{op}: softcap is {softcap}; allowed: 1e-30 to 1e30, or None for no cap")
     checks.at_least(op, "write", write, 0)
     scale = head**-0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    given = cos, sin, keys, values, lengths, mask, block_table, starts, scale, softcap, write, keys_of_output
-    return torch.ops.beagle.decoder_layer(x, *flat(layer), *given, backend)
+    more = block_table, starts, scale, softcap, write, keys_of_output
+    return torch.ops.beagle.decoder_layer(x, *flat(layer), cos, sin, keys, values, lengths, mask, *more, backend)
 
 
 def flat(layer: LayerWeights) -> tuple[list[Tensor | None], list[float], str, float]:
@@ -105,12 +108,18 @@ def flat(layer: LayerWeights) -> tuple[list[Tensor | None], list[float], str, fl
 def _check_weights(op: str, layer: LayerWeights, width: int, head: int, kv_heads: int, x: Tensor) -> None:
     if not isinstance(layer, LayerWeights):
         raise TypeError(f"{op}: layer is a {type(layer).__name__}; allowed: a LayerWeights")
+    for name, part in zip(layer._fields, (*layer.linears, *layer.norms)):
+        kind = Norm if name.startswith("norm") else Linear
+        if not isinstance(part, kind) and not (part is None and (kind is Norm or name in "kv")):
+            raise TypeError(f"{op}: layer.{name} is a {type(part).__name__}; allowed: a {kind.__name__}")
     if (layer.k is None) != (layer.v is None):
         raise ValueError(f"{op}: layer.{'k' if layer.k is None else 'v'} is None; allowed: both of k and v, or none")
     if layer.activation not in ACTIVATIONS:
         raise ValueError(f"{op}: layer.activation is {layer.activation!r}; allowed: {', '.join(ACTIVATIONS)}")
     kinds = (x.dtype, torch.bfloat16, torch.int8) if x.dtype == torch.float32 else (x.dtype, torch.int8)
     checks.tensor(op, "layer.q.weight", layer.q.weight, (None, width), kinds)
+    checks.tensor(op, "layer.gate.weight", layer.gate.weight, (None, width), kinds)
+    checks.at_least(op, "head size", head, 1)
     queries, inner = layer.q.weight.shape[0], layer.gate.weight.shape[0]
     if queries % head:
         raise ValueError(f"{op}: layer.q.weight has {queries} rows; allowed: a multiple of the head size, {head}")
@@ -124,11 +133,12 @@ def _check_weights(op: str, layer: LayerWeights, width: int, head: int, kv_heads
             _check_scales(op, name, linear)
             if linear.bias is not None:
                 checks.tensor(op, f"layer.{name}.bias", linear.bias, shape[:1], (x.dtype,))
-            checks.same_device(op, x=x, **{f"layer.{name}.weight": linear.weight})
+            checks.same_device(op, x=x, **{f"layer.{name}.weight": linear.weight, f"layer.{name}.bias": linear.bias})
     for name, norm in zip(layer._fields[7:], layer.norms):
         if norm is not None:
             size = head if name in ("norm_q", "norm_k") else width
             checks.tensor(op, f"layer.{name}.weight", norm.weight, (size,), (x.dtype,))
+            checks.same_device(op, x=x, **{f"layer.{name}.weight": norm.weight})
 
 
 def _check_scales(op: str, name: str, linear: Linear) -> None:

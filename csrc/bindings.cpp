@@ -166,7 +166,8 @@ struct DecoderLayers {
     for (const py::handle& layer : layers) {
       parts.push_back(Reader(layer.cast<py::args>()).op<LayerParts>());
       check_dtype(parts.back(), 0);
-      for (const LinearWeight* one : {&parts.back().q, &parts.back().o, &parts.back().gate, &parts.back().down})
+      const LayerParts& made = parts.back();
+      for (const LinearWeight* one : {&made.q, &made.k, &made.v, &made.o, &made.gate, &made.up, &made.down})
         check_kind(*one, 0);
     }
   }

@@ -17,8 +17,9 @@ _NO_LINEAR = (0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Parts:
-    """A layer as the executor reads it: x's dtype, d, Hq, Hkv and D, the op's arguments for what it is made of, and how it
-    attends; turned: queries and keys have rotary positions. Holds its weights; `sizes` is alike for layers that can run together."""
+    """A layer as the executor reads it: x's dtype, d, Hq, Hkv and D, the op's arguments for what it is made of, and how
+    it attends; turned: queries and keys have rotary positions. Holds its weights; `sizes` is alike for layers that can
+    run together."""
 
     def __init__(
         self,
@@ -33,9 +34,11 @@ class Parts:
         turned: bool = True,
     ):
         dtype, width, heads, key_heads, head = sizes
-        self.weights = [None if one is None else dense(one) for one in weights[:7]]
-        self.weights += map(contiguous, weights[7:])
-        self.sizes = [None if one is None else (one.shape, one.dtype) for one in self.weights]
+        # a view of its own keeps the memory that the executor reads, whatever the caller's tensor is given later
+        held = [None if one is None else one.detach() for one in weights]
+        self.weights = [None if one is None else dense(one) for one in held[:7]]
+        self.weights += map(contiguous, held[7:])
+        self.sizes = [sizes, *(None if one is None else (one.shape, one.dtype) for one in self.weights)]
         linears: list[int] = []
         for weight, bias, scales in zip(self.weights[:7], self.weights[7:14], self.weights[22:]):
             linears += _NO_LINEAR if weight is None else _linear(weight, bias, scales, dtype)
@@ -47,9 +50,13 @@ class Parts:
 
 
 class Layers:
-    """Layers of equal sizes one after the other, whose weights stay as and where they are."""
+    """Layers of equal sizes one after the other, whose weights stay as and where they are.
+
+    Raises ValueError for layers that cannot run together."""
 
     def __init__(self, parts: Sequence[Parts]):
+        if not parts or any(one.sizes != parts[0].sizes for one in parts):
+            raise ValueError(f"Layers: {len(parts)} layers of several sizes or dtypes; allowed: 1 or more, all alike")
         self.parts = parts
         self.executor = _C.cpu.DecoderLayers([one.values for one in parts])
         self.number = next(_numbers)
@@ -92,6 +99,8 @@ def _run(
     write: int,
     ring: int,
 ) -> Tensor:
+    if layers not in _made:
+        raise RuntimeError(f"run_layers: layers {layers} are gone; allowed: those of a Layers that is still held")
     x, cos, sin, lengths, mask = (one.contiguous() for one in (x, cos, sin, lengths, mask))
     block_table, starts = contiguous(block_table), contiguous(starts)
     out = torch.empty_like(x)
@@ -122,10 +131,10 @@ def _run(
 
 @_run.register_fake
 def _(layers, x, *args):
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
-@implementation("decoder_layer", "cpu", missing_cpu)
+@implementation("decoder_layer", "cpu", missing_cpu, float64=False)
 def decoder_layer(
     x: Tensor,
     weights: Sequence[Tensor | None],
@@ -148,7 +157,7 @@ def decoder_layer(
     heads = weights[0].shape[0] // keys.shape[3]  # type: ignore[union-attr]
     sizes = x.dtype, x.shape[2], heads, keys.shape[1], keys.shape[3]
     layer = Layers([Parts(sizes, weights, numbers, activation, residual, scale, softcap, keys_of_output)])
-    planes = [plane if plane.stride(3) == 1 else plane.contiguous() for plane in (keys, values)]
+    planes = [dense(plane) for plane in (keys, values)]
     out = layer(x, cos, sin, planes, lengths, mask, block_table, starts, write)
     for given, plane in zip((keys, values), planes):
         if plane is not given:

@@ -61,7 +61,7 @@ def decoder_layer(
     state = norm_out(state + residual * norm_after(down(_ACTIVATIONS[activation](gate(z)) * up(z))))
     if keys_of_output:
         keep(norm_state(state))
-    return state.to(x.dtype)
+    return state.to(x.dtype).contiguous()
 
 
 class _Linear:
@@ -94,12 +94,13 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _write(plane: Tensor, states: Tensor, lengths: Tensor, block_table: Tensor | None, write: int) -> None:
-    """States [B, N, Hkv, D] into slots lengths[b] + write + n of a plane, those past it left out."""
+    """States [B, N, Hkv, D] into slots lengths[b] + write + n of a plane, but for those past it or in no page."""
     slot = lengths.long().clamp(min=0)[:, None] + write + torch.arange(states.shape[1], device=states.device)
     size = plane.shape[2]
-    inside = slot < size * (1 if block_table is None else block_table.shape[1])
     row = torch.arange(len(slot), device=slot.device)[:, None].expand_as(slot)
+    inside = slot < size
     if block_table is not None:
-        row = block_table.long().gather(1, (slot // size).clamp(max=block_table.shape[1] - 1)).clamp(0, len(plane) - 1)
-        slot = slot % size
+        table = F.pad(block_table.long(), (0, 1), value=-1)
+        row = table.gather(1, (slot // size).clamp(max=block_table.shape[1]))
+        inside, slot = (row >= 0) & (row < len(plane)), slot % size
     plane[row[inside], :, slot[inside]] = states[inside].to(plane.dtype)

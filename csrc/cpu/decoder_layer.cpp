@@ -59,7 +59,7 @@ int64_t outputs_a_task(const LinearWeight& linear) {
 
 int64_t tasks_of(const LinearWeight& linear) {
   const int64_t step = outputs_a_task(linear);
-  return linear.weight ? (linear.outputs + step - 1) / step : 0;
+  return (linear.outputs + step - 1) / step;
 }
 
 // What the layers of one call share: their sizes, and memory for rows between steps.
@@ -68,7 +68,7 @@ struct Room {
       : count(op.batch * op.nodes), width(op.width), queries(op.heads * op.head_width),
         keys(op.k.weight ? op.kv_heads * op.head_width : 0), inner(op.gate.outputs),
         widest(std::max({width, queries, inner})) {
-    spare = std::max(attend_room(op), kPanel * padded(widest) + count * outputs_a_task(op.up));
+    spare = std::max(attend_room(op), kPanel * padded(widest) + count * outputs_a_task(op.gate));
     spare = (spare + 15) / 16 * 16;
     int64_t bytes = 0;
     for (const LinearWeight* linear : {&op.q, &op.k, &op.o, &op.gate, &op.down})
@@ -112,9 +112,9 @@ class Layer {
     team_.each(1, [&](int64_t) { product.prepare(from, linear.width, rows_.count, linear.width, rows_.prepared, linear.group); });
   }
 
-  // Task `task` of a linear layer, bias added; `to` is where its first column goes, rows are `stride` apart.
-  void multiply(const LinearWeight& linear, int64_t task, float* to, int64_t stride) {
-    const int64_t step = outputs_a_task(linear), first = task * step, last = std::min(linear.outputs, first + step);
+  // Task `task` of a linear layer, `step` of its outputs, bias added; `to` is where the first goes, rows are `stride` apart.
+  void multiply(const LinearWeight& linear, int64_t task, int64_t step, float* to, int64_t stride) {
+    const int64_t first = task * step, last = std::min(linear.outputs, first + step);
     const Weight weight{linear.weight, linear.outputs, linear.width, linear.stride, linear.scales, linear.group};
     products().of[linear.kind].multiply(weight, rows_.prepared, rows_.count, first, last, to, stride, spare_);
     if (!linear.bias) return;
@@ -125,7 +125,8 @@ class Layer {
 
   // The same into rows of `mixed`, from column `column` on.
   void mix(const LinearWeight& linear, int64_t task, int64_t column) {
-    multiply(linear, task, rows_.mixed + column + task * outputs_a_task(linear), rows_.mixed_width());
+    const int64_t step = outputs_a_task(linear);
+    multiply(linear, task, step, rows_.mixed + column + task * step, rows_.mixed_width());
   }
 
   void norm(const NormWeight& norm, const float* from, int64_t width, float* to) {
@@ -176,7 +177,7 @@ class Layer {
       const int64_t place = std::max<int64_t>(op_.lengths[b], 0) + op_.write + n;
       const int64_t slot = op_.ring ? place % op_.ring : place;
       const float* key = turn(b, n, rows_.queries + h * op_.head_width, op_.norm_k);
-      if (slot >= all) continue;
+      if (slot >= all || !has_page(op_, b, slot)) continue;
       store(op_.keys, b, h, slot, key), store(op_.values, b, h, slot, key + rows_.keys);
     }
   }
@@ -209,8 +210,9 @@ class Layer {
 
   void project(const float* from, const LinearWeight& linear) {
     prepare(from, linear);
+    const int64_t step = outputs_a_task(linear);
     team_.each(tasks_of(linear), [&](int64_t task) {
-      multiply(linear, task, rows_.projected + task * outputs_a_task(linear), rows_.width);
+      multiply(linear, task, step, rows_.projected + task * step, rows_.width);
     });
   }
 
@@ -227,8 +229,8 @@ class Layer {
     team_.each(tasks_of(op_.gate), [&](int64_t task) {
       const int64_t first = task * step, count = std::min(rows_.inner, first + step) - first;
       float *gate = rows_.middle + first, *up = spare_ + kPanel * padded(rows_.widest);
-      multiply(op_.gate, task, gate, rows_.inner);
-      multiply(op_.up, task, up, step);
+      multiply(op_.gate, task, step, gate, rows_.inner);
+      multiply(op_.up, task, step, up, step);  // in the gate's steps, also where one of the two is in bf16
       for (int64_t m = 0; m < rows_.count; ++m) steps_.gate(gate + m * rows_.inner, up + m * step, count, op_.activation);
     });
     project(rows_.middle, op_.down);

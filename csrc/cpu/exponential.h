@@ -7,7 +7,7 @@ namespace beagle::cpu {
 
 constexpr float kLog2E = 1.442695040888963f;
 
-// 2^x for x <= 0, to fp32's last bit or two; below -126 it is 0.
+// 2^x for x <= 0, to fp32's last bit or two; below -126 it is 0, and NaN stays.
 BEAGLE_FN float exp2_of(float x) {
   const float clamped = x < -126.0f ? -126.0f : x;
   const float shifted = clamped + 12582912.0f;  // rounds to the nearest integer in the low bits
@@ -21,7 +21,8 @@ BEAGLE_FN float exp2_of(float x) {
   p = p * f + 6.93147181e-1f;
   p = p * f + 1.0f;
   const float scaled = bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23));
-  return x < -126.0f ? 0.0f : scaled;
+  // a NaN's payload would be added into its exponent
+  return x < -126.0f ? 0.0f : x == x ? scaled : x;
 }
 
 // tanh to fp32's last bit or two: below 0.55 a polynomial, since 1 - 2 e / (1 + e) would cancel.

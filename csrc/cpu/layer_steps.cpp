@@ -1,6 +1,5 @@
 #include "layer_steps.h"
 
-#include <cmath>
 #include <type_traits>
 
 #include "exponential.h"
@@ -45,7 +44,7 @@ void norm(const float* from, const NormWeight& norm, int64_t width, float* to) {
   add_lanes<kLanes, 1>(squares);
   float sum = squares[0][0];
   for (; i < width; ++i) sum += from[i] * from[i];
-  const float inverse = 1.0f / std::sqrt(sum / float(width) + norm.eps);
+  const float inverse = 1.0f / __builtin_sqrtf(sum / float(width) + norm.eps);
   const T* weight = static_cast<const T*>(norm.weight);
   for (int64_t d = 0; d < width; ++d) to[d] = from[d] * inverse * (to_float(weight[d]) + norm.added);
 }
@@ -128,8 +127,8 @@ struct Attention {
   uint64_t word(int64_t r, int64_t w) const { return uint64_t(op.mask[(b * op.nodes + node(r)) * op.words + w]); }
   float* behind_of(int64_t r) const { return score + r * stride + whole(stop - begin); }
 
-  // The rows of a plane in slots slot .. slot + n - 1, by pointers of which there are `fill` at least; copied where they are
-  // not whole vectors of fp32.
+  // The rows of a plane in slots slot .. slot + n - 1, by pointers of which there are `fill` at least; copied where they
+  // are not whole vectors of fp32.
   void rows(const CachePlane& plane, int64_t slot, int64_t n, int fill, const float** at_row) const {
     for (int64_t j = 0; j < n; ++j) {
       const T* from = slot_at<T>(op, plane, b, h, slot + j);
@@ -223,16 +222,22 @@ struct Attention {
     for (int64_t d = 0; d < padded; ++d) total[r * padded + d] += sum[r * padded + d], sum[r * padded + d] = 0.0f;
   }
 
-  // The text's values, block by block of positions; what is left of the last one stays in `sum`.
+  // The text's values, block by block of positions; what is left of the last one stays in `sum`. A row's values before
+  // its start are left out: a weight of 0 does not keep a NaN there away.
   void add_text() {
     const float* value[kBlock];
+    int64_t latest = begin;
+    for (int64_t r = 0; r < count; ++r) latest = most<int64_t>(latest, start(r));
     for (int64_t slot = begin; slot < stop; slot += kBlock) {
       const int64_t n = least<int64_t>(kBlock, stop - slot);
       rows(op.values, slot, n, 0, value);
       int64_t r = 0;
       const float* weight = score + slot - begin;
-      for (; r + 4 <= count; r += 4) add_rows<4>(r, weight + r * stride, value, n);
-      for (; r < count; ++r) add_rows<1>(r, weight + r * stride, value, n);
+      for (; slot >= latest && r + 4 <= count; r += 4) add_rows<4>(r, weight + r * stride, value, n);
+      for (; r < count; ++r) {
+        const int64_t unseen = least<int64_t>(most<int64_t>(start(r) - slot, 0), n);
+        add_rows<1>(r, weight + r * stride + unseen, value + unseen, n - unseen);
+      }
       // several rows at a time: one alone would wait for each of its sums
       for (r = 0; r < count; r += 8)
         for (int64_t j = 0; j < n; ++j)

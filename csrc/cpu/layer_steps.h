@@ -18,8 +18,8 @@ struct LayerSteps {
   void (*rotate[3])(float* head, const void* cos, const void* sin, int64_t rotary);
   // gate = activation(gate) * up
   void (*gate)(float* gate, const float* up, int64_t count, int32_t activation);
-  // Attention of query rows first .. first + count - 1 (at most kQueries) of [nodes, heads of key head h] to the keys that
-  // row b's node sees. q: [batch, nodes, heads, D], rows of nodes q_stride apart; out alike, out_stride apart.
+  // Attention of query rows first .. first + count - 1 (at most kQueries) of [nodes, heads of key head h] to the keys
+  // that row b's node sees. q: [batch, nodes, heads, D], rows of nodes q_stride apart; out alike, out_stride apart.
   void (*attend[3])(const DecoderLayer& op, int64_t b, int64_t h, int64_t first, int64_t count, const float* q,
                     int64_t q_stride, float* out, int64_t out_stride, float* room);
 };
@@ -28,6 +28,13 @@ const LayerSteps& layer_steps();
 
 // Floats of scratch that `attend` needs.
 int64_t attend_room(const DecoderLayer& op);
+
+// Whether row b's table names a page for slot `slot`; without a table the slot lies in the row itself.
+BEAGLE_FN bool has_page(const DecoderLayer& op, int64_t b, int64_t slot) {
+  if (!op.table) return true;
+  const int64_t page = op.table[b * op.table_width + slot / op.slots];
+  return page >= 0 && page < op.pages;
+}
 
 // Where slot `slot` of row b's head h lies in a plane.
 template <class T>
