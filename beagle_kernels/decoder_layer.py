@@ -50,10 +50,11 @@ def decoder_layer(
 
     layer: LayerWeights, all in x's dtype, fp32, fp16, bf16 or fp64, weights of linear layers also in bf16 where x is
     fp32, and in int8 with scales as in int8_linear; W_q [Hq D, d], W_k and W_v [Hkv D, d], W_o [d, Hq D], W_gate and
-    W_up [I, d], W_down [d, I]; norm_q and norm_k [D], the others [d]. cos, sin [B, N, R], R even and at most D: RoPE turns the first R numbers of a head, in halves.
-    keys, values: the cache, [B, Hkv, S, D] or with block_table pages [P, Hkv, page, D], both written in place; lengths,
-    mask, starts, softcap, scale and block_table as in tree_attention. Keys past the cache, or in a page that is none,
-    are not written. write: at least 0. Not differentiable; fp64 is the reference's.
+    W_up [I, d], W_down [d, I]; norm_q and norm_k [D], the others [d]. cos, sin [B, N, R], R even and at most D: RoPE
+    turns the first R numbers of a head, in halves. keys, values: the cache, [B, Hkv, S, D] or with block_table pages
+    [P, Hkv, page, D], both written in place; lengths, mask, starts, softcap, scale and block_table as in
+    tree_attention. Keys past the cache, or in a page that is none, are not written. write: at least 0. Not
+    differentiable; fp64 is the reference's.
 
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
     """
@@ -95,8 +96,8 @@ def decoder_layer(
 
 
 def flat(layer: LayerWeights) -> tuple[list[Tensor | None], list[float], str, float]:
-    """The op's own arguments for a layer: weights, biases, norms' weights and scales; each norm's eps and what it adds; its
-    activation and the residual factor."""
+    """The op's own arguments for a layer: weights, biases, norms' weights and scales; each norm's eps and what it adds;
+    its activation and the residual factor."""
     linears = [one or Linear(None, None) for one in layer.linears]  # type: ignore[arg-type]
     norms = [one or Norm(None, 0.0) for one in layer.norms]  # type: ignore[arg-type]
     tensors = [one.weight for one in linears] + [one.bias for one in linears] + [one.weight for one in norms]
@@ -125,8 +126,8 @@ def _check_weights(op: str, layer: LayerWeights, width: int, head: int, kv_heads
         raise ValueError(f"{op}: layer.q.weight has {queries} rows; allowed: a multiple of the head size, {head}")
     checks.heads(op, queries // head, kv_heads, head)
     keys = kv_heads * head
-    sizes = (queries, width), (keys, width), (keys, width), (width, queries)
-    sizes += (inner, width), (inner, width), (width, inner)
+    of_attention = (queries, width), (keys, width), (keys, width), (width, queries)
+    sizes = *of_attention, (inner, width), (inner, width), (width, inner)
     for name, linear, shape in zip(layer._fields, layer.linears, sizes):
         if linear is not None:
             checks.tensor(op, f"layer.{name}.weight", linear.weight, shape, kinds)

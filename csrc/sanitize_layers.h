@@ -29,7 +29,7 @@ struct LayerCase {
     const int64_t gap = below(3), stride = inputs + gap;
     const void* weight = floats(std::max<int64_t>(outputs * stride - gap, 1), exact ? 2 : dtype);
     const void* bias = below(2) ? floats(outputs, dtype) : nullptr;
-    return {weight, bias, exact ? int32_t(kExact) : dtype, outputs, inputs, stride};
+    return {weight, bias, nullptr, exact ? int32_t(kExact) : dtype, outputs, inputs, stride, 0};
   }
   NormWeight norm(int64_t size) {
     if (below(2)) return {};
@@ -42,7 +42,7 @@ struct LayerCase {
         dtype, width, heads, kv_heads, head, linear(heads * head, width, whole), linear(kv_heads * head, width, kept),
         linear(kv_heads * head, width, kept), linear(width, heads * head, whole), linear(inner, width, whole),
         linear(inner, width, whole), linear(width, inner, whole), norm(width), norm(head), norm(head), norm(width),
-        norm(width), norm(width), norm(width), norm(width), below(2), 0.5f, 0.3f, below(2) ? 2.0f : 0.0f, of_output};
+        norm(width), norm(width), norm(width), norm(width), below(2), 0.5f, 0.3f, below(2) ? 2.0f : 0.0f, of_output, below(4) > 0};
     return made;
   }
 };

@@ -70,7 +70,7 @@ class _Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.scales is not None:
-            out = int8_linear(x.float(), self.weight, self.scales).to(x.dtype)  # type: ignore[arg-type]
+            out = int8_linear(x.float(), self.weight, self.scales).to(x.dtype)
             return out if self.bias is None else out + self.bias
         return F.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
 

@@ -22,8 +22,8 @@ from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.config import BeagleConfig
 from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.models.halved import halve_
 from beagle_sd.models.head import UnsupportedTarget
+from beagle_sd.models.layers.halved import halve_
 from beagle_sd.models.layers.quantize import quantize_
 from beagle_sd.models.loading import load_bundled
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from beagle_kernels import Sampling, top_candidates, tree_attention
 from beagle_sd.models.cache import grown
 from beagle_sd.models.draft import Angles, BeagleDraft
-from beagle_sd.models.draft_layer import draft_layer
+from beagle_sd.models.layers.draft_layer import draft_layer
 from beagle_sd.models.layers.linears import few_rows
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from beagle_sd.models.halved import halved_weight
+from beagle_sd.models.layers.halved import halved_weight
 from beagle_sd.models.layers.int8 import Int8Linear, Int8Matrix
 from beagle_sd.models.layers.linears import linear
 

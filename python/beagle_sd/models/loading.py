@@ -20,7 +20,7 @@ from transformers import (
 
 from beagle_sd.models import smollm2
 from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.models.halved import halve_
+from beagle_sd.models.layers.halved import halve_
 from beagle_sd.models.layers.quantize import quantize_
 
 WEIGHTS = ("auto", "floats", "int8")
@@ -53,8 +53,8 @@ def load_bundled(
     """(target, tokenizer, draft) of a bundled draft; the target is converted into the user's cache on first use.
 
     device None: the GPU if there is one; dtype None: bf16 on a GPU, fp32 on a CPU; weights "int8": the linear layers of
-    both in int8, on a CPU; "auto": on a CPU in fp32 in 16 bits too, where nothing is lost by it (`halve_`); "floats": of
-    the dtype alone.
+    both in int8, on a CPU; "auto": on a CPU in fp32 in 16 bits too, where nothing is lost by it (`halve_`); "floats":
+    of the dtype alone.
     """
     folder = bundled_folder(name)
     target, tokenizer = load_target(name, dtype=dtype, device=device, weights=weights)

@@ -78,7 +78,7 @@ class Target:
 
     @property
     def layers(self) -> str | None:
-        """How the decoder's layers run (layers/whole.py); None before they have, and where nothing else is to be had."""
+        """How the decoder's layers run (layers/whole.py); None before they have, and where there is no other way."""
         return described(self._view)
 
     @cached_property

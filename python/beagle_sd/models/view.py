@@ -53,7 +53,9 @@ def _copy(module: nn.Module, copied: dict[int, Any]) -> Any:
     if id(module) not in copied:
         new = copied[id(module)] = module.__class__.__new__(module.__class__)
         new.__dict__.update(module.__dict__)
-        hooks = {name: kept.copy() for name, kept in module.__dict__.items() if "_hooks" in name and hasattr(kept, "copy")}
+        hooks = {
+            name: kept.copy() for name, kept in module.__dict__.items() if "_hooks" in name and hasattr(kept, "copy")
+        }
         new.__dict__.update(hooks)  # a forward that adds hooks, to record states, adds them to the view alone
         new.__dict__["_modules"] = {
             name: child if child is None else _copy(child, copied) for name, child in module._modules.items()

@@ -51,7 +51,7 @@ class Int8Matrix:
     def times(self, x: Tensor) -> Tensor:
         """x [..., K] times the matrix, [..., N] in x's dtype; a gradient goes to x as through `floats`."""
         if torch.is_grad_enabled() and x.requires_grad:
-            return _Times.apply(x, self.integers, self.scales)  # type: ignore[no-any-return]
+            return _Times.apply(x, self.integers, self.scales)
         return torch.ops.beagle.int8_linear.default(x, self.integers, self.scales, "auto")
 
 

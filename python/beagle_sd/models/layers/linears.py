@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from beagle_kernels import Linear, backends
 from beagle_kernels.extension import multiplies_bf16
-from beagle_sd.models.halved import halved_weight
+from beagle_sd.models.layers.halved import halved_weight
 from beagle_sd.models.layers.int8 import Int8Linear, Int8Matrix
 
 MOST_ROWS = {torch.float32: 32, torch.bfloat16: 32 if multiplies_bf16() else 8}
@@ -75,7 +75,7 @@ def parts_of(module: nn.Module) -> Linear | None:
         half = halved_weight(module)
     else:
         return None
-    return Linear(module.weight if half is None else half, module.bias)  # type: ignore[arg-type]
+    return Linear(module.weight if half is None else half, module.bias)
 
 
 def _forward(module: nn.Linear, half: Tensor | None, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ def quantize_(target: Model, *, group: int = GROUP) -> Model:
         raise UnsupportedTarget(f"{type(target).__name__} takes more than text; allowed: models of text alone")
     if getattr(target, "quantization_method", None) is not None:
         raise UnsupportedTarget(f"{type(target).__name__} is quantised already; allowed: floating-point weights")
-    module = head_of(target).module
+    module: Any = head_of(target).module
     layers = linears_of(decoder_of(target), nn.Linear, group)
     if not layers:
         raise UnsupportedTarget(f"the decoder of {type(target).__name__} has no nn.Linear; allowed: one or more")

@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beagle_kernels import LayerWeights, Linear, Norm, backends
+from beagle_kernels import backends
 from beagle_kernels.compiled.decoder_layer import Layers, Parts
 from beagle_kernels.decoder_layer import flat
 from beagle_sd.models.cache import TreeCache
 from beagle_sd.models.layers.attention import cache_being_read, seen
 from beagle_sd.models.layers.int8 import Int8Linear
-from beagle_sd.models.layers.linears import few_rows, parts_of
+from beagle_sd.models.layers.linears import few_rows
+from beagle_sd.models.layers.weights import NotTaken, hooked, weights_of
 
 _ROUNDING = {torch.float32: (1e-4, 2e-6), torch.bfloat16: (0.05, 0.01), torch.float16: (0.01, 2e-3)}
 """How far a layer's result may be from its own modules', as shares of what the layer adds and of what comes out."""
@@ -44,11 +44,6 @@ _GIVEN = {
 """What models give their layers that says nothing more, or says what the op goes by."""
 _INT8 = (0.05, 0.01)
 """With weights in int8: rounded to integers, activations fall otherwise with the last bit of what comes before."""
-_ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
-_NORMS = (
-    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    ("input_layernorm", "post_attention_layernorm"),
-)
 _verdicts: WeakKeyDictionary[nn.Module, tuple[tuple, Verdict]] = WeakKeyDictionary()
 
 
@@ -64,16 +59,12 @@ class Verdict:
 
 
 class Passed(NamedTuple):
-    """What went through layers up to `index` so far in a forward, by whole layers alone or as a model has it."""
+    """What went through layers up to `last` so far in a forward, by whole layers alone or as a model has it."""
 
-    index: int
+    last: int
     states: Tensor
     words: Tensor
     angles: Any
-
-
-class NotTaken(Exception):
-    """A layer has what the op does not do; the message says what."""
 
 
 def take_over(layers: dict[nn.Module, nn.Module]) -> None:
@@ -88,8 +79,8 @@ def take_over(layers: dict[nn.Module, nn.Module]) -> None:
 
 
 def described(view: nn.Module) -> str | None:
-    """How a view's decoder layers run where few rows come: how many as one op, and why the others by their modules; None
-    where none has been tried."""
+    """How a view's decoder layers run where few rows come: how many as one op, and why the others by their modules;
+    None where none has been tried."""
     forwards = [module.__dict__.get("forward") for module in view.modules()]
     verdicts = [one.verdict for one in forwards if isinstance(one, WholeLayer)]
     reasons = Counter(verdict.why_not for verdict in verdicts if verdict is not None)
@@ -105,11 +96,7 @@ def described(view: nn.Module) -> str | None:
 def _is_layer(module: nn.Module) -> bool:
     attention = getattr(module, "self_attn", None)
     known = hasattr(module, "mlp") and type(getattr(attention, "layer_idx", None)) is int
-    return known and not _hooked(module) and next(module.parameters(), None) is not None
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
+    return known and not hooked(module) and next(module.parameters(), None) is not None
 
 
 @functools.cache
@@ -130,7 +117,7 @@ class WholeLayer:
         self.first = next(
             (one._parameters, name) for one in layer.modules() for name, it in one._parameters.items() if it is not None
         )
-        self.made_of = tuple((id(one), _hooked(one)) for one in original.modules())
+        self.made_of = tuple((id(one), hooked(one)) for one in original.modules())
         self.after: WholeLayer | None = None
         self.known: tuple[WholeLayer, Layers] | None = None  # the last of those that run together, and what runs them
 
@@ -145,8 +132,8 @@ class WholeLayer:
         if verdict.why_not is not None:
             return self.own(hidden_states, **kwargs)
         passed: Passed | None = cache.passed
-        if passed is None or passed.index < self.index:
-            last, layers = self.known = self.known or self._together(cache)
+        if passed is None or passed.last < self.index:
+            last, layers = self.known = self.known or self._together(cache, verdict)
             states = self._run(layers, last, hidden_states, words, angles, cache)
             cache.passed = passed = Passed(last.index, states, words, angles)
         elif passed.states is not hidden_states:
@@ -154,7 +141,8 @@ class WholeLayer:
         return passed.states
 
     def _few(self, x: Tensor, words: Tensor, angles: Any, cache: TreeCache) -> bool:
-        return words.dtype == torch.int64 and isinstance(angles, tuple) and cache.recording and few_rows(x)
+        known = words.dtype == torch.int64 and isinstance(angles, tuple) and cache.recording
+        return known and type(x) is Tensor and few_rows(x)  # what only stands for a tensor has no values to compare
 
     @property
     def verdict(self) -> Verdict | None:
@@ -172,8 +160,9 @@ class WholeLayer:
         want = self.own(x, **kwargs)
         words, angles = kwargs["attention_mask"], kwargs["position_embeddings"]
         passed: Passed | None = cache.passed
-        follows = passed is not None and passed.index == self.index - 1
-        follows = follows and all(one is other for one, other in zip(passed[1:], (x, words, angles)))
+        follows = passed is not None and passed.last == self.index - 1
+        if passed is not None:
+            follows &= passed.states is x and passed.words is words and passed.angles is angles
         try:
             if unknown := sorted(name for name, given in kwargs.items() if name not in _GIVEN and given is not None):
                 raise NotTaken(f"its layers are given {', '.join(unknown)}")
@@ -203,23 +192,21 @@ class WholeLayer:
         turned = bool(getattr(self.attention, "use_rope", True))
         return Parts(sizes, *flat(weights), verdict.scale, verdict.softcap, turned=turned)
 
-    def _together(self, cache: TreeCache) -> tuple[WholeLayer, Layers]:
+    def _together(self, cache: TreeCache, verdict: Verdict) -> tuple[WholeLayer, Layers]:
         """This layer and those after it that are given just what it gives, and see as far back."""
-        members, parts, span = [self], [self._parts(cache, self.verdict)], cache.span_of(self.index, None)
+        members, parts, span = [self], [self._parts(cache, verdict)], cache.span_of(self.index, None)
         while (after := members[-1].after) is not None:
-            verdict = after.verdict
-            if verdict is None or not verdict.follows or cache.span_of(after.index, None) != span:
+            found = after.verdict
+            if found is None or not found.follows or cache.span_of(after.index, None) != span:
                 break
-            more = after._parts(cache, verdict)
+            more = after._parts(cache, found)
             if more.sizes != parts[0].sizes:
                 break
             members.append(after)
             parts.append(more)
         return members[-1], Layers(parts)
 
-    def _run(
-        self, layers: Layers, last: WholeLayer, x: Tensor, words: Tensor, angles: Any, cache: TreeCache
-    ) -> Tensor:
+    def _run(self, layers: Layers, last: WholeLayer, x: Tensor, words: Tensor, angles: Any, cache: TreeCache) -> Tensor:
         span = cache.span_of(self.index, None)
         visible, starts = cache.once(("seen", span), lambda: seen(words[:, 0], cache.lengths, cache.depth, span))
         cos, sin = angles
@@ -227,112 +214,6 @@ class WholeLayer:
             cos, sin = cos.expand(len(x), -1, -1), sin.expand(len(x), -1, -1)
         planes = [plane for index in range(self.index, last.index + 1) for plane in cache.layer(index)]
         return layers(x, cos, sin, planes, cache.lengths, visible, cache.table(span), starts)
-
-
-def weights_of(layer: nn.Module) -> LayerWeights:
-    """A decoder layer's weights where they lie, by the names that transformers' models share. Raises NotTaken for what
-    is not as the op has it."""
-    attention, mlp = layer.self_attn, layer.mlp
-    norms = next((names for names in _NORMS if all(hasattr(layer, name) for name in names)), None)
-    if norms is None:
-        raise NotTaken("its norms are not where Llama's or Gemma's are")
-    _check_children(layer, ("self_attn", "mlp", *norms), hooked=False)
-    _check_children(attention, ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"))
-    _check_children(mlp, ("gate_up_proj", "gate_proj", "up_proj", "down_proj"))
-    found = {name: _norm(getattr(layer, norm)) for name, norm in zip(_placed(norms), norms)}
-    for name in ("q_norm", "k_norm"):
-        if (norm := getattr(attention, name, None)) is not None:
-            found["norm_" + name[0]] = _norm(norm, attention.head_dim)
-    return LayerWeights(
-        *_queries_keys_values(attention),
-        _linear(attention, "o_proj"),
-        *_gate_and_up(mlp),
-        _linear(mlp, "down_proj"),
-        **found,
-        activation=_activation(getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)),
-        residual=float(getattr(layer, "residual_multiplier", 1.0)),
-    )
-
-
-def _queries_keys_values(attention: Any) -> list[Linear]:
-    if not hasattr(attention, "qkv_proj"):
-        return [_linear(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
-    groups = getattr(attention, "num_key_value_groups", 1)
-    whole = _linear(attention, "qkv_proj")
-    heads = len(whole.weight) // attention.head_dim
-    keys = heads // (groups + 2) * attention.head_dim
-    return _split(whole, [len(whole.weight) - 2 * keys, keys, keys])
-
-
-def _gate_and_up(mlp: Any) -> list[Linear]:
-    if not hasattr(mlp, "gate_up_proj"):
-        return [_linear(mlp, name) for name in ("gate_proj", "up_proj")]
-    whole = _linear(mlp, "gate_up_proj")
-    return _split(whole, [len(whole.weight) // 2] * 2)
-
-
-def _split(whole: Linear, sizes: list[int]) -> list[Linear]:
-    """Layers whose weights lie one after the other in that of one."""
-    if sum(sizes) != len(whole.weight):
-        raise NotTaken(f"a projection of {len(whole.weight)} rows is not {' + '.join(map(str, sizes))}")
-    parts = ([None] * len(sizes) if one is None else one.detach().split(sizes) for one in whole)
-    return [Linear(*one) for one in zip(*parts)]
-
-
-def _placed(norms: tuple[str, ...]) -> tuple[str, ...]:
-    return ("norm_in", "norm_attended", "norm_mlp", "norm_after") if len(norms) == 4 else ("norm_in", "norm_mlp")
-
-
-def _check_children(module: nn.Module, known: tuple[str, ...], hooked: bool = True) -> None:
-    others = [name for name, child in module.named_children() if name not in known and next(child.parameters(), None) is not None]
-    hooks = hooked and _hooked(module)
-    if hooks or others or any(True for _ in module.parameters(recurse=False)):
-        what = ", ".join(others) or ("hooks" if hooks else "parameters of its own")
-        raise NotTaken(f"{type(module).__name__} has {what}")
-
-
-def _linear(module: nn.Module, name: str) -> Linear:
-    linear = getattr(module, name, None)
-    parts = None if linear is None or linear._forward_hooks or linear._forward_pre_hooks else parts_of(linear)
-    if parts is None:
-        raise NotTaken(f"{type(module).__name__}.{name} is no plain linear layer ({type(linear).__name__})")
-    return parts
-
-
-def _norm(module: nn.Module, width: int | None = None) -> Norm:
-    weight = getattr(module, "weight", None)
-    eps = next((value for name in ("variance_epsilon", "eps") if (value := getattr(module, name, None))), None)
-    if weight is None or eps is None or weight.dim() != 1 or (width is not None and len(weight) != width):
-        raise NotTaken(f"{type(module).__name__} is no RMS norm over {width or 'a state'}")
-    added = _added(type(module), module, float(eps))
-    return Norm(weight, float(eps), added)
-
-
-_found_added: dict[type, float] = {}
-
-
-def _added(kind: type, module: nn.Module, eps: float) -> float:
-    """What norms of this class add to their weight: 0, or 1 as Gemma's do."""
-    if kind not in _found_added:
-        weight: Any = module.weight
-        x = torch.linspace(-2.0, 3.0, len(weight)).to(weight.dtype)
-        want = module(x).float()
-        normed = x.float() * torch.rsqrt(x.float().square().mean() + eps)
-        for added in (0.0, 1.0):
-            if torch.allclose(normed * (weight.float() + added), want, rtol=0.02, atol=1e-3):
-                _found_added[kind] = added
-                break
-        else:
-            raise NotTaken(f"{kind.__name__} is no RMS norm")
-    return _found_added[kind]
-
-
-def _activation(module: Any) -> str:
-    x = torch.linspace(-4.0, 4.0, 33)
-    for name, function in _ACTIVATIONS.items():
-        if module is not None and torch.allclose(module(x), function(x), atol=1e-5):
-            return name
-    raise NotTaken(f"its activation is {type(module).__name__}")
 
 
 def _compare(x: Tensor, have: Tensor, want: Tensor, of_added: float, of_all: float) -> None:

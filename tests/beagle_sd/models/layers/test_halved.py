@@ -8,7 +8,7 @@ from models import VOCAB, small_draft, small_target
 
 from beagle_sd import generate, halve_
 from beagle_sd.decoding.tree import TreeShape
-from beagle_sd.models.halved import halved_weight
+from beagle_sd.models.layers.halved import halved_weight
 from beagle_sd.models.target import Target
 
 PROMPT = torch.tensor([[5, 9, 60, 2, 7]])

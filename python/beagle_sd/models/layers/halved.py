@@ -6,7 +6,7 @@ is the same to the last bit from either copy; and decoding's time on a CPU is th
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ def halve_(model: _Model) -> _Model:
         weight = module.weight
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
             raise ValueError(
-                f"halve_: a {type(module).__name__} has its weight in {weight.dtype} on {weight.device}; allowed: models "
-                "in float32 on a CPU"
+                f"halve_: a {type(module).__name__} has its weight in {weight.dtype} on {weight.device}; allowed: "
+                "models in float32 on a CPU"
             )
     known: dict[tuple, Tensor | None] = {}
     for module in linears:
@@ -63,7 +63,7 @@ def halved_weight(module: nn.Module) -> Tensor | None:
     kept: _Halved | None = module.__dict__.get(_NAME)
     if kept is None:
         return None
-    weight = module.weight
+    weight: Any = module.weight
     if kept.address != weight.data_ptr() or kept.version != _version(weight) or kept.weight.shape != weight.shape:
         return None
     # writing through .data, as PEFT does where it merges, leaves the version as it was

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ from beagle_sd.models.layers.whole import served
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """The op's, by their names in a config."""
+_OF_THE_KEYS = {1, 2, 8, 9, 21, 23, 24}
+"""Places of the op's tensors that make keys and values: weights, biases, norm and scales of k and v."""
 
 
 def draft_layer(draft: BeagleDraft) -> DraftLayer | None:
@@ -31,8 +35,10 @@ class DraftLayer:
         norms = (_norm(norm) for norm in (draft.norm_query, draft.norm_mlp, draft.norm_output, draft.norm_state))
         q, k, v, o = (_parts(linear) for linear in (draft.q_proj, draft.k_proj, draft.v_proj, draft.o_proj))
         mlp = (_parts(linear) for linear in (draft.gate_proj, draft.up_proj, draft.down_proj))
-        named = dict(zip(("norm_in", "norm_mlp", "norm_out", "norm_state"), norms))
-        layer = LayerWeights(q, None, None, o, *mlp, **named, activation=_ACTIVATIONS[config.hidden_act])  # type: ignore[arg-type]
+        named: dict[str, Any] = dict(zip(("norm_in", "norm_mlp", "norm_out", "norm_state"), norms))
+        gate, up, down = mlp
+        layer = LayerWeights(q, None, None, o, gate, up, down, **named)
+        layer = layer._replace(activation=_ACTIVATIONS[config.hidden_act])
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         sizes = draft.norm_mlp.weight.dtype, config.hidden_size, *heads
         scale = config.head_dim**-0.5
@@ -41,7 +47,9 @@ class DraftLayer:
             return Layers([Parts(sizes, *flat(layer), scale, None, of_output)])
 
         self.without, self.with_keys = made(layer, False), made(layer._replace(k=k, v=v), True)
-        self.keys = made(LayerWeights(None, k, v, None, None, None, None, norm_state=named["norm_state"]), True)
+        tensors, numbers, activation, residual = flat(layer._replace(k=k, v=v))
+        alone = [one if place in _OF_THE_KEYS else None for place, one in enumerate(tensors)]
+        self.keys = Layers([Parts(sizes, alone, numbers, activation, residual, scale, None, True)])
 
     def __call__(
         self,
@@ -58,12 +66,9 @@ class DraftLayer:
         cos, sin = (part[:, :, 0].expand(shape) for part in turn)
         return layer(embedded, cos, sin, (keys, values), prefix, words, None, None, append_at or 0)
 
-
-    def append(
-        self, states: Tensor, turn: Angles, keys: Tensor, values: Tensor, lengths: Tensor, ring: int
-    ) -> None:
-        """The keys and values of states [B, n, d] at angles [B, n, 1, D] into slots lengths[b], lengths[b] + 1, .., of a
-        ring if it is not 0."""
+    def append(self, states: Tensor, turn: Angles, keys: Tensor, values: Tensor, lengths: Tensor, ring: int) -> None:
+        """The keys and values of states [B, n, d] at angles [B, n, 1, D] into slots lengths[b], lengths[b] + 1, .., of
+        a ring if it is not 0."""
         cos, sin = (part[:, :, 0] for part in turn)
         none = torch.zeros(*states.shape[:2], 1, dtype=torch.int64)
         self.keys(states, cos, sin, (keys, values), lengths, none, None, None, 0, ring)
