@@ -20,8 +20,8 @@ def verify_tree(
     """`choose_tokens` at every node, then `accept_tree`.
 
     logits [B, N, V] f32, f16 or bf16, any strides; positions int64 [B] of the token chosen at the root, node i uses
-    positions + depth[i]; sampling, B rows. Returns a Verdict; its status joins those of the row's nodes in use; logits
-    of padding nodes are not read. Raises ValueError or TypeError on wrong shapes and dtypes; the "cuda" backend takes
+    positions + depth[i]; sampling, B rows. Returns a Verdict; its status joins those of the nodes on the path;
+    logits of padding nodes are not read, on the host nor those that no choice leads to. Raises ValueError or TypeError on wrong shapes and dtypes; the "cuda" backend takes
     B up to 65535 (BackendError).
     """
     batch, nodes = checks.tree("verify_tree", tree)

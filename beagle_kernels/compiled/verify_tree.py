@@ -1,4 +1,4 @@
-"""`verify_tree` by the compiled executors: a choice at every node, then the walk."""
+"""`verify_tree` by the compiled executors: on a GPU a choice at every node, then the walk; on the host at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def verify_tree(
     (batch, nodes), vocab = tokens.shape, logits.shape[2]
     allow("verify_tree", "the number of rows", batch, _C.max_rows, logits.device)
     logits, verdict = dense(logits), empty_verdict(tokens, size, max_depth)
-    chunks = chunks_of(batch * nodes, vocab, logits.device)
+    # on the host a row's tree is walked level by level, most often a node at a time
+    chunks = chunks_of(batch * nodes if logits.is_cuda else batch, vocab, logits.device)
     # one workspace: the keys, then the flags
     rows = batch * nodes * chunks
     keys, groups = tokens.new_empty(rows + (rows + 1) // 2), group_room(logits, batch * nodes, chunks)

@@ -36,4 +36,5 @@ def verify_tree(
     chosen = torch.zeros_like(tokens).index_put((row, node), choice)
     status = torch.zeros(batch, nodes, dtype=torch.int32, device=tokens.device).index_put((row, node), flags)
     path, num_accepted, next_token, bad = accept_tree(tokens, parents, depth, mask, size, max_depth, chosen)
-    return path, num_accepted, next_token, bad | (status & 1).amax(1) | (status & 2).amax(1)
+    on_path = status.gather(1, path.long().clamp(min=0))  # the root's beyond the path's end
+    return path, num_accepted, next_token, bad | (on_path & 1).amax(1) | (on_path & 2).amax(1)

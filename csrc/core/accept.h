@@ -22,9 +22,10 @@ BEAGLE_FN bool node_is_sound(const Tree& tree, int64_t row, int32_t node) {
   return sound;
 }
 
-// chosen[n] is the target's choice at node n of row b; match is scratch the team shares.
-template <class Team>
-BEAGLE_FN void accept_tree(Team& team, const Tree& tree, int64_t b, const int64_t* chosen, int32_t status,
+// chosen[n] is the target's choice at node n of row b, status_of(n) what it says of that; match is scratch the team
+// shares.
+template <class Team, class StatusOf>
+BEAGLE_FN void accept_tree(Team& team, const Tree& tree, int64_t b, const int64_t* chosen, const StatusOf& status_of,
                            const Verdict& out, uint64_t (&match)[kMaxWords]) {
   const int64_t row = b * tree.nodes;
   const int32_t size = tree.size[b];
@@ -51,8 +52,9 @@ BEAGLE_FN void accept_tree(Team& team, const Tree& tree, int64_t b, const int64_
   int32_t* path = out.path + b * (tree.max_depth + 1);
   for (int32_t d = depth + 1 + team.rank(); d <= tree.max_depth; d += team.size()) path[d] = -1;
   if (team.rank() != 0) return;
+  int32_t status = 0;
   for (int32_t d = depth, n = last; d >= 0; --d, n = tree.parents[row + n]) {
-    path[d] = n;
+    path[d] = n, status |= status_of(n);
     if (d == 0) break;
   }
   out.num_accepted[b] = depth;

@@ -11,7 +11,8 @@ void accept_tree(const AcceptTree& op, int threads) {
     Thread team;
     uint64_t match[kMaxWords];
     for (int64_t b = task * grain; b < least((task + 1) * grain, op.batch); ++b) {
-      beagle::accept_tree(team, op.tree, b, op.chosen + b * op.tree.nodes, 0, op.verdict, match);
+      beagle::accept_tree(team, op.tree, b, op.chosen + b * op.tree.nodes, [](int32_t) { return 0; }, op.verdict,
+                          match);
     }
   });
 }

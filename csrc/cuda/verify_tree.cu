@@ -56,14 +56,18 @@ __global__ void __launch_bounds__(kThreads) accept_chosen(const VerifyTree op) {
   const int64_t b = blockIdx.x;
   const int32_t size = least(most(op.tree.size[b], 1), op.tree.nodes);
   wait_for_previous();
-  int32_t status = 0;
-  for (int32_t n = team.rank(); n < size; n += team.size()) {
+  const auto finish = [&](int32_t n, int32_t& status) {
     const int64_t at = (b * op.tree.nodes + n) * op.chunks;
-    chosen[n] = finish_choice(op.keys + at, op.flags + at, op.chunks, status);
-  }
-  const bool nan = team.any(status & kStatusNan), none = team.any(status & kStatusNoFinite);
-  status = (nan ? kStatusNan : 0) | (none ? kStatusNoFinite : 0);
-  beagle::accept_tree(team, op.tree, b, chosen, status, op.verdict, match);
+    return finish_choice(op.keys + at, op.flags + at, op.chunks, status);
+  };
+  int32_t unused = 0;
+  for (int32_t n = team.rank(); n < size; n += team.size()) chosen[n] = finish(n, unused);
+  const auto status_of = [&](int32_t n) {
+    int32_t status = 0;
+    finish(n, status);
+    return status;
+  };
+  beagle::accept_tree(team, op.tree, b, chosen, status_of, op.verdict, match);
 }
 
 }  // namespace

@@ -7,7 +7,18 @@ import torch
 from sampling_cases import mixed_sampling
 from tree_cases import random_tree
 
-from beagle_kernels import STATUS_NAN, STATUS_NO_FINITE, Sampling, accept_tree, choose_tokens, verify_tree
+from beagle_kernels import (
+    STATUS_NAN,
+    STATUS_NO_FINITE,
+    Sampling,
+    accept_tree,
+    build_tree,
+    choose_tokens,
+    verify_tree,
+)
+from beagle_kernels.extension import missing_cpu
+
+needs_extension = pytest.mark.skipif(missing_cpu(torch.device("cpu")) is not None, reason="the extension is not built")
 
 
 def composed(logits, tree, positions, sampling):
@@ -49,7 +60,37 @@ def test_text_is_that_of_plain_sampling_whatever_the_tree(temperature):
     assert text[:length] == plain and rounds < length / 1.5
 
 
-def test_status_joins_the_nodes_in_use_and_padding_is_not_read():
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
+def test_status_is_that_of_the_path(backend):
+    """Of a root, a right child, a wrong one and a right grandchild: what is wrong beside the path is not told."""
+    candidates = torch.tensor([[3, 5, 4]]), torch.tensor([[-1.0, -2.0, -1.5]]), torch.tensor([[-1, -1, 0]])
+    tree = build_tree(torch.tensor([0]), candidates[0], candidates[1], candidates[2].int(), 4, 2)
+    tokens = tree.tokens[0].tolist()
+    right, wrong, deep = tokens.index(3), tokens.index(5), tokens.index(4)
+    for node, want in ((0, STATUS_NAN), (right, STATUS_NAN), (deep, STATUS_NAN), (wrong, 0)):
+        logits = torch.zeros(1, 4, 9)
+        logits[0, 0, 3] = logits[0, right, 4] = 1.0
+        logits[0, node, 8] = float("nan")
+        verdict = verify_tree(logits, tree, torch.arange(1), Sampling.of(1), backend=backend)
+        assert verdict.num_accepted.tolist() == [2] and verdict.status.tolist() == [want]
+
+
+@needs_extension
+def test_a_token_drafted_twice_is_followed_both_ways():
+    candidates = torch.tensor([[3, 3, 4]]), torch.tensor([[-1.0, -1.1, -1.5]]), torch.tensor([[-1, -1, 1]])
+    tree = build_tree(torch.tensor([0]), candidates[0], candidates[1], candidates[2].int(), 4, 2)
+    logits = torch.zeros(1, 4, 9)
+    logits[0, 0, 3] = 1.0
+    logits[0, 1:, 4] = 1.0
+    found, want = (
+        verify_tree(logits, tree, torch.arange(1), Sampling.of(1), backend=one) for one in ("cpu", "reference")
+    )
+    assert found.num_accepted.tolist() == [2]
+    for name in found._fields:
+        assert torch.equal(getattr(found, name), getattr(want, name))
+
+
+def test_status_joins_the_path_s_and_padding_is_not_read():
     tree = random_tree(3, 12, 3, seed=4)
     logits = torch.zeros(3, 12, 9)
     for row in range(3):
