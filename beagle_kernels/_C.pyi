@@ -9,6 +9,7 @@ archs: str
 instruction_set: str
 instruction_sets: tuple[str, ...]
 dtypes: dict[str, int]
+exact: int
 law_size: int
 max_nodes: int
 chunk: int
