@@ -54,9 +54,10 @@ CHECKS: dict[str, Callable[[str], str | None]] = {
     "verify_chain": ops.verify_chain,
     "compact_cache_": ops.compact_cache_,
     "skinny_linear": ops.skinny_linear,
+    "decoder_layer": ops.decoder_layer,
 }
 """By name, those that compile longest first."""
-ONLY = {"limits": "cuda", "skinny_linear": "cpu"}
+ONLY = {"limits": "cuda", "skinny_linear": "cpu", "decoder_layer": "cpu"}
 """The device of those that are for one alone."""
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import beagle_kernels as bk
 from beagle_kernels import Sampling, backends
+from beagle_kernels.decoder_layer import decoder_layer as defined_layer
 from beagle_kernels.reference.block_attention import visible_keys
 from beagle_kernels.reference.tree_attention import visible_slots
 from bench.registry import moved
@@ -75,7 +76,7 @@ def which_kernels(device: str) -> str:
     """No op falls back to the reference, but those of a backend that is for another device."""
     served = {op: backends.resolve(op, "auto", torch.device(device), FP32) for op in backends.table()}
     if device == "cuda":
-        served.pop("skinny_linear")
+        served = {op: backend for op, backend in served.items() if op not in ("skinny_linear", "decoder_layer")}
     slow = [op for op, backend in served.items() if backend == "reference"]
     why = {backends.why_not(op, backend, torch.device(device)) for op in slow for backend in backends.BACKENDS[:-1]}
     assert not slow, f"served by the reference: {', '.join(slow)}: {why}"
@@ -223,3 +224,24 @@ def skinny_linear(device: str) -> None:
         exact = F.linear(x.double(), weight.double())
         error, usual = ((y.double() - exact).norm() for y in (bk.skinny_linear(x, weight), F.linear(x, weight)))
         assert error <= 2 * max(usual, torch.finfo(dtype).eps / 4 * exact.norm()), f"{dtype}: {error} against {usual}"
+
+
+def decoder_layer(device: str) -> None:
+    """Beside the definition: what comes out, and the keys that are written."""
+
+    def linear(outputs: int, inputs: int) -> bk.Linear:
+        return bk.Linear(torch.randn(outputs, inputs) * inputs**-0.5)
+
+    attention = linear(576, 576), linear(192, 576), linear(192, 576), linear(576, 576)
+    norm = bk.Norm(torch.rand(576) + 0.5, 1e-5)
+    mlp = linear(1536, 576), linear(1536, 576), linear(576, 1536)
+    layer = bk.LayerWeights(*attention, *mlp, norm_in=norm, norm_mlp=norm)
+    keys, values = torch.randn(2, 1, 3, 320, 64)
+    angles = torch.rand(1, 7, 64) * 6
+    lengths, mask = torch.tensor([300], dtype=torch.int32), ((2 << torch.arange(7)) - 1)[None, :, None]
+    given = torch.randn(1, 7, 576), layer, angles.cos(), angles.sin()
+    kept = [(keys.clone(), values.clone()) for _ in range(2)]
+    have = bk.decoder_layer(*given, *kept[0], lengths, mask)
+    want = defined_layer(*given, *kept[1], lengths, mask, backend="reference")
+    for what, one, two in (("result", have, want), *zip(("keys", "values"), *kept)):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4, msg=f"decoder_layer: {what} is not the definition's")

@@ -30,6 +30,7 @@ CHECK_OF = {
     "verify_chain": "verify_chain",
     "compact_cache_": "compact_cache_",
     "skinny_linear": "skinny_linear",
+    "decoder_layer": "decoder_layer",
 }
 """By op, a check that holds it."""
 
