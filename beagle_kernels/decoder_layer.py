@@ -126,9 +126,9 @@ def _check_weights(op: str, layer: LayerWeights, width: int, head: int, kv_heads
         raise ValueError(f"{op}: layer.q.weight has {queries} rows; allowed: a multiple of the head size, {head}")
     checks.heads(op, queries // head, kv_heads, head)
     keys = kv_heads * head
-    of_attention = (queries, width), (keys, width), (keys, width), (width, queries)
-    sizes = *of_attention, (inner, width), (inner, width), (width, inner)
-    for name, linear, shape in zip(layer._fields, layer.linears, sizes):
+    attention = (queries, width), (keys, width), (keys, width), (width, queries)
+    mlp = (inner, width), (inner, width), (width, inner)
+    for name, linear, shape in zip(layer._fields, layer.linears, (*attention, *mlp)):
         if linear is not None:
             checks.tensor(op, f"layer.{name}.weight", linear.weight, shape, kinds)
             _check_scales(op, name, linear)

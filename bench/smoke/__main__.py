@@ -55,9 +55,10 @@ CHECKS: dict[str, Callable[[str], str | None]] = {
     "compact_cache_": ops.compact_cache_,
     "skinny_linear": ops.skinny_linear,
     "int8_linear": ops.int8_linear,
+    "decoder_layer": ops.decoder_layer,
 }
 """By name, those that compile longest first."""
-ONLY = {"limits": "cuda", "skinny_linear": "cpu", "int8_linear": "cpu"}
+ONLY = {"limits": "cuda", "skinny_linear": "cpu", "int8_linear": "cpu", "decoder_layer": "cpu"}
 """The device of those that are for one alone."""
 
 

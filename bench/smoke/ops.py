@@ -16,6 +16,7 @@ from torch import Tensor
 
 import beagle_kernels as bk
 from beagle_kernels import Sampling, backends
+from beagle_kernels.decoder_layer import decoder_layer as defined_layer
 from beagle_kernels.reference.block_attention import visible_keys
 from beagle_kernels.reference.tree_attention import visible_slots
 from bench.registry import moved
@@ -75,7 +76,8 @@ def which_kernels(device: str) -> str:
     """No op falls back to the reference, but those of a backend that is for another device."""
     served = {op: backends.resolve(op, "auto", torch.device(device), FP32) for op in backends.table()}
     if device == "cuda":
-        served.pop("skinny_linear"), served.pop("int8_linear")
+        of_a_cpu = "skinny_linear", "int8_linear", "decoder_layer"
+        served = {op: backend for op, backend in served.items() if op not in of_a_cpu}
     slow = [op for op, backend in served.items() if backend == "reference"]
     why = {backends.why_not(op, backend, torch.device(device)) for op in slow for backend in backends.BACKENDS[:-1]}
     assert not slow, f"served by the reference: {', '.join(slow)}: {why}"
@@ -231,3 +233,24 @@ def int8_linear(device: str) -> None:
         x = torch.randn(7, 576).to(dtype)
         want = bk.int8_linear(x, weight, scales, backend="reference")
         assert torch.equal(bk.int8_linear(x, weight, scales), want), f"{dtype}: not the definition's bits"
+
+
+def decoder_layer(device: str) -> None:
+    """Beside the definition: what comes out, and the keys that are written."""
+
+    def linear(outputs: int, inputs: int) -> bk.Linear:
+        return bk.Linear(torch.randn(outputs, inputs) * inputs**-0.5)
+
+    attention = linear(576, 576), linear(192, 576), linear(192, 576), linear(576, 576)
+    norm = bk.Norm(torch.rand(576) + 0.5, 1e-5)
+    mlp = linear(1536, 576), linear(1536, 576), linear(576, 1536)
+    layer = bk.LayerWeights(*attention, *mlp, norm_in=norm, norm_mlp=norm)
+    keys, values = torch.randn(2, 1, 3, 320, 64)
+    angles = torch.rand(1, 7, 64) * 6
+    lengths, mask = torch.tensor([300], dtype=torch.int32), ((2 << torch.arange(7)) - 1)[None, :, None]
+    given = torch.randn(1, 7, 576), layer, angles.cos(), angles.sin()
+    kept = [(keys.clone(), values.clone()) for _ in range(2)]
+    have = bk.decoder_layer(*given, *kept[0], lengths, mask)
+    want = defined_layer(*given, *kept[1], lengths, mask, backend="reference")
+    for what, one, two in (("result", have, want), *zip(("keys", "values"), *kept)):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4, msg=f"decoder_layer: {what} is not the definition's")

@@ -31,6 +31,7 @@ CHECK_OF = {
     "compact_cache_": "compact_cache_",
     "skinny_linear": "skinny_linear",
     "int8_linear": "int8_linear",
+    "decoder_layer": "decoder_layer",
 }
 """By op, a check that holds it."""
 
