@@ -24,14 +24,14 @@ DEFAULT_ARCHS = "80;90a"
 AVX2 = "-mavx2 -mfma"
 AVX512 = "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 INSTRUCTION_SETS = {
-    "avx2": (AVX2, ("rows", "products", "int8_product")),
+    "avx2": (AVX2, ("rows", "products", "int8_product", "layer_steps")),
     "avx2_vnni": (f"{AVX2} -mavxvnni", ("int8_product",)),
-    "avx512": (AVX512, ("rows", "products", "int8_product")),
+    "avx512": (AVX512, ("rows", "products", "int8_product", "layer_steps")),
     "avx512_vnni": (f"{AVX512} -mavx512vnni", ("int8_product",)),
     "avx512_bf16": (f"{AVX512} -mavx512bf16", ("products",)),
 }
 """Of x86-64: the compiler's flags, and what is compiled with them besides the baseline; one is chosen at run time."""
-FUSED = ("tree_attention", "attention_exact", "products")
+FUSED = ("tree_attention", "attention_exact", "products", "layer_steps")
 """With fused multiply-adds: the ops that have no exact twin on another backend."""
 LAUNCHERS = ("ccache", "distcc", "sccache")
 """What may stand before the compiler in CXX."""

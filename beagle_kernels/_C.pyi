@@ -9,6 +9,8 @@ archs: str
 instruction_set: str
 instruction_sets: tuple[str, ...]
 dtypes: dict[str, int]
+exact: int
+int8: int
 law_size: int
 max_nodes: int
 chunk: int

@@ -10,6 +10,7 @@ from .block_attention import block_attention
 from .build_tree import build_tree
 from .choose_tokens import choose_tokens
 from .compact_cache_ import compact_cache_
+from .decoder_layer import decoder_layer
 from .distill_loss import distill_loss
 from .extend_attention import extend_attention
 from .int8_linear import int8_linear
@@ -17,7 +18,17 @@ from .perturb_logits import perturb_logits
 from .skinny_linear import skinny_linear
 from .top_candidates import top_candidates
 from .tree_attention import tree_attention
-from .types import STATUS_BAD_TREE, STATUS_NAN, STATUS_NO_FINITE, DraftTree, Sampling, Verdict
+from .types import (
+    STATUS_BAD_TREE,
+    STATUS_NAN,
+    STATUS_NO_FINITE,
+    DraftTree,
+    LayerWeights,
+    Linear,
+    Norm,
+    Sampling,
+    Verdict,
+)
 from .verify_chain import verify_chain
 from .verify_tree import verify_tree
 
@@ -27,6 +38,9 @@ __all__ = [
     "BACKENDS",
     "BackendError",
     "DraftTree",
+    "LayerWeights",
+    "Linear",
+    "Norm",
     "STATUS_BAD_TREE",
     "STATUS_NAN",
     "STATUS_NO_FINITE",
@@ -37,6 +51,7 @@ __all__ = [
     "build_tree",
     "choose_tokens",
     "compact_cache_",
+    "decoder_layer",
     "distill_loss",
     "extend_attention",
     "int8_linear",

@@ -15,6 +15,7 @@ _library = torch.library.Library("beagle", "FRAGMENT")
 _implementations: dict[str, dict[str, Callable]] = {}
 _probes: dict[str, Callable[[torch.device], str | None]] = {}
 _needs: dict[tuple[str, str], Callable[[torch.device], str | None]] = {}
+_without_float64: set[tuple[str, str]] = set()
 _resolved: dict[tuple, str] = {}
 
 
@@ -23,11 +24,12 @@ class BackendError(ValueError):
 
 
 def implementation(
-    op: str, backend: str, needs: Callable[[torch.device], str | None] | None = None
+    op: str, backend: str, needs: Callable[[torch.device], str | None] | None = None, float64: bool = True
 ) -> Callable[[Callable], Callable]:
     """Register the decorated function as `backend`'s implementation of `op`: same flat arguments as the reference.
 
-    needs(device) is a probe of this implementation alone, asked after the backend's own.
+    needs(device) is a probe of this implementation alone, asked after the backend's own; without `float64` the
+    reference serves that dtype.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {BACKENDS}")
@@ -36,6 +38,8 @@ def implementation(
         _implementations.setdefault(op, {})[backend] = function
         if needs is not None:
             _needs[op, backend] = needs
+        if not float64:
+            _without_float64.add((op, backend))
         _resolved.clear()
         return function
 
@@ -90,7 +94,7 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype | No
         return f"unknown backend; allowed: 'auto', {', '.join(map(repr, BACKENDS))}"
     if backend not in _implementations.get(op, {}):
         return f"{op} has no {backend} implementation"
-    if backend == "triton" and dtype == torch.float64:
+    if dtype == torch.float64 and (backend == "triton" or (op, backend) in _without_float64):
         return "it has no float64"
     for probe_of in (_probes.get(backend), _needs.get((op, backend))):
         if probe_of is not None and (reason := probe_of(device)) is not None:

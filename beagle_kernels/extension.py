@@ -32,6 +32,15 @@ class _Codes(dict):
 
 DTYPES = _Codes({getattr(torch, name): code for name, code in _CODES.items()})
 """The extension's number for each dtype that it takes."""
+
+
+def kind_of(weight: Tensor, dtype: torch.dtype) -> int:
+    """The extension's number for a weight that is multiplied with rows of `dtype`."""
+    if weight.dtype == torch.int8:
+        return _C.int8
+    return _C.exact if weight.dtype == torch.bfloat16 and dtype == torch.float32 else DTYPES[weight.dtype]
+
+
 ENOUGH_BLOCKS = 256
 """Blocks that keep a CUDA device busy."""
 LONG_ROW = 16384

@@ -37,14 +37,18 @@ def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, *, backend: str = "au
     checks.tensor(op, "scales", scales, (weight.shape[0], None), checks.FLOAT32)
     leading = x.shape[:-1] if isinstance(x, Tensor) else ()
     checks.tensor(op, "x", x, (*leading, weight.shape[1]), checks.LOGITS)
-    width, groups = weight.shape[1], scales.shape[1]
+    check_groups(op, weight.shape[1], scales.shape[1])
+    checks.same_device(op, x=x, weight=weight, scales=scales)
+    return torch.ops.beagle.int8_linear(x, weight, scales, backend)
+
+
+def check_groups(op: str, width: int, groups: int) -> None:
+    """Check that so many scales a row belong to groups that the ops take."""
     if width % max(groups * GROUP, 1) or (width and not groups):
         raise ValueError(
             f"{op}: weight has {width} columns and scales has {groups}; allowed: one scale for each G columns of a "
             f"row, G a multiple of {GROUP} that divides them"
         )
-    checks.same_device(op, x=x, weight=weight, scales=scales)
-    return torch.ops.beagle.int8_linear(x, weight, scales, backend)
 
 
 @backends.operator("int8_linear")

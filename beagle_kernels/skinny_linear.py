@@ -18,8 +18,9 @@ from . import backends, checks
 def skinny_linear(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
     """F.linear(x, weight) for few rows, where reading the weight is what costs (docs/design.md: A round of decoding).
 
-    x [..., K] and weight [N, K] of one dtype, float32, float16 or bfloat16, any strides (a weight whose rows are not
-    contiguous is copied). Returns [..., N] in that dtype. The "cpu" backend works at any number of rows, but from some
+    x [..., K] and weight [N, K] of one dtype, float32, float16 or bfloat16, or x in float32 and the weight in bfloat16
+    (then the result is that of the same numbers in float32), any strides (a weight whose rows are not contiguous is
+    copied). Returns [..., N] in x's dtype. The "cpu" backend works at any number of rows, but from some
     32 on a library's product is as fast; a GPU is served by the reference, PyTorch's own product. Not differentiable:
     for decoding only (the gradient to x would be dy W).
 
@@ -28,7 +29,8 @@ def skinny_linear(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor
     op = "skinny_linear"
     checks.tensor(op, "weight", weight, (None, None), checks.LOGITS)
     leading = x.shape[:-1] if isinstance(x, Tensor) else ()
-    checks.tensor(op, "x", x, (*leading, weight.shape[1]), (weight.dtype,))
+    dtypes = (weight.dtype,) if weight.dtype != torch.bfloat16 else (torch.bfloat16, torch.float32)
+    checks.tensor(op, "x", x, (*leading, weight.shape[1]), dtypes)
     checks.same_device(op, x=x, weight=weight)
     return torch.ops.beagle.skinny_linear(x, weight, backend)
 

@@ -58,6 +58,55 @@ class Sampling(NamedTuple):
         return Sampling(*(field.repeat_interleave(times) for field in self))
 
 
+class Linear(NamedTuple):
+    """A linear layer as nn.Linear stores it: weight [N, K], bias [N] or None; scales [N, K / G] of a weight in int8."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scales: Tensor | None = None
+
+
+class Norm(NamedTuple):
+    """x / sqrt(mean(x^2) + eps) (weight + added), over the last dimension: weight [K]; Gemma's norms add 1."""
+
+    weight: Tensor
+    eps: float
+    added: float = 0.0
+
+
+class LayerWeights(NamedTuple):
+    """What a decoder layer is made of (see decoder_layer): its linear layers, k and v None where it writes no keys;
+    norms, None where there is none; what is between gate and up; the factor of what joins the residual stream."""
+
+    q: Linear
+    k: Linear | None
+    v: Linear | None
+    o: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+    norm_in: Norm | None = None
+    norm_q: Norm | None = None
+    norm_k: Norm | None = None
+    norm_attended: Norm | None = None
+    norm_mlp: Norm | None = None
+    norm_after: Norm | None = None
+    norm_out: Norm | None = None
+    norm_state: Norm | None = None
+    activation: str = "silu"
+    residual: float = 1.0
+
+    @property
+    def linears(self) -> tuple[Linear | None, ...]:
+        """Those of q, k, v, o, gate, up and down."""
+        return self[:7]
+
+    @property
+    def norms(self) -> tuple[Norm | None, ...]:
+        """The eight norms, in order."""
+        return self[7:15]
+
+
 class DraftTree(NamedTuple):
     """A batch of draft trees; node 0 is the root, parents precede children.
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "core/chain.h"
 #include "cpu/dispatch.h"
@@ -54,7 +55,7 @@ class Reader {
                          "; allowed: the op's fields in csrc/core/ops.h");
   }
 
-  const py::args& values_;
+  const py::args values_;
   size_t next_ = 0;
 };
 
@@ -67,6 +68,14 @@ auto check_dtype(const Op& op, int) -> decltype(void(op.dtype)) {
 }
 template <class Op>
 void check_dtype(const Op&, ...) {}
+template <class Op>
+auto check_kind(const Op& op, int) -> decltype(void(op.kind)) {
+  if (op.kind < 0 || op.kind >= kKinds) {
+    throw std::invalid_argument("kind is " + std::to_string(op.kind) + "; allowed: the values of _C.dtypes, _C.int8, _C.exact");
+  }
+}
+template <class Op>
+void check_kind(const Op&, ...) {}
 template <class Op>
 auto check_tree(const Op& op, int) -> decltype(void(op.tree)) {
   if (op.tree.nodes > kMaxNodes || op.tree.words > kMaxNodes / 64) {
@@ -82,7 +91,7 @@ template <class Op, class Executor>
 void launch(const char* name, Executor run, const Op& op, int64_t where) {
   const py::gil_scoped_release release;
   try {
-    check_dtype(op, 0), check_tree(op, 0);
+    check_dtype(op, 0), check_kind(op, 0), check_tree(op, 0);
     run(op, where);
   } catch (const std::exception& error) {
     throw std::runtime_error(std::string(name) + ": " + error.what());
@@ -149,6 +158,40 @@ void bind_why_not(py::module_ m) {
 }
 #endif
 
+// Decoder layers, read once from Python and then called with new tokens and where each layer's keys and values lie.
+struct DecoderLayers {
+  std::vector<LayerParts> parts;
+
+  explicit DecoderLayers(const py::list& layers) {
+    for (const py::handle& layer : layers) {
+      parts.push_back(Reader(layer.cast<py::args>()).op<LayerParts>());
+      check_dtype(parts.back(), 0);
+      const LayerParts& made = parts.back();
+      for (const LinearWeight* one : {&made.q, &made.k, &made.v, &made.o, &made.gate, &made.up, &made.down})
+        check_kind(*one, 0);
+    }
+  }
+
+  void run(int threads, const py::list& planes, const py::args& values) const {
+    const NewTokens tokens = Reader(values).op<NewTokens>();
+    std::vector<DecoderLayer> layers(parts.size());
+    for (size_t i = 0; i < parts.size(); ++i) {
+      static_cast<LayerParts&>(layers[i]) = parts[i];
+      static_cast<NewTokens&>(layers[i]) = tokens;
+      layers[i].keys = Reader(planes[2 * i].cast<py::args>()).op<CachePlane>();
+      layers[i].values = Reader(planes[2 * i + 1].cast<py::args>()).op<CachePlane>();
+    }
+    const py::gil_scoped_release release;
+    cpu::decoder_layers(layers.data(), int64_t(layers.size()), threads);
+  }
+};
+
+void bind_layers(py::module_ m) {
+  py::class_<DecoderLayers>(m, "DecoderLayers")
+      .def(py::init<const py::list&>())
+      .def("run", &DecoderLayers::run);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -163,6 +206,7 @@ PYBIND11_MODULE(_C, m) {
   py::dict dtypes;
   dtypes["float32"] = int(kFloat32), dtypes["float16"] = int(kFloat16), dtypes["bfloat16"] = int(kBFloat16);
   m.attr("dtypes") = dtypes;
+  m.attr("exact") = int(kExact), m.attr("int8") = int(kInt8);
   m.attr("no_cuda") = BEAGLE_NO_CUDA;
   m.attr("archs") = BEAGLE_ARCHS;
   m.attr("instruction_set") = cpu::instruction_sets().back();
@@ -173,6 +217,7 @@ PYBIND11_MODULE(_C, m) {
   bind_all<Cpu>(cpu);
   bind<TreeAttention>(cpu, "tree_attention", Cpu::tree_attention);
   bind<SkinnyLinear>(cpu, "skinny_linear", Cpu::skinny_linear);
+  bind_layers(cpu);
   bind<Int8Linear>(cpu, "int8_linear", Cpu::int8_linear);
 #ifdef BEAGLE_CUDA
   bind_all<Cuda>(m.def_submodule("cuda"));

@@ -1,6 +1,7 @@
 // Drives every op of the host executor on exactly sized buffers, for the sanitizers, and now and then the CUDA executor
 // in the emulator, which must give the same; sanitize.sh builds and runs it.
 #include "sanitize.h"
+#include "sanitize_layers.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -245,7 +246,9 @@ void linears(int threads) {
     const int64_t rows = below(14), outputs = below(400), width = below(3) ? below(200) : 16 * below(80);
     const auto x = logits(rows * width, dtype), weight = logits(outputs * width, dtype);
     std::vector<uint16_t> out(size_t(rows * outputs * (dtype == 0 ? 2 : 1)));
-    cpu::skinny_linear({x.data(), weight.data(), out.data(), dtype, rows, outputs, width, width, width}, threads);
+    cpu::skinny_linear({x.data(), weight.data(), out.data(), dtype, dtype, rows, outputs, width, width, width}, threads);
+    const auto narrow = logits(outputs * width, 2);
+    if (!dtype) cpu::skinny_linear({x.data(), narrow.data(), out.data(), 0, kExact, rows, outputs, width, width, width}, threads);
     const int64_t group = 32 * (1 + below(3)), groups = below(5), columns = group * groups;
     const auto x8 = logits(rows * columns, dtype);
     std::vector<int8_t> weight8(size_t(outputs * columns));
@@ -268,6 +271,7 @@ int main(int, char** arguments) {
     }
     for (int i = 0; i < 4; ++i) attention(1), attention(3);
     linears(1), linears(3);
+    decoder_layers(1), decoder_layers(3);
   }
   large(128256, 0, 0), large(128256, 7, 1), large(50257, 1, 3);
   std::vector<std::thread> callers;

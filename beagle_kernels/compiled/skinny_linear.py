@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import implementation
-from ..extension import _C, DTYPES, dense, missing_cpu
+from ..extension import _C, DTYPES, dense, kind_of, missing_cpu
 
 
 @implementation("skinny_linear", "cpu", missing_cpu)
@@ -21,6 +21,7 @@ def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
         weight.data_ptr(),
         out.data_ptr(),
         DTYPES[x.dtype],
+        kind_of(weight, x.dtype),
         len(rows),
         outputs,
         width,

@@ -15,6 +15,8 @@ namespace beagle {
 
 // What Python must know too and takes from here, by the bindings.
 enum Dtype : int32_t { kFloat32, kFloat16, kBFloat16, kDtypes };
+// Kinds of weights beside those of x's own dtype; kExact: bf16 where x is fp32.
+enum Kind : int32_t { kInt8 = kDtypes, kExact, kKinds };
 constexpr int32_t kMaxNodes = 1024;  // of a tree
 constexpr int64_t kChunk = 8192;     // tokens of a row that one CUDA block takes
 constexpr int64_t kRowWords = 8;     // of 64 bits, that the CUDA blocks of a row share
@@ -218,9 +220,75 @@ struct TreeAttention {
 struct SkinnyLinear {
   const void *x, *weight;
   void* out;
-  int32_t dtype;
+  int32_t dtype, kind;  // of x and out; of the weight
   int64_t rows, outputs, width, x_stride, stride;
-  BEAGLE_FIELDS(x, weight, out, dtype, rows, outputs, width, x_stride, stride)
+  BEAGLE_FIELDS(x, weight, out, dtype, kind, rows, outputs, width, x_stride, stride)
+};
+
+// A linear layer as nn.Linear stores it: y = W x + bias, W [outputs, width] with rows `stride` elements apart; W null: there
+// is none.
+struct LinearWeight {
+  const void* weight;
+  const void* bias;     // or null
+  const float* scales;  // [outputs, width / group] of int8
+  int32_t kind;         // a Dtype or a Kind
+  int64_t outputs, width, stride, group;
+  BEAGLE_FIELDS(weight, bias, scales, kind, outputs, width, stride, group)
+};
+
+// x / sqrt(mean(x^2) + eps) * (weight + added); weight null: x as it is.
+struct NormWeight {
+  const void* weight;
+  float eps, added;
+  BEAGLE_FIELDS(weight, eps, added)
+};
+
+// A plane of a cache: slot s of row b's head h is at base + place * batch + h * head + s' * slot, as in TreeAttention.
+struct CachePlane {
+  void* base;
+  int64_t batch, head, slot;
+  BEAGLE_FIELDS(base, batch, head, slot)
+};
+
+enum Activation : int32_t { kSilu, kGeluTanh };
+
+// What new tokens bring to decoder layers: x, out [batch, nodes, width], cos, sin [batch, nodes, rotary].
+struct NewTokens {
+  const void* x;
+  void* out;
+  int64_t batch, nodes, rotary;
+  const void *cos, *sin;
+  int64_t slots;
+  const int32_t* table;  // or null
+  int64_t table_width, pages;
+  const int32_t* lengths;
+  const int64_t* mask;
+  int64_t words;
+  const int32_t* starts;  // or null
+  int64_t write;          // where the new keys go, behind the length
+  int64_t ring;           // slots from the first on that they go round, or 0
+  BEAGLE_FIELDS(x, out, batch, nodes, rotary, cos, sin, slots, table, table_width, pages, lengths, mask, words, starts,
+                write, ring)
+};
+
+// What a decoder layer is, everything of one dtype but the weights of its linear layers. Without q it is only the keys
+// and values of the states x, by norm_state.
+struct LayerParts {
+  int32_t dtype;
+  int64_t width, heads, kv_heads, head_width;
+  LinearWeight q, k, v, o, gate, up, down;
+  NormWeight norm_in, norm_q, norm_k, norm_attended, norm_mlp, norm_after, norm_out, norm_state;
+  int32_t activation;
+  float residual, scale, softcap;  // softcap 0: none
+  int32_t of_output;               // keys are those of the states that come out
+  int32_t turned;                  // queries and keys have rotary positions
+  BEAGLE_FIELDS(dtype, width, heads, kv_heads, head_width, q, k, v, o, gate, up, down, norm_in, norm_q, norm_k,
+                norm_attended, norm_mlp, norm_after, norm_out, norm_state, activation, residual, scale, softcap, of_output,
+                turned)
+};
+
+struct DecoderLayer : LayerParts, NewTokens {
+  CachePlane keys, values;
 };
 
 // The same of a weight in int8 with contiguous scales [outputs, width / group]; x and out of `dtype`.

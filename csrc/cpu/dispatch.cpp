@@ -3,14 +3,15 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "layer_steps.h"
 #include "products.h"
 #include "rows.h"
 
 namespace beagle::cpu {
 
 // What setup.py has compiled for each instruction set.
-#define BEAGLE_ROWS(set) namespace set { extern const Rows kRows; }
-#define BEAGLE_PRODUCTS(set) namespace set { extern const Product kProducts[kDtypes]; }
+#define BEAGLE_ROWS(set) namespace set { extern const Rows kRows; extern const LayerSteps kLayerSteps; }
+#define BEAGLE_PRODUCTS(set) namespace set { extern const Product kProducts[kKinds]; }
 #define BEAGLE_INT8(set) namespace set { extern const Product kInt8Product; }
 #define BEAGLE_ALL(set) BEAGLE_ROWS(set) BEAGLE_PRODUCTS(set) BEAGLE_INT8(set)
 BEAGLE_ALL(baseline)
@@ -28,9 +29,12 @@ namespace {
 struct Set {
   const char* name;
   const Rows* rows;
+  const LayerSteps* layer_steps;
   Products products;
-  Set(const char* name, const Rows& rows, const Product* of, const Product& int8)
-      : name(name), rows(&rows), products{{of[kFloat32], of[kFloat16], of[kBFloat16], int8}} {}
+  Set(const char* name, const Rows& rows, const LayerSteps& steps, const Product* of, const Product& int8)
+      : name(name), rows(&rows), layer_steps(&steps) {
+    for (int kind = 0; kind < kKinds; ++kind) products.of[kind] = kind == kInt8 ? int8 : of[kind];
+  }
 };
 
 #ifdef BEAGLE_X86
@@ -45,19 +49,26 @@ bool has_avx512() {
 // Those that the machine has.
 std::vector<Set> sets_here() {
   std::vector<Set> sets;
-  sets.emplace_back("baseline", baseline::kRows, baseline::kProducts, baseline::kInt8Product);
+  sets.emplace_back("baseline", baseline::kRows, baseline::kLayerSteps, baseline::kProducts,
+                    baseline::kInt8Product);
 #ifdef BEAGLE_X86
   if (has_avx2()) {
-    sets.emplace_back("avx2", avx2::kRows, avx2::kProducts, avx2::kInt8Product);
-    if (BEAGLE_HAS("avxvnni")) sets.emplace_back("avx2_vnni", avx2::kRows, avx2::kProducts, avx2_vnni::kInt8Product);
+    sets.emplace_back("avx2", avx2::kRows, avx2::kLayerSteps, avx2::kProducts,
+                      avx2::kInt8Product);
+    if (BEAGLE_HAS("avxvnni"))
+      sets.emplace_back("avx2_vnni", avx2::kRows, avx2::kLayerSteps, avx2::kProducts,
+                        avx2_vnni::kInt8Product);
   }
   if (has_avx512()) {
-    sets.emplace_back("avx512", avx512::kRows, avx512::kProducts, avx512::kInt8Product);
+    sets.emplace_back("avx512", avx512::kRows, avx512::kLayerSteps, avx512::kProducts,
+                      avx512::kInt8Product);
     if (BEAGLE_HAS("avx512vnni")) {
-      sets.emplace_back("avx512_vnni", avx512::kRows, avx512::kProducts, avx512_vnni::kInt8Product);
+      sets.emplace_back("avx512_vnni", avx512::kRows, avx512::kLayerSteps, avx512::kProducts,
+                        avx512_vnni::kInt8Product);
       // no processor has it without the former
       if (BEAGLE_HAS("avx512bf16"))
-        sets.emplace_back("avx512_bf16", avx512::kRows, avx512_bf16::kProducts, avx512_vnni::kInt8Product);
+        sets.emplace_back("avx512_bf16", avx512::kRows, avx512::kLayerSteps, avx512_bf16::kProducts,
+                          avx512_vnni::kInt8Product);
     }
   }
 #endif
@@ -92,6 +103,8 @@ void use_instruction_set(const std::string& name) {
 }
 
 const Rows& rows() { return *serving().load(std::memory_order_relaxed)->rows; }
+
+const LayerSteps& layer_steps() { return *serving().load(std::memory_order_relaxed)->layer_steps; }
 
 const Products& products() { return serving().load(std::memory_order_relaxed)->products; }
 

@@ -16,6 +16,8 @@ void compact_cache(const CompactCache& op, int threads);
 // on the host alone: a GPU has the Triton kernel, and matrix products of its own
 void tree_attention(const TreeAttention& op, int threads);
 void skinny_linear(const SkinnyLinear& op, int threads);
+// Layers of equal sizes, the first of which reads x, and each writes `out`.
+void decoder_layers(const DecoderLayer* ops, int64_t count, int threads);
 void int8_linear(const Int8Linear& op, int threads);
 
 }  // namespace beagle::cpu

@@ -11,7 +11,6 @@ namespace {
 
 // Bytes of the weight that one task reads at least, which keeps the hand-out cheap and the threads busy alike.
 constexpr int64_t kTaskBytes = 1 << 16;
-constexpr int64_t kElementBytes[kInt8 + 1] = {4, 2, 2, 1};
 
 // Grows as it must, aligned to cache lines, and is kept for the thread's next call.
 class Buffer {

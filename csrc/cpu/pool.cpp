@@ -4,8 +4,9 @@
 
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
 #include <condition_variable>
+#include <cstdlib>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -31,8 +32,17 @@ struct Job {
   int helpers_wanted;
   std::atomic<int> helpers_busy{0};
 
-  void work() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) (*task)(i);
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr error;  // of the first task that threw; the rest is left undone
+
+  // Throws nothing: the caller's stack holds the job until every thread has left it.
+  void work() noexcept {
+    try {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) (*task)(i);
+    } catch (...) {
+      if (!failed.test_and_set()) error = std::current_exception();
+      next = count;
+    }
   }
 };
 
@@ -67,6 +77,7 @@ class Pool {
     watch([&] { return job.helpers_busy == 0; });
     lock.lock();
     done_.wait(lock, [&] { return job.helpers_busy == 0; });
+    if (job.error) std::rethrow_exception(job.error);
   }
 
  private:

@@ -49,8 +49,9 @@ constexpr int64_t lined(int64_t width) { return (width * sizeof(X) + 63) / 64 * 
 template <class X>
 constexpr int64_t row_stride(int64_t width) { return ((width * sizeof(X) + 63) / 64 | 1) * 64 / sizeof(X); }
 
-// A kind of product: a weight of W times x as X, kStep of each in a vector; what a ragged panel is copied as; and tiles
-// up to which a panel is multiplied where it lies, each widening it anew: for more it is copied once, before.
+// A kind of product: a weight of W times x as X, kStep of each in a vector; what a ragged panel is copied as; tiles up to
+// which a panel is multiplied where it lies, each tile widening it anew: for more it is copied once, before; and whether
+// up to 8 rows of x share a tile.
 template <class T>
 struct Widened {
   using W = T;
@@ -58,10 +59,16 @@ struct Widened {
   using Vector = Vec;
   using Copied = Widened<float>;
   static constexpr int64_t kStep = kLanes, kMostTiles = sizeof(T) == 4 ? kAny : 2;
+  static constexpr bool kTall = false;
   template <class From>
   BEAGLE_FN static Vec read(const From* from) { return load(from); }
   BEAGLE_FN static Vec add(Vec sum, Vec x, Vec w) { return sum + x * w; }
   BEAGLE_FN static float copy(T w) { return to_float(w); }
+};
+
+// A weight that is kept in bf16 where x is fp32: the products are those of the same numbers in fp32.
+struct Exact : Widened<BFloat> {
+  static constexpr bool kTall = kLanes == 16;  // widening costs more than it costs to load 8 rows of x for 2 of the weight
 };
 
 #if defined(__AVX512BF16__)
@@ -72,6 +79,7 @@ struct Pairs {
   using Vector = __m512bh;
   using Copied = Pairs;
   static constexpr int64_t kStep = 32, kMostTiles = kAny;
+  static constexpr bool kTall = false;
   BEAGLE_FN static __m512bh read(const BFloat* from) { return __m512bh(_mm512_loadu_si512(from)); }
   BEAGLE_FN static Vec add(Vec sum, __m512bh x, __m512bh w) { return Vec(_mm512_dpbf16_ps(__m512(sum), x, w)); }
   BEAGLE_FN static BFloat copy(BFloat w) { return w; }
@@ -138,10 +146,9 @@ BEAGLE_FN void block(const Call<typename Kind::X>& call, const typename Kind::W*
 }
 
 // All rows of x with one panel of weight rows, in tiles of equal height; the tiles share the fetching of the next panel.
-template <class Kind, int kWeights, int kAhead>
+template <class Kind, int kWeights, int kAhead, int kRows>
 BEAGLE_FN void panel(const Call<typename Kind::X>& call, const typename Kind::W* weight, int64_t stride, int64_t n,
                      int64_t count) {
-  constexpr int kRows = kSums / kWeights;
   const int64_t tiles = (call.rows + kRows - 1) / kRows;
   const auto* ahead = weight + kWeights * stride;
   for (int64_t i = 0, m = 0; i < tiles; ++i) {
@@ -152,6 +159,10 @@ BEAGLE_FN void panel(const Call<typename Kind::X>& call, const typename Kind::W*
     if (rows == 2) BLOCK(2);
     if (rows == 3) BLOCK(3);
     if (rows == 4) BLOCK(4);
+    if (rows == 5) BLOCK(5);
+    if (rows == 6) BLOCK(6);
+    if (rows == 7) BLOCK(7);
+    if (rows == 8) BLOCK(8);
     m += rows;
     ahead += kAhead * stride;
   }
@@ -175,23 +186,23 @@ BEAGLE_FN void copy(const typename Kind::W* weight, int64_t stride, int64_t coun
 }
 
 // Weight rows first .. last - 1 in panels, each multiplied where it lies unless it is ragged or better copied first.
-template <class Kind, int kWeights, int kAhead>
+template <class Kind, int kWeights, int kAhead, int kRows = kSums / kWeights>
 BEAGLE_FN void panels(const Weight& weight, const Call<typename Kind::X>& call, int64_t first, int64_t last,
                       float* spare) {
   using W = typename Kind::W;
   using Copied = typename Kind::Copied;
   const int64_t whole = lined<typename Kind::X>(call.width);
-  const bool exact = call.width == whole && call.rows <= Kind::kMostTiles * (kSums / kWeights);
+  const bool exact = call.width == whole && call.rows <= Kind::kMostTiles * kRows;
   for (int64_t n = first; n < last; n += kWeights) {
     const W* rows = static_cast<const W*>(weight.rows) + n * weight.stride;
     const int64_t count = least<int64_t>(kWeights, last - n);
     if (exact && count == kWeights) {
-      panel<Kind, kWeights, kAhead>(call, rows, weight.stride, n - first, count);
+      panel<Kind, kWeights, kAhead, kRows>(call, rows, weight.stride, n - first, count);
       continue;
     }
     auto* copies = reinterpret_cast<typename Copied::W*>(spare);
     copy<Kind>(rows, weight.stride, count, call.width, copies);
-    panel<Copied, kWeights, 0>(call, copies, whole, n - first, count);
+    panel<Copied, kWeights, 0, kRows>(call, copies, whole, n - first, count);
   }
 }
 
@@ -203,6 +214,7 @@ void multiply(const Weight& weight, const void* x, int64_t rows, int64_t first, 
   if (rows == 1) return panels<Kind, kSums, kSums>(weight, call, first, last, spare);
   if (rows == 2) return panels<Kind, kSums / 2, kSums / 2>(weight, call, first, last, spare);
   if (rows <= kRows) return panels<Kind, kWide, kWide>(weight, call, first, last, spare);
+  if (Kind::kTall && rows <= 8) return panels<Kind, kSums / 8, kSums / 4, 8>(weight, call, first, last, spare);
   if (rows <= 3 * kRows) return panels<Kind, kWide, 2>(weight, call, first, last, spare);
   panels<Kind, kWide, 1>(weight, call, first, last, spare);
 }
@@ -216,7 +228,7 @@ int64_t prepared(int64_t rows, int64_t width, int64_t) {
 template <class Kind>
 void prepare(const float* x, int64_t stride, int64_t rows, int64_t width, int64_t, void* to) {
   using X = typename Kind::X;
-  constexpr bool kRound = std::is_same_v<typename Kind::W, BFloat>;
+  constexpr bool kRound = std::is_same_v<typename Kind::W, BFloat> && !std::is_same_v<Kind, Exact>;
   X* row = static_cast<X*>(to);
   for (int64_t m = 0; m < rows; ++m, x += stride, row += row_stride<X>(width)) {
     for (int64_t k = 0; k < width; ++k) {
@@ -233,7 +245,9 @@ constexpr Product kProduct = {prepared<Kind>, prepare<Kind>, multiply<Kind>};
 
 }  // namespace
 
-extern const Product kProducts[kDtypes];
-const Product kProducts[kDtypes] = {kProduct<Widened<float>>, kProduct<Widened<Half>>, kProduct<OfBFloat>};
+extern const Product kProducts[kKinds];
+const Product kProducts[kKinds] = {kProduct<Widened<float>>, kProduct<Widened<Half>>, kProduct<OfBFloat>,
+                                   {},  // kInt8's is int8_product.cpp's
+                                   kProduct<Exact>};
 
 }  // namespace beagle::cpu::BEAGLE_ISA

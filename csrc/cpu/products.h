@@ -48,10 +48,10 @@ struct Product {
                 int64_t out_stride, float* spare);
 };
 
-// By kind of weight: a dtype, or kInt8.
-constexpr int kInt8 = kDtypes;
+// By kind of weight, a dtype or a Kind; bytes of an element of each.
+constexpr int64_t kElementBytes[kKinds] = {4, 2, 2, 1, 2};
 struct Products {
-  Product of[kInt8 + 1];
+  Product of[kKinds];
 };
 
 const Products& products();

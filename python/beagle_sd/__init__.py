@@ -22,6 +22,7 @@ from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.config import BeagleConfig
 from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.halved import halve_
 from beagle_sd.models.head import UnsupportedTarget
 from beagle_sd.models.layers.quantize import quantize_
 from beagle_sd.models.loading import load_bundled
@@ -40,6 +41,7 @@ __all__ = [
     "custom_generate",
     "generate",
     "generate_saved",
+    "halve_",
     "load_bundled",
     "quantize_",
 ]

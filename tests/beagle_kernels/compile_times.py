@@ -1,4 +1,4 @@
-"""What the Triton tests for a GPU compile, on a machine without one: python -O tests/compile_times.py [WORD ...]
+"""What the Triton tests for a GPU compile, without one: python -O tests/beagle_kernels/compile_times.py [WORD ...]
 
 Every such test, or those that have one of the words in their name, launches what it launches on an sm_90; nothing runs,
 and no result is looked at, for which -O drops the asserts. Prints, a line a test, the kernels it needs and the seconds
@@ -16,7 +16,9 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent / folder) for folder in (".", "python")]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parent.parent.parent / folder) for folder in (".", "python", "tests/helpers")
+]
 
 import fault_cases  # noqa: E402
 import torch  # noqa: E402

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import fault_cases
@@ -58,6 +58,11 @@ Call = tuple[Callable[..., object], list[Tensor]]
 
 def sampling_of(*fields: Tensor) -> Sampling:
     return Sampling(*fields)
+
+
+def layer_of(parts: Sequence[Tensor]) -> bk.LayerWeights:
+    """Seven matrices, a norm of states and one of keys."""
+    return bk.LayerWeights(*map(bk.Linear, parts[:7]), norm_in=bk.Norm(parts[7], 1e-6), norm_k=bk.Norm(parts[8], 1e-6))
 
 
 def calls(sizes: dict[str, int]) -> dict[str, Call]:
@@ -173,6 +178,24 @@ def calls(sizes: dict[str, int]) -> dict[str, Call]:
             bk.int8_linear,
             [normal(R, T, 32 * M), whole(99, V, 32 * M, dtype=torch.int8), normal(V, M).abs()],
         ),
+        "decoder_layer": (
+            lambda x, cos, sin, keys, values, *given, backend: (
+                bk.decoder_layer(x, layer_of(given[:9]), cos, sin, keys, values, *given[9:], backend=backend),
+                keys,
+                values,
+            ),
+            [
+                *(normal(B, N, width) for width in (D + 3, D // 2, D // 2)),
+                *(normal(B, K, S, D) for _ in range(2)),
+                *(normal(outputs, D + 3) / 8 for outputs in (H * D, K * D, K * D)),
+                normal(D + 3, H * D) / 8,
+                *(normal(T, D + 3) / 8 for _ in range(2)),
+                normal(D + 3, T) / 8,
+                *(normal(size) for size in (D + 3, D)),
+                one * 3,
+                whole(9, B, N, 1),
+            ],
+        ),
     }
 
 
@@ -224,15 +247,20 @@ def test_strides_change_nothing(op, backend):
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("op", [op for op in OPS if op != "compact_cache_"])
 def test_expanded_inputs_are_read_and_not_written(op, backend):
-    """Every input the first of its rows, repeated by a stride of 0."""
+    """Every input the first of its rows, repeated by a stride of 0; planes that an op writes are not taken so."""
     function, tensors = calls(SIZES)[op]
     rows = [x[:1].expand_as(x) for x in tensors]
+    if op == "decoder_layer":
+        with pytest.raises(ValueError, match="keys has stride"):
+            function(*rows, backend=backend)
+        rows[3:5] = tensors[3:5]
     if op == "block_attention":
         rows[-1] = tensors[-1]  # bounds that are all the same hold no row
     before = [x.clone() for x in rows]
     found = tensors_of(function(*rows, backend=backend))
     close(found, tensors_of(function(*(x.clone(memory_format=torch.contiguous_format) for x in rows), backend=backend)))
-    assert all(map(torch.equal, rows, before))
+    written = (3, 4) if op == "decoder_layer" else ()
+    assert all(torch.equal(x, y) for i, (x, y) in enumerate(zip(rows, before)) if i not in written)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -259,6 +287,7 @@ def test_size_zero_of_anything(op):
             "accept_tree": "N",
             "verify_tree": "NV",
             "tree_attention, paged": "HKDSP",
+            "decoder_layer": "HKD",
         }.get(op, "HKDV")
     )
 

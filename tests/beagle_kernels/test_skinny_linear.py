@@ -69,6 +69,44 @@ def test_every_instruction_set_is_as_exact(dtype, instructions):
             assert not skinny_linear(torch.zeros_like(x[:rows]), weight, backend="cpu").any()
 
 
+@pytest.mark.parametrize("instructions", HERE)
+@pytest.mark.parametrize("outputs, width", [(576, 576), (113, 200), (96, 63), (50, 1025), (33, 48)])
+def test_a_weight_in_bfloat16_is_the_same_weight_in_float32(outputs, width, instructions):
+    """Bit for bit, for any number of rows and threads, and so a row's result does not depend on the others."""
+    x, weight = draw(40, width), draw(outputs, width, dtype=torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        with using(instructions):
+            want = skinny_linear(x, weight.float(), backend="cpu")
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                for rows in range(1, 41):
+                    got = skinny_linear(x[40 - rows :], weight, backend="cpu")
+                    assert got.dtype == torch.float32 and torch.equal(got, want[40 - rows :])
+            assert torch.equal(skinny_linear(x[:5], weight[5:], backend="cpu"), want[:5, 5:])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_weight_in_bfloat16_of_any_layout(backend):
+    """Empty, strided and with what is no number; denormals count, which products of bf16 itself take for zero."""
+    for rows, outputs, width in [(0, 5, 7), (3, 0, 7), (3, 5, 0)]:
+        got = skinny_linear(draw(rows, width), draw(outputs, width, dtype=torch.bfloat16), backend=backend)
+        assert got.shape == (rows, outputs) and got.dtype == torch.float32 and not got.any()
+    x, wide = draw(5, 40), draw(48, 90).bfloat16()
+    for weight in (wide[:, 7:47], wide[::2, :40], wide.T[:90, :40], wide[:1, :40].expand(24, 40)):
+        torch.testing.assert_close(skinny_linear(x, weight, backend=backend), F.linear(x, weight.float()))
+    weight = wide[:20, :40].contiguous()
+    weight[3, 5], weight[4, 6], x[2, 1] = torch.nan, 2.0**-130, torch.inf
+    got = skinny_linear(x, weight, backend=backend)
+    assert got[:, 3].isnan().all() and not got[:2, 4:].isnan().any() and not got[2, 4:].isfinite().any()
+    tiny = torch.full((16, 16), 2.0**-130, dtype=torch.bfloat16)
+    got = skinny_linear(torch.full((3, 16), 2.0**100), tiny, backend=backend)
+    assert torch.equal(got, torch.full((3, 16), 2.0**-26))
+    opcheck(torch.ops.beagle.skinny_linear.default, (x, wide[:20, :40], backend))
+
+
 @needs_extension
 def test_an_instruction_set_that_is_not_there():
     with pytest.raises(ValueError, match=f"instruction set is 'mmx'; allowed here: {', '.join(HERE)}$"):
@@ -124,7 +162,10 @@ def test_bad_inputs():
     for args, error, message in [
         ((x[:, :15], weight), ValueError, r"x has shape \[3, 15\]; allowed: \[3, 16\]"),
         ((x, weight[0]), ValueError, r"weight has shape \[16\]"),
-        ((x.bfloat16(), weight), TypeError, "x is bfloat16; allowed: float32"),
+        ((x.bfloat16(), weight), TypeError, "x is bfloat16; allowed: float32$"),
+        ((x.half(), weight.bfloat16()), TypeError, "x is float16; allowed: bfloat16, float32"),
+        ((x, weight.half()), TypeError, "x is float32; allowed: float16"),
+        ((x.double(), weight.bfloat16()), TypeError, "x is float64; allowed: bfloat16, float32"),
         ((x.double(), weight.double()), TypeError, "weight is float64"),
         ((x[0, 0], weight), ValueError, r"x has shape \[\]; allowed: \[16\]"),
         ((None, weight), TypeError, "x is a NoneType"),

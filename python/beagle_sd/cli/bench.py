@@ -62,7 +62,7 @@ def bench(
     csv: Annotated[Path | None, typer.Option(help="Also write the table there.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the ratios there; needs matplotlib.")] = None,
     dtype: Dtype = "auto",
-    weights: Weights = "floats",
+    weights: Weights = "auto",
     device: Device = None,
 ) -> None:
     """Time whole answers side by side: target.generate, transformers' speculation, Beagle's plain, chain and trees."""

@@ -30,7 +30,7 @@ _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "
 
 TargetName = Annotated[str, typer.Option("--target", help="Target model: smollm2-135m, a folder, or a hub name.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bf16 on a GPU, fp32 on a CPU.")]
-Weights = Annotated[str, typer.Option(help="floats: of the dtype; int8: linear layers in int8, on a CPU.")]
+Weights = Annotated[str, typer.Option(help="int8: linear layers in int8, on a CPU; floats: as they are; auto: in 16 bits too if exact.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")]
 DraftFolder = Annotated[Path | None, typer.Option("--draft", help="Default: the draft bundled for the target.")]
 Calibrate = Annotated[bool, typer.Option(help="Measure this machine's costs anew, instead of those kept.")]

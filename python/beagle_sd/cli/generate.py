@@ -58,7 +58,7 @@ def generate(
     compare: Annotated[bool, typer.Option(help="Answer again by plain decoding and by target.generate.")] = True,
     calibrate: Calibrate = False,
     dtype: Dtype = "auto",
-    weights: Weights = "floats",
+    weights: Weights = "auto",
     device: Device = None,
 ) -> None:
     """Answer a prompt speculatively, tokens accepted from the draft in colour, then without the draft, all timed."""

@@ -96,7 +96,7 @@ def train(
         config = TrainingConfig(**settings)
         processes, console = joined_processes(device)
         with processes.main_process_first(), loading(console, target):
-            model, tokenizer = load_target(target, device=device or processes.device)
+            model, tokenizer = load_target(target, device=device or processes.device, weights="floats")
         left = LeftOut()
         dataset = _dataset([data, *(more or [])], model, tokenizer, config, left)
         print_left_out(console, left)

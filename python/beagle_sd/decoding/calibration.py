@@ -193,6 +193,7 @@ def _key(target: PreTrainedModel, draft: BeagleDraft) -> dict:
             "model_type": config.model_type,
             "dtype": str(target.dtype),
             "int8": Target(target).is_int8,
+            "halved": Target(target).head.half is not None,
             **{name: getattr(config, name, None) for name in sizes},
         },
         "draft": {

@@ -10,6 +10,8 @@ from torch import Tensor
 from beagle_kernels import Sampling, top_candidates, tree_attention
 from beagle_sd.models.cache import grown
 from beagle_sd.models.draft import Angles, BeagleDraft
+from beagle_sd.models.draft_layer import draft_layer
+from beagle_sd.models.layers.linears import few_rows
 
 
 class Candidates(NamedTuple):
@@ -39,6 +41,7 @@ class DraftCache:
         shape = batch, config.num_key_value_heads, self._slots(tokens), config.head_dim
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
+        self.layer = draft_layer(draft)
         self._rows = torch.arange(batch, device=weight.device)[:, None]
         self._none = torch.zeros(batch, dtype=torch.int32, device=weight.device)
 
@@ -57,7 +60,11 @@ class DraftCache:
         self.values[self._rows, :, slots] = values
 
     def append_true(self, draft: BeagleDraft, states: Tensor, positions: Tensor) -> None:
-        """Write the true states [B, n, d] of `positions` [B, n]."""
+        """Write the true states [B, n, d] of `positions` [B, n], those of a row one after the other."""
+        if self.layer is not None and few_rows(states) and states.dtype == self.keys.dtype:
+            start = positions[:, 0].to(torch.int32)
+            self.layer.append(states, draft.angles(positions), self.keys, self.values, start, self.ring)
+            return
         self.append(draft, states, positions % self.ring if self.ring else positions, positions)
 
     def begin(self, draft: BeagleDraft, states: Tensor, lengths: Tensor) -> None:
@@ -68,7 +75,7 @@ class DraftCache:
         if self.window:
             positions = (lengths.long()[:, None] - 1 - step).clamp(min=0)
             states = states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[2]))
-        self.append_true(draft, states, positions)
+        self.append(draft, states, positions % self.ring if self.ring else positions, positions)
 
     def prefix(self, lengths: Tensor) -> Tensor:
         """[B] int32: the slots at a row's start that every node sees. The draft states begin `ring` slots behind."""
@@ -113,7 +120,9 @@ def propose(
         if cache.window and level > cache.window:  # the window has left the first ancestors behind
             visible = visible & ~bits[: 1 + (level - cache.window - 1) * branch].sum(0)
         words = visible if seen is None else visible | seen[:, level : level + 1]
-        state = _states(draft, cache, tokens, turn, prefix, words)
+        more = draft.config.append_states and level + 1 < depth
+        at = cache.ring + slot if more else None
+        state = _states(draft, cache, tokens, turn, prefix, words, at)
         chosen = (start + (level + 1)).expand(-1, width).flatten()
         child, gain = top_candidates(
             draft.logits(state).flatten(0, 1), branch, chosen, settings[width], token_ids=draft.draft_vocab
@@ -123,9 +132,7 @@ def propose(
         found.append(Candidates(child.view(batch, -1), total.flatten(1), parents.flatten(1)))
         if level + 1 == depth:
             break
-        if draft.config.append_states:
-            slots = torch.arange(cache.ring + slot, cache.ring + slot + width, device=device)
-            cache.append(draft, state, prefix.long()[:, None] + slots, turn)
+        if more:
             visible = visible | bits[slot : slot + width]
             slot += width
         score, best = total.flatten(1).topk(branch, dim=1)
@@ -135,11 +142,26 @@ def propose(
     return Candidates(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
 
 
-def _states(draft, cache, tokens, turn, prefix, words) -> Tensor:
-    """Draft states [B, n, d] of tokens [B, n], which see the prefix and behind it the slots set in `words`."""
+def _states(
+    draft: BeagleDraft,
+    cache: DraftCache,
+    tokens: Tensor,
+    turn: Angles,
+    prefix: Tensor,
+    words: Tensor,
+    append_at: int | None,
+) -> Tensor:
+    """Draft states [B, n, d] of tokens [B, n], which see the prefix and behind it the slots set in `words`; their keys
+    and values go `append_at` slots behind the prefix, if given."""
     embedded = draft.embed(tokens)
+    if cache.layer is not None and few_rows(embedded):
+        return cache.layer(embedded, turn, cache.keys, cache.values, prefix, words, append_at)
     attended = tree_attention(draft.queries(embedded, turn), cache.keys, cache.values, prefix, words)
-    return draft.block(embedded, attended)
+    state = draft.block(embedded, attended)
+    if append_at is not None:
+        slots = torch.arange(append_at, append_at + tokens.shape[1], device=tokens.device)
+        cache.append(draft, state, prefix.long()[:, None] + slots, turn)
+    return state
 
 
 def _bits(first: int, count: int, device: torch.device) -> Tensor:

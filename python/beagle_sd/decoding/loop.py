@@ -125,7 +125,7 @@ class Decoding:
         return torch.where(index < counts[:, None], values[:, : len(index)], padding)
 
     def report(self) -> Report:
-        return self.tally.report(sum(self.counts), dict(self.clock.seconds))
+        return self.tally.report(sum(self.counts), dict(self.clock.seconds), self.engine.target.layers)
 
 
 def _raise_for(row: int, status: int, biased: bool) -> None:

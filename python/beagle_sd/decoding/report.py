@@ -21,7 +21,8 @@ class Report:
     known; new_tokens: all emitted tokens; tokens_per_round: emitted tokens a round and row, drafts and the target's
     own; acceptance_by_depth[d]: how often a drafted token at depth d + 1 was accepted, given that its parent was;
     seconds: by phase. row_rounds and reached are the counts behind: rounds summed over the rows in progress, and how
-    many of them accepted d or more drafted tokens.
+    many of them accepted d or more drafted tokens. layers: on a CPU, how many of the target's decoder layers ran as one
+    op each, and why the others did not.
 
     Phases: prefill, draft, target, verify, keep, each timed to its end on the device. Rounds replayed as a graph have
     no parts that the host could time: there the phases are prefill, capture (once a tree shape) and rounds; for the
@@ -35,6 +36,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     row_rounds: int = 0
     reached: list[int] = field(default_factory=list)
+    layers: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -60,7 +62,7 @@ class Tally:
                 self.reached[depth] += 1
                 self.tried[depth] += depth < shape.levels
 
-    def report(self, new_tokens: int, seconds: dict[str, float]) -> Report:
+    def report(self, new_tokens: int, seconds: dict[str, float], layers: str | None) -> Report:
         pairs = zip(self.tried, self.reached[1:], strict=False)
         return Report(
             rounds=self.rounds,
@@ -70,6 +72,7 @@ class Tally:
             seconds=seconds,
             row_rounds=self.row_rounds,
             reached=list(self.reached),
+            layers=layers,
         )
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from beagle_sd.decoding.adaptive import AdaptiveTree
 from beagle_sd.decoding.engine import Engine
-from beagle_sd.decoding.generate import generate
+from beagle_sd.decoding.generate import Generated, generate
 from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
@@ -44,30 +44,31 @@ class EngineRun:
 
     def __call__(self, ids: Tensor) -> tuple[int, Report]:
         """Answer ids [1, T]: how many new tokens, and the report."""
-        report = self._generate(ids, self.max_new_tokens)
+        report = self.answer(ids, self.max_new_tokens).report
         return report.new_tokens, report
 
     def prefill(self, ids: Tensor) -> None:
         """Run a prompt, so that what its length alone needs is compiled."""
-        self._generate(ids, 1)
+        self.answer(ids, 1)
 
     @property
     def nbytes(self) -> int:
         """What the engine's buffers hold from answer to answer."""
         return self.engine.nbytes if self.engine else 0
 
-    def _generate(self, ids: Tensor, max_new_tokens: int) -> Report:
+    def answer(self, ids: Tensor, max_new_tokens: int) -> Generated:
+        """The whole output for ids [1, T], of `max_new_tokens` rather than the run's own."""
         known = self.engine
         engine = known or Engine(self.target, self.draft, batch=1, capacity=self.capacity, tree=self.tree)
         if isinstance(self.tree, AdaptiveTree):
             engine.tree = self.tree.again()
-        report = generate(
+        out = generate(
             self.target, self.draft, ids, max_new_tokens=max_new_tokens, temperature=self.temperature, engine=engine
-        ).report
+        )
         if known is None:
             engine.capture()
             self.engine = engine
-        return report
+        return out
 
 
 def contenders(

@@ -12,7 +12,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from beagle_sd.models.head import UnsupportedTarget
-from beagle_sd.models.layers.attention import Span
+from beagle_sd.models.layers.attention import Attended, Span
 from beagle_sd.models.layers.kept import Kept
 from beagle_sd.models.layers.recurrent import Recurrence
 
@@ -68,7 +68,7 @@ class TreeCache(Cache):
         self.capacity, self.page_size, self.at_once = 0, page_size, at_once
         if page_size is not None and page_size < 1:
             raise ValueError(f"page_size is {page_size}; allowed: 1 or more slots")
-        self.attended: set[int] = set()  # one object for the cache and its rows
+        self.attended: dict[int, Attended] = {}  # by the attention's id; one object for the cache and its rows
         self.tables: dict[Span, Tensor] = {}
         self.states: list[Tensor] = []
         self.spans: list[Span] = []
@@ -81,6 +81,7 @@ class TreeCache(Cache):
         self._starts: list[int] = []
         self._limit: int | None = None
         self._made: dict[Hashable, Any] = {}
+        self.passed: Any = None  # what the last of whole layers gave, and to whom (layers/whole.py)
 
     def _lay_out(self, rows: int, size: int) -> None:
         """`states` without slots, the span of each, and of each layer the (tensor, layer in it, plane) of its keys and
@@ -126,6 +127,10 @@ class TreeCache(Cache):
         """Bytes of keys, values and recurrent states."""
         states = [*self.states, *(state for one in self.recurrences.values() for state in one.states)]
         return sum(state.nbytes for state in states)
+
+    def keeps(self, index: int) -> bool:
+        """Whether a layer has keys and values here."""
+        return index in self._places
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer: [B, Hkv, S, D] and [B, Hkv, S, Dv], or pages."""
@@ -183,6 +188,7 @@ class TreeCache(Cache):
         self._limit, self.depth = limit, depth.long()
         self.stepping, self.recording = stepping, ends is None
         self._made.clear()
+        self.passed = None
         for recurrence in self.recurrences.values():
             recurrence.history = []
         if not self.fixed:

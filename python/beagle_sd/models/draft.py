@@ -61,6 +61,7 @@ class Angles(NamedTuple):
     sin: Tensor
 
 
+_SAMPLED_ROWS = 64
 _OF_THE_HUB = ("repo_id", "commit_message", "private", "token", "create_pr", "revision", "tags")
 """Arguments of push_to_hub."""
 
@@ -97,6 +98,8 @@ class BeagleDraft(PreTrainedModel):
         reduced = config.draft_vocab_size
         self.register_buffer("draft_vocab", torch.zeros(reduced, dtype=torch.int64) if reduced else None)
         self._shared: tuple[Target, Tensor | Int8Matrix] | None = None
+        self._half: Tensor | None = None  # the head's rows in bf16
+        self._made_of: tuple[Tensor | None, Tensor | None] = (None, None)  # the vocabulary and the target's half
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -165,18 +168,34 @@ class BeagleDraft(PreTrainedModel):
         return self._share(target)
 
     def _share(self, target: Target) -> Self:
-        head = target.head.matrix
-        if isinstance(head, Tensor):
-            head = head.detach()
+        if self._shared is None or not self._is_head_of(target):
+            matrix, half, scale = target.head.matrix, target.head.half, target.head.scale
+            head = self._own_rows(matrix.detach() if isinstance(matrix, Tensor) else matrix, target)
+            self._half = self._own_rows(half, target) if half is not None and scale == 1.0 else None
+            self._shared = (target, head if scale == 1.0 else head * scale)
+            self._made_of = (self.draft_vocab, half)
+        self._shared = (target, self._bound()[1])
+        return self
+
+    def _is_head_of(self, target: Target) -> bool:
+        """Whether the head at hand is still the target's, by every so many of its rows: to gather all of them takes as
+        long as some tokens."""
+        matrix, head = target.head.matrix, self._bound()[1]
+        vocab, half = self._made_of
+        if vocab is not self.draft_vocab or half is not target.head.half or type(matrix) is not type(head):
+            return False
+        if matrix.device.type != "cpu" or head.device != matrix.device:
+            return False
+        step = max(1, len(head) // _SAMPLED_ROWS)
+        rows = matrix[: len(head) : step] if vocab is None else matrix[vocab[::step]]
+        have, want = _parts(head[::step]), _parts(rows * target.head.scale)
+        return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(have, want))
+
+    def _own_rows(self, weight: Any, target: Target) -> Any:
         if self.draft_vocab is not None:
             _check_draft_vocab(self.draft_vocab, target.config.vocab_size)
-            head = head[self.draft_vocab.to(head.device)]
-        elif len(head) > self.config.vocab_size:
-            head = head[: self.config.vocab_size]
-        if target.head.scale != 1.0:
-            head = head * target.head.scale
-        self._shared = (target, head)
-        return self
+            return weight[self.draft_vocab.to(weight.device)]
+        return weight[: self.config.vocab_size]
 
     def set_draft_vocab(self, draft_vocab: Tensor | None) -> Self:
         """Propose these tokens from now on: ascending ids [V'] int64 of the vocabulary that the draft was made for;
@@ -268,7 +287,7 @@ class BeagleDraft(PreTrainedModel):
     def logits(self, states: Tensor) -> Tensor:
         """The draft's logits over its own vocabulary, soft-capped as the target's: [..., d] -> [..., V']."""
         target, head = self._bound()
-        return target.head.capped(linear(states.to(target.dtype), head))
+        return target.head.capped(linear(states.to(target.dtype), head, half=self._half))
 
     def _rotate(self, x: Tensor, positions: Tensor | Angles) -> Tensor:
         x = x.unflatten(-1, (-1, self.config.head_dim))
@@ -276,6 +295,10 @@ class BeagleDraft(PreTrainedModel):
         half = self.config.head_dim // 2
         turned = torch.cat((-x[..., half:], x[..., :half]), -1)
         return (x * cos + turned * sin).to(x.dtype)  # in autocast x is in 16 bits, and the values are too
+
+
+def _parts(matrix: Tensor | Int8Matrix) -> tuple[Tensor, ...]:
+    return (matrix.integers, matrix.scales) if isinstance(matrix, Int8Matrix) else (matrix.detach(),)
 
 
 def _check_draft_vocab(ids: Tensor, vocab_size: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from beagle_sd.models.halved import halved_weight
 from beagle_sd.models.layers.int8 import Int8Linear, Int8Matrix
 from beagle_sd.models.layers.linears import linear
 
@@ -47,8 +48,13 @@ class Head:
         """V."""
         return len(self.matrix)
 
+    @property
+    def half(self) -> Tensor | None:
+        """W in bf16, if `halve_` has kept it."""
+        return halved_weight(self.module)
+
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = linear(hidden, self.matrix)
+        logits = linear(hidden, self.matrix, half=self.half)
         return self.capped(logits if self.scale == 1.0 else logits * self.scale)
 
     def capped(self, logits: Tensor) -> Tensor:

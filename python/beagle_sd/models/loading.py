@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -18,9 +20,10 @@ from transformers import (
 
 from beagle_sd.models import smollm2
 from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.halved import halve_
 from beagle_sd.models.layers.quantize import quantize_
 
-WEIGHTS = ("floats", "int8")
+WEIGHTS = ("auto", "floats", "int8")
 """What the linear layers may hold: the dtype's numbers, or integers with scales (`quantize_`), on a CPU."""
 _FOLDER = Path(__file__).parents[1] / "bundled"
 
@@ -45,12 +48,13 @@ def load_bundled(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    weights: str = "floats",
+    weights: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BeagleDraft]:
     """(target, tokenizer, draft) of a bundled draft; the target is converted into the user's cache on first use.
 
     device None: the GPU if there is one; dtype None: bf16 on a GPU, fp32 on a CPU; weights "int8": the linear layers of
-    both in int8, on a CPU.
+    both in int8, on a CPU; "auto": on a CPU in fp32 in 16 bits too, where nothing is lost by it (`halve_`); "floats": of
+    the dtype alone.
     """
     folder = bundled_folder(name)
     target, tokenizer = load_target(name, dtype=dtype, device=device, weights=weights)
@@ -62,10 +66,10 @@ def load_target(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    weights: str = "floats",
+    weights: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A target and its tokenizer: "smollm2-135m", a folder, or a hub name; ValueError for a device that is not there,
-    FileNotFoundError for a folder without a model. weights "int8": put into int8 by `quantize_`, on a CPU."""
+    FileNotFoundError for a folder without a model. weights as in `load_bundled`."""
     _check_weights(weights)
     device = _device(device)
     if weights == "int8" and device.type != "cpu":
@@ -75,7 +79,14 @@ def load_target(
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     model = model.to(device).eval()  # type: ignore[arg-type]  # transformers' wrapper hides the signature
-    return quantize_(model) if weights == "int8" else model, tokenizer
+    return _as(weights, model, quantize_), tokenizer
+
+
+def _as(weights: str, model: Any, quantize: Callable[[Any], Any]) -> Any:
+    """A model with its weights as asked for: "auto" halves those in fp32 on a CPU."""
+    if weights == "int8":
+        return quantize(model)
+    return halve_(model) if weights == "auto" and model.device.type == "cpu" and model.dtype == torch.float32 else model
 
 
 def _check_weights(weights: str) -> None:
@@ -119,16 +130,16 @@ def _device(name: str | torch.device | None) -> torch.device:
 
 
 def load_draft(
-    folder: str | Path, target: PreTrainedModel, dtype: torch.dtype | None = None, *, weights: str = "floats"
+    folder: str | Path, target: PreTrainedModel, dtype: torch.dtype | None = None, *, weights: str = "auto"
 ) -> BeagleDraft:
-    """A saved draft, bound to `target` and on its device; in its dtype too where none is given. weights "int8": its
-    linear layers in int8; its head is the target's, whatever that holds."""
+    """A saved draft, bound to `target` and on its device; in its dtype too where none is given. weights as in
+    `load_bundled`; its head is the target's, whatever that holds."""
     _check_weights(weights)
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; allowed: a folder that `beagle-sd train` wrote")
     draft = BeagleDraft.from_pretrained(folder)
     draft.to(device=target.device, dtype=dtype or target.dtype).eval()
-    return (draft.quantize_() if weights == "int8" else draft).bind(target)
+    return _as(weights, draft, BeagleDraft.quantize_).bind(target)
 
 
 def measured_acceptance(folder: str | Path) -> list[dict]:

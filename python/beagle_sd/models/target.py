@@ -18,6 +18,7 @@ from beagle_sd.models.head import Head, UnsupportedTarget, decoder_of, head_of
 from beagle_sd.models.layers.attention import packed, reading
 from beagle_sd.models.layers.kept import Kept, kept_by
 from beagle_sd.models.layers.recurrent import step_by_step
+from beagle_sd.models.layers.whole import described
 from beagle_sd.models.supported import angles_change_at, check_length, check_supported, positions_in_table
 from beagle_sd.models.view import uncompiled, view_of
 
@@ -74,6 +75,11 @@ class Target:
         view = decoder_of(view_of(self.model))
         step_by_step(view, self.kept)
         return view
+
+    @property
+    def layers(self) -> str | None:
+        """How the decoder's layers run (layers/whole.py); None before they have, and where nothing else is to be had."""
+        return described(self._view)
 
     @cached_property
     def kept(self) -> tuple[Kept, ...]:

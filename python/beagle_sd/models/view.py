@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from beagle_sd.models.layers.attention import NAME, tempered_by_position
 from beagle_sd.models.layers.linears import few_rows_forward
+from beagle_sd.models.layers.whole import take_over
 
 
 def view_of(model: PreTrainedModel, *, attention: str | None = NAME) -> PreTrainedModel:
@@ -30,6 +31,8 @@ def view_of(model: PreTrainedModel, *, attention: str | None = NAME) -> PreTrain
         _bind(copied[id(old)], copied)
         if attention == NAME and tempered_by_position(old):
             copied[id(old)].__dict__["attn_temperature_tuning"] = False  # attention.py does it, by each one's position
+    if attention == NAME:
+        take_over({copied[id(old)]: old for old in _uncompiled_modules(model)})
     if attention is not None:
         view.config._attn_implementation = attention
     return view
@@ -50,7 +53,7 @@ def _copy(module: nn.Module, copied: dict[int, Any]) -> Any:
     if id(module) not in copied:
         new = copied[id(module)] = module.__class__.__new__(module.__class__)
         new.__dict__.update(module.__dict__)
-        hooks = {name: copy.copy(kept) for name, kept in module.__dict__.items() if "_hooks" in name}
+        hooks = {name: kept.copy() for name, kept in module.__dict__.items() if "_hooks" in name and hasattr(kept, "copy")}
         new.__dict__.update(hooks)  # a forward that adds hooks, to record states, adds them to the view alone
         new.__dict__["_modules"] = {
             name: child if child is None else _copy(child, copied) for name, child in module._modules.items()

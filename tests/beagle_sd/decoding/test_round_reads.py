@@ -27,7 +27,10 @@ class Watched(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("count, by", [(16, "beagle.tree_attention"), (65, "aten.scaled_dot_product_attention")])
+@pytest.mark.parametrize(
+    "count, by",
+    [(16, "beagle.run_layers"), (40, "beagle.tree_attention"), (65, "aten.scaled_dot_product_attention")],
+)
 def test_a_small_forward_on_the_cpu_leaves_pytorch_s_threads_asleep(count, by):
     """Woken, they spin for milliseconds on the cores that the linear layers want: index_put_ and SDPA wake them."""
     target = small_target()
@@ -36,7 +39,7 @@ def test_a_small_forward_on_the_cpu_leaves_pytorch_s_threads_asleep(count, by):
     step = torch.arange(count).expand(2, -1)
     with torch.inference_mode(), Watched() as watched:
         wrapped.forward(step, step, causal(2, count, step.device), cache)
-    ops = {"aten.index_put_", "aten.scaled_dot_product_attention", "beagle.tree_attention"}
+    ops = {"aten.index_put_", "aten.scaled_dot_product_attention", "beagle.tree_attention", "beagle.run_layers"}
     assert ops & {name.removesuffix(".default") for name in watched.names} == {by}
 
 

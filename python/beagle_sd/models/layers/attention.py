@@ -58,6 +58,15 @@ class Span(NamedTuple):
     chunk: int | None = None
 
 
+class Attended(NamedTuple):
+    """How a module called its attention: with which scale and soft cap, and what it gave that a layer's fused op does
+    not do, if anything."""
+
+    scale: float
+    softcap: float | None
+    unlike: str | None
+
+
 class Seen(NamedTuple):
     """What new tokens see of a layer: mask words [B, N, W] int64 and, below a window or chunk nothing, `starts` [B, N]
     int32, the first slots that they see (None: the first of all)."""
@@ -136,10 +145,11 @@ def _beagle_tree(
     **kwargs,
 ):
     cache = cache_being_read()
-    if cache is not None:
-        cache.attended.add(id(module))
     _check(module, query, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache is not None:
+        unlike = "its attention has sinks" if s_aux is not None else _own_scaling(module)
+        cache.attended[id(module)] = Attended(scale, softcap or None, unlike)
     if cache is None or attention_mask is None or attention_mask.dtype != torch.int64:
         return grouped_attention(query, key, value, attention_mask, scale).transpose(1, 2), None
     query = _tempered(module, query, cache)
@@ -198,10 +208,16 @@ def tempered_by_position(module) -> bool:
     return bool(getattr(module, "attn_temperature_tuning", False)) and hasattr(module, "floor_scale")
 
 
-def _tempered(module, query: Tensor, cache: TreeCache) -> Tensor:
-    """The queries scaled by their own positions, where view.py has switched the module's own scaling off."""
+def _own_scaling(module) -> str | None:
     config = getattr(module, "config", None)
     if not hasattr(module, "floor_scale") or not getattr(config, "attn_temperature_tuning", False) or module.use_rope:
+        return None
+    return "its queries are scaled by their positions"
+
+
+def _tempered(module, query: Tensor, cache: TreeCache) -> Tensor:
+    """The queries scaled by their own positions, where view.py has switched the module's own scaling off."""
+    if _own_scaling(module) is None:
         return query
     position = cache.lengths.long()[:, None] + cache.depth
     tuning = torch.log1p(torch.floor((position.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0

@@ -1,0 +1,343 @@
+"""Decoder layers in decoding: few rows on a CPU go through `decoder_layer`, one op a layer, where it gives what the
+layer's own modules give.
+
+What a family is made of is read off its modules - which projections, norms, scales - and how it attends off the call
+that its own attention makes on first use. Then the op's result is compared with the layer's own: only a layer whose
+results are the same but for rounding is taken over; any other runs as its model has it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beagle_kernels import LayerWeights, Linear, Norm, backends
+from beagle_kernels.compiled.decoder_layer import Layers, Parts
+from beagle_kernels.decoder_layer import flat
+from beagle_sd.models.cache import TreeCache
+from beagle_sd.models.layers.attention import cache_being_read, seen
+from beagle_sd.models.layers.int8 import Int8Linear
+from beagle_sd.models.layers.linears import few_rows, parts_of
+
+_ROUNDING = {torch.float32: (1e-4, 2e-6), torch.bfloat16: (0.05, 0.01), torch.float16: (0.01, 2e-3)}
+"""How far a layer's result may be from its own modules', as shares of what the layer adds and of what comes out."""
+_GIVEN = {
+    "attention_mask",
+    "position_embeddings",
+    "position_ids",
+    "cache_position",
+    "cache",
+    "past_key_values",
+    "use_cache",
+    "is_causal",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+}
+"""What models give their layers that says nothing more, or says what the op goes by."""
+_INT8 = (0.05, 0.01)
+"""With weights in int8: rounded to integers, activations fall otherwise with the last bit of what comes before."""
+_ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+_NORMS = (
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ("input_layernorm", "post_attention_layernorm"),
+)
+_verdicts: WeakKeyDictionary[nn.Module, tuple[tuple, Verdict]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a layer is taken over: what its attention was given (scale, softcap), and whether it was given just what
+    the layer before it gave; or why it is not."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    follows: bool = False
+    why_not: str | None = None
+
+
+class Passed(NamedTuple):
+    """What went through layers up to `index` so far in a forward, by whole layers alone or as a model has it."""
+
+    index: int
+    states: Tensor
+    words: Tensor
+    angles: Any
+
+
+class NotTaken(Exception):
+    """A layer has what the op does not do; the message says what."""
+
+
+def take_over(layers: dict[nn.Module, nn.Module]) -> None:
+    """Give those of a view's modules that are decoder layers, on a CPU that the extension serves, a forward that takes
+    few rows through the op. layers: each module with the model's own, over the same weights."""
+    taken = [WholeLayer(layer, original) for layer, original in layers.items() if served() and _is_layer(layer)]
+    for layer in taken:
+        layer.layer.__dict__["forward"] = layer
+    for layer, after in zip(taken, taken[1:]):
+        if after.index == layer.index + 1:
+            layer.after = after
+
+
+def described(view: nn.Module) -> str | None:
+    """How a view's decoder layers run where few rows come: how many as one op, and why the others by their modules; None
+    where none has been tried."""
+    forwards = [module.__dict__.get("forward") for module in view.modules()]
+    verdicts = [one.verdict for one in forwards if isinstance(one, WholeLayer)]
+    reasons = Counter(verdict.why_not for verdict in verdicts if verdict is not None)
+    if not verdicts and served() and next(view.parameters()).device.type == "cpu":
+        return "all by their modules (none has an attention and an MLP where Llama's layers have them)"
+    if not reasons:
+        return None
+    whole = reasons.pop(None, 0)
+    others = [f"{count} by their modules ({reason})" for reason, count in reasons.items()]
+    return ", ".join([f"{whole} as one op", *others])
+
+
+def _is_layer(module: nn.Module) -> bool:
+    attention = getattr(module, "self_attn", None)
+    known = hasattr(module, "mlp") and type(getattr(attention, "layer_idx", None)) is int
+    return known and not _hooked(module) and next(module.parameters(), None) is not None
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
+
+
+@functools.cache
+def served() -> bool:
+    """Whether the extension has the op."""
+    return backends.why_not("decoder_layer", "cpu", torch.device("cpu")) is None
+
+
+class WholeLayer:
+    """The forward of one decoder layer. The first of several that follow each other runs them all in one call, and
+    those after it hand its states on."""
+
+    def __init__(self, layer: Any, original: nn.Module):
+        self.layer, self.original = layer, original
+        self.own = type(layer).forward.__get__(layer)
+        self.attention: Any = layer.self_attn
+        self.index: int = self.attention.layer_idx
+        self.first = next(
+            (one._parameters, name) for one in layer.modules() for name, it in one._parameters.items() if it is not None
+        )
+        self.made_of = tuple((id(one), _hooked(one)) for one in original.modules())
+        self.after: WholeLayer | None = None
+        self.known: tuple[WholeLayer, Layers] | None = None  # the last of those that run together, and what runs them
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = cache_being_read()
+        words, angles = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+        if cache is None or words is None or args or not self._few(hidden_states, words, angles, cache):
+            return self.own(hidden_states, *args, **kwargs)
+        verdict = self.verdict
+        if verdict is None:
+            return self._try(hidden_states, cache, kwargs)
+        if verdict.why_not is not None:
+            return self.own(hidden_states, **kwargs)
+        passed: Passed | None = cache.passed
+        if passed is None or passed.index < self.index:
+            last, layers = self.known = self.known or self._together(cache)
+            states = self._run(layers, last, hidden_states, words, angles, cache)
+            cache.passed = passed = Passed(last.index, states, words, angles)
+        elif passed.states is not hidden_states:
+            raise RuntimeError(f"{type(self.layer).__name__} {self.index} was given other states than on first use")
+        return passed.states
+
+    def _few(self, x: Tensor, words: Tensor, angles: Any, cache: TreeCache) -> bool:
+        return words.dtype == torch.int64 and isinstance(angles, tuple) and cache.recording and few_rows(x)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What first use found; None before it, and when the layer has changed since."""
+        known = _verdicts.get(self.original)
+        return known[1] if known is not None and known[0] == self._used_as() else None
+
+    def _used_as(self) -> tuple:
+        parameters, name = self.first
+        weight = parameters[name]
+        return weight.dtype, weight.device, weight.data_ptr(), self.made_of
+
+    def _try(self, x: Tensor, cache: TreeCache, kwargs: dict[str, Any]) -> Any:
+        """The layer's own result, with which the op's is compared."""
+        want = self.own(x, **kwargs)
+        words, angles = kwargs["attention_mask"], kwargs["position_embeddings"]
+        passed: Passed | None = cache.passed
+        follows = passed is not None and passed.index == self.index - 1
+        follows = follows and all(one is other for one, other in zip(passed[1:], (x, words, angles)))
+        try:
+            if unknown := sorted(name for name, given in kwargs.items() if name not in _GIVEN and given is not None):
+                raise NotTaken(f"its layers are given {', '.join(unknown)}")
+            if not isinstance(want, Tensor):
+                raise NotTaken(f"its layers return a {type(want).__name__}")
+            cache.passed = Passed(self.index, want, words, angles)
+            given = cache.attended.get(id(self.attention))
+            if given is None or given.unlike is not None:
+                raise NotTaken(given.unlike if given is not None else "its attention is its own")
+            verdict = Verdict(given.scale, given.softcap, follows)
+            have = self._run(Layers([self._parts(cache, verdict)]), self, x, words, angles, cache)
+            int8 = any(isinstance(module, Int8Linear) for module in self.layer.modules())
+            _compare(x, have, want, *(_INT8 if int8 else _ROUNDING[x.dtype]))
+        except NotTaken as reason:
+            verdict = Verdict(why_not=str(reason))
+        _verdicts[self.original] = self._used_as(), verdict
+        return want
+
+    def _parts(self, cache: TreeCache, verdict: Verdict) -> Parts:
+        if not cache.keeps(self.index):
+            raise NotTaken("it keeps no keys of its own")
+        keys = cache.layer(self.index)[0]
+        weights = weights_of(self.layer)
+        dtype = weights.norm_in.weight.dtype if weights.norm_in is not None else keys.dtype
+        queries, width = weights.q.weight.shape
+        sizes = dtype, width, queries // keys.shape[3], keys.shape[1], keys.shape[3]
+        turned = bool(getattr(self.attention, "use_rope", True))
+        return Parts(sizes, *flat(weights), verdict.scale, verdict.softcap, turned=turned)
+
+    def _together(self, cache: TreeCache) -> tuple[WholeLayer, Layers]:
+        """This layer and those after it that are given just what it gives, and see as far back."""
+        members, parts, span = [self], [self._parts(cache, self.verdict)], cache.span_of(self.index, None)
+        while (after := members[-1].after) is not None:
+            verdict = after.verdict
+            if verdict is None or not verdict.follows or cache.span_of(after.index, None) != span:
+                break
+            more = after._parts(cache, verdict)
+            if more.sizes != parts[0].sizes:
+                break
+            members.append(after)
+            parts.append(more)
+        return members[-1], Layers(parts)
+
+    def _run(
+        self, layers: Layers, last: WholeLayer, x: Tensor, words: Tensor, angles: Any, cache: TreeCache
+    ) -> Tensor:
+        span = cache.span_of(self.index, None)
+        visible, starts = cache.once(("seen", span), lambda: seen(words[:, 0], cache.lengths, cache.depth, span))
+        cos, sin = angles
+        if cos.shape[0] != x.shape[0]:
+            cos, sin = cos.expand(len(x), -1, -1), sin.expand(len(x), -1, -1)
+        planes = [plane for index in range(self.index, last.index + 1) for plane in cache.layer(index)]
+        return layers(x, cos, sin, planes, cache.lengths, visible, cache.table(span), starts)
+
+
+def weights_of(layer: nn.Module) -> LayerWeights:
+    """A decoder layer's weights where they lie, by the names that transformers' models share. Raises NotTaken for what
+    is not as the op has it."""
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = next((names for names in _NORMS if all(hasattr(layer, name) for name in names)), None)
+    if norms is None:
+        raise NotTaken("its norms are not where Llama's or Gemma's are")
+    _check_children(layer, ("self_attn", "mlp", *norms), hooked=False)
+    _check_children(attention, ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"))
+    _check_children(mlp, ("gate_up_proj", "gate_proj", "up_proj", "down_proj"))
+    found = {name: _norm(getattr(layer, norm)) for name, norm in zip(_placed(norms), norms)}
+    for name in ("q_norm", "k_norm"):
+        if (norm := getattr(attention, name, None)) is not None:
+            found["norm_" + name[0]] = _norm(norm, attention.head_dim)
+    return LayerWeights(
+        *_queries_keys_values(attention),
+        _linear(attention, "o_proj"),
+        *_gate_and_up(mlp),
+        _linear(mlp, "down_proj"),
+        **found,
+        activation=_activation(getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)),
+        residual=float(getattr(layer, "residual_multiplier", 1.0)),
+    )
+
+
+def _queries_keys_values(attention: Any) -> list[Linear]:
+    if not hasattr(attention, "qkv_proj"):
+        return [_linear(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
+    groups = getattr(attention, "num_key_value_groups", 1)
+    whole = _linear(attention, "qkv_proj")
+    heads = len(whole.weight) // attention.head_dim
+    keys = heads // (groups + 2) * attention.head_dim
+    return _split(whole, [len(whole.weight) - 2 * keys, keys, keys])
+
+
+def _gate_and_up(mlp: Any) -> list[Linear]:
+    if not hasattr(mlp, "gate_up_proj"):
+        return [_linear(mlp, name) for name in ("gate_proj", "up_proj")]
+    whole = _linear(mlp, "gate_up_proj")
+    return _split(whole, [len(whole.weight) // 2] * 2)
+
+
+def _split(whole: Linear, sizes: list[int]) -> list[Linear]:
+    """Layers whose weights lie one after the other in that of one."""
+    if sum(sizes) != len(whole.weight):
+        raise NotTaken(f"a projection of {len(whole.weight)} rows is not {' + '.join(map(str, sizes))}")
+    parts = ([None] * len(sizes) if one is None else one.detach().split(sizes) for one in whole)
+    return [Linear(*one) for one in zip(*parts)]
+
+
+def _placed(norms: tuple[str, ...]) -> tuple[str, ...]:
+    return ("norm_in", "norm_attended", "norm_mlp", "norm_after") if len(norms) == 4 else ("norm_in", "norm_mlp")
+
+
+def _check_children(module: nn.Module, known: tuple[str, ...], hooked: bool = True) -> None:
+    others = [name for name, child in module.named_children() if name not in known and next(child.parameters(), None) is not None]
+    hooks = hooked and _hooked(module)
+    if hooks or others or any(True for _ in module.parameters(recurse=False)):
+        what = ", ".join(others) or ("hooks" if hooks else "parameters of its own")
+        raise NotTaken(f"{type(module).__name__} has {what}")
+
+
+def _linear(module: nn.Module, name: str) -> Linear:
+    linear = getattr(module, name, None)
+    parts = None if linear is None or linear._forward_hooks or linear._forward_pre_hooks else parts_of(linear)
+    if parts is None:
+        raise NotTaken(f"{type(module).__name__}.{name} is no plain linear layer ({type(linear).__name__})")
+    return parts
+
+
+def _norm(module: nn.Module, width: int | None = None) -> Norm:
+    weight = getattr(module, "weight", None)
+    eps = next((value for name in ("variance_epsilon", "eps") if (value := getattr(module, name, None))), None)
+    if weight is None or eps is None or weight.dim() != 1 or (width is not None and len(weight) != width):
+        raise NotTaken(f"{type(module).__name__} is no RMS norm over {width or 'a state'}")
+    added = _added(type(module), module, float(eps))
+    return Norm(weight, float(eps), added)
+
+
+_found_added: dict[type, float] = {}
+
+
+def _added(kind: type, module: nn.Module, eps: float) -> float:
+    """What norms of this class add to their weight: 0, or 1 as Gemma's do."""
+    if kind not in _found_added:
+        weight: Any = module.weight
+        x = torch.linspace(-2.0, 3.0, len(weight)).to(weight.dtype)
+        want = module(x).float()
+        normed = x.float() * torch.rsqrt(x.float().square().mean() + eps)
+        for added in (0.0, 1.0):
+            if torch.allclose(normed * (weight.float() + added), want, rtol=0.02, atol=1e-3):
+                _found_added[kind] = added
+                break
+        else:
+            raise NotTaken(f"{kind.__name__} is no RMS norm")
+    return _found_added[kind]
+
+
+def _activation(module: Any) -> str:
+    x = torch.linspace(-4.0, 4.0, 33)
+    for name, function in _ACTIVATIONS.items():
+        if module is not None and torch.allclose(module(x), function(x), atol=1e-5):
+            return name
+    raise NotTaken(f"its activation is {type(module).__name__}")
+
+
+def _compare(x: Tensor, have: Tensor, want: Tensor, of_added: float, of_all: float) -> None:
+    x, have, want = x.float(), have.float(), want.float()
+    allowed = of_added * (want - x).norm(dim=-1) + of_all * want.norm(dim=-1)
+    apart = (have - want).norm(dim=-1)
+    if not bool((apart <= allowed).all()):
+        raise NotTaken(f"the op's result differs by {float((apart / want.norm(dim=-1)).max()):.1e} from its own")
