@@ -31,7 +31,7 @@ INSTRUCTION_SETS = {
     "avx512_bf16": (f"{AVX512} -mavx512bf16", ("products",)),
 }
 """Of x86-64: the compiler's flags, and what is compiled with them besides the baseline; one is chosen at run time."""
-FUSED = ("tree_attention", "products", "layer_steps")
+FUSED = ("tree_attention", "attention_exact", "products", "layer_steps")
 """With fused multiply-adds: the ops that have no exact twin on another backend."""
 LAUNCHERS = ("ccache", "distcc", "sccache")
 """What may stand before the compiler in CXX."""

@@ -6,6 +6,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "attention_cache.h"
+#include "attention_exact.h"
 #include "attention_tile.h"
 #include "executor.h"
 #include "lanes.h"
@@ -16,64 +18,6 @@ namespace {
 
 // Tiles of rows that one task takes through each tile of keys; keys below which a further split costs more than it saves.
 constexpr int64_t kMostTiles = 8, kLeastKeys = 256;
-
-// Where a row's windows begin: that of the node that sees furthest back, and that of the one that sees least far.
-struct Starts {
-  int64_t first, last;
-};
-
-Starts starts_of(const TreeAttention& op, int64_t b) {
-  if (!op.starts || !op.nodes) return {0, 0};
-  const auto [least, most] = std::minmax_element(op.starts + b * op.nodes, op.starts + (b + 1) * op.nodes);
-  return {std::max<int64_t>(*least, 0), std::max<int64_t>(*most, 0)};
-}
-
-// Slots slot .. slot + 63, of which there are `count`, as node n of row b sees them.
-inline __attribute__((always_inline)) uint64_t visible(const TreeAttention& op, int64_t b, int64_t n, int64_t slot,
-                                                       int count) {
-  uint64_t there = ~0ull >> (64 - count);
-  if (op.starts) {
-    const int64_t hidden = op.starts[b * op.nodes + n] - slot;
-    if (hidden > 0) there = hidden < 64 ? there & ~0ull << hidden : 0;
-  }
-  const int64_t first = slot - std::max<int64_t>(op.lengths[b], 0), word = first >> 6;
-  if (first <= -64 || word >= op.words) return first < 0 ? there : 0;
-  const int64_t* words = op.mask + (b * op.nodes + n) * op.words;
-  const int shift = int(first & 63);
-  if (first < 0) return there & (~(~0ull << -first) | uint64_t(words[0]) << -first);
-  uint64_t bits = uint64_t(words[word]) >> shift;
-  if (shift && word + 1 < op.words) bits |= uint64_t(words[word + 1]) << (64 - shift);
-  return there & bits;
-}
-
-// How many slots some node of row b sees.
-int64_t keys_seen(const TreeAttention& op, int64_t b) {
-  const int64_t length = std::max<int64_t>(op.lengths[b], 0), first = starts_of(op, b).first;
-  int64_t count = std::max<int64_t>(length - first, 0);
-  for (int64_t word = 0; word < op.words; ++word) {
-    const int64_t hidden = first - length - 64 * word;
-    if (hidden >= 64) continue;
-    int64_t any = 0;
-    for (int64_t n = 0; n < op.nodes; ++n) any |= op.mask[(b * op.nodes + n) * op.words + word];
-    count += __builtin_popcountll(uint64_t(any) >> std::max<int64_t>(hidden, 0));
-  }
-  return count;
-}
-
-template <class T>
-struct Plane {
-  const T* base;
-  int64_t stride_batch, stride_head, stride_slot;
-  const T* at(const TreeAttention& op, int64_t b, int64_t h, int64_t slot) const {
-    int64_t place = b;
-    if (op.table) {
-      const int64_t page = op.table[b * op.table_width + slot / op.slots];
-      place = std::min(std::max<int64_t>(page, 0), op.pages - 1);
-      slot %= op.slots;
-    }
-    return base + place * stride_batch + h * stride_head + slot * stride_slot;
-  }
-};
 
 // The tile of queries of key head h that starts at row `first` of [nodes, group].
 template <class T>
@@ -162,17 +106,6 @@ struct Part {
   float* at(int64_t row) { return &rows[row * (width + 2)]; }
 };
 
-template <class T>
-void store(const TreeAttention& op, int64_t b, int64_t h, int64_t row, const float* sum, float top, float mass) {
-  const int64_t group = op.heads / op.kv_heads;
-  const int64_t head = h * group + row % group;
-  T* out = static_cast<T*>(op.out) + ((b * op.nodes + row / group) * op.heads + head) * op.value_width;
-  // far above all scores a sink takes everything: its share is infinite, and the rest 0
-  if (op.sinks && top != -kInf) mass += std::exp2(op.sinks[head] * kLog2E - top);
-  const float inverse = mass != 0.0f ? 1.0f / mass : 0.0f;
-  for (int64_t d = 0; d < op.value_width; ++d) out[d] = narrow<T>(sum[d] * inverse);
-}
-
 // A row's parts, `stride` rows apart, into the first and out.
 template <class T>
 void combine(const TreeAttention& op, int64_t b, int64_t h, int64_t row, int64_t splits, Part& part, int64_t stride) {
@@ -185,7 +118,7 @@ void combine(const TreeAttention& op, int64_t b, int64_t h, int64_t row, int64_t
     mass += from[op.value_width + 1] * weight;
     for (int64_t d = 0; d < op.value_width; ++d) to[d] = (i ? to[d] : 0.0f) + from[d] * weight;
   }
-  store<T>(op, b, h, row, part.at(base), top, mass);
+  store<T>(op, b, h, row, 0, op.value_width, part.at(base), top, mass);
 }
 
 // How the work is cut: tasks of `tiles` tiles of rows each, and parts of the keys.
@@ -224,7 +157,7 @@ void run(const TreeAttention& op, int64_t longest, int threads) {
       for (int r = 0; r < q.rows; ++r) {
         const float* sum = &q.sum[r * scratch.value_padded];
         if (by.splits == 1) {
-          store<T>(op, b, h, q.first + r, sum, q.top[r], q.mass[r]);
+          store<T>(op, b, h, q.first + r, 0, op.value_width, sum, q.top[r], q.mass[r]);
           continue;
         }
         float* to = part.at((split * planes + plane) * rows + q.first + r);
@@ -250,6 +183,7 @@ void tree_attention(const TreeAttention& op, int threads) {
     longest = std::max(longest, keys);
   }
   if (work < 100000) threads = 1;
+  if (op.nodes <= kFewNodes) return exact_attention(op, threads);
   switch (op.dtype) {
     case 0: return run<float>(op, longest, threads);
     case 1: return run<Half>(op, longest, threads);
