@@ -20,9 +20,9 @@ def verify_tree(
     """`choose_tokens` at every node, then `accept_tree`.
 
     logits [B, N, V] f32, f16 or bf16, any strides; positions int64 [B] of the token chosen at the root, node i uses
-    positions + depth[i]; sampling, B rows. Returns a Verdict; its status joins those of the nodes on the path;
-    logits of padding nodes are not read, on the host nor those that no choice leads to. Raises ValueError or TypeError on wrong shapes and dtypes; the "cuda" backend takes
-    B up to 65535 (BackendError).
+    positions + depth[i]; sampling, B rows. Returns a Verdict; its status joins those of the nodes on the path; logits
+    of padding nodes are not read, nor on the host those that no choice leads to. Raises ValueError or TypeError on
+    wrong shapes and dtypes; the "cuda" backend takes B up to 65535 (BackendError).
     """
     batch, nodes = checks.tree("verify_tree", tree)
     checks.tensor("verify_tree", "logits", logits, (batch, nodes, None), checks.LOGITS)
