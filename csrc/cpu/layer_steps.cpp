@@ -228,8 +228,8 @@ struct Attention {
     }
   }
 
-  // The values behind the text that row r sees, at the positions that follow: returns the mass of all its weights, which
-  // are summed in the same order.
+  // The values behind the text that row r sees, at the positions that follow, or that follow its start where that lies
+  // behind the text too: returns the mass of all its weights, which are summed in the same order.
   float add_behind(int64_t r) {
     float mass = 0.0f, part = 0.0f;
     const float *text = score + r * stride, *tail = behind_of(r), *value[1];
@@ -238,14 +238,12 @@ struct Attention {
       if (++position % kBlock == 0) mass += part, part = 0.0f;
     };
     for (int64_t i = 0; i < stop - begin; ++i) part += text[i], close();
+    position = most<int64_t>(position, start(r));
     for (int64_t i = 0; i < behind; ++i) {
-      if (!(word(r, i / 64) >> (i % 64) & 1)) continue;
-      if (length + i >= start(r)) {
-        rows(op.values, length + i, 1, 1, value);
-        add_rows<1>(r, tail + i, value, 1);
-        part += tail[i];
-      }
-      close();
+      if (length + i < start(r) || !(word(r, i / 64) >> (i % 64) & 1)) continue;
+      rows(op.values, length + i, 1, 1, value);
+      add_rows<1>(r, tail + i, value, 1);
+      part += tail[i], close();
       if (position % kBlock == 0) close_block(r);
     }
     close_block(r);
