@@ -87,7 +87,7 @@ def engines_few() -> str:
     lines = [f"| ms a token (x transformers) | {' | '.join(SETS[one] for one in sets)} | equal |"]
     lines.append("|" + "---|" * (len(sets) + 2))
     for name, shown in FEW.items() if record else ():
-        rows = [row for prompts in sets if (row := _row(record, prompts, name)) and "why" not in row]
+        rows = [row for prompts in sets if record and (row := _row(record, prompts, name)) and "why" not in row]
         if len(rows) < len(sets):
             continue
         cells = [f"{row['ms_per_token']:.1f} ({row['over'][BASELINE]['median']:.2f})" for row in rows]
