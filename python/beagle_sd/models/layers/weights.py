@@ -56,6 +56,18 @@ def weights_of(layer: Any) -> LayerWeights:
     )
 
 
+def check_dtypes(weights: LayerWeights, dtype: torch.dtype) -> None:
+    """Raise NotTaken unless all is of the states' dtype, but linear weights in int8, or in bf16 beside fp32."""
+    kinds = {dtype, torch.int8} | ({torch.bfloat16} if dtype == torch.float32 else set())
+    linears = [one for one in weights.linears if one is not None]
+    others = [one.weight for one in weights.norms if one is not None]
+    others += [one.bias for one in linears if one.bias is not None]
+    odd = [one.dtype for one in others if one.dtype != dtype]
+    odd += [one.weight.dtype for one in linears if one.weight.dtype not in kinds]
+    if odd:
+        raise NotTaken(f"it has weights in {odd[0]} where states are in {dtype}")
+
+
 def _queries_keys_values(attention: Any) -> list[Linear]:
     if not hasattr(attention, "qkv_proj"):
         return [_linear(attention, name) for name in ("q_proj", "k_proj", "v_proj")]

@@ -25,7 +25,7 @@ from beagle_sd.models.cache import TreeCache
 from beagle_sd.models.layers.attention import Attended, cache_being_read, seen
 from beagle_sd.models.layers.int8 import Int8Linear
 from beagle_sd.models.layers.linears import few_rows
-from beagle_sd.models.layers.weights import NotTaken, hooked, weights_of
+from beagle_sd.models.layers.weights import NotTaken, check_dtypes, hooked, weights_of
 
 _ROUNDING = {torch.float32: (1e-4, 2e-6), torch.bfloat16: (0.05, 0.01), torch.float16: (0.01, 2e-3)}
 """How far a layer's result may be from its own modules', as shares of what the layer adds and of what comes out."""
@@ -65,8 +65,9 @@ class Verdict:
 
 
 class Passed(NamedTuple):
-    """What went through layers up to `last` so far in a forward, by whole layers alone or as a model has it."""
+    """What went through layers `first` to `last` last in a forward, by the op or as a model has it."""
 
+    first: int
     last: int
     states: Tensor
     words: Tensor
@@ -140,10 +141,10 @@ class WholeLayer:
         if verdict.why_not is not None:
             return self.own(hidden_states, **kwargs)
         passed: Passed | None = cache.passed
-        if passed is None or passed.last < self.index:
+        if passed is None or not passed.first < self.index <= passed.last:
             last, layers = self.known = self.known or self._together(cache, verdict)
             states = self._run(layers, last, hidden_states, words, angles, cache)
-            cache.passed = passed = Passed(last.index, states, words, angles)
+            cache.passed = passed = Passed(self.index, last.index, states, words, angles)
             cache.attended.setdefault(id(self.attention), Attended(verdict.scale, verdict.softcap, None))
         elif passed.states is not hidden_states:
             raise RuntimeError(f"{type(self.layer).__name__} {self.index} was given other states than on first use")
@@ -178,7 +179,9 @@ class WholeLayer:
                 raise NotTaken(f"its layers are given {', '.join(unknown)}")
             if not isinstance(want, Tensor):
                 raise NotTaken(f"its layers return a {type(want).__name__}")
-            cache.passed = Passed(self.index, want, words, angles)
+            if any(one.dim() != 3 or one.shape[0] not in (1, len(x)) for one in angles):
+                raise NotTaken("its rotary angles are not one set a position")
+            cache.passed = Passed(self.index, self.index, want, words, angles)
             given = cache.attended.get(id(self.attention))
             if given is None or given.unlike is not None:
                 raise NotTaken(given.unlike if given is not None else "its attention is its own")
@@ -187,8 +190,11 @@ class WholeLayer:
             allowed = _INT8 if self.int8 else _ROUNDING[x.dtype]
             _compare(x, have, want, *allowed, "the op's result")
             _compare(x, self.own(x, **_moved(kwargs)), want, *allowed, "at other positions, its angles the same, it")
-        except NotTaken as reason:
-            verdict = Verdict(why_not=str(reason))
+        except (NotTaken, AttributeError, TypeError, ValueError, IndexError) as reason:
+            # what the modules turn out not to be as they are named
+            verdict = Verdict(
+                why_not=str(reason) if isinstance(reason, NotTaken) else f"{type(reason).__name__}: {reason}"
+            )
             want = self.own(x, **kwargs)  # whose keys the op may have written over
         _verdicts[self.original] = self._used_as(), verdict
         return want
@@ -196,11 +202,10 @@ class WholeLayer:
     def _parts(self, cache: TreeCache, verdict: Verdict) -> Parts:
         if not cache.keeps(self.index):
             raise NotTaken("it keeps no keys of its own")
-        keys = cache.layer(self.index)[0]
-        weights = weights_of(self.layer)
-        dtype = weights.norm_in.weight.dtype if weights.norm_in is not None else keys.dtype
+        keys, weights = cache.layer(self.index)[0], weights_of(self.layer)
+        check_dtypes(weights, keys.dtype)
         queries, width = weights.q.weight.shape
-        sizes = dtype, width, queries // keys.shape[3], keys.shape[1], keys.shape[3]
+        sizes = keys.dtype, width, queries // keys.shape[3], keys.shape[1], keys.shape[3]
         turned = bool(getattr(self.attention, "use_rope", True))
         return Parts(sizes, *flat(weights), verdict.scale, verdict.softcap, turned=turned)
 
@@ -221,7 +226,7 @@ class WholeLayer:
     def _run(self, layers: Layers, last: WholeLayer, x: Tensor, words: Tensor, angles: Any, cache: TreeCache) -> Tensor:
         span = cache.span_of(self.index, None)
         visible, starts = cache.once(("seen", span), lambda: seen(words[:, 0], cache.lengths, cache.depth, span))
-        cos, sin = angles
+        cos, sin = (one.to(x.dtype) for one in angles)
         if cos.shape[0] != x.shape[0]:
             cos, sin = cos.expand(len(x), -1, -1), sin.expand(len(x), -1, -1)
         planes = [plane for index in range(self.index, last.index + 1) for plane in cache.layer(index)]
