@@ -11,7 +11,7 @@ from instruction_sets import HERE, using
 from layer_cases import case, eager, in_pages, mapped, run
 from torch.library import opcheck
 
-from beagle_kernels import BackendError, LayerWeights, Linear, decoder_layer
+from beagle_kernels import BackendError, LayerWeights, Linear, backends, decoder_layer, extension
 from beagle_kernels.decoder_layer import flat
 from beagle_kernels.extension import missing_cpu
 from beagle_kernels.reference.tree_attention import gather_pages
@@ -281,6 +281,18 @@ def test_backends_say_why_not():
     wide = mapped(given, torch.Tensor.double)
     for one, two in zip(run(wide), run(wide, backend="reference")):
         assert torch.equal(one.nan_to_num(9.0), two.nan_to_num(9.0))
+
+
+def test_without_the_extension(monkeypatch):
+    """As on a machine where it was not built."""
+    given = case()
+    want = run(given, backend="reference")
+    monkeypatch.setattr(extension, "_C", None)
+    monkeypatch.setattr(extension, "_WHY", "no module of that name", raising=False)
+    monkeypatch.setattr(backends, "_resolved", {})
+    with pytest.raises(BackendError, match=r"'cpu' cannot serve .*: the extension is not built \(no module of that na"):
+        decoder_layer(**given, backend="cpu")
+    assert torch.equal(run(given)[0], want[0])
 
 
 @needs_extension
