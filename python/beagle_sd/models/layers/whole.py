@@ -118,6 +118,7 @@ class WholeLayer:
             (one._parameters, name) for one in layer.modules() for name, it in one._parameters.items() if it is not None
         )
         self.made_of = tuple((id(one), hooked(one)) for one in original.modules())
+        self.int8 = any(isinstance(module, Int8Linear) for module in layer.modules())
         self.after: WholeLayer | None = None
         self.known: tuple[WholeLayer, Layers] | None = None  # the last of those that run together, and what runs them
 
@@ -142,7 +143,7 @@ class WholeLayer:
 
     def _few(self, x: Tensor, words: Tensor, angles: Any, cache: TreeCache) -> bool:
         known = words.dtype == torch.int64 and isinstance(angles, tuple) and cache.recording
-        return known and type(x) is Tensor and few_rows(x)  # what only stands for a tensor has no values to compare
+        return known and type(x) is Tensor and few_rows(x, self.int8)  # what only stands for a tensor has no values to compare
 
     @property
     def verdict(self) -> Verdict | None:
@@ -174,8 +175,7 @@ class WholeLayer:
                 raise NotTaken(given.unlike if given is not None else "its attention is its own")
             verdict = Verdict(given.scale, given.softcap, follows)
             have = self._run(Layers([self._parts(cache, verdict)]), self, x, words, angles, cache)
-            int8 = any(isinstance(module, Int8Linear) for module in self.layer.modules())
-            _compare(x, have, want, *(_INT8 if int8 else _ROUNDING[x.dtype]))
+            _compare(x, have, want, *(_INT8 if self.int8 else _ROUNDING[x.dtype]))
         except NotTaken as reason:
             verdict = Verdict(why_not=str(reason))
         _verdicts[self.original] = self._used_as(), verdict
