@@ -149,8 +149,8 @@ def addresses(tensors: Iterable[Tensor]) -> tuple[int, ...]:
 
 
 def address(tensor: Tensor | None) -> int:
-    """A contiguous tensor's address; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+    """A contiguous tensor's address; 0 for None alone: an empty tensor, which has none, is not taken for it."""
+    return 0 if tensor is None else tensor.data_ptr() or 64
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

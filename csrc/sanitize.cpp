@@ -4,11 +4,14 @@
 #include "sanitize_layers.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
+#include <stdexcept>
 #include <thread>
 
 #include "core/chain.h"
 #include "cpu/executor.h"
+#include "cpu/pool.h"
 #include "cuda/executor.h"
 
 using namespace beagle;
@@ -259,6 +262,22 @@ void linears(int threads) {
   }
 }
 
+// What a task throws comes to the caller when all threads have left; the pool goes on.
+void exceptions(int threads) {
+  std::atomic<int> ran{0}, caught{0};
+  for (int64_t bad = 0; bad < 9; ++bad) {
+    try {
+      cpu::parallel(40, threads, [&](int64_t i) {
+        if (i >= bad) throw std::runtime_error("task");
+        ++ran;
+      });
+    } catch (const std::runtime_error&) {
+      ++caught;
+    }
+  }
+  if (caught != 9 || ran != 36) emulator::fail("exceptions of tasks");
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -271,7 +290,7 @@ int main(int, char** arguments) {
     }
     for (int i = 0; i < 4; ++i) attention(1), attention(3);
     linears(1), linears(3);
-    decoder_layers(1), decoder_layers(3);
+    decoder_layers(1), decoder_layers(3), exceptions(1), exceptions(3);
   }
   large(128256, 0, 0), large(128256, 7, 1), large(50257, 1, 3);
   std::vector<std::thread> callers;

@@ -15,7 +15,7 @@ struct LayerCase {
   const int64_t batch = below(4), nodes = below(9) ? below(12) : 40, kv_heads = 1 + below(2);
   const int64_t heads = kv_heads * (1 + below(3)), head = below(2) ? 1 + below(40) : 16, width = 1 + below(90);
   const int64_t inner = below(9) ? below(200) : 3000, slots = 1 + below(150), words = 1 + below(3);
-  const int64_t rotary = 2 * below(int(head) / 2 + 1), pages = 1 + below(4), table_width = below(4);
+  const int64_t rotary = 2 * below(int(head) / 2 + 1), pages = 1 + below(4), table_width = 1 + below(4);
   const bool paged = below(2), keys = below(4), of_output = below(2);
   std::vector<std::vector<uint16_t>> held;
 

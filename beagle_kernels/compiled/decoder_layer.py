@@ -74,11 +74,12 @@ class Layers:
         starts: Tensor | None,
         write: int = 0,
         ring: int = 0,
+        ends: Tensor | None = None,
     ) -> Tensor:
         """As decoder_layer, layer by layer; planes: the keys and values of each, whose last dimension is contiguous;
-        ring: keys go into slots modulo so many, if it is not 0."""
+        ring: keys go into slots modulo so many, if it is not 0; ends [B] int32: none go into slots from there on."""
         run = torch.ops.beagle.run_layers.default
-        return run(self.number, x, cos, sin, planes, lengths, mask, block_table, starts, write, ring)
+        return run(self.number, x, cos, sin, planes, lengths, mask, block_table, starts, write, ring, ends)
 
 
 _made: WeakValueDictionary[int, Layers] = WeakValueDictionary()
@@ -98,11 +99,12 @@ def _run(
     starts: Tensor | None,
     write: int,
     ring: int,
+    ends: Tensor | None = None,
 ) -> Tensor:
     if layers not in _made:
         raise RuntimeError(f"run_layers: layers {layers} are gone; allowed: those of a Layers that is still held")
     x, cos, sin, lengths, mask = (one.contiguous() for one in (x, cos, sin, lengths, mask))
-    block_table, starts = contiguous(block_table), contiguous(starts)
+    block_table, starts, ends = contiguous(block_table), contiguous(starts), contiguous(ends)
     out = torch.empty_like(x)
     first = planes[0]
     _made[layers].executor.run(
@@ -125,6 +127,7 @@ def _run(
         address(starts),
         write,
         ring,
+        address(ends),
     )
     return out
 

@@ -267,8 +267,9 @@ struct NewTokens {
   const int32_t* starts;  // or null
   int64_t write;          // where the new keys go, behind the length
   int64_t ring;           // slots from the first on that they go round, or 0
+  const int32_t* ends;    // [batch] slots from which on nothing is kept, or null
   BEAGLE_FIELDS(x, out, batch, nodes, rotary, cos, sin, slots, table, table_width, pages, lengths, mask, words, starts,
-                write, ring)
+                write, ring, ends)
 };
 
 // What a decoder layer is, everything of one dtype but the weights of its linear layers. Without q it is only the keys

@@ -177,7 +177,7 @@ class Layer {
       const int64_t place = std::max<int64_t>(op_.lengths[b], 0) + op_.write + n;
       const int64_t slot = op_.ring ? place % op_.ring : place;
       const float* key = turn(b, n, rows_.queries + h * op_.head_width, op_.norm_k);
-      if (slot >= all || !has_page(op_, b, slot)) continue;
+      if (slot >= all || (op_.ends && slot >= op_.ends[b]) || !has_page(op_, b, slot)) continue;
       store(op_.keys, b, h, slot, key), store(op_.values, b, h, slot, key + rows_.keys);
     }
   }

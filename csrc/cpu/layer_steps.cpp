@@ -247,17 +247,16 @@ struct Attention {
     }
   }
 
-  // The values behind the text that row r sees, at the positions that follow.
+  // The values behind the text that row r sees, at the positions that follow, or that follow its start where that lies
+  // behind the text too.
   void add_behind(int64_t r) {
     const float *tail = behind_of(r), *value[1];
-    int64_t position = stop;
+    int64_t position = most<int64_t>(stop, start(r));
     for (int64_t i = 0; i < behind; ++i) {
-      if (!(word(r, i / 64) >> (i % 64) & 1)) continue;
-      if (length + i >= start(r)) {
-        rows(op.values, length + i, 1, 1, value);
-        add_rows<1>(r, tail + i, value, 1);
-        part[r] += tail[i];
-      }
+      if (length + i < start(r) || !(word(r, i / 64) >> (i % 64) & 1)) continue;
+      rows(op.values, length + i, 1, 1, value);
+      add_rows<1>(r, tail + i, value, 1);
+      part[r] += tail[i];
       if (++position % kBlock == 0) close_block(r);
     }
     close_block(r);

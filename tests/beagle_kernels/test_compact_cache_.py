@@ -90,6 +90,17 @@ def test_moves_that_would_leave_the_cache_are_left_out():
     assert torch.equal(pages, before)
 
 
+def test_a_table_without_columns_moves_nothing():
+    """It is not taken for no table, whose rows would be moved beyond the pages."""
+    path, few = torch.tensor([[0, 2, 3]] * 3, dtype=torch.int32), torch.full((3,), 2, dtype=torch.int32)
+    for backend in ("cpu", "reference"):
+        whole = torch.randn(1, 2, 3, 2, 16, 4)
+        before = whole.clone()
+        table = torch.zeros(3, 0, dtype=torch.int32)
+        compact_cache_(whole[:, :, :1], path, few, few, block_table=table, backend=backend)
+        assert torch.equal(whole, before)
+
+
 def test_bad_input():
     cache, (path, count, lengths) = torch.randn(2, 2, 3, 2, 64, 4), case(3, 64, 5)
     for arguments, error in [

@@ -168,6 +168,16 @@ def test_lengths_and_masks_of_any_value(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_table_without_columns_shows_nothing(backend):
+    given = mapped(case(nodes=3, lengths=(0, 30, 9)), lambda x: x.nan_to_num(1.0))
+    empty = given | {name: given[name][:, :, :0] for name in ("keys", "values")}
+    pages = given | {"block_table": torch.zeros(3, 0, dtype=torch.int32)}
+    pages |= {name: given[name][:1] for name in ("keys", "values")}
+    got, want = run(pages, backend=backend), run(empty, backend=backend)
+    assert torch.equal(got[0], want[0]) and all(map(torch.equal, got[1:], (pages["keys"], pages["values"])))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nobody_sees_what_is_before_its_window(backend):
     """NaN between a block's first slot and the first start, and what one node sees and another does not."""
     given = case(nodes=3, lengths=(200,)) | {"starts": torch.tensor([[100, 101, 130]], dtype=torch.int32)}

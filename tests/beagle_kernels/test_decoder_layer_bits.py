@@ -83,7 +83,7 @@ def tree_call(length, window, **options):
     given = case(8, (length,), slack=20, **options)
     bits = torch.zeros(1, 8, 8, dtype=torch.bool)
     for n in range(8):
-        bits[0, n, path(n)] = True
+        bits[0, n, path(n)[-window:] if window else path(n)] = True
     given = mapped(given, lambda x: x.nan_to_num(7.0)) | {"mask": packed(bits)}
     if window:
         places = torch.tensor([[length + len(path(n)) - 1 for n in range(8)]])
@@ -106,10 +106,10 @@ def check_tree(given, length, leaf):
 
 @needs_extension
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("window", [None, 30, 70])
+@pytest.mark.parametrize("window", [None, 2, 4, 30, 70])
 @pytest.mark.parametrize("pages", [False, True], ids=["dense", "pages"])
 def test_a_node_has_the_bits_of_the_token_decoded_alone(pages, window, kind):
-    """At lengths around multiples of 64, 16 and 1."""
+    """At lengths around multiples of 64, 16 and 1; also where a window is shorter than the tree is deep."""
     for length in (0, 1, 5, 15, 16, 17, 50, 57, 58, 63, 64, 65, 100, 127, 128, 191, 250):
         given = tree_call(length, window, head=20 if length % 2 else 32, **(ALL if length % 3 else {}), **KINDS[kind])
         given = in_pages(given) if pages else given

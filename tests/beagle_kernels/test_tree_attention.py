@@ -133,6 +133,14 @@ def test_paged(backend):
     torch.testing.assert_close(got, literal(q, k, v, lengths, bits))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_table_without_columns_shows_nothing(backend):
+    """It is not taken for no table, whose rows would be sought among pages."""
+    (q, _, _, lengths, mask), _ = case(dtype=torch.float32)
+    pages, table = torch.randn(1, 2, 16, 8), torch.zeros(3, 0, dtype=torch.int32)
+    assert not tree_attention(q, pages, pages, lengths, mask, block_table=table, backend=backend).any()
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(

@@ -61,28 +61,47 @@ def test_setup_refuses_what_it_cannot_do(tmp_path):
     assert wrong.returncode != 0 and "allowed: auto, 0, 1" in wrong.stderr
 
 
-@pytest.mark.parametrize("cxx, host", [("", None), ("/usr/bin/g++-12 -m64", "/usr/bin/g++-12"), ("ccache g++", "g++")])
-def test_nvcc_takes_cxx_as_its_host_compiler(cxx, host, tmp_path):
-    """To compile and to link, by ninja's file; a ninja that does nothing reads it here."""
+def ninja_file(tmp_path: Path, **environment: str) -> str:
+    """What setup.py would have ninja do; a ninja that does nothing reads it here."""
     (tmp_path / "ninja.py").touch()
     (tmp_path / "pybind11.py").write_text("def get_include():\n    return 'include'\n", encoding="utf-8")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(tmp_path),
-        "CXX": cxx,
-        "NVCC": "/opt/nvcc",
-        "BEAGLE_CUDA": "1",
-        "BEAGLE_CUDA_ARCHS": "80,90a",
-    }
     folders = ("--build-lib", str(tmp_path), "--build-temp", str(tmp_path))
-    done = run(sys.executable, "setup.py", "-q", "build_ext", *folders, cwd=ROOT, env=environment)
+    command = (sys.executable, "setup.py", "-q", "build_ext", *folders)
+    done = run(*command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path), **environment})
     assert done.returncode == 0, done.stderr
-    text = (tmp_path / "build.ninja").read_text(encoding="utf-8")
+    return (tmp_path / "build.ninja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("cxx, host", [("", None), ("/usr/bin/g++-12 -m64", "/usr/bin/g++-12"), ("ccache g++", "g++")])
+def test_nvcc_takes_cxx_as_its_host_compiler(cxx, host, tmp_path):
+    """To compile and to link, by ninja's file."""
+    text = ninja_file(tmp_path, CXX=cxx, NVCC="/opt/nvcc", BEAGLE_CUDA="1", BEAGLE_CUDA_ARCHS="80,90a")
     commands = [line for line in text.splitlines() if "command = /opt/nvcc" in line]
     assert len(commands) == 2
     for command in commands:
         assert re.findall(r"-ccbin=(\S+)", command) == ([host] if host else [])
     assert """-DBEAGLE_ARCHS='"80;90a"'""" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("nm") is None, reason="g++ or nm is not here")
+def test_instruction_sets_share_no_symbol(tmp_path):
+    """What is compiled once for each has symbols of its own alone: a shared one could come from a set that the machine
+    does not have. Those of avx2 stand for all."""
+    text = ninja_file(tmp_path, BEAGLE_CUDA="0")
+    rule = re.search(r"rule cxx\n  command = (.+)", text)
+    objects = re.findall(r"build (\w+_avx2\.o): cxx (\S+)\n  extra = (.+)", text)
+    if not objects:
+        pytest.skip("no x86-64")
+    assert rule and {name for name, _, _ in objects} == {
+        f"{stem}_avx2.o" for stem in ("rows", "products", "layer_steps")
+    }
+    for name, source, extra in objects:
+        command = rule[1].replace("$extra", extra).replace("$in", source).replace("$out", name)
+        built = run("sh", "-c", command, cwd=tmp_path)
+        assert built.returncode == 0, built.stderr
+        symbols = run("nm", "-C", "--defined-only", "--extern-only", name, cwd=tmp_path).stdout.splitlines()
+        assert symbols and all("beagle::cpu::avx2::" in symbol for symbol in symbols), symbols
 
 
 @pytest.mark.slow

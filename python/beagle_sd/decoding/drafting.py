@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from beagle_kernels import Sampling, top_candidates, tree_attention
@@ -42,6 +43,8 @@ class DraftCache:
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
         self.layer = draft_layer(draft)
+        self._ahead = depth + 2  # of the last true state, positions that a round needs angles of
+        self._turns = self._table(draft, tokens)
         self._rows = torch.arange(batch, device=weight.device)[:, None]
         self._none = torch.zeros(batch, dtype=torch.int32, device=weight.device)
 
@@ -50,8 +53,20 @@ class DraftCache:
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` true states a row at least, behind what is there: the tensors may move."""
+        if self.layer is not None and self._turns is not None and tokens + self._ahead > len(self._turns.cos):
+            self._turns = self._table(self.layer.draft, tokens)
         if (slots := self._slots(tokens)) > self.keys.shape[2]:
             self.keys, self.values = grown(self.keys, 2, slots), grown(self.values, 2, slots)
+
+    def _table(self, draft: BeagleDraft, tokens: int) -> Angles | None:
+        """Angles by position, [tokens + ..., 1, D], where few are looked up: see layers/angles.py."""
+        return None if self.layer is None else draft.angles(torch.arange(tokens + self._ahead))
+
+    def angles(self, draft: BeagleDraft, positions: Tensor) -> Angles:
+        """`draft.angles` of positions [B, n], at most some behind the true states."""
+        if self._turns is None:
+            return draft.angles(positions)
+        return Angles(*(F.embedding(positions, part.squeeze(1))[:, :, None] for part in self._turns))
 
     def append(self, draft: BeagleDraft, states: Tensor, slots: Tensor, positions: Tensor | Angles) -> None:
         """Write the keys and values of states [B, n, d] at `positions` [B, n] into `slots` [B, n]."""
@@ -63,7 +78,7 @@ class DraftCache:
         """Write the true states [B, n, d] of `positions` [B, n], those of a row one after the other."""
         if self.layer is not None and few_rows(states) and states.dtype == self.keys.dtype:
             start = positions[:, 0].to(torch.int32)
-            self.layer.append(states, draft.angles(positions), self.keys, self.values, start, self.ring)
+            self.layer.append(states, self.angles(draft, positions), self.keys, self.values, start, self.ring)
             return
         self.append(draft, states, positions % self.ring if self.ring else positions, positions)
 
@@ -109,7 +124,7 @@ def propose(
     settings = {1: sampling, branch: sampling.repeat(branch) if branch > 1 else sampling}
     tokens, start = root[:, None], lengths.long()[:, None]
     score = torch.zeros(batch, 1, dtype=torch.float32, device=device)
-    angles = draft.angles(start + torch.arange(depth, device=device))
+    angles = cache.angles(draft, start + torch.arange(depth, device=device))
     number = torch.full((batch, 1), -1, dtype=torch.int64, device=device)
     visible = torch.zeros(batch, 1, bits.shape[1], dtype=torch.int64, device=device)
     slot = first = 0

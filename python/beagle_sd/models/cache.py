@@ -81,6 +81,7 @@ class TreeCache(Cache):
         self._starts: list[int] = []
         self._limit: int | None = None
         self._made: dict[Hashable, Any] = {}
+        self.ends: Tensor | None = None  # of the prompts whose tokens a forward is over
         self.passed: Any = None  # what the last of whole layers gave, and to whom (layers/whole.py)
 
     def _lay_out(self, rows: int, size: int) -> None:
@@ -188,7 +189,7 @@ class TreeCache(Cache):
         self._limit, self.depth = limit, depth.long()
         self.stepping, self.recording = stepping, ends is None
         self._made.clear()
-        self.passed = None
+        self.passed, self.ends = None, None if ends is None else ends.to(torch.int32)
         for recurrence in self.recurrences.values():
             recurrence.history = []
         if not self.fixed:

@@ -15,9 +15,11 @@ from transformers import Cache, PreTrainedModel
 from beagle_sd.models.cache import AT_ONCE, TreeCache, causal
 from beagle_sd.models.first_use import check_first_use, difference, used_as
 from beagle_sd.models.head import Head, UnsupportedTarget, decoder_of, head_of
+from beagle_sd.models.layers.angles import look_up
 from beagle_sd.models.layers.attention import packed, reading
 from beagle_sd.models.layers.kept import Kept, kept_by
 from beagle_sd.models.layers.recurrent import step_by_step
+from beagle_sd.models.layers.weights import hooked
 from beagle_sd.models.layers.whole import described
 from beagle_sd.models.supported import angles_change_at, check_length, check_supported, positions_in_table
 from beagle_sd.models.view import uncompiled, view_of
@@ -74,6 +76,9 @@ class Target:
         """The decoder as decoding runs it: made when it is first needed, as the model is then."""
         view = decoder_of(view_of(self.model))
         step_by_step(view, self.kept)
+        rotary = getattr(view, "rotary_emb", None)
+        if isinstance(rotary, nn.Module) and angles_change_at(self.config) is None and not hooked(rotary):
+            look_up(rotary)
         return view
 
     @property

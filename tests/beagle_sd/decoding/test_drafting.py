@@ -93,7 +93,7 @@ def test_a_window_after_rounds_of_which_little_was_kept(window, append_states):
     draft = small_draft(agreeable_target(), initializer_range=0.2, window_keys=window, append_states=append_states)
     states, lengths = torch.randn(2, 80, 64), torch.tensor([60, 3], dtype=torch.int32)
     root, sampling = torch.tensor([5, 60]), Sampling.of(2, 4, 1.0)
-    cache = DraftCache(draft, 2, 1, depth, branch)
+    cache = DraftCache(draft, 2, 80, depth, branch)
     cache.keys.fill_(torch.nan)  # what another text may have left
     cache.values.fill_(torch.nan)
     room, step = cache.keys.shape, torch.arange(depth + 1)

@@ -31,7 +31,7 @@ class DraftLayer:
     """S_i of tokens, and where it is asked the keys and values of S_i."""
 
     def __init__(self, draft: BeagleDraft):
-        config = draft.config
+        self.draft, config = draft, draft.config
         norms = (_norm(norm) for norm in (draft.norm_query, draft.norm_mlp, draft.norm_output, draft.norm_state))
         q, k, v, o = (_parts(linear) for linear in (draft.q_proj, draft.k_proj, draft.v_proj, draft.o_proj))
         mlp = (_parts(linear) for linear in (draft.gate_proj, draft.up_proj, draft.down_proj))

@@ -17,9 +17,6 @@ from beagle_sd.models.layers.int8 import Int8Linear, Int8Matrix
 MOST_ROWS = {torch.float32: 32, torch.bfloat16: 32 if multiplies_bf16() else 8}
 """Rows up to which skinny_linear serves: from there on a library's blocked product is as fast or faster. In bfloat16
 few, where each row costs a weight that is widened to be multiplied."""
-MOST_INT8_ROWS = 512
-"""The same where the linear layers are in int8, whose product is as fast as a library's at any number of rows: whole
-layers serve up to here, so that a batch's trees round as its plain decoding does."""
 
 
 def linear(x: Tensor, weight: Tensor | Int8Matrix, bias: Tensor | None = None, half: Tensor | None = None) -> Tensor:
@@ -35,11 +32,10 @@ def linear(x: Tensor, weight: Tensor | Int8Matrix, bias: Tensor | None = None, h
     return out if bias is None else out.add_(bias)
 
 
-def few_rows(x: Tensor, int8: bool = False) -> bool:
-    """Whether x [..., K] is what the CPU's ops for few rows serve: inference, in its own dtype, its weights perhaps in
-    int8."""
+def few_rows(x: Tensor, most: int | None = None) -> bool:
+    """Whether x [..., K] is what the CPU's ops for few rows serve: inference, in its own dtype, up to `most` rows."""
     return (
-        0 < x.shape[:-1].numel() <= (MOST_INT8_ROWS if int8 else MOST_ROWS.get(x.dtype, 0))
+        0 < x.shape[:-1].numel() <= (MOST_ROWS.get(x.dtype, 0) if most is None else most)
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")

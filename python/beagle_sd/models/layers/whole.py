@@ -20,14 +20,20 @@ from torch import Tensor, nn
 from beagle_kernels import backends
 from beagle_kernels.compiled.decoder_layer import Layers, Parts
 from beagle_kernels.decoder_layer import flat
+from beagle_kernels.extension import _C, multiplies_bf16
 from beagle_sd.models.cache import TreeCache
-from beagle_sd.models.layers.attention import cache_being_read, seen
+from beagle_sd.models.layers.attention import Attended, cache_being_read, seen
 from beagle_sd.models.layers.int8 import Int8Linear
 from beagle_sd.models.layers.linears import few_rows
 from beagle_sd.models.layers.weights import NotTaken, hooked, weights_of
 
 _ROUNDING = {torch.float32: (1e-4, 2e-6), torch.bfloat16: (0.05, 0.01), torch.float16: (0.01, 2e-3)}
 """How far a layer's result may be from its own modules', as shares of what the layer adds and of what comes out."""
+_WIDE = _C is not None and _C.instruction_set.startswith("avx512")
+MOST = {torch.float32: 512 if _WIDE else 32, torch.bfloat16: 256 if multiplies_bf16() else 8}
+"""Rows up to which a whole layer is faster than its modules are with a library's products, prompts included."""
+MOST_INT8 = 512
+_POSITIONS, _FAR = ("position_ids", "cache_position"), 1 << 20
 _GIVEN = {
     "attention_mask",
     "position_embeddings",
@@ -129,7 +135,8 @@ class WholeLayer:
             return self.own(hidden_states, *args, **kwargs)
         verdict = self.verdict
         if verdict is None:
-            return self._try(hidden_states, cache, kwargs)
+            alike = hidden_states.shape[1] == 1 and not int(cache.lengths.max())  # as any rotation leaves them
+            return self.own(hidden_states, **kwargs) if alike else self._try(hidden_states, cache, kwargs)
         if verdict.why_not is not None:
             return self.own(hidden_states, **kwargs)
         passed: Passed | None = cache.passed
@@ -137,13 +144,15 @@ class WholeLayer:
             last, layers = self.known = self.known or self._together(cache, verdict)
             states = self._run(layers, last, hidden_states, words, angles, cache)
             cache.passed = passed = Passed(last.index, states, words, angles)
+            cache.attended.setdefault(id(self.attention), Attended(verdict.scale, verdict.softcap, None))
         elif passed.states is not hidden_states:
             raise RuntimeError(f"{type(self.layer).__name__} {self.index} was given other states than on first use")
         return passed.states
 
     def _few(self, x: Tensor, words: Tensor, angles: Any, cache: TreeCache) -> bool:
-        known = words.dtype == torch.int64 and isinstance(angles, tuple) and cache.recording
-        return known and type(x) is Tensor and few_rows(x, self.int8)  # what only stands for a tensor has no values to compare
+        known = words.dtype == torch.int64 and isinstance(angles, tuple)
+        # what only stands for a tensor has no values to compare
+        return known and type(x) is Tensor and few_rows(x, MOST_INT8 if self.int8 else MOST.get(x.dtype, 0))
 
     @property
     def verdict(self) -> Verdict | None:
@@ -175,9 +184,12 @@ class WholeLayer:
                 raise NotTaken(given.unlike if given is not None else "its attention is its own")
             verdict = Verdict(given.scale, given.softcap, follows)
             have = self._run(Layers([self._parts(cache, verdict)]), self, x, words, angles, cache)
-            _compare(x, have, want, *(_INT8 if self.int8 else _ROUNDING[x.dtype]))
+            allowed = _INT8 if self.int8 else _ROUNDING[x.dtype]
+            _compare(x, have, want, *allowed, "the op's result")
+            _compare(x, self.own(x, **_moved(kwargs)), want, *allowed, "at other positions, its angles the same, it")
         except NotTaken as reason:
             verdict = Verdict(why_not=str(reason))
+            want = self.own(x, **kwargs)  # whose keys the op may have written over
         _verdicts[self.original] = self._used_as(), verdict
         return want
 
@@ -213,12 +225,17 @@ class WholeLayer:
         if cos.shape[0] != x.shape[0]:
             cos, sin = cos.expand(len(x), -1, -1), sin.expand(len(x), -1, -1)
         planes = [plane for index in range(self.index, last.index + 1) for plane in cache.layer(index)]
-        return layers(x, cos, sin, planes, cache.lengths, visible, cache.table(span), starts)
+        return layers(x, cos, sin, planes, cache.lengths, visible, cache.table(span), starts, ends=cache.ends)
 
 
-def _compare(x: Tensor, have: Tensor, want: Tensor, of_added: float, of_all: float) -> None:
+def _moved(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same at other positions, but for the rotary angles, which are given."""
+    return {name: given + _FAR if name in _POSITIONS and given is not None else given for name, given in kwargs.items()}
+
+
+def _compare(x: Tensor, have: Tensor, want: Tensor, of_added: float, of_all: float, what: str) -> None:
     x, have, want = x.float(), have.float(), want.float()
     allowed = of_added * (want - x).norm(dim=-1) + of_all * want.norm(dim=-1)
     apart = (have - want).norm(dim=-1)
     if not bool((apart <= allowed).all()):
-        raise NotTaken(f"the op's result differs by {float((apart / want.norm(dim=-1)).max()):.1e} from its own")
+        raise NotTaken(f"{what} differs by {float((apart / want.norm(dim=-1)).max()):.1e} from its own")
