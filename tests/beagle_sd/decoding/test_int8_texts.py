@@ -56,8 +56,8 @@ def test_trees_write_what_plain_decoding_writes(real, batch, sampling):
 
 @torch.no_grad()
 def test_the_model_s_own_forward_prefers_the_same_tokens(real):
-    """Its attention and norms round otherwise than ours, and a value rounded to another integer is no longer a last bit:
-    texts part at near ties. So every token of ours has to be the best of its own logits, or near it."""
+    """Its attention and norms round otherwise than ours, and a value that then becomes another integer is more than a
+    last bit: texts part at near ties. So every token of ours has to be the best of its own logits, or near it."""
     target, tokenizer, _ = real
     best = total = 0
     for question in QUESTIONS:
