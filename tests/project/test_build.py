@@ -94,7 +94,7 @@ def test_instruction_sets_share_no_symbol(tmp_path):
     if not objects:
         pytest.skip("no x86-64")
     assert rule and {name for name, _, _ in objects} == {
-        f"{stem}_avx2.o" for stem in ("rows", "products", "layer_steps")
+        f"{stem}_avx2.o" for stem in ("rows", "products", "int8_product", "layer_steps")
     }
     for name, source, extra in objects:
         command = rule[1].replace("$extra", extra).replace("$in", source).replace("$out", name)
