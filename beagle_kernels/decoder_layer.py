@@ -97,7 +97,8 @@ def decoder_layer(
 
 def flat(layer: LayerWeights) -> tuple[list[Tensor | None], list[float], str, float]:
     """The op's own arguments for a layer: weights, biases, norms' weights and scales; each norm's eps and what it adds;
-    its activation and the residual factor."""
+    its activation and the residual factor. ValueError for linear layers that cannot read the same rows."""
+    _check_together(layer.linears)
     linears = [one or Linear(None, None) for one in layer.linears]  # type: ignore[arg-type]
     norms = [one or Norm(None, 0.0) for one in layer.norms]  # type: ignore[arg-type]
     tensors = [one.weight for one in linears] + [one.bias for one in linears] + [one.weight for one in norms]
@@ -140,6 +141,17 @@ def _check_weights(op: str, layer: LayerWeights, width: int, head: int, kv_heads
             size = head if name in ("norm_q", "norm_k") else width
             checks.tensor(op, f"layer.{name}.weight", norm.weight, (size,), (x.dtype,))
             checks.same_device(op, x=x, **{f"layer.{name}.weight": norm.weight})
+
+
+def _check_together(linears: Sequence[Linear | None]) -> None:
+    """Check that what multiplies the same rows reads them alike: q, k and v, gate and up, all in int8 with as many
+    groups, or none of them."""
+    for names, some in (("q, k and v", linears[:3]), ("gate and up", linears[4:6])):
+        groups = [0 if one.scales is None else one.scales.shape[1] for one in some if one is not None]
+        if len(set(groups)) > 1:
+            raise ValueError(
+                f"decoder_layer: {names} have {groups} scales a row; allowed: all in int8 with as many, or all without"
+            )
 
 
 def _check_scales(op: str, name: str, linear: Linear) -> None:

@@ -1,9 +1,7 @@
 // Decoder layers over a cache in one call: every step is shared out among the same threads, each weight is read once.
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
+#include "buffer.h"
 #include "executor.h"
 #include "layer_steps.h"
 #include "products.h"
@@ -19,43 +17,25 @@ int64_t attend_room(const DecoderLayer& op) {
 
 namespace {
 
-constexpr int64_t kTaskBytes = 1 << 16;  // of a weight, that one task reads at least
-constexpr int64_t kSteps = 16;           // calls of Team::each a layer, at most
+constexpr int64_t kSteps = 16;  // calls of Team::each a layer, at most
 
-// Memory for the steps of one call, kept by its thread for the next.
-class Memory {
+// Parts of a buffer, one after the other, each aligned as it is.
+class Parts {
  public:
-  void need(int64_t bytes) {
-    if (bytes > size_) {
-      data_.reset();
-      size_ = 0;
-      data_.reset(static_cast<char*>(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64)));
-      if (!data_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    used_ = 0;
-  }
-  template <class T = float>
-  T* take(int64_t count) {
-    T* found = reinterpret_cast<T*>(data_.get() + used_);
-    used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+  explicit Parts(float* from) : next_(from) {}
+  float* take(int64_t floats) {
+    float* found = next_;
+    next_ += (floats + 15) / 16 * 16;
     return found;
   }
 
  private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  std::unique_ptr<char, Free> data_;
-  int64_t size_ = 0, used_ = 0;
+  float* next_;
 };
 
 int64_t size_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-int64_t outputs_a_task(const LinearWeight& linear) {
-  const int64_t row_bytes = std::max<int64_t>(linear.width, 1) * kElementBytes[linear.kind];
-  return (kTaskBytes / row_bytes / kPanel + 1) * kPanel;
-}
+int64_t outputs_a_task(const LinearWeight& linear) { return cpu::outputs_a_task(linear.kind, linear.width); }
 
 int64_t tasks_of(const LinearWeight& linear) {
   const int64_t step = outputs_a_task(linear);
@@ -73,12 +53,12 @@ struct Room {
     int64_t bytes = 0;
     for (const LinearWeight* linear : {&op.q, &op.k, &op.o, &op.gate, &op.down})
       if (linear->weight) bytes = std::max(bytes, products().of[linear->kind].prepared(count, linear->width, linear->group));
-    thread_local Memory memory;
-    memory.need(4 * (count * (3 * width + 2 * queries + 2 * keys + inner) + threads * spare) + bytes + 8 * 64);
-    state = memory.take(count * width), normed = memory.take(count * width), projected = memory.take(count * width);
-    mixed = memory.take(count * mixed_width()), attended = memory.take(count * queries);
-    middle = memory.take(count * inner), spares = memory.take(threads * spare);
-    prepared = memory.take<char>(bytes);
+    thread_local Buffer memory;
+    const int64_t floats = count * (3 * width + 2 * queries + 2 * keys + inner) + threads * spare + (bytes + 3) / 4;
+    Parts parts(memory.floats(floats + 8 * 16));
+    state = parts.take(count * width), normed = parts.take(count * width), projected = parts.take(count * width);
+    mixed = parts.take(count * mixed_width()), attended = parts.take(count * queries);
+    middle = parts.take(count * inner), spares = parts.take(threads * spare), prepared = parts.take((bytes + 3) / 4);
   }
 
   int64_t mixed_width() const { return queries + 2 * keys; }
@@ -87,7 +67,7 @@ struct Room {
   int64_t spare;                                      // floats of scratch a thread
   float *state, *normed, *projected, *mixed, *attended;  // the residual stream; queries, keys and values side by side
   float *middle, *spares;
-  char* prepared;  // rows as a weight is multiplied with
+  void* prepared;  // rows as a weight is multiplied with
 };
 
 // One layer as one thread of a team goes through it.

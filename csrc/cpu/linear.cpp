@@ -1,36 +1,12 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
+#include "buffer.h"
 #include "pool.h"
 
 namespace beagle::cpu {
 namespace {
-
-// Bytes of the weight that one task reads at least, which keeps the hand-out cheap and the threads busy alike.
-constexpr int64_t kTaskBytes = 1 << 16;
-
-// Grows as it must, aligned to cache lines, and is kept for the thread's next call.
-class Buffer {
- public:
-  ~Buffer() { std::free(data_); }
-  float* floats(int64_t count) {
-    if (count > size_) {
-      std::free(data_);
-      size_ = 0;
-      data_ = static_cast<float*>(std::aligned_alloc(64, (4 * count + 63) / 64 * 64));
-      if (!data_) throw std::bad_alloc();
-      size_ = count;
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
 
 template <class T>
 void widen(const Linear& op, float* to) {
@@ -61,8 +37,7 @@ void linear(const Linear& op, int threads) {
   }
   void* rows = prepared.floats(product.prepared(op.rows, weight.width, weight.group) / 4);
   product.prepare(x, op.dtype == kFloat32 ? op.x_stride : weight.width, op.rows, weight.width, rows, weight.group);
-  const int64_t row_bytes = std::max<int64_t>(weight.width, 1) * kElementBytes[op.kind];
-  const int64_t step = (kTaskBytes / row_bytes / kPanel + 1) * kPanel, tasks = (weight.outputs + step - 1) / step;
+  const int64_t step = outputs_a_task(op.kind, weight.width), tasks = (weight.outputs + step - 1) / step;
   parallel(tasks, threads, [&](int64_t task) {
     thread_local Buffer spare, sums;
     const int64_t first = task * step, last = std::min(weight.outputs, first + step);

@@ -50,6 +50,12 @@ struct Product {
 
 // By kind of weight, a dtype or a Kind; bytes of an element of each.
 constexpr int64_t kElementBytes[kKinds] = {4, 2, 2, 1, 2};
+
+// Outputs that one task computes: so many that it reads some 64 KiB of the weight, which keeps the hand-out cheap and the
+// threads busy alike.
+constexpr int64_t outputs_a_task(int32_t kind, int64_t width) {
+  return ((1 << 16) / ((width < 1 ? 1 : width) * kElementBytes[kind]) / kPanel + 1) * kPanel;
+}
 struct Products {
   Product of[kKinds];
 };

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from instruction_sets import HERE, using
+from layer_cases import case, run
 from torch import Tensor
 from torch.library import opcheck
 
-from beagle_kernels import BackendError, int8_linear
+from beagle_kernels import BackendError, LayerWeights, Linear, decoder_layer, int8_linear
 from beagle_kernels.extension import missing_cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -188,3 +189,43 @@ def test_a_weight_that_was_rounded_to_integers_is_met():
     got = int8_linear(x, torch.eye(64, dtype=torch.int8) * 127, torch.full((64, 1), 1 / 127))
     assert (got - x).abs().max() <= x.abs().amax() / 254 * 1.001
     assert F.cosine_similarity(got, x).min() > 0.999
+
+
+def in_int8(one: Linear, group: int = 32) -> Linear:
+    groups = one.weight.float().unflatten(1, (-1, group))
+    scales = groups.abs().amax(-1) / 127
+    return Linear((groups / scales[..., None]).round().to(torch.int8).flatten(1), one.bias, scales)
+
+
+def layer_in_int8(given: LayerWeights) -> LayerWeights:
+    return given._replace(**dict(zip(given._fields, map(in_int8, given.linears))))
+
+
+INT8_LAYER = {"width": 96, "head": 32, "inner": 160, "biases": True, "norms": "qwen", "nodes": 6}
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_whole_layer_in_int8(dtype):
+    """As defined, but for values that another order of summation rounds to another integer; and a row's bits are its
+    own, whatever rows come with it."""
+    given = case(dtype=dtype, **INT8_LAYER)
+    given["layer"] = layer_in_int8(given["layer"])
+    found = run(given, backend="cpu")[0]
+    want = run(given, backend="reference")[0]
+    assert (found - want).float().norm() <= 0.02 * want.float().norm()
+    of_rows = ("x", "cos", "sin", "keys", "values", "lengths", "mask")
+    for row in range(len(given["x"])):
+        alone = run(given, **{name: given[name][row : row + 1] for name in of_rows}, backend="cpu")[0]
+        assert torch.equal(alone, found[row : row + 1])
+
+
+@pytest.mark.parametrize("names, says", [("k", "q, k and v"), ("up", "gate and up")])
+def test_layers_that_read_the_same_rows_are_in_int8_together(names, says):
+    given = case(**INT8_LAYER)
+    whole = layer_in_int8(given["layer"])
+    usual = getattr(given["layer"], names)
+    for odd in (usual, in_int8(usual, 96)):
+        given["layer"] = whole._replace(**{names: odd})
+        with pytest.raises(ValueError, match=f"decoder_layer: {says} have .* allowed: all in int8 with as many"):
+            decoder_layer(**given)

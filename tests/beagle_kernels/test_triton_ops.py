@@ -23,7 +23,9 @@ CASES = {"tree_attention": 7, "block_attention": 26, "extend_attention": 6, "dis
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=[pytest.mark.slow] if op == "tree_attention" else []) for op in CASES]
+)
 def test_under_the_interpreter(op, dtype):
     """In a process of its own, since Triton asks for its interpreter when it is imported."""
     path = os.pathsep.join(filter(None, [str(HERE), *sys.path]))

@@ -23,6 +23,7 @@ from bench.report import tiles
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_gpu_check_without_a_gpu(tmp_path):
     out = tmp_path / "folder" / "gpu.json"
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "BEAGLE_COMMIT": "abc"}

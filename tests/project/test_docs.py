@@ -43,7 +43,7 @@ def blocks(page: Path, language: str) -> list[str]:
 def pages_with_python() -> list:
     """The README's target is a real model."""
     return [
-        pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if page.name == "README.md" else [])
+        pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if page.name in ("README.md", "train.md") else [])
         for page in PAGES
         if blocks(page, "python")
     ]

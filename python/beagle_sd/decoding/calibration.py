@@ -163,7 +163,7 @@ class _Clock(BaseStreamer):
 
 def _key(target: PreTrainedModel, draft: BeagleDraft) -> dict:
     """All that a cost depends on."""
-    config = target.config.get_text_config()
+    config, wrapped = target.config.get_text_config(), Target(target)
     sizes = (
         "hidden_size",
         "intermediate_size",
@@ -192,8 +192,8 @@ def _key(target: PreTrainedModel, draft: BeagleDraft) -> dict:
         "target": {
             "model_type": config.model_type,
             "dtype": str(target.dtype),
-            "int8": Target(target).is_int8,
-            "halved": Target(target).head.half is not None,
+            "int8": wrapped.is_int8,
+            "halved": wrapped.head.half is not None,
             **{name: getattr(config, name, None) for name in sizes},
         },
         "draft": {

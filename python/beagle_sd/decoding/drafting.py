@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from beagle_kernels import Sampling, top_candidates, tree_attention
@@ -44,7 +43,7 @@ class DraftCache:
         self.values = torch.zeros_like(self.keys)
         self.layer = draft_layer(draft)
         self._ahead = depth + 2  # of the last true state, positions that a round needs angles of
-        self._turns = self._table(draft, tokens)
+        self.reserve(tokens)
         self._rows = torch.arange(batch, device=weight.device)[:, None]
         self._none = torch.zeros(batch, dtype=torch.int32, device=weight.device)
 
@@ -53,20 +52,14 @@ class DraftCache:
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` true states a row at least, behind what is there: the tensors may move."""
-        if self.layer is not None and self._turns is not None and tokens + self._ahead > len(self._turns.cos):
-            self._turns = self._table(self.layer.draft, tokens)
+        if self.layer is not None:
+            self.layer.reserve(tokens + self._ahead)
         if (slots := self._slots(tokens)) > self.keys.shape[2]:
             self.keys, self.values = grown(self.keys, 2, slots), grown(self.values, 2, slots)
 
-    def _table(self, draft: BeagleDraft, tokens: int) -> Angles | None:
-        """Angles by position, [tokens + ..., 1, D], where few are looked up: see layers/angles.py."""
-        return None if self.layer is None else draft.angles(torch.arange(tokens + self._ahead))
-
     def angles(self, draft: BeagleDraft, positions: Tensor) -> Angles:
         """`draft.angles` of positions [B, n], at most some behind the true states."""
-        if self._turns is None:
-            return draft.angles(positions)
-        return Angles(*(F.embedding(positions, part.squeeze(1))[:, :, None] for part in self._turns))
+        return draft.angles(positions) if self.layer is None else self.layer.angles(positions)
 
     def append(self, draft: BeagleDraft, states: Tensor, slots: Tensor, positions: Tensor | Angles) -> None:
         """Write the keys and values of states [B, n, d] at `positions` [B, n] into `slots` [B, n]."""
@@ -80,6 +73,9 @@ class DraftCache:
             start = positions[:, 0].to(torch.int32)
             self.layer.append(states, self.angles(draft, positions), self.keys, self.values, start, self.ring)
             return
+        self._append_at(draft, states, positions)
+
+    def _append_at(self, draft: BeagleDraft, states: Tensor, positions: Tensor) -> None:
         self.append(draft, states, positions % self.ring if self.ring else positions, positions)
 
     def begin(self, draft: BeagleDraft, states: Tensor, lengths: Tensor) -> None:
@@ -90,7 +86,7 @@ class DraftCache:
         if self.window:
             positions = (lengths.long()[:, None] - 1 - step).clamp(min=0)
             states = states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[2]))
-        self.append(draft, states, positions % self.ring if self.ring else positions, positions)
+        self._append_at(draft, states, positions)
 
     def prefix(self, lengths: Tensor) -> Tensor:
         """[B] int32: the slots at a row's start that every node sees. The draft states begin `ring` slots behind."""

@@ -168,14 +168,16 @@ class BeagleDraft(PreTrainedModel):
         return self._share(target)
 
     def _share(self, target: Target) -> Self:
-        if self._shared is None or not self._is_head_of(target):
-            matrix, half, scale = target.head.matrix, target.head.half, target.head.scale
-            head = self._own_rows(matrix.detach() if isinstance(matrix, Tensor) else matrix, target)
-            self._half = self._own_rows(half, target) if half is not None and scale == 1.0 else None
-            self._shared = (target, head if scale == 1.0 else head * scale)
-            self._made_of = (self.draft_vocab, half)
-        self._shared = (target, self._bound()[1])
+        known = self._shared is not None and self._is_head_of(target)
+        self._shared = (target, self._bound()[1] if known else self._head_of(target))
         return self
+
+    def _head_of(self, target: Target) -> Tensor | Int8Matrix:
+        matrix, half, scale = target.head.matrix, target.head.half, target.head.scale
+        head = self._own_rows(matrix.detach() if isinstance(matrix, Tensor) else matrix, target)
+        self._half = self._own_rows(half, target) if half is not None and scale == 1.0 else None
+        self._made_of = (self.draft_vocab, half)
+        return head if scale == 1.0 else head * scale
 
     def _is_head_of(self, target: Target) -> bool:
         """Whether the head at hand is still the target's, by every so many of its rows: to gather all of them takes as

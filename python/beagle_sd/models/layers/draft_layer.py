@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beagle_kernels import LayerWeights, Linear, Norm
 from beagle_kernels.compiled.decoder_layer import Layers, Parts
 from beagle_kernels.decoder_layer import flat
 from beagle_sd.models.draft import Angles, BeagleDraft, RMSNorm
-from beagle_sd.models.layers.linears import parts_of
-from beagle_sd.models.layers.whole import served
+from beagle_sd.models.layers.linears import parts_of, served
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """The op's, by their names in a config."""
@@ -32,6 +32,7 @@ class DraftLayer:
 
     def __init__(self, draft: BeagleDraft):
         self.draft, config = draft, draft.config
+        self.turns = draft.angles(torch.arange(0))
         norms = (_norm(norm) for norm in (draft.norm_query, draft.norm_mlp, draft.norm_output, draft.norm_state))
         q, k, v, o = (_parts(linear) for linear in (draft.q_proj, draft.k_proj, draft.v_proj, draft.o_proj))
         mlp = (_parts(linear) for linear in (draft.gate_proj, draft.up_proj, draft.down_proj))
@@ -65,6 +66,15 @@ class DraftLayer:
         layer, shape = self.without if append_at is None else self.with_keys, (*embedded.shape[:2], turn.cos.shape[-1])
         cos, sin = (part[:, :, 0].expand(shape) for part in turn)
         return layer(embedded, cos, sin, (keys, values), prefix, words, None, None, append_at or 0)
+
+    def reserve(self, positions: int) -> None:
+        """Know the angles of so many positions: see angles.py."""
+        if positions > len(self.turns.cos):
+            self.turns = self.draft.angles(torch.arange(positions))
+
+    def angles(self, positions: Tensor) -> Angles:
+        """`draft.angles` of positions [B, n], all of them reserved."""
+        return Angles(*(F.embedding(positions, part.squeeze(1))[:, :, None] for part in self.turns))
 
     def append(self, states: Tensor, turn: Angles, keys: Tensor, values: Tensor, lengths: Tensor, ring: int) -> None:
         """The keys and values of states [B, n, d] at angles [B, n, 1, D] into slots lengths[b], lengths[b] + 1, .., of

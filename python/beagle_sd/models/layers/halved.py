@@ -26,7 +26,7 @@ class _Halved(NamedTuple):
 
 def halve_(model: _Model) -> _Model:
     """Keep a copy in bf16 of each linear layer's weight that bf16 holds exactly, for decoding in fp32 on a CPU: the
-    results stay those of fp32 bit for bit, in about half the time a token.
+    results stay those of fp32 bit for bit, and half as much is read for a token.
 
     Takes half as much memory again as those weights. The model itself is unchanged: its own forward, training and
     saving go by its weights in fp32. A weight that changes later is used as it is, until `halve_` is called again.

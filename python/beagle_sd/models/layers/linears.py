@@ -39,19 +39,20 @@ def few_rows(x: Tensor, most: int | None = None) -> bool:
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and _served()
+        and served()
     )
 
 
 @functools.cache
-def _served() -> bool:
+def served() -> bool:
+    """Whether the extension is there, whose executor has the ops of few rows."""
     return backends.why_not("skinny_linear", "cpu", torch.device("cpu")) is None
 
 
 def few_rows_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """A forward for the module by `linear`, calls that record gradients excepted; None unless it is a nn.Linear on a
     CPU, its forward nobody's (an offloading hook's, an adapter's), its weight dense."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__ or not _served():
+    if type(module) is not nn.Linear or "forward" in module.__dict__ or not served():
         return None
     weight = module.weight
     plain = (

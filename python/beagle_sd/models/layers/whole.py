@@ -8,7 +8,6 @@ results are the same but for rounding is taken over; any other runs as its model
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,14 +16,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from beagle_kernels import backends
 from beagle_kernels.compiled.decoder_layer import Layers, Parts
 from beagle_kernels.decoder_layer import flat
 from beagle_kernels.extension import _C, multiplies_bf16
 from beagle_sd.models.cache import TreeCache
 from beagle_sd.models.layers.attention import Attended, cache_being_read, seen
 from beagle_sd.models.layers.int8 import Int8Linear
-from beagle_sd.models.layers.linears import few_rows
+from beagle_sd.models.layers.linears import few_rows, served
 from beagle_sd.models.layers.weights import NotTaken, check_dtypes, hooked, weights_of
 
 _ROUNDING = {torch.float32: (1e-4, 2e-6), torch.bfloat16: (0.05, 0.01), torch.float16: (0.01, 2e-3)}
@@ -106,12 +104,6 @@ def _is_layer(module: nn.Module) -> bool:
     return known and not hooked(module) and next(module.parameters(), None) is not None
 
 
-@functools.cache
-def served() -> bool:
-    """Whether the extension has the op."""
-    return backends.why_not("decoder_layer", "cpu", torch.device("cpu")) is None
-
-
 class WholeLayer:
     """The forward of one decoder layer. The first of several that follow each other runs them all in one call, and
     those after it hand its states on."""
@@ -131,6 +123,11 @@ class WholeLayer:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = cache_being_read()
+        passed: Passed | None = None if cache is None else cache.passed
+        if passed is not None and passed.first < self.index <= passed.last:
+            if passed.states is not hidden_states:
+                raise RuntimeError(f"{type(self.layer).__name__} {self.index} was given other states than on first use")
+            return hidden_states
         words, angles = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
         if cache is None or words is None or args or not self._few(hidden_states, words, angles, cache):
             return self.own(hidden_states, *args, **kwargs)
@@ -140,15 +137,11 @@ class WholeLayer:
             return self.own(hidden_states, **kwargs) if alike else self._try(hidden_states, cache, kwargs)
         if verdict.why_not is not None:
             return self.own(hidden_states, **kwargs)
-        passed: Passed | None = cache.passed
-        if passed is None or not passed.first < self.index <= passed.last:
-            last, layers = self.known = self.known or self._together(cache, verdict)
-            states = self._run(layers, last, hidden_states, words, angles, cache)
-            cache.passed = passed = Passed(self.index, last.index, states, words, angles)
-            cache.attended.setdefault(id(self.attention), Attended(verdict.scale, verdict.softcap, None))
-        elif passed.states is not hidden_states:
-            raise RuntimeError(f"{type(self.layer).__name__} {self.index} was given other states than on first use")
-        return passed.states
+        last, layers = self.known = self.known or self._together(cache, verdict)
+        states = self._run(layers, last, hidden_states, words, angles, cache)
+        cache.passed = Passed(self.index, last.index, states, words, angles)
+        cache.attended.setdefault(id(self.attention), Attended(verdict.scale, verdict.softcap, None))
+        return states
 
     def _few(self, x: Tensor, words: Tensor, angles: Any, cache: TreeCache) -> bool:
         known = words.dtype == torch.int64 and isinstance(angles, tuple)

@@ -12,7 +12,7 @@ from torch import nn
 from beagle_sd import generate
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.cache import causal
-from beagle_sd.models.layers.whole import served
+from beagle_sd.models.layers.linears import served
 from beagle_sd.models.target import Target
 
 pytestmark = pytest.mark.skipif(not served(), reason="the extension is not built")
