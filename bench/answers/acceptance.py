@@ -15,7 +15,7 @@ import torch
 
 from beagle_sd.decoding.generate import generate
 from beagle_sd.decoding.report import Report
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.files import write_json
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 from bench.answers.real_prompts import batches, encoded_prompts

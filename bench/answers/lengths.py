@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from beagle_sd.decoding.generate import generate
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.files import write_json
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 from beagle_sd.models.target import Target

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from beagle_kernels.reference.philox import gumbel
 from beagle_sd.decoding.generate import generate
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.files import write_json
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 from bench.answers.real_prompts import batches, encoded_prompts

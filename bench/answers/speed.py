@@ -15,8 +15,8 @@ from rich.console import Console
 
 from beagle_kernels.machine import processor
 from beagle_sd.cli.bench import comparison_table
-from beagle_sd.decoding.calibration import adaptive_tree
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.calibration import adaptive_tree
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.evaluation.comparison import compare_on
 from beagle_sd.files import write_json
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from beagle_sd.decoding.generate import generate
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.files import write_json
 from beagle_sd.models.ends import end_tokens
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target

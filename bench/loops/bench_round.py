@@ -17,7 +17,7 @@ from torch import Tensor
 
 from beagle_sd import BeagleDraft
 from beagle_sd.decoding.generate import generate
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from bench.loops.random_models import random_model, weight_bytes
 from bench.loops.replayed_acceptance import accepted_lengths, replayed
 from bench.registry import Case, drive, label, parameters

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from beagle_sd.data.answers import Request, seed_of, write_answers
 from beagle_sd.data.live import Corpus, LiveDataset
 from beagle_sd.decoding.generate import generate
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.training.config import TrainingConfig
 from beagle_sd.training.trainer import Trainer

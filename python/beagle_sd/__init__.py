@@ -12,14 +12,14 @@ except ImportError as error:
         raise SystemExit(f"error: {error}") from None
     raise
 
-from beagle_sd.decoding.adaptive import AdaptiveTree
-from beagle_sd.decoding.calibration import adaptive_tree
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree
+from beagle_sd.decoding.trees.calibration import adaptive_tree
 from beagle_sd.decoding.custom_generate import custom_generate, generate_saved
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.generate import Generated, generate
 from beagle_sd.decoding.graph import GraphError
 from beagle_sd.decoding.report import Report
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.config import BeagleConfig
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.head import UnsupportedTarget

@@ -14,7 +14,7 @@ from shard_cases import MANIFEST, write_states
 
 from beagle_sd import BeagleDraft, generate
 from beagle_sd.data.shards import Sequence, ShardWriter
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from bench.peers.eagle2 import EagleDraft
 from bench.recipes.paper import __main__ as command
 from bench.recipes.paper.figures import FIGURES, draw, make

@@ -9,7 +9,7 @@ from models import VOCAB
 from beagle_kernels import Sampling
 from beagle_sd import Engine
 from beagle_sd.decoding.report import Clock
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 
 PATHS = {"dense": {}, "pages": {"page_size": 7}}
 TREE = TreeShape(4, 4, 16)

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from beagle_sd.decoding import rounds
 from beagle_sd.decoding.generate import generate
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.target import Target
 from bench.answers.kinds import tiny_pictures

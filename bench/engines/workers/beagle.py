@@ -15,7 +15,7 @@ def load(options: dict) -> Callable[[list[int], int], tuple[list[int], float | N
     import torch
 
     from beagle_sd import load_bundled
-    from beagle_sd.decoding.calibration import adaptive_tree
+    from beagle_sd.decoding.trees.calibration import adaptive_tree
     from beagle_sd.evaluation.contenders import EngineRun
 
     torch.set_num_threads(options["threads"])

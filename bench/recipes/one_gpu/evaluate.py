@@ -9,7 +9,7 @@ from argparse import Namespace
 import torch
 
 from beagle_sd.data.evaluation_sets import EVALUATION_SETS
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.files import write_json
 from beagle_sd.models.loading import load_draft
 from bench.answers.acceptance import TREES, described, measure

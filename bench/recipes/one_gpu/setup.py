@@ -18,7 +18,7 @@ from beagle_sd.data.conversations import write_answer_file
 from beagle_sd.data.evaluation_sets import prompts_folder
 from beagle_sd.data.live import Corpus, LiveDataset
 from beagle_sd.decoding.generate import generate
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.ends import end_tokens
 from bench import processes

@@ -16,7 +16,7 @@ from beagle_sd.cli.prompts import prompts
 from beagle_sd.cli.serve import serve
 from beagle_sd.cli.train import train
 from beagle_sd.data.evaluation_sets import prompts_folder
-from beagle_sd.decoding.calibration import calibration_folder
+from beagle_sd.decoding.trees.calibration import calibration_folder
 from beagle_sd.evaluation.plot import plot_run
 from beagle_sd.files import cache_folder
 from beagle_sd.models.loading import bundled_names

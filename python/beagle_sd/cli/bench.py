@@ -23,7 +23,7 @@ from beagle_sd.cli.console import (
     progress_bar,
 )
 from beagle_sd.data.chats import check_template
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.evaluation.comparison import Row, compare_on, write_csv
 from beagle_sd.evaluation.plot import blank_figure, plot_comparison
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target

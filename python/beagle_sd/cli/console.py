@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 from beagle_sd.cli.interrupt import raise_at_interrupt
 from beagle_sd.data.rows import LeftOut
-from beagle_sd.decoding.adaptive import AdaptiveTree
-from beagle_sd.decoding.calibration import adaptive_tree
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree
+from beagle_sd.decoding.trees.calibration import adaptive_tree
 from beagle_sd.models import smollm2
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.training.trainer import TrainingStopped

@@ -26,12 +26,12 @@ from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthC
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from beagle_sd.decoding.adaptive import AdaptiveTree
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.generate import ends_its_streamer, generate
-from beagle_sd.decoding.logits import settings_of
+from beagle_sd.decoding.settings.processors import settings_of
 from beagle_sd.decoding.report import Report
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.config import saved_draft
 from beagle_sd.models.draft import BeagleDraft
 
@@ -121,7 +121,9 @@ class _Speculation:
         _check(config, input_ids)
         rows, width = input_ids.shape
         vocab_size = model.config.get_text_config().vocab_size
-        sampling, bias = settings_of(processors, config.do_sample, width, vocab_size)
+        mask = given.get("attention_mask")
+        padded = mask is not None and not bool((mask != 0).all())
+        sampling, rules = settings_of(processors, config.do_sample, width, vocab_size, padded)
         own = [c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
         if own and not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
             own = [_Together(own)]
@@ -132,7 +134,7 @@ class _Speculation:
             "eos_token_id": [] if config.eos_token_id is None else config.eos_token_id,
             "pad_token_id": config.pad_token_id,
             "stopping_criteria": own,
-            "logit_bias": bias,
+            **rules,
             **sampling,
         }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -78,15 +80,39 @@ class DraftCache:
     def _append_at(self, draft: BeagleDraft, states: Tensor, positions: Tensor) -> None:
         self.append(draft, states, positions % self.ring if self.ring else positions, positions)
 
-    def begin(self, draft: BeagleDraft, states: Tensor, lengths: Tensor) -> None:
-        """Write the true states [B, T, d] of new texts, of which a row's first lengths[b] count; with a window,
-        only the last `window` of those."""
+    def begin(self, draft: BeagleDraft, states: Tensor, lengths: Tensor, begins: Tensor) -> None:
+        """Write the true states [B, T, d] of prompts behind the `begins` [B] tokens that are there, of which a row's
+        first lengths[b] count; with a window, only the last `window` of those."""
         step = torch.arange(states.shape[1], device=states.device)[: self.window]
-        positions = step.expand(len(states), -1)
+        count = lengths.long()[:, None]
+        places = torch.minimum(step, count)  # behind a row's end nobody sees what is written
         if self.window:
-            positions = (lengths.long()[:, None] - 1 - step).clamp(min=0)
-            states = states.gather(1, positions[:, :, None].expand(-1, -1, states.shape[2]))
-        self._append_at(draft, states, positions)
+            places = (count - 1 - step).clamp(min=0)
+        states = states.gather(1, places.clamp(max=states.shape[1] - 1)[:, :, None].expand(-1, -1, states.shape[2]))
+        self._append_at(draft, states, begins.long()[:, None] + places)
+
+    def part(self, rows: slice) -> DraftCache:
+        """Some rows as a cache of their own, in the same memory, until `reserve` moves it."""
+        one = copy(self)
+        one.keys, one.values, one._none = self.keys[rows], self.values[rows], self._none[rows]
+        one._rows = self._rows[: len(one.keys)]
+        return one
+
+    def swap(self, row: int, other: int) -> None:
+        """Let two rows change places."""
+        pair, turned = torch.tensor([[row, other], [other, row]], device=self.keys.device)
+        for kept in (self.keys, self.values):
+            kept[pair] = kept[turned]
+
+    def take(self, rows: Tensor, other: DraftCache) -> None:
+        """Take all rows of another cache of the same draft, with no more slots, as `rows` [n] int64."""
+        for mine, new in ((self.keys, other.keys), (self.values, other.values)):
+            mine[rows, :, : new.shape[2]] = new
+
+    def reusable(self, common: int, held: int) -> int:
+        """How many of the first `common` tokens of a row, which holds `held`, need not be run again for a text that
+        goes on otherwise behind them: what a window's ring had of tokens further back is written over."""
+        return common if common == held or self.window is None else max(0, common - self.window)
 
     def prefix(self, lengths: Tensor) -> Tensor:
         """[B] int32: the slots at a row's start that every node sees. The draft states begin `ring` slots behind."""
@@ -105,13 +131,25 @@ class DraftCache:
         return bits.unflatten(2, (words, 64)).sum(3)
 
 
+Shaped = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""The logits [B, n, V'] that nodes with these paths [B, n, P] choose by, of logits over the tokens given [V'], or all
+(None)."""
+
+
 def propose(
-    draft: BeagleDraft, cache: DraftCache, lengths: Tensor, root: Tensor, sampling: Sampling, depth: int, branch: int
+    draft: BeagleDraft,
+    cache: DraftCache,
+    lengths: Tensor,
+    root: Tensor,
+    sampling: Sampling,
+    depth: int,
+    branch: int,
+    shaped: Shaped | None = None,
 ) -> Candidates:
     """`depth` levels of candidates below root [B], the token at position lengths[b] (docs/design.md: The tree).
 
     The best `branch` candidates of a level by cumulative score are expanded by `branch` children each. Nothing is read
-    on the host, and all shapes follow from B, depth and branch.
+    on the host (but by `shaped`), and all shapes follow from B, depth and branch.
     """
     batch, device = len(root), root.device
     branch = min(branch, draft.vocab)
@@ -122,6 +160,7 @@ def propose(
     score = torch.zeros(batch, 1, dtype=torch.float32, device=device)
     angles = cache.angles(draft, start + torch.arange(depth, device=device))
     number = torch.full((batch, 1), -1, dtype=torch.int64, device=device)
+    paths = tokens[:, :, None][:, :, :0]
     visible = torch.zeros(batch, 1, bits.shape[1], dtype=torch.int64, device=device)
     slot = first = 0
     found: list[Candidates] = []
@@ -135,8 +174,11 @@ def propose(
         at = cache.ring + slot if more else None
         state = _states(draft, cache, tokens, turn, prefix, words, at)
         chosen = (start + (level + 1)).expand(-1, width).flatten()
+        logits = draft.logits(state)
+        if shaped is not None:
+            logits = shaped(logits, paths, draft.draft_vocab)
         child, gain = top_candidates(
-            draft.logits(state).flatten(0, 1), branch, chosen, settings[width], token_ids=draft.draft_vocab
+            logits.flatten(0, 1), branch, chosen, settings[width], token_ids=draft.draft_vocab
         )
         total = score[:, :, None] + gain.view(batch, width, branch).clamp(max=0.0)
         parents = number[:, :, None].expand(-1, -1, branch).to(torch.int32)
@@ -149,7 +191,10 @@ def propose(
         score, best = total.flatten(1).topk(branch, dim=1)
         tokens, number = found[-1].tokens.gather(1, best), best + first
         first += width * branch
-        visible = visible.gather(1, (best // branch)[:, :, None].expand(-1, -1, bits.shape[1]))
+        above = (best // branch)[:, :, None]
+        visible = visible.gather(1, above.expand(-1, -1, bits.shape[1]))
+        if shaped is not None:
+            paths = torch.cat((paths.gather(1, above.expand(-1, -1, level)), tokens[:, :, None]), 2)
     return Candidates(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
 
 

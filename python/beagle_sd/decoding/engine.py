@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from beagle_kernels import Sampling
-from beagle_sd.decoding.adaptive import AdaptiveTree
+from beagle_sd.decoding.buffers import Buffers
+from beagle_sd.decoding.drafting import DraftCache
 from beagle_sd.decoding.graph import RoundGraph, check_capturable
-from beagle_sd.decoding.logits import Bias
 from beagle_sd.decoding.report import Clock
-from beagle_sd.decoding.rounds import Buffers, play_round, prefill
-from beagle_sd.decoding.tree import PLAIN, TreeShape
+from beagle_sd.decoding.rounds import begin_rows, play_round, run_prompts
+from beagle_sd.decoding.settings.rules import Rules
+from beagle_sd.decoding.settings.shaping import Shaping, Slot
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree
+from beagle_sd.decoding.trees.tree import PLAIN, TreeShape
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.head import UnsupportedTarget
 from beagle_sd.models.pictures import PicturePrompt
@@ -24,17 +28,33 @@ from beagle_sd.models.target import Target
 
 _FIRST_TOKENS = 256
 """New tokens a row that there is room for at first, where buffers can grow."""
+_PROMPT_TOKENS = 32768
+"""Of prompts that a GPU runs together, so many with their padding."""
+
+
+@dataclass
+class Text:
+    """A prompt, how its tokens are chosen, and how many may come; shown: the prompt as processors are given it, with
+    padding."""
+
+    ids: list[int]
+    max_new_tokens: int
+    sampling: Sampling  # of one row, on the host
+    rules: Rules = field(default_factory=Rules)
+    shown: list[int] | None = None
 
 
 class Engine:
     """Buffers for `batch` rows of at most `capacity` prompt and new tokens each, and the graphs captured over them.
 
     The buffers grow with the text, up to `capacity`; graphs keep them where they are, and take all of it at once.
-    generate makes one a call; keep one, and give it to generate, to allocate and capture once. tree as in generate.
+    generate makes one a call; keep one, and give it to generate, to allocate and capture once, and to prefill of a
+    prompt that begins as a text it holds only what is new: it keeps the keys of the last text of each row until
+    `forget`, and with `return_states` the states. tree as in generate.
     graph None: on CUDA every round is a graph's replay, on the CPU rounds run eagerly; False: eagerly; True: as on
-    CUDA, or GraphError. page_size: the target's cache in pages of so many slots. return_logprobs: room for them. fixed:
-    on the CPU, too, take the path of a GPU, which reads nothing on the host. One call at a time, and the weights must
-    stay as and where they are. The draft is bound to the target.
+    CUDA, or GraphError. page_size: the target's cache in pages of so many slots. return_logprobs, top_logprobs,
+    return_states: room for them. fixed: on the CPU, too, take the path of a GPU, which reads nothing on the host. One
+    call at a time, and the weights must stay as and where they are. The draft is bound to the target.
 
     `tree` may be replaced between calls by one whose shapes are among those of the tree the engine was made with.
 
@@ -53,12 +73,20 @@ class Engine:
         graph: bool | None = None,
         page_size: int | None = None,
         return_logprobs: bool = False,
+        top_logprobs: int = 0,
+        return_states: bool = False,
         fixed: bool = False,
     ):
-        for name, value, least in (("batch", batch, 1), ("capacity", capacity, 2)):
-            if value < least:
-                raise ValueError(f"{name} is {value}; allowed: at least {least}")
         self.target, self.draft = Target(target), draft
+        vocab_size = self.target.config.vocab_size
+        for name, value, least, most in (
+            ("batch", batch, 1, 1 << 30),
+            ("capacity", capacity, 2, 1 << 30),
+            ("top_logprobs", top_logprobs, 0, vocab_size),
+        ):
+            if not least <= value <= most:
+                allowed = f"at least {least}" if most == 1 << 30 else f"{least} to {most}"
+                raise ValueError(f"{name} is {value}; allowed: {allowed}")
         self.model = self.target.model
         device = self.target.device
         self.graph = device.type == "cuda" if graph is None else graph
@@ -73,14 +101,28 @@ class Engine:
         self.shape = self.tree.largest if isinstance(self.tree, AdaptiveTree) else self.tree
         tokens = capacity if self.graph else min(capacity, _FIRST_TOKENS)
         self.buffers = Buffers(
-            self.target, draft, batch, tokens, self.shape, page_size=page_size, fixed=fixed, logprobs=return_logprobs
+            self.target,
+            draft,
+            batch,
+            tokens,
+            self.shape,
+            page_size=page_size,
+            fixed=fixed,
+            logprobs=return_logprobs,
+            top=top_logprobs,
+            states=return_states,
         )
-        self._longest = self._emitted = 0
+        self.shaping: Shaping | None = None
+        self._prompts = [0] * batch  # tokens of each row's prompt
+        self._emitted = [0] * batch
+        self._ends = [0] * batch  # of each row, the most tokens that it may have
+        self._reusable = [False] * batch  # whether what a row holds is its text alone, whole
+        self.live = [False] * batch
         news = self.buffers.news
         self._host = [torch.zeros(news.shape, dtype=news.dtype, pin_memory=news.is_cuda) for _ in range(2)]
         self._sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._graphs: dict[TreeShape, RoundGraph] = {}
-        self._biased_graphs: dict[TreeShape, RoundGraph] = {}
+        self._shaped_graphs: dict[TreeShape, RoundGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graph else None
 
     @property
@@ -88,64 +130,225 @@ class Engine:
         """Bytes of the buffers on the device as they are now, without what graphs keep."""
         return sum(tensor.nbytes for tensor in self.buffers.tensors().values())
 
+    def forget(self) -> None:
+        """Prefill the next prompts whole: to be called where the target's weights have changed in place."""
+        self._reusable = [False] * self.batch
+
+    def common(self, row: int, ids: Sequence[int]) -> int:
+        """How many of the first tokens of a prompt need no prefill in this row, as it holds them."""
+        if not self._reusable[row]:
+            return 0
+        held = int(self.buffers.cache.lengths[row])
+        kept = self.buffers.text[row, :held].tolist()
+        most = min(held, len(ids) - 1)  # what the first new token is chosen by has to be run
+        found = next((place for place in range(most) if kept[place] != ids[place]), most)
+        found = self.buffers.cache.reusable(found, held)
+        return found if self.buffers.draft_cache is None else self.buffers.draft_cache.reusable(found, held)
+
+    def start(self) -> None:
+        """Before the texts of a call: none is in progress, whatever became of those of the call before."""
+        self.settle()
+        self.live = [False] * self.batch
+        with _apart(self.target.device):
+            self.buffers.live.zero_()
+            for row, slot in enumerate(self.shaping.slots if self.shaping is not None else ()):
+                if slot is not None and self.shaping is not None:
+                    self.shaping.set(row, None)
+
     def begin(
         self,
-        prompts: Tensor,
-        lengths: Tensor,
-        sampling: Sampling,
-        max_new_tokens: int,
+        rows: Sequence[int],
+        texts: Sequence[Text],
         ends: list[int],
         clock: Clock,
-        bias: Bias | None = None,
         pictures: PicturePrompt | None = None,
-    ) -> None:
-        """Prefill new texts, whose first news is sent: prompts [B, T] padded on the right, lengths [B] int32;
-        pictures: the same prompts with what is in them beside text."""
-        batch, longest = prompts.shape
-        if batch != self.batch:
-            raise ValueError(f"{batch} rows were given to an engine for {self.batch}; allowed: as many rows")
-        if longest + max_new_tokens > self.capacity:
-            raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} need room for "
-                f"{longest + max_new_tokens}; allowed: the engine's capacity, {self.capacity}"
-            )
+        *,
+        echo: bool = False,
+    ) -> int:
+        """Prefill new texts in some rows, in ascending order, whose first tokens are news, which is sent; returns how
+        many tokens were run. pictures: the same prompts, in all rows, with what is in them beside text. echo: keep what
+        the target gave the prompts' tokens, of which then all are run."""
+        self._check(texts)
+        whole = echo or pictures is not None
+        begins = [0 if whole else self.common(row, text.ids) for row, text in zip(rows, texts, strict=True)]
+        for row, text in zip(rows, texts, strict=True):
+            self._prompts[row], self._emitted[row] = len(text.ids), 0
+            self._ends[row] = len(text.ids) + text.max_new_tokens
+            self._reusable[row] = False  # until it is whole again
+            self.live[row] = True
+        with _apart(self.target.device), clock.phase("prefill"):
+            self._reserve(_FIRST_TOKENS)
+            self._set(rows, texts, ends)
+            for members in self._groups(rows, texts, begins):
+                self._prefill(members, rows, texts, begins, pictures, echo)
+        for row in rows:
+            self._reusable[row] = pictures is None
+        self._send()
+        return sum(len(text.ids) for text in texts) - sum(begins)
+
+    def _check(self, texts: Sequence[Text]) -> None:
+        for text in texts:
+            need = len(text.ids) + text.max_new_tokens
+            if need > self.capacity:
+                raise ValueError(
+                    f"a prompt of {len(text.ids)} tokens and max_new_tokens {text.max_new_tokens} need room for {need}; "
+                    f"allowed: the engine's capacity, {self.capacity}"
+                )
         if self.draft is not None and self.draft.draft_vocab is not self._draft_vocab:
             raise ValueError(
                 "the draft was given another vocabulary after the engine was made; allowed: an engine made after that"
             )
-        self._sent.clear()
-        self._longest, self._emitted = longest, 0
-        self.buffers.reserve(longest + min(max_new_tokens, _FIRST_TOKENS), self.capacity)
-        self.buffers.cache.end.fill_(longest + max_new_tokens)
-        self.buffers.begin(sampling, max_new_tokens, ends, bias)
-        with _apart(self.target.device), clock.phase("prefill"):
-            prefill(self.target, self.draft, prompts, lengths, self.buffers, pictures)
-        self._send()
 
-    def play(self, shape: TreeShape, clock: Clock) -> None:
-        """Start a round, whose news is sent; the graph of a new shape is captured first."""
+    def _reserve(self, new: int) -> None:
+        """Room for so many new tokens more in each row in progress, as far as it may go on."""
+        going = [row for row, live in enumerate(self.live) if live]
+        most = max((min(self._prompts[row] + self._emitted[row] + new, self._ends[row]) for row in going), default=0)
+        self.buffers.reserve(most, self.capacity)
+
+    def _set(self, rows: Sequence[int], texts: Sequence[Text], ends: list[int]) -> None:
+        """Write the texts' settings and prompts into their rows, as tensors of all of them at once."""
+        buffers = self.buffers
+        device = self.target.device
+        at = torch.tensor(rows, device=device)
+        longest = max(len(text.ids) for text in texts)
+        padded = torch.tensor([text.ids + [0] * (longest - len(text.ids)) for text in texts], device=device)
+        buffers.text[at, :longest] = padded
+        buffers.prompts[at] = torch.tensor([len(text.ids) for text in texts], device=device)
+        buffers.limit[at] = torch.tensor([text.max_new_tokens for text in texts], device=device)
+        buffers.emitted[at], buffers.live[at] = 0, True
+        for buffer, *given in zip(buffers.sampling, *(text.sampling for text in texts), strict=True):
+            buffer[at] = torch.cat(given).to(device)
+        buffers.set_ends(ends)
+        buffers.cache.end.fill_(max(end for end, live in zip(self._ends, self.live, strict=True) if live))
+        if self.shaping is None and any(text.rules for text in texts):
+            self.shaping = Shaping(self.batch, self.target.config.vocab_size, device)
+        if self.shaping is not None:
+            for row, text in zip(rows, texts, strict=True):
+                shown = text.ids if text.shown is None else text.shown
+                self.shaping.set(row, Slot.of(text.rules, shown) if text.rules else None)
+            if self.shaping.moved:
+                self._shaped_graphs.clear()
+                self.shaping.moved = False
+
+    def _groups(self, rows: Sequence[int], texts: Sequence[Text], begins: Sequence[int]) -> Iterator[list[int]]:
+        """Which of the texts are run together: all, where they fill the engine; else each alone in its row, or, on a
+        GPU, new ones of about one length."""
+        if len(rows) == self.batch:
+            yield list(range(len(rows)))
+            return
+        apart = not self.buffers.cache.fixed or self.buffers.cache.page_size is not None
+        group: list[int] = []
+        for number in sorted(range(len(rows)), key=lambda number: len(texts[number].ids)):
+            if apart or begins[number]:
+                yield [number]
+                continue
+            if group and len(texts[number].ids) * (len(group) + 1) > _PROMPT_TOKENS:
+                yield group
+                group = []
+            group.append(number)
+        if group:
+            yield group
+
+    def _prefill(
+        self,
+        members: list[int],
+        rows: Sequence[int],
+        texts: Sequence[Text],
+        begins: Sequence[int],
+        pictures: PicturePrompt | None,
+        echo: bool,
+    ) -> None:
+        device, buffers = self.target.device, self.buffers
+        new = [texts[number].ids[begins[number] :] for number in members]
+        longest = max(map(len, new))
+        tokens = torch.tensor([one + [0] * (longest - len(one)) for one in new], device=device)
+        lengths = torch.tensor([len(one) for one in new], dtype=torch.int32, device=device)
+        before = torch.tensor([begins[number] for number in members], dtype=torch.int32, device=device)
+        at = [rows[number] for number in members]
+        if len(at) in (1, self.batch):
+            here = buffers if len(at) == self.batch else buffers.part(slice(at[0], at[0] + 1))
+            given = here.cache, here.draft_cache, tokens, lengths, before, pictures
+            hidden = run_prompts(self.target, self.draft, *given)
+            begin_rows(self.target, here, self._shaping(at), hidden, lengths, echo=echo)
+            return
+        into = torch.tensor(at, device=device)
+        cache, draft_cache = self.target.new_cache(len(at), longest + 1, fixed=True), None
+        if self.draft is not None and buffers.draft_cache is not None:
+            draft_cache = DraftCache(self.draft, len(at), longest + 1, self.shape.deepest, self.shape.branch)
+        hidden = run_prompts(self.target, self.draft, cache, draft_cache, tokens, lengths, before)
+        buffers.cache.take(into, cache)
+        if draft_cache is not None and buffers.draft_cache is not None:
+            buffers.draft_cache.take(into, draft_cache)
+        for number, row in enumerate(at):
+            one, of = buffers.part(slice(row, row + 1)), slice(number, number + 1)
+            count = len(new[number])
+            begin_rows(self.target, one, self._shaping([row]), hidden[of, :count], lengths[of], echo=echo)
+
+    def _shaping(self, rows: Sequence[int] | None = None) -> Shaping | None:
+        """The rules of some rows that lie together, or of all; None where no text has any."""
+        if self.shaping is None or self.shaping.idle:
+            return None
+        if rows is None or len(rows) == self.batch:
+            return self.shaping
+        return self.shaping.part(slice(rows[0], rows[-1] + 1))
+
+    @property
+    def on_host(self) -> bool:
+        """Whether texts have rules that ask the host in each round."""
+        return self.shaping is not None and self.shaping.on_host
+
+    @property
+    def captures(self) -> bool:
+        """Whether rounds are graphs' replays."""
+        return self.graph and not self.on_host
+
+    def say(self, row: int, run: list[int]) -> None:
+        """Tell a row's rules the tokens that its text has more."""
+        slot = None if self.shaping is None else self.shaping.slots[row]
+        if slot is not None:
+            slot.say(run)
+
+    def set_gains(self, gains: Sequence[float]) -> None:
+        """Let the lookup branch be scored so (Lookup.gains)."""
         with _apart(self.target.device):
-            if self.graph:
+            self.buffers.lookup.gains.copy_(torch.tensor(gains), non_blocking=True)
+
+    def play(self, shape: TreeShape, clock: Clock, width: int | None = None) -> None:
+        """Start a round, whose news is sent; the graph of a new shape is captured first. width: of the first so many
+        rows only, where no graph is replayed."""
+        reusable, self._reusable = self._reusable, [False] * self.batch
+        with _apart(self.target.device):
+            if self.captures:
                 if shape not in self._known:
                     with clock.phase("capture"):
                         self._capture(shape)
                 self._known[shape].replay()
             else:
-                most = self._emitted + len(self._sent) * (self.shape.depth + 1)  # new tokens when this round begins
-                self.buffers.reserve(min(self._longest + most, self.capacity), self.capacity)
-                self._round(shape, clock)
+                if not self.graph:
+                    self._reserve(len(self._sent) * (self.shape.deepest + 1))
+                self._round(shape, clock, width)
         self._send()
+        self._reusable = reusable
 
     def end_row(self, row: int) -> None:
         """Let a row go on no further."""
+        self.live[row] = False
         with _apart(self.target.device):
             self.buffers.live[row] = False
 
+    def swap(self, row: int, other: int) -> None:
+        """Let two rows change places."""
+        with _apart(self.target.device):
+            self.buffers.swap(row, other)
+            if self.shaping is not None:
+                self.shaping.swap(row, other)
+        for values in (self._prompts, self._emitted, self._ends, self._reusable, self.live):
+            values[row], values[other] = values[other], values[row]  # type: ignore[call-overload]
+
     def capture(self) -> None:
         """Capture now every graph that rounds may replay and that is not there yet, once the engine has had a text: no
-        later call does, but the first with a bias, or without one, as that text was. Nothing where rounds run
-        eagerly."""
-        if not self.graph:
+        later call does, but the first with rules, or without, as that text was. Nothing where rounds run eagerly."""
+        if not self.captures:
             return
         with _apart(self.target.device):
             for shape in self.tree.shapes if isinstance(self.tree, AdaptiveTree) else [self.tree]:
@@ -154,8 +357,8 @@ class Engine:
 
     @property
     def _known(self) -> dict[TreeShape, RoundGraph]:
-        """The graphs of rounds with or without a bias, as the text at hand has one."""
-        return self._biased_graphs if self.buffers.biased else self._graphs
+        """The graphs of rounds with or without rules, as the texts at hand have them."""
+        return self._graphs if self._shaping() is None else self._shaped_graphs
 
     def _capture(self, shape: TreeShape) -> None:
         try:
@@ -165,8 +368,11 @@ class Engine:
             self._pool = torch.cuda.graph_pool_handle()  # the next try has one of its own
             raise
 
-    def _round(self, shape: TreeShape, clock: Clock | None = None) -> None:
-        play_round(self.target, self.draft, self.buffers, shape, *([clock.phase] if clock else []))
+    def _round(self, shape: TreeShape, clock: Clock | None = None, width: int | None = None) -> None:
+        some = width is not None and width < self.batch
+        buffers = self.buffers.part(slice(0, width)) if some else self.buffers
+        shaping = self._shaping(range(width) if some and width is not None else None)
+        play_round(self.target, self.draft, buffers, shape, shaping, *([clock.phase] if clock else []))
 
     def _send(self) -> None:
         """Copy the news to the host, behind what the device has still to do; at most two are on their way."""
@@ -179,12 +385,13 @@ class Engine:
         self._sent.append((host, event))
 
     def receive(self) -> list[list[int]]:
-        """The oldest news sent and not received, a list a row (see rounds.NEWS). Waits for it."""
+        """The oldest news sent and not received, a list a row (see buffers.NEWS). Waits for it."""
         host, event = self._sent.popleft()
         if event is not None:
             event.synchronize()
         news = host.tolist()
-        self._emitted = max(row[1] for row in news)
+        self._emitted = [row[1] for row in news]
+        self.live = [live and bool(row[2]) for live, row in zip(self.live, news, strict=True)]
         return news
 
     def settle(self) -> None:

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from beagle_kernels import Sampling
-from beagle_sd.decoding.adaptive import AdaptiveTree
-from beagle_sd.decoding.engine import Engine
-from beagle_sd.decoding.logits import Bias
-from beagle_sd.decoding.loop import Decoding
+from beagle_sd.decoding.engine import Engine, Text
+from beagle_sd.decoding.loop import Decoding, Row
 from beagle_sd.decoding.report import Report
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.settings.rules import RuleArguments, Rules, check_names, rules_of
+from beagle_sd.decoding.settings.stopping import Stopping
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.ends import end_tokens, named_tokens, token_ids
 from beagle_sd.models.pictures import PicturePrompt, checked_inputs
@@ -29,13 +30,23 @@ from beagle_sd.models.target import Target
 
 @dataclass
 class Generated:
-    """sequences [B, prompt + new] int64: the prompt as given, then the new tokens, padded with pad_token_id; logprobs
-    [B, new] f32 of the new tokens, if asked for, padded with 0."""
+    """sequences [B, prompt + new] int64: the prompt as given, then the new tokens, padded with pad_token_id.
+
+    If asked for: logprobs [B, new] f32 of the new tokens, padded with 0; top_tokens [B, new, k] int64 and top_logprobs
+    [B, new, k] f32, the target's k best in each new token's place, best first, padded with 0; prompt_logprobs [B, prompt]
+    f32 of the prompt's tokens, 0 for each row's first, and padding.
+    """
 
     sequences: Tensor
     report: Report
     logprobs: Tensor | None = None
+    top_tokens: Tensor | None = None
+    top_logprobs: Tensor | None = None
+    prompt_logprobs: Tensor | None = None
 
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _Call = TypeVar("_Call", bound=Callable)
 
@@ -71,16 +82,17 @@ def generate(
     min_p: float = 0.0,
     seed: int | Tensor = 0,
     tree: TreeShape | AdaptiveTree | None = None,
-    min_new_tokens: int = 0,
-    logit_bias: Mapping[int, float] | Bias | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     streamer: BaseStreamer | None = None,
     stopping_criteria: Sequence[StoppingCriteria] = (),
     return_logprobs: bool = False,
+    top_logprobs: int = 0,
+    prompt_logprobs: bool = False,
     graph: bool | None = None,
     page_size: int | None = None,
     engine: Engine | None = None,
+    **rules: Unpack[RuleArguments],
 ) -> Generated:
     """Decode speculatively: the tokens are those of plain decoding with the same seed, whatever the draft does.
 
@@ -89,18 +101,24 @@ def generate(
     run by the model's own forward, all at once, and its keys and values take their memory twice for a moment. draft
     None decodes plainly, with the same sampler. temperature 0 is greedy. An int seed s means s + b for row b, a tensor
     [B] is taken as it is. tree: every round's TreeShape, or an AdaptiveTree, which chooses each round's; None: the
-    device's default. Draft and tree decide the speed alone. logit_bias adds to the logits of these tokens, before
-    temperature and filters; -inf never gives one. No end token comes among the first min_new_tokens. eos_token_id None
-    takes the target's generation config's; an empty list never stops early. streamer (one row only) is given the
-    prompt, then each round's tokens, and its end even where the call fails. stopping_criteria are asked after each
-    token with the prompts as given and the new tokens behind them [B, T + new], ended rows padded, and no scores: a row
-    ends with the first token at which one says so. return_logprobs gives log softmax of the target's own logits for
-    each new token, at temperature 1, without bias and filters: what scoring the text would give, so that calls with
-    different settings compare, and no emitted token is at -inf.
+    device's default. Draft and tree decide the speed alone.
+
+    rules: what is done to the logits before temperature and filters, by the text before each token: logit_bias,
+    sequence_bias, bad_words_ids, repetition_penalty, frequency_penalty, presence_penalty, min_new_tokens,
+    no_repeat_ngram_size, guide, logits_processor, as RuleArguments says.
+
+    eos_token_id None takes the target's generation config's; an empty list never stops early. streamer (one row only)
+    is given the prompt, then each round's tokens, and its end even where the call fails. stopping_criteria are asked
+    after each token with the prompts as given and the new tokens behind them [B, T + new], ended rows padded, and no
+    scores: a row ends with the first token at which one says so. return_logprobs gives log softmax of the target's own
+    logits for each new token, at temperature 1, with nothing done to them: what scoring the text would give, so that
+    calls with different settings compare, and no emitted token is at -inf; top_logprobs the k best of them in its place;
+    prompt_logprobs those of the prompt's own tokens.
 
     On CUDA each round is one graph's replay (graph=False: eagerly); page_size keeps the target's cache in pages. An
-    engine keeps buffers and graphs from call to call; what shapes them (tree, return_logprobs, graph, page_size) is
-    then given to it, not here.
+    engine keeps buffers and graphs from call to call, and the keys of the texts it holds: of a prompt that begins as one
+    of them only what is new is run. What shapes it (tree, return_logprobs, top_logprobs, graph, page_size) is then given
+    to it, not here.
 
     Raises ValueError for bad arguments, for targets or drafts that do not fit, and where the request does not fit the
     engine; TypeError for a tree that is none; RuntimeError where the target gives a row no finite logit; GraphError
@@ -109,54 +127,53 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; allowed: at least 1")
-    wrapped = Target(target)
+    wrapped = checked_target(target)
     target = wrapped.model
-    if target.training:
-        raise ValueError(
-            "the target is in training mode, where dropout makes its tokens random; allowed: target.eval()"
-        )
+    check_names("generate", rules)
     options: dict[str, Any] = {
         "tree": tree,
         "graph": graph,
         "page_size": page_size,
         "return_logprobs": return_logprobs or None,
+        "top_logprobs": top_logprobs or None,
     }
-    _check_engine(engine, target, draft, options)
+    check_engine(engine, wrapped, draft, options)
+    if prompt_logprobs and engine is not None and engine.buffers.kept.logprobs is None:
+        raise ValueError("prompt_logprobs given with an engine without room for them; allowed: return_logprobs=True there")
     beside = checked_inputs(wrapped, model_inputs)
+    if beside and prompt_logprobs:
+        raise ValueError("prompt_logprobs given with model_inputs; allowed: for prompts of text alone")
     prompts, lengths = _prompts(input_ids, attention_mask, wrapped, named_tokens(wrapped.model) if beside else [])
     wrapped.check_length(int(lengths.min()), prompts.shape[1] + max_new_tokens)
     pictures = PicturePrompt.of(wrapped, input_ids, attention_mask, beside) if beside else None
-    sampling = Sampling.of(len(prompts), seed, temperature, top_k, top_p, min_p, device=wrapped.device)
+    sampling = Sampling.of(len(prompts), seed, temperature, top_k, top_p, min_p)
     if streamer is not None and len(prompts) > 1:
         raise ValueError(f"a streamer was given with {len(prompts)} rows; allowed: 1 row")
-    ends, pad = _end_tokens(target, eos_token_id, pad_token_id)
-    bias = logit_bias
-    if not isinstance(bias, Bias):
-        bias = Bias.of(wrapped.config.vocab_size, bias, ends, min_new_tokens)
+    ends, pad = ends_of(target, eos_token_id, pad_token_id)
+    made = rules_of(wrapped.config.vocab_size, ends, len(prompts), **rules)
+    texts = _texts(input_ids, prompts, lengths, sampling, max_new_tokens, made)
+    settings = {**options, "return_logprobs": return_logprobs or prompt_logprobs, "top_logprobs": top_logprobs}
 
     def decode() -> Generated:
-        made = engine or Engine(
-            target,
-            draft,
-            batch=len(prompts),
-            capacity=prompts.shape[1] + max_new_tokens,
-            **{**options, "return_logprobs": return_logprobs},
-        )
-        shown = input_ids.to(wrapped.device)
-        decoding = Decoding(
-            made, prompts, lengths, max_new_tokens, stopping_criteria, shown=shown, pad=pad, pictures=pictures
-        )
+        made = engine or Engine(target, draft, batch=len(texts), capacity=prompts.shape[1] + max_new_tokens, **settings)
+        decoding = Decoding(made, ends, host_decides=bool(stopping_criteria))
+        rows = [Row(text) for text in texts]
+        stopping = Stopping(stopping_criteria, input_ids.to(wrapped.device), pad, decoding, rows)
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        for run in decoding.run(sampling, ends, bias):
-            if streamer is not None and run[0]:
-                streamer.put(torch.tensor(run[0]))
+        decoding.admit(rows, pictures, echo=prompt_logprobs)
+        while True:
+            stopping.ask()
+            if streamer is not None and (run := rows[0].take_run()):
+                streamer.put(torch.tensor(run))
+            if not decoding.live:
+                break
+            decoding.step()
         if streamer is not None:
             streamer.end()
         if engine is None:
             made.settle()
-        sequences = torch.cat([input_ids, decoding.new_tokens(pad).to(input_ids)], 1)
-        return Generated(sequences, decoding.report(), decoding.logprobs())
+        return _generated(input_ids, attention_mask, decoding, rows, pad, prompt_logprobs)
 
     try:
         return decode()
@@ -165,10 +182,65 @@ def generate(
         raise
 
 
-def _check_engine(engine: Engine | None, target: PreTrainedModel, draft: BeagleDraft | None, options: dict) -> None:
+def _generated(
+    input_ids: Tensor, mask: Tensor | None, decoding: Decoding, rows: Sequence[Row], pad: int, echo: bool
+) -> Generated:
+    new = [torch.tensor(row.tokens) for row in rows]
+    longest = max(map(len, new))
+    made = Generated(torch.cat([input_ids, _stacked(new, longest, pad).to(input_ids)], 1), decoding.report())
+    for name in ("logprobs", "top_tokens", "top_logprobs"):
+        kept = [decoding.kept(row, name) for row in rows]
+        values = [one[len(row.text.ids) :] for one, row in zip(kept, rows, strict=True) if one is not None]
+        setattr(made, name, _stacked(values, longest, 0) if values else None)
+    if echo:
+        made.prompt_logprobs = torch.zeros(input_ids.shape, device=decoding.engine.target.device)
+        for row, (text, echoed) in enumerate(zip(rows, made.prompt_logprobs, strict=True)):
+            seen = slice(None) if mask is None else mask[row].to(echoed.device) != 0
+            values = decoding.kept(text, "logprobs")
+            assert values is not None
+            values[0] = 0.0  # nothing stands before it
+            echoed[seen] = values[: len(text.text.ids)]
+    return made
+
+
+def _stacked(rows: Sequence[Tensor], longest: int, padding: float) -> Tensor:
+    """Rows [n, ...] padded to [B, longest, ...]."""
+    made = rows[0].new_full((len(rows), longest, *rows[0].shape[1:]), padding)
+    for values, row in zip(made, rows, strict=True):
+        values[: len(row)] = row
+    return made
+
+
+def _texts(
+    input_ids: Tensor,
+    prompts: Tensor,
+    lengths: Tensor,
+    sampling: Sampling,
+    max_new_tokens: int,
+    rules: Sequence[Rules],
+) -> list[Text]:
+    shown, ids = input_ids.tolist(), prompts.tolist()
+    return [
+        Text(ids[row][:length], max_new_tokens, Sampling(*(field[row : row + 1] for field in sampling)), rules[row], shown[row])
+        for row, length in enumerate(lengths.tolist())
+    ]
+
+
+def checked_target(model: PreTrainedModel) -> Target:
+    """The target, if it is one that decodes; ValueError otherwise."""
+    target = Target(model)
+    if target.model.training:
+        raise ValueError(
+            "the target is in training mode, where dropout makes its tokens random; allowed: target.eval()"
+        )
+    return target
+
+
+def check_engine(engine: Engine | None, target: Target, draft: BeagleDraft | None, options: dict) -> None:
+    """ValueError where an engine is another's, or options were given that it has itself."""
     if engine is None:
         return
-    if engine.model is not target or engine.draft is not draft:
+    if engine.model is not target.model or engine.draft is not draft:
         raise ValueError("the engine was made for another target or draft; allowed: the same two objects")
     if given := [name for name, value in options.items() if value is not None]:
         raise ValueError(f"{', '.join(given)} given with an engine; allowed: give them to Engine")
@@ -203,7 +275,7 @@ def _prompts(
     return kept[:, : int(lengths.max())], lengths.to(torch.int32)
 
 
-def _end_tokens(target: PreTrainedModel, eos_token_id, pad_token_id) -> tuple[list[int], int]:
+def ends_of(target: PreTrainedModel, eos_token_id, pad_token_id) -> tuple[list[int], int]:
     config = target.generation_config
     ends = end_tokens(target) if eos_token_id is None else token_ids(eos_token_id)
     if pad_token_id is None:

@@ -1,136 +1,181 @@
-"""The host's loop over the rounds: what it reads, whom it tells, and when it stops."""
+"""The host's loop over the rounds: what it reads, and which rows go on."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
 
-from beagle_kernels import STATUS_BAD_TREE, STATUS_NO_FINITE, Sampling
-from beagle_sd.decoding.adaptive import AdaptiveTree
-from beagle_sd.decoding.engine import Engine
-from beagle_sd.decoding.logits import Bias
+from beagle_kernels import STATUS_BAD_TREE, STATUS_NO_FINITE
+from beagle_sd.decoding.engine import Engine, Text
 from beagle_sd.decoding.report import Clock, Report, Tally
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.pictures import PicturePrompt
 
 
+@dataclass(eq=False)
+class Row:
+    """A text in progress. tokens: its new ones; run: those that nobody took yet; slot: its row of the engine; matched:
+    how much of its end stood earlier in it."""
+
+    text: Text
+    tokens: list[int] = field(default_factory=list)
+    run: list[int] = field(default_factory=list)
+    live: bool = True
+    slot: int = -1
+    matched: int = 0
+
+    def take_run(self) -> list[int]:
+        run, self.run = self.run, []
+        return run
+
+
 class Decoding:
-    """One call of generate on an engine: what the host knows of each row.
+    """The texts in progress on an engine, each in a row of its own.
 
-    counts: new tokens of each row; live: whether it goes on. Rounds run ahead of what the host has read where it does
-    not choose what the next one does: not with stopping criteria, nor with a tree that adapts.
-
-    stopping_criteria see the batch as transformers' own loop shows it, token by token: `shown` [B, T], the prompts as
-    they were given (None: `prompts`), and behind them each row's new tokens, `pad` after its end. They see what the
-    slowest row has reached, so that a row may have tokens more, which are cut if it is stopped before them.
+    Rounds run ahead of what the host has read where it does not choose what the next one does: not with a tree that
+    adapts, rules that ask the host, nor where `host_decides`. Rows that have ended change places with those that go on,
+    so that rounds run over the latter alone; but not where a graph, which has all rows, is replayed.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        prompts: Tensor,
-        lengths: Tensor,
-        max_new_tokens: int,
-        stopping_criteria: Sequence[StoppingCriteria] = (),
-        *,
-        shown: Tensor | None = None,
-        pad: int = 0,
-        ahead: bool | None = None,
-        pictures: PicturePrompt | None = None,
-    ):
-        self.engine, self.criteria = engine, StoppingCriteriaList(stopping_criteria)
-        self.shown, self.pad = prompts if shown is None else shown, pad
-        self.asked = 0
-        self.prompts, self.lengths, self.pictures, self.max_new_tokens = prompts, lengths, pictures, max_new_tokens
-        self.counts, self.live = [0] * len(prompts), [True] * len(prompts)
+    def __init__(self, engine: Engine, ends: list[int], *, host_decides: bool = False, ahead: bool | None = None):
+        self.engine, self.ends = engine, ends
+        self.slots: list[Row | None] = [None] * engine.batch
         self.clock, self.tally = Clock(engine.target.device), Tally(engine.shape.levels)
-        host_decides = bool(stopping_criteria) or isinstance(engine.tree, AdaptiveTree)
-        self.most_playing = 2 if (engine.graph if ahead is None else ahead) and not host_decides else 1
+        self.ahead = engine.graph if ahead is None else ahead
+        self.host_decides = host_decides or isinstance(engine.tree, AdaptiveTree)
+        self.playing: deque[tuple[TreeShape, int]] = deque()
+        self.prefilled = self.new_tokens = 0
+        self.asked_host = False
+        engine.start()
 
-    def run(self, sampling: Sampling, ends: list[int], bias: Bias | None = None) -> Iterator[list[list[int]]]:
-        """Yields each round's new tokens a row (none for finished rows), the prefill's first."""
-        engine, clock = self.engine, self.clock
-        engine.begin(self.prompts, self.lengths, sampling, self.max_new_tokens, ends, clock, bias, self.pictures)
-        yield self._take(engine.receive())
-        playing: deque[TreeShape] = deque()
-        while any(self.live):
-            with clock.rest("rounds" if engine.graph else None):
-                while len(playing) < self.most_playing and self._more_after(len(playing)):
-                    shape = engine.tree.choose() if isinstance(engine.tree, AdaptiveTree) else engine.tree
-                    engine.play(shape, clock)
-                    playing.append(shape)
-                news = engine.receive()
-            yield self._take(news, playing.popleft())
+    @property
+    def live(self) -> list[Row]:
+        return [row for row in self.slots if row is not None and row.live]
+
+    @property
+    def free(self) -> list[int]:
+        return [slot for slot, row in enumerate(self.slots) if row is None or not row.live]
+
+    def admit(self, rows: Sequence[Row], pictures: PicturePrompt | None = None, *, echo: bool = False) -> None:
+        """Prefill rows into free ones of the engine, each where most of its prompt is held, and take their first
+        tokens."""
+        while self.playing:
+            self._take(self.playing.popleft())
+        free = self.free
+        if len(rows) > len(free):
+            raise ValueError(f"{len(rows)} rows were given to an engine with {len(free)} free; allowed: as many")
+        for number, row in enumerate(rows):
+            if pictures is not None:  # which are in the order given
+                row.slot = free[number]
+                continue
+            row.slot = max(free, key=lambda slot: self.engine.common(slot, row.text.ids))
+            free.remove(row.slot)
+        placed = sorted(rows, key=lambda row: row.slot)
+        for row in placed:
+            self.slots[row.slot] = row
+        where, texts = [row.slot for row in placed], [row.text for row in placed]
+        self.prefilled += self.engine.begin(where, texts, self.ends, self.clock, pictures, echo=echo)
+        self.asked_host |= self.engine.on_host
+        self._take(None)
+
+    def step(self) -> None:
+        """Play a round, or take the news of one that was played ahead."""
+        engine = self.engine
+        width = self._pack() if not engine.graph and not self.playing else engine.batch
+        with self.clock.rest("rounds" if engine.captures else None):
+            while len(self.playing) < self._most_playing and self._more_after(len(self.playing)):
+                shape = self._choose()
+                engine.play(shape, self.clock, width)
+                self.playing.append((shape, width))
+            self._take(self.playing.popleft())
+
+    @property
+    def _most_playing(self) -> int:
+        return 2 if self.ahead and not self.host_decides and not self.engine.on_host else 1
+
+    def _choose(self) -> TreeShape:
+        tree = self.engine.tree
+        if not isinstance(tree, AdaptiveTree):
+            return tree
+        return tree.choose([row.matched for row in self.live])
+
+    def _pack(self) -> int:
+        """Bring the rows that go on to the front; how many they are."""
+        live = len(self.live)
+        behind = [slot for slot in range(live, len(self.slots)) if (row := self.slots[slot]) is not None and row.live]
+        for slot in [slot for slot in self.free if slot < live]:
+            other = behind.pop()
+            self.engine.swap(slot, other)
+            self.slots[slot], self.slots[other] = self.slots[other], self.slots[slot]
+            for place in (slot, other):
+                if (row := self.slots[place]) is not None:
+                    row.slot = place
+        return live
 
     def _more_after(self, rounds: int) -> bool:
         """Whether a row may still go on after so many rounds, each of which gives it a token or more."""
-        return any(
-            live and self.max_new_tokens - count > rounds for live, count in zip(self.live, self.counts, strict=True)
-        )
+        return any(row.text.max_new_tokens - len(row.tokens) > rounds for row in self.live)
 
-    def _take(self, news: list[list[int]], shape: TreeShape | None = None) -> list[list[int]]:
-        """The round's new tokens a row, cut where a criterion stops it; counted unless they are the prefill's."""
-        runs, accepted, before = [], [], sum(self.counts)
-        for row, (drafted, emitted, goes_on, status, *tokens) in enumerate(news):
-            _raise_for(row, status, self.engine.buffers.biased)
-            run = tokens[: emitted - self.counts[row]] if self.live[row] else []
-            if self.live[row]:
+    def _take(self, played: tuple[TreeShape, int] | None) -> None:
+        """Give each row the news of a round, or of the prefill (None)."""
+        accepted, before, live = [], self.new_tokens, self.live
+        news = self.engine.receive()
+        matches = []
+        for row in live:
+            drafted, emitted, goes_on, status, matched, agreed, *tokens = news[row.slot]
+            _raise_for(row.slot, status, self.engine)
+            run = tokens[: emitted - len(row.tokens)]
+            if played is not None:
                 accepted.append(drafted)
-                self.live[row] = bool(goes_on)
-                self.counts[row] += len(run)
-            runs.append(run)
-        if self.criteria:
-            self._ask(runs)
-        if shape is not None:
-            self.tally.add(shape, accepted, sum(self.counts) - before)
-            if isinstance(self.engine.tree, AdaptiveTree):
-                self.engine.tree.learn(shape, sum(accepted) / len(accepted))
-        return runs
+                matches.append((row.matched, agreed, len(run)))
+            row.tokens += run
+            row.run += run
+            row.live, row.matched = bool(goes_on), matched
+            self.new_tokens += len(run)
+            self.engine.say(row.slot, run)
+        if played is not None and accepted:
+            self._learn(played[0], accepted, self.new_tokens - before, matches)
 
-    def _ask(self, runs: list[list[int]]) -> None:
-        """Ask the criteria of each step that all rows in progress have reached, and cut what is beyond a row's end."""
-        new = self.new_tokens(self.pad)
-        while self.asked < self._reached():
-            self.asked += 1
-            text = torch.cat([self.shown, new[:, : self.asked].to(self.shown)], 1)
-            for row, stopped in enumerate(self.criteria(text, None).tolist()):
-                ahead = self.counts[row] - self.asked
-                if stopped and (self.live[row] or ahead > 0):
-                    new[row, self.asked :] = self.pad
-                    runs[row] = runs[row][: max(len(runs[row]) - ahead, 0)]
-                    self.counts[row], self.live[row] = self.asked, False
-                    self.engine.end_row(row)
+    def _learn(self, shape: TreeShape, accepted: list[int], new: int, matches: list[tuple[int, int, int]]) -> None:
+        self.tally.add(shape, accepted, new)
+        tree = self.engine.tree
+        if isinstance(tree, AdaptiveTree):
+            tree.learn(shape, sum(accepted) / len(accepted))
+            if self.engine.shape.lookup:
+                tree.learn_lookup(matches, self.engine.shape.lookup)
+                self.engine.set_gains(tree.copied.gains())
 
-    def _reached(self) -> int:
-        """The new tokens that every row has, or has ended before."""
-        going = [count for count, live in zip(self.counts, self.live, strict=True) if live]
-        return min(going, default=max(self.counts))
+    def end(self, row: Row, count: int) -> None:
+        """Let a row have ended after its first `count` tokens."""
+        ahead = len(row.tokens) - count
+        if ahead or row.live:
+            self.new_tokens -= ahead
+            del row.tokens[count:]
+            row.run = row.run[: max(len(row.run) - ahead, 0)]
+            row.live = False
+            self.engine.end_row(row.slot)
 
-    def new_tokens(self, pad: int) -> Tensor:
-        """[B, new] int64: every row's tokens, padded with `pad`."""
-        return self._rows(self.engine.buffers.output, pad)
-
-    def logprobs(self) -> Tensor | None:
-        """[B, new] f32, padded with 0, if the engine has room for them."""
-        kept = self.engine.buffers.logprobs
-        return None if kept is None else self._rows(kept, 0.0)
-
-    def _rows(self, values: Tensor, padding: float) -> Tensor:
-        counts = torch.tensor(self.counts, device=values.device)
-        index = torch.arange(max(self.counts), device=values.device)
-        return torch.where(index < counts[:, None], values[:, : len(index)], padding)
+    def kept(self, row: Row, name: str) -> Tensor | None:
+        """What the engine keeps of a row's text (buffers.Kept), by the token's place; None if it has no room for it."""
+        values = getattr(self.engine.buffers.kept, name)
+        return None if values is None else values[row.slot, : len(row.text.ids) + len(row.tokens)]
 
     def report(self) -> Report:
-        return self.tally.report(sum(self.counts), dict(self.clock.seconds), self.engine.target.layers)
+        made = self.tally.report(self.new_tokens, dict(self.clock.seconds), self.engine.target.layers)
+        made.prefilled, made.on_host = self.prefilled, self.asked_host
+        return made
 
 
-def _raise_for(row: int, status: int, biased: bool) -> None:
+def _raise_for(row: int, status: int, engine: Engine) -> None:
     if status & STATUS_NO_FINITE:
-        culprit = "the tokens that the call suppresses, or its weights" if biased else "its weights"
+        suppressed = engine.shaping is not None and engine.shaping.suppresses[row]
+        culprit = "the tokens that the call suppresses, or its weights" if suppressed else "its weights"
         raise RuntimeError(f"row {row}: the target gave no finite logit; check {culprit} and dtype")
     if status & STATUS_BAD_TREE:
         raise RuntimeError(f"row {row}: the draft gave an invalid tree; check its weights")
+
+

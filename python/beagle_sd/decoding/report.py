@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 
 
 @dataclass
@@ -22,7 +22,9 @@ class Report:
     own; acceptance_by_depth[d]: how often a drafted token at depth d + 1 was accepted, given that its parent was;
     seconds: by phase. row_rounds and reached are the counts behind: rounds summed over the rows in progress, and how
     many of them accepted d or more drafted tokens. layers: on a CPU, how many of the target's decoder layers ran as one
-    op each, and why the others did not.
+    op each, and why the others did not. prefilled: tokens of prompts that were run, which an engine that held the
+    others' keys need not. on_host: whether settings asked the host in each round (logits processors, a guide), for
+    which a GPU waits.
 
     Phases: prefill, draft, target, verify, keep, each timed to its end on the device. Rounds replayed as a graph have
     no parts that the host could time: there the phases are prefill, capture (once a tree shape) and rounds; for the
@@ -37,6 +39,8 @@ class Report:
     row_rounds: int = 0
     reached: list[int] = field(default_factory=list)
     layers: str | None = None
+    prefilled: int = 0
+    on_host: bool = False
 
     @property
     def tokens_per_second(self) -> float:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from beagle_sd.decoding.adaptive import AdaptiveTree
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.generate import Generated, generate
 from beagle_sd.decoding.report import Report
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 
 BASELINE = "target.generate"

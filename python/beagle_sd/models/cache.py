@@ -78,7 +78,7 @@ class TreeCache(Cache):
         self.depth = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._rows = torch.arange(batch, device=device)[:, None]
         self._slots = self._rows
-        self._starts: list[int] = []
+        self._spans_of_rows: list[tuple[int, int]] = []  # the slots that a row's new tokens take
         self._limit: int | None = None
         self._made: dict[Hashable, Any] = {}
         self.ends: Tensor | None = None  # of the prompts whose tokens a forward is over
@@ -146,15 +146,15 @@ class TreeCache(Cache):
             found |= {f"recurrence_{index}_{number}": state for number, state in enumerate(recurrence.states)}
         return found | {f"table_{number}": table for number, table in enumerate(self.tables.values())}
 
-    def row(self, row: int) -> TreeCache:
-        """One row as a cache of its own, in the same memory, until `reserve` moves it."""
+    def part(self, rows: slice) -> TreeCache:
+        """Some rows as a cache of their own, in the same memory, until `reserve` moves it."""
         one = copy(self)
-        one.lengths, one._rows, one._made = self.lengths[row : row + 1], self._rows[:1], {}
-        one.offsets = self.offsets[row : row + 1]
+        one.lengths, one.offsets, one._made = self.lengths[rows], self.offsets[rows], {}
+        one._rows = self._rows[: len(one.lengths)]
         if self.page_size is None:
-            one.states = [states[:, :, row : row + 1] for states in self.states]
-        one.tables = {span: table[row : row + 1] for span, table in self.tables.items()}
-        one.recurrences = {index: recurrence.row(row) for index, recurrence in self.recurrences.items()}
+            one.states = [states[:, :, rows] for states in self.states]
+        one.tables = {span: table[rows] for span, table in self.tables.items()}
+        one.recurrences = {index: recurrence.part(rows) for index, recurrence in self.recurrences.items()}
         one.layers = [
             one.recurrences[index].layer if index in one.recurrences else layer
             for index, layer in enumerate(self.layers)
@@ -177,6 +177,27 @@ class TreeCache(Cache):
                 state[rows] = new
         self.lengths[rows], self.offsets[rows] = other.lengths, other.offsets
 
+    def swap(self, row: int, other: int) -> None:
+        """Let two rows change places."""
+        pair, turned = torch.tensor([[row, other], [other, row]], device=self.lengths.device)
+        longest = self.capacity if self.fixed else int(self.lengths[pair].max())
+        if self.page_size is None:
+            for states in self.states:
+                states[:, :, pair, :, :longest] = states[:, :, turned, :, :longest]
+        kept = [self.lengths, self.offsets, *self.tables.values()]
+        for state in [*kept, *(state for one in self.recurrences.values() for state in one.states)]:
+            state[pair] = state[turned]
+
+    def reusable(self, common: int, held: int) -> int:
+        """How many of the first `common` tokens of a row, which holds `held`, need not be run again for a text that
+        goes on otherwise behind them: recurrent states follow one text, and pages that take turns are written over."""
+        if common == held:
+            return common
+        wrapped = any(
+            self._turns(span) * (self.page_size or 0) < held + self.at_once for span in self.tables if span != Span()
+        )
+        return 0 if self.recurrences or wrapped else common
+
     def expect(self, depth: Tensor, limit: int | None, *, stepping: bool, ends: Tensor | None) -> None:
         """Prepare for a forward over new tokens at `depth` [B, N] behind the lengths, which is to be given `limit`
         slots (None: all). stepping: recurrent layers go token by token. ends [B]: the tokens are part of prompts that
@@ -193,7 +214,9 @@ class TreeCache(Cache):
         for recurrence in self.recurrences.values():
             recurrence.history = []
         if not self.fixed:
-            self._starts = self.lengths.tolist()
+            starts = self.lengths.tolist()
+            stops = [start + count for start in starts] if ends is None else ends.tolist()
+            self._spans_of_rows = [(start, min(start + count, stop)) for start, stop in zip(starts, stops, strict=True)]
             return
         self._slots = self.lengths.long()[:, None] + torch.arange(count, device=self.lengths.device)
         if ends is not None:  # padding must not take a turn with what is seen
@@ -225,9 +248,9 @@ class TreeCache(Cache):
             keys[rows, :, slots] = key_states.transpose(1, 2)
             values[rows, :, slots] = value_states.transpose(1, 2)
         else:  # index_put_ would wake PyTorch's threads, which then spin where a CPU's linear layers want to run
-            for row, start in enumerate(self._starts):
-                end = start + key_states.shape[2]
-                keys[row, :, start:end], values[row, :, start:end] = key_states[row], value_states[row]
+            for row, (start, end) in enumerate(self._spans_of_rows):
+                keys[row, :, start:end] = key_states[row, :, : end - start]
+                values[row, :, start:end] = value_states[row, :, : end - start]
         if self._limit is None:
             return keys, values
         return keys[:, :, : self._limit], values[:, :, : self._limit]

@@ -186,6 +186,8 @@ class Target:
     ) -> Tensor:
         """As `forward`; stepping and ends as in TreeCache.expect."""
         limit = None if cache.fixed else int(cache.lengths.max()) + tokens.shape[1]
+        if limit is not None and ends is not None:
+            limit = min(limit, int(ends.max()))
         cache.expect(depth, limit, stepping=stepping, ends=ends)
         position = (cache.lengths + cache.offsets)[:, None] + depth.long()
         if self._ends_matter:
@@ -199,39 +201,42 @@ class Target:
                 **{self.cache_argument: cache},
             ).last_hidden_state
 
-    def prefill(self, tokens: Tensor, lengths: Tensor, cache: TreeCache, begin: int = 0) -> Tensor:
-        """Run right-padded texts [B, T] with `lengths` [B] into a cache that holds the `begin` tokens before each, or
-        nothing; hidden states [B, T, d].
+    def prefill(self, tokens: Tensor, lengths: Tensor, cache: TreeCache, begin: Tensor | int = 0) -> Tensor:
+        """Run right-padded texts [B, T] with `lengths` [B] into a cache that holds the `begin` tokens before each, an
+        int or [B]; hidden states [B, T, d].
 
         What is returned beyond a row's length is padding's and means nothing. Rows of a target with recurrent layers
         run one by one, since padding would pass into their states.
         """
+        begins = torch.as_tensor(begin, device=self.device).to(lengths).expand(len(lengths))
         if not cache.recurrences:
-            states = self._prefill(tokens, begin + lengths, cache, begin)
-            cache.lengths.copy_(begin + lengths)
+            states = self._prefill(tokens, begins, begins + lengths, cache, follows=False)
+            cache.lengths.copy_(begins + lengths)
             return states
         states = torch.zeros(*tokens.shape, self.config.hidden_size, dtype=self.dtype, device=self.device)
-        for row, length in enumerate(lengths.tolist()):
-            one = cache.row(row)
-            if not begin:
+        for row, (length, before) in enumerate(zip(lengths.tolist(), begins.tolist(), strict=True)):
+            here = slice(row, row + 1)
+            one = cache.part(here)
+            if not before:
                 one.forget()
-            end = torch.full((1,), begin + length, device=self.device)
-            states[row, :length] = self._prefill(tokens[row : row + 1, :length], end, one, begin)[0]
-            one.lengths.fill_(begin + length)
+            ends = begins[here] + length
+            states[row, :length] = self._prefill(tokens[here, :length], begins[here], ends, one, follows=before > 0)[0]
+            one.lengths.fill_(before + length)
         return states
 
-    def _prefill(self, tokens: Tensor, ends: Tensor, cache: TreeCache, begin: int) -> Tensor:
-        """Hidden states [B, T, d] of texts [B, T] that end at `ends` [B], in parts."""
+    def _prefill(self, tokens: Tensor, begins: Tensor, ends: Tensor, cache: TreeCache, *, follows: bool) -> Tensor:
+        """Hidden states [B, T, d] of texts [B, T] from `begins` [B] to `ends` [B], in parts; follows: recurrent layers
+        have states of what is before them."""
         batch, total = tokens.shape
         states = []
         for start in range(0, total, AT_ONCE):
             part = tokens[:, start : start + AT_ONCE]
-            cache.lengths.copy_(ends.clamp(max=begin + start))
+            cache.lengths.copy_(torch.minimum(ends, begins + start))
             step = torch.arange(part.shape[1], device=tokens.device).expand(batch, -1)
             mask = causal(batch, part.shape[1], tokens.device)
-            if cache.page_size is not None:  # padding is not kept there, so that nobody may see it
+            if cache.page_size is not None or (batch > 1 and not cache.fixed):  # where padding is not kept
                 mask = mask & packed(cache.lengths[:, None, None] + step[:, None] < ends[:, None, None], mask.shape[2])
-            stepping = bool(cache.recurrences) and begin + start > 0 and not self._continues
+            stepping = bool(cache.recurrences) and (follows or start > 0) and not self._continues
             states.append(self._run(part, step, mask, cache, stepping=stepping, ends=ends))
         return torch.cat(states, 1)
 

@@ -11,8 +11,8 @@ from models import agreeable_target, small_draft, small_target
 
 from beagle_sd import AdaptiveTree, BeagleDraft, adaptive_tree, generate
 from beagle_sd.decoding import calibration
-from beagle_sd.decoding.adaptive import Costs
-from beagle_sd.decoding.tree import PLAIN, TreeShape
+from beagle_sd.decoding.trees.adaptive import Costs
+from beagle_sd.decoding.trees.tree import PLAIN, TreeShape
 from beagle_sd.models.loading import bundled_folder, measured_acceptance
 
 CHAIN, TREE = TreeShape(2, 1, 3), TreeShape(4, 4, 16)

@@ -9,9 +9,9 @@ import torch
 from models import small_draft, small_target
 
 from beagle_sd.decoding import calibration
-from beagle_sd.decoding.adaptive import Costs
-from beagle_sd.decoding.calibration import calibrated_costs, measure_costs
-from beagle_sd.decoding.tree import PLAIN, TreeShape
+from beagle_sd.decoding.trees.adaptive import Costs
+from beagle_sd.decoding.trees.calibration import calibrated_costs, measure_costs
+from beagle_sd.decoding.trees.tree import PLAIN, TreeShape
 
 CHAIN, TREE = TreeShape(4, 1, 5), TreeShape(4, 4, 16)
 COSTS = Costs(verify={1: 10.0, 5: 12.0, 16: 20.0}, draft={CHAIN: 3.0, TREE: 4.0})

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from beagle_sd import AdaptiveTree, Engine, custom_generate, generate
-from beagle_sd.decoding.adaptive import Costs
+from beagle_sd.decoding.trees.adaptive import Costs
 from beagle_sd.decoding.custom_generate import SpeculativeOutput
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 
 
 @pytest.fixture(scope="module")

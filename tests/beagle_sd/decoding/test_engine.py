@@ -13,7 +13,7 @@ from round_cases import TREE, fixed_engine
 
 from beagle_sd import Engine, GraphError, generate
 from beagle_sd.decoding.graph import check_capturable
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 
 
 @pytest.mark.parametrize(

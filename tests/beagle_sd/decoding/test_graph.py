@@ -13,7 +13,7 @@ from beagle_sd.decoding import graph
 from beagle_sd.decoding.graph import RoundGraph
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import play_round
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 
 DEVICE = torch.device("cpu")
 

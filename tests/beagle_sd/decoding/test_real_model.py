@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from beagle_sd.decoding.generate import generate
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.loading import bundled_folder, load_bundled, measured_acceptance
 
 pytestmark = [

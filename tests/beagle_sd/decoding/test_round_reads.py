@@ -10,7 +10,7 @@ from round_cases import PATHS, TREE, fixed_engine
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beagle_sd.decoding.rounds import play_round
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.cache import causal
 from beagle_sd.models.target import Target
 

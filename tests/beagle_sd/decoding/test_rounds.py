@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, generate
-from beagle_sd.decoding.adaptive import Costs
-from beagle_sd.decoding.logits import Bias
+from beagle_sd.decoding.trees.adaptive import Costs
+from beagle_sd.decoding.settings.processors import Bias
 from beagle_sd.decoding.loop import Decoding
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import play_round
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -13,10 +13,10 @@ from round_cases import PATHS, TREE, rows
 
 from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, Engine, GraphError, generate
-from beagle_sd.decoding.adaptive import Costs
+from beagle_sd.decoding.trees.adaptive import Costs
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import play_round
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.draft import RMSNorm
 
 pytestmark = pytest.mark.gpu

@@ -12,7 +12,7 @@ from models import agreeable_target, small_draft
 from tokenizers_for_tests import small_tokenizer
 
 from beagle_sd import BeagleDraft, generate_saved
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.files import whole
 
 

@@ -17,7 +17,7 @@ from models import VOCAB, agreeable_target, small_draft
 from pool_work import chosen, put_chosen
 
 from beagle_sd import generate
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 
 BATCHES = int(os.environ.get("BEAGLE_SOAK", "12"))
 SETTINGS = (

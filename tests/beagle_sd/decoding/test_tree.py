@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from beagle_sd import TreeShape
-from beagle_sd.decoding.tree import PLAIN
+from beagle_sd.decoding.trees.tree import PLAIN
 
 
 @pytest.mark.parametrize("shape", [PLAIN, TreeShape(4, 4, 8), TreeShape(64, 64, 1024)], ids=str)

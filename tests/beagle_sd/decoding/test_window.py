@@ -12,9 +12,9 @@ from round_cases import TREE, rows
 
 from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, BeagleDraft, Engine, generate
-from beagle_sd.decoding.adaptive import Costs
+from beagle_sd.decoding.trees.adaptive import Costs
 from beagle_sd.decoding.loop import Decoding
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 
 
 def windowed(draft: BeagleDraft, window: int) -> BeagleDraft:

@@ -10,7 +10,7 @@ from round_cases import PATHS, fixed_engine
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from beagle_sd import BeagleDraft, UnsupportedTarget, custom_generate, generate
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models import pictures
 from beagle_sd.models.target import Target
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from beagle_kernels.reference.build_tree import pack
 from beagle_sd import UnsupportedTarget, generate
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.target import Target
 from bench.answers.kinds.tiny_targets import tiny_target
 

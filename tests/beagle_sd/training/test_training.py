@@ -13,7 +13,7 @@ from training_cases import CONFIG, metrics_of, trainer_of
 from beagle_sd import BeagleDraft, generate
 from beagle_sd.data.dataset import Entry, StateDataset
 from beagle_sd.data.shards import ShardWriter
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.training.trainer import Trainer
 from bench.peers.eagle2 import EagleDraft, eagle_states
 

@@ -39,12 +39,12 @@ class Recurrence:
     def states(self) -> list[Tensor]:
         return states_of(self.layer)
 
-    def row(self, row: int) -> Recurrence:
-        """One row in the same memory."""
+    def part(self, rows: slice) -> Recurrence:
+        """Some rows in the same memory."""
         one = copy.copy(self)
         one.layer = copy.copy(self.layer)
         for name in ("conv_states", "recurrent_states"):
-            setattr(one.layer, name, each(getattr(self.layer, name), lambda value: value[row : row + 1]))
+            setattr(one.layer, name, each(getattr(self.layer, name), lambda value: value[rows]))
         one.layer.has_previous_state = copy.copy(self.layer.has_previous_state)
         one.history = []
         return one

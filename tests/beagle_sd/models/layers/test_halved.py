@@ -7,7 +7,7 @@ import torch
 from models import VOCAB, small_draft, small_target
 
 from beagle_sd import generate, halve_
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.layers.halved import halved_weight
 from beagle_sd.models.target import Target
 

@@ -10,7 +10,7 @@ from models import VOCAB, agreeable_target, small_draft, small_target
 from torch import nn
 
 from beagle_sd import generate
-from beagle_sd.decoding.tree import TreeShape
+from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.cache import causal
 from beagle_sd.models.layers.linears import served
 from beagle_sd.models.target import Target

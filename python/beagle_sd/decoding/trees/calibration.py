@@ -19,9 +19,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import beagle_kernels
 from beagle_kernels.machine import cores, processor
-from beagle_sd.decoding.adaptive import AdaptiveTree, Costs
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree, Costs
 from beagle_sd.decoding.generate import generate
-from beagle_sd.decoding.tree import PLAIN, TreeShape
+from beagle_sd.decoding.trees.tree import PLAIN, TreeShape
 from beagle_sd.files import cache_folder, write_json
 from beagle_sd.models import smollm2
 from beagle_sd.models.draft import BeagleDraft
@@ -58,7 +58,8 @@ def adaptive_tree(
 def _greedy(folder: Path, chains: bool) -> dict[TreeShape, float]:
     """Tokens a round by shape as a draft's folder has them, of chains alone if asked."""
     rows = [row for row in measured_acceptance(folder) if row["temperature"] == 0.0]
-    found = {TreeShape(row["depth"], row["branch"], row["num_nodes"]): row["tokens_per_round"] for row in rows}
+    names = tuple(vars(PLAIN))
+    found = {TreeShape(*(row.get(name, 0) for name in names)): row["tokens_per_round"] for row in rows}
     return {shape: tokens for shape, tokens in found.items() if shape.branch == 1 or not chains}
 
 

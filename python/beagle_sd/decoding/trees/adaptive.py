@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from beagle_sd.decoding.tree import PLAIN, TreeShape
+from beagle_sd.decoding.trees.lookup import Copied
+from beagle_sd.decoding.trees.tree import PLAIN, TreeShape
 
 _CLIP = 2.0
 """A round that took longer or shorter by more than this says something of the machine's other work, not of its cost."""
@@ -61,8 +62,9 @@ class AdaptiveTree:
     those expected, both forgotten with `memory` rounds. Costs follow the clock: rounds with drafts and plain ones each
     have a pace, how long they take over what calibration says, so that costs which do not fit (a longer text, a batch,
     a busy machine) are mended while decoding. Every `probe`-th round is of the other kind: in plain decoding the shape
-    that comes nearest to paying, else a plain one. What one answer taught the next starts with; one object serves one
-    generate call at a time.
+    that comes nearest to paying, else a plain one. A branch copied from the text is expected to bring what matches of
+    its length brought of late (`copied`), where that is more. What one answer taught the next starts with; one object
+    serves one generate call at a time.
     """
 
     def __init__(
@@ -87,6 +89,8 @@ class AdaptiveTree:
         # as if `memory` rounds of the middle shape had gone as measured
         typical = sorted(measured.values())[len(measured) // 2] - 1.0
         self.accepted = self.expected = memory * max(typical, 0.1)
+        self.copied = Copied()
+        self.matched: Sequence[int] = ()  # of the texts in progress, as the round began
 
     def again(self) -> AdaptiveTree:
         """One that has learnt nothing yet, for another text."""
@@ -101,7 +105,7 @@ class AdaptiveTree:
     def largest(self) -> TreeShape:
         """What buffers must hold."""
         return TreeShape(
-            *(max(getattr(shape, name) for shape in self.measured) for name in ("depth", "branch", "num_nodes"))
+            *(max(getattr(shape, name) for shape in self.measured) for name in vars(next(iter(self.measured))))
         )
 
     @property
@@ -109,19 +113,26 @@ class AdaptiveTree:
         """The shape expected to decode this text fastest, and its speedup over plain decoding."""
         ratio, pace = self.accepted / self.expected, self.pace[False] / self.pace[True]
         gains = {
-            shape: pace * self.costs.speedup(shape, 1.0 + ratio * (tokens - 1.0))
+            shape: pace * self.costs.speedup(shape, 1.0 + max(ratio * (tokens - 1.0), self._copies(shape)))
             for shape, tokens in self.measured.items()
         }
         shape = max(gains, key=lambda shape: gains[shape])
         return shape, gains[shape]
+
+    def _copies(self, shape: TreeShape) -> float:
+        """The tokens a row that the branch copied from its text is expected to bring."""
+        levels = min(shape.lookup, shape.levels)
+        return sum(self.copied.expected(length, levels) for length in self.matched) / max(len(self.matched), 1)
 
     @property
     def pays(self) -> bool:
         """Whether rounds with drafts are expected to pay, so that the next is one, unless it tries a plain one."""
         return self.best[1] > 1.0
 
-    def choose(self) -> TreeShape:
-        """The next round's shape; the round lasts from here to `learn`."""
+    def choose(self, matched: Sequence[int] = ()) -> TreeShape:
+        """The next round's shape, for texts of whose ends so many tokens stood earlier in them; the round lasts from
+        here to `learn`."""
+        self.matched = matched
         shape, gain = self.best
         if (gain > 1.0) != self.drafting:
             self.drafting, self.since = gain > 1.0, 0
@@ -141,4 +152,10 @@ class AdaptiveTree:
         if drafted:
             keep = 1.0 - 1.0 / self.memory
             self.accepted = keep * self.accepted + accepted
-            self.expected = keep * self.expected + self.measured[shape] - 1.0
+            self.expected = keep * self.expected + max(self.measured[shape] - 1.0, self._copies(shape))
+
+    def learn_lookup(self, matches: Sequence[tuple[int, int, int]], levels: int) -> None:
+        """Of each text in the round: how long the match was, how many tokens of the branch of `levels` came, of how
+        many that came in all."""
+        for matched, agreed, count in matches:
+            self.copied.learn(matched, agreed, count, levels)
