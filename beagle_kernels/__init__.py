@@ -5,6 +5,7 @@ from . import cpu as cpu
 from . import reference as reference
 from . import triton as triton
 from .accept_tree import accept_tree
+from .adjust_logits import adjust_logits
 from .backends import BACKENDS, BackendError
 from .block_attention import block_attention
 from .build_tree import build_tree
@@ -22,6 +23,7 @@ from .types import (
     STATUS_BAD_TREE,
     STATUS_NAN,
     STATUS_NO_FINITE,
+    Adjustments,
     DraftTree,
     LayerWeights,
     Linear,
@@ -35,6 +37,7 @@ from .verify_tree import verify_tree
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adjustments",
     "BACKENDS",
     "BackendError",
     "DraftTree",
@@ -47,6 +50,7 @@ __all__ = [
     "Sampling",
     "Verdict",
     "accept_tree",
+    "adjust_logits",
     "block_attention",
     "build_tree",
     "choose_tokens",

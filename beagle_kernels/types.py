@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,6 +58,68 @@ class Sampling(NamedTuple):
     def repeat(self, times: int) -> Sampling:
         """Each row `times` times in a row: [R] -> [R * times]."""
         return Sampling(*(field.repeat_interleave(times) for field in self))
+
+
+class Adjustments(NamedTuple):
+    """What is done to the logits of each row by the text before a token (see adjust_logits), all on one device.
+
+    added [B, V] f32 or None, a bias of each token, -inf never gives it; first [B, V] int32 or None, the number, from 0,
+    of the first new token that may be this one; phrases [K, L] int64, padded with -1 on the left, with phrase_bias [K]
+    f32 and phrase_rows [K] int32, the row it is for or -1 for all; repetition [B] f32, 1 is off; frequency, presence
+    [B] f32 and ngram [B] int32, 0 is off.
+    """
+
+    added: Tensor | None
+    first: Tensor | None
+    phrases: Tensor
+    phrase_bias: Tensor
+    phrase_rows: Tensor
+    repetition: Tensor
+    frequency: Tensor
+    presence: Tensor
+    ngram: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        batch: int,
+        *,
+        repetition: float = 1.0,
+        frequency: float = 0.0,
+        presence: float = 0.0,
+        ngram: int = 0,
+        added: Tensor | None = None,
+        first: Tensor | None = None,
+        phrases: Sequence[tuple[Sequence[int], float] | tuple[Sequence[int], float, int]] = (),
+        device: torch.device | str | None = None,
+    ) -> Adjustments:
+        """The same settings for `batch` rows, all off but those given; added and first are taken as they are. A phrase
+        is (tokens, bias), or (tokens, bias, row) for one row alone.
+
+        Raises ValueError for a repetition that is not above 0, numbers that are not finite, ngram below 0, a phrase
+        without tokens or with one below 0, a bias that is NaN, or a row that is not there.
+        """
+        check_adjustments(repetition, frequency, presence, ngram)
+        listed = [(list(phrase[0]), float(phrase[1]), phrase[2] if len(phrase) > 2 else -1) for phrase in phrases]
+        longest = max((len(tokens) for tokens, _, _ in listed), default=0)
+        for tokens, bias, row in listed:
+            if not tokens or min(tokens) < 0 or bias != bias or not -1 <= row < batch:
+                raise ValueError(
+                    f"a phrase is ({tokens}, {bias}, {row}); allowed: one token or more, of 0 or more, a bias that is "
+                    f"not NaN, and a row from 0 to {batch - 1}, or -1 for all"
+                )
+        padded = [[-1] * (longest - len(tokens)) + tokens for tokens, _, _ in listed]
+        return cls(
+            added if added is None else added.to(device=device, dtype=torch.float32),
+            first if first is None else first.to(device=device, dtype=torch.int32),
+            torch.tensor(padded, dtype=torch.int64, device=device).view(len(listed), longest),
+            torch.tensor([bias for _, bias, _ in listed], dtype=torch.float32, device=device),
+            torch.tensor([row for _, _, row in listed], dtype=torch.int32, device=device),
+            torch.full((batch,), repetition, dtype=torch.float32, device=device),
+            torch.full((batch,), frequency, dtype=torch.float32, device=device),
+            torch.full((batch,), presence, dtype=torch.float32, device=device),
+            torch.full((batch,), ngram, dtype=torch.int32, device=device),
+        )
 
 
 class Linear(NamedTuple):
@@ -157,6 +221,17 @@ def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -
         raise ValueError(f"top_p is {top_p}; allowed: above 0, at most 1 (off)")
     if not 0.0 <= min_p <= 1.0:
         raise ValueError(f"min_p is {min_p}; allowed: 0 (off) to 1")
+
+
+def check_adjustments(repetition: float, frequency: float, presence: float, ngram: int) -> None:
+    """Raise ValueError, naming the value and what is allowed, for settings that make no sense."""
+    if not 0.0 < repetition < math.inf:
+        raise ValueError(f"repetition is {repetition}; allowed: a positive number, 1 (off)")
+    for name, value in (("frequency", frequency), ("presence", presence)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; allowed: a finite number, 0 (off)")
+    if ngram < 0:
+        raise ValueError(f"ngram is {ngram}; allowed: 0 (off) or a positive integer")
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:

@@ -108,6 +108,7 @@ template <class E>
 void bind_all(py::module_ m) {
   bind<ChooseTokens>(m, "choose_tokens", E::choose_tokens);
   bind<PerturbLogits>(m, "perturb_logits", E::perturb_logits);
+  bind<AdjustLogits>(m, "adjust_logits", E::adjust_logits);
   bind<TopCandidates>(m, "top_candidates", E::top_candidates);
   bind<BuildTree>(m, "build_tree", E::build_tree);
   bind<AcceptTree>(m, "accept_tree", E::accept_tree);
@@ -121,6 +122,7 @@ struct Cpu {
   static void name(const Op& op, int64_t threads) { cpu::name(op, int(threads)); }
   CPU(choose_tokens, ChooseTokens)
   CPU(perturb_logits, PerturbLogits)
+  CPU(adjust_logits, AdjustLogits)
   CPU(top_candidates, TopCandidates)
   CPU(build_tree, BuildTree)
   CPU(accept_tree, AcceptTree)
@@ -138,6 +140,7 @@ struct Cuda {
   static void name(const Op& op, int64_t stream) { cuda::name(op, reinterpret_cast<void*>(stream)); }
   CUDA(choose_tokens, ChooseTokens)
   CUDA(perturb_logits, PerturbLogits)
+  CUDA(adjust_logits, AdjustLogits)
   CUDA(top_candidates, TopCandidates)
   CUDA(build_tree, BuildTree)
   CUDA(accept_tree, AcceptTree)

@@ -2,6 +2,7 @@
 
 from . import (
     accept_tree,
+    adjust_logits,
     build_tree,
     choose_tokens,
     compact_cache_,
@@ -16,6 +17,7 @@ from . import (
 
 __all__ = [
     "accept_tree",
+    "adjust_logits",
     "build_tree",
     "choose_tokens",
     "compact_cache_",

@@ -2,6 +2,7 @@
 
 from . import (
     accept_tree,
+    adjust_logits,
     block_attention,
     build_tree,
     choose_tokens,
@@ -20,6 +21,7 @@ from . import (
 
 __all__ = [
     "accept_tree",
+    "adjust_logits",
     "block_attention",
     "build_tree",
     "choose_tokens",

@@ -7,6 +7,7 @@
 //   max, sum, any    of one value a member, the result given to all
 //   scan(x)          sum of x over the members before this one
 //   add, set         *p += x and *p |= x on memory the members share
+//   put(p, x)        *p = x, where several members may write the same
 #pragma once
 
 #include <cstdint>
@@ -121,6 +122,7 @@ struct Thread {
   template <class T>
   BEAGLE_FN void add(T* p, T x) const { *p += x; }
   BEAGLE_FN void set(uint64_t* p, uint64_t bits) const { *p |= bits; }
+  BEAGLE_FN void put(float* p, float x) const { *p = x; }
 };
 
 }  // namespace beagle

@@ -103,6 +103,39 @@ struct PerturbLogits {
                 status)
 };
 
+// Node n of row b sees text[b, :lengths[b]] and its path, padded with -1 on the left; columns are tokens, or those of
+// token_ids.
+struct AdjustLogits {
+  const void* logits;
+  int32_t dtype;
+  int64_t batch, nodes, width, stride_b, stride_n;
+  const int64_t* paths;
+  int64_t path_length;
+  const int64_t* text;
+  int64_t slots;
+  const int32_t *lengths, *prompts;
+  const float* added;    // [batch, vocab], or null
+  const int32_t* first;  // [batch, vocab], or null
+  int64_t vocab;
+  const int64_t* phrases;
+  const float* phrase_bias;
+  const int32_t* phrase_rows;
+  int64_t phrase_count, phrase_length;
+  const float *repetition, *frequency, *presence;
+  const int32_t* ngram;
+  const int64_t* token_ids;  // or null
+  const int32_t* allowed;    // [batch, nodes, words], or null
+  int64_t words, chunks;
+  uint32_t* counts;  // workspace [batch, width] for CUDA, zero
+  int32_t* sizes;    // workspace [batch], zero
+  int32_t* listed;   // workspace [batch, slots]: the columns of a text's different tokens, so many as sizes says
+  int32_t* places;   // workspace [batch, nodes, path_length]
+  float* out;        // [batch, nodes, width]
+  BEAGLE_FIELDS(logits, dtype, batch, nodes, width, stride_b, stride_n, paths, path_length, text, slots, lengths, prompts,
+                added, first, vocab, phrases, phrase_bias, phrase_rows, phrase_count, phrase_length, repetition,
+                frequency, presence, ngram, token_ids, allowed, words, chunks, counts, sizes, listed, places, out)
+};
+
 struct TopCandidates {
   const void* logits;
   int32_t dtype;

@@ -7,6 +7,7 @@ namespace beagle::cpu {
 
 void choose_tokens(const ChooseTokens& op, int threads);
 void perturb_logits(const PerturbLogits& op, int threads);
+void adjust_logits(const AdjustLogits& op, int threads);
 void top_candidates(const TopCandidates& op, int threads);
 void build_tree(const BuildTree& op, int threads);
 void accept_tree(const AcceptTree& op, int threads);

@@ -9,6 +9,7 @@ namespace beagle::cuda {
 
 void choose_tokens(const ChooseTokens& op, void* stream);
 void perturb_logits(const PerturbLogits& op, void* stream);
+void adjust_logits(const AdjustLogits& op, void* stream);
 void top_candidates(const TopCandidates& op, void* stream);
 void build_tree(const BuildTree& op, void* stream);
 void accept_tree(const AcceptTree& op, void* stream);

@@ -64,6 +64,7 @@ struct BlockOf {
     if (uint32_t(bits)) atomicOr(half, uint32_t(bits));
     if (bits >> 32) atomicOr(half + 1, uint32_t(bits >> 32));
   }
+  __device__ __forceinline__ void put(float* p, float x) { atomicExch(p, x); }
 
  private:
   static __device__ __forceinline__ uint64_t bits_of(uint64_t x) { return x; }

@@ -93,6 +93,10 @@ T atomicMax(T* p, U x) {
   while (old < T(x) && !__atomic_compare_exchange_n(p, &old, T(x), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
   return old;
 }
+inline float atomicExch(float* p, float x) {
+  __atomic_exchange(p, &x, &x, __ATOMIC_RELAXED);
+  return x;
+}
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline long long __double_as_longlong(double x) {
   long long bits;
