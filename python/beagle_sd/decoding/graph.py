@@ -16,7 +16,10 @@ class GraphError(RuntimeError):
     """A round cannot be captured; the message says why, and that graph=False decodes without."""
 
 
-OPS = ("choose_tokens", "top_candidates", "build_tree", "verify_tree", "compact_cache_", "tree_attention")
+OPS = (
+    *("choose_tokens", "top_candidates", "lookup", "join_branch", "build_tree", "verify_tree", "compact_cache_"),
+    "tree_attention",
+)
 """Of a round."""
 _INSTEAD = "allowed: graph=False, which decodes eagerly"
 
