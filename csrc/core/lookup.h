@@ -39,7 +39,7 @@ BEAGLE_FN uint64_t best_end(Team& team, const int64_t* text, int64_t length, int
     for (int i = 0; i < kTile; ++i) {
       const int64_t end = top - i * step;
       if (end <= found || found == longest) break;
-      if (text[end - 1 - found] != before) continue;
+      if (text[end - 1 - found] != text[length - 1 - found]) continue;
       const int32_t matched = matching(text, length, end, longest);
       if (matched > found) found = matched, best = uint64_t(uint32_t(matched)) << 32 | uint32_t(end);
     }
