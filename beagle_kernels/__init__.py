@@ -15,6 +15,8 @@ from .decoder_layer import decoder_layer
 from .distill_loss import distill_loss
 from .extend_attention import extend_attention
 from .int8_linear import int8_linear
+from .join_branch import join_branch
+from .lookup import lookup
 from .perturb_logits import perturb_logits
 from .skinny_linear import skinny_linear
 from .top_candidates import top_candidates
@@ -59,6 +61,8 @@ __all__ = [
     "distill_loss",
     "extend_attention",
     "int8_linear",
+    "join_branch",
+    "lookup",
     "perturb_logits",
     "skinny_linear",
     "top_candidates",

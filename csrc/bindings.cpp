@@ -111,6 +111,8 @@ void bind_all(py::module_ m) {
   bind<AdjustLogits>(m, "adjust_logits", E::adjust_logits);
   bind<TopCandidates>(m, "top_candidates", E::top_candidates);
   bind<BuildTree>(m, "build_tree", E::build_tree);
+  bind<JoinBranch>(m, "join_branch", E::join_branch);
+  bind<Lookup>(m, "lookup", E::lookup);
   bind<AcceptTree>(m, "accept_tree", E::accept_tree);
   bind<VerifyTree>(m, "verify_tree", E::verify_tree);
   bind<VerifyChain>(m, "verify_chain", E::verify_chain);
@@ -125,6 +127,8 @@ struct Cpu {
   CPU(adjust_logits, AdjustLogits)
   CPU(top_candidates, TopCandidates)
   CPU(build_tree, BuildTree)
+  CPU(join_branch, JoinBranch)
+  CPU(lookup, Lookup)
   CPU(accept_tree, AcceptTree)
   CPU(verify_tree, VerifyTree)
   CPU(verify_chain, VerifyChain)
@@ -143,6 +147,8 @@ struct Cuda {
   CUDA(adjust_logits, AdjustLogits)
   CUDA(top_candidates, TopCandidates)
   CUDA(build_tree, BuildTree)
+  CUDA(join_branch, JoinBranch)
+  CUDA(lookup, Lookup)
   CUDA(accept_tree, AcceptTree)
   CUDA(verify_tree, VerifyTree)
   CUDA(verify_chain, VerifyChain)

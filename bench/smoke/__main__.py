@@ -51,6 +51,7 @@ CHECKS: dict[str, Callable[[str], str | None]] = {
     "distill_loss:fp32": partial(ops.distill_loss, dtype=FP32),
     "choose_tokens": ops.choose_tokens,
     "trees": ops.trees,
+    "lookup": ops.drafts_without_a_model,
     "verify_chain": ops.verify_chain,
     "compact_cache_": ops.compact_cache_,
     "skinny_linear": ops.skinny_linear,

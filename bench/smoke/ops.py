@@ -129,6 +129,15 @@ def trees(device: str) -> None:
         as_on_the_host(device, bk.verify_tree, *args)
 
 
+def drafts_without_a_model(device: str) -> None:
+    """Texts that repeat themselves now and then looked up in, and what is found there among candidates."""
+    text, lengths = torch.randint(3, (3, 5000)), torch.tensor([5000, 700, 1]).int()
+    as_on_the_host(device, bk.lookup, text, lengths, 9)
+    _, *candidates, _, _ = drawn_candidates()
+    scores = -torch.rand(3, 9).cumsum(1)
+    as_on_the_host(device, bk.join_branch, *candidates, bk.lookup(text, lengths, 9)[0], scores)
+
+
 def verify_chain(device: str) -> None:
     args = torch.randn(4, 5, 49152), torch.randn(4, 4, 49152), torch.randint(49152, (4, 4)), torch.arange(4)
     for rule in ("token", "block"):

@@ -171,6 +171,32 @@ struct BuildTree {
                 out_depth, out_mask, out_size)
 };
 
+struct JoinBranch {
+  const int64_t* tokens;
+  const float* scores;
+  const int32_t* parents;
+  const int64_t* branch_tokens;
+  const float* branch_scores;
+  int64_t batch;
+  int32_t candidates, steps;
+  int64_t* out_tokens;  // [batch, candidates + steps], as the next two
+  float* out_scores;
+  int32_t* out_parents;
+  BEAGLE_FIELDS(tokens, scores, parents, branch_tokens, branch_scores, batch, candidates, steps, out_tokens, out_scores,
+                out_parents)
+};
+
+// text: rows with the tokens contiguous, `stride` elements apart.
+struct Lookup {
+  const int64_t* text;
+  const int32_t* lengths;
+  int64_t stride, batch, size;
+  int32_t count, longest;
+  int64_t* tokens;
+  int32_t* matched;
+  BEAGLE_FIELDS(text, lengths, stride, batch, size, count, longest, tokens, matched)
+};
+
 struct AcceptTree {
   Tree tree;
   int64_t batch;

@@ -10,6 +10,8 @@ void perturb_logits(const PerturbLogits& op, int threads);
 void adjust_logits(const AdjustLogits& op, int threads);
 void top_candidates(const TopCandidates& op, int threads);
 void build_tree(const BuildTree& op, int threads);
+void join_branch(const JoinBranch& op, int threads);
+void lookup(const Lookup& op, int threads);
 void accept_tree(const AcceptTree& op, int threads);
 void verify_tree(const VerifyTree& op, int threads);
 void verify_chain(const VerifyChain& op, int threads);

@@ -12,6 +12,8 @@ void perturb_logits(const PerturbLogits& op, void* stream);
 void adjust_logits(const AdjustLogits& op, void* stream);
 void top_candidates(const TopCandidates& op, void* stream);
 void build_tree(const BuildTree& op, void* stream);
+void join_branch(const JoinBranch& op, void* stream);
+void lookup(const Lookup& op, void* stream);
 void accept_tree(const AcceptTree& op, void* stream);
 void verify_tree(const VerifyTree& op, void* stream);
 void verify_chain(const VerifyChain& op, void* stream);

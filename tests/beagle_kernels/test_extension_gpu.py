@@ -7,6 +7,8 @@ import torch
 from sampling_cases import mixed_sampling
 from test_compact_cache_ import case as compaction_case
 from test_extension import odd_logits
+from test_join_branch import random_branch
+from test_lookup import random_texts
 from tree_cases import random_candidates, random_tree
 
 import beagle_kernels as bk
@@ -69,6 +71,15 @@ def test_trees(nodes):
         same(bk.accept_tree, tree, torch.randint(2, (4, nodes)))
         logits = odd_logits((4 * nodes, 50), torch.bfloat16, seed).reshape(4, nodes, 50)
         same(bk.verify_tree, logits, tree, torch.arange(4), mixed_sampling(4, seed))
+
+
+@pytest.mark.parametrize("size", [1, 60, 4096, 20000])
+def test_lookups_and_chains_that_join(size):
+    for seed in range(6):
+        text, lengths = random_texts(4, size, seed), torch.tensor([size, size - 1, size // 2, 0]).int()
+        same(bk.lookup, text, lengths, 40, longest=(1, 16, 1024)[seed % 3])
+        _, *candidates = random_candidates(3, 80 * seed, 6, seed=seed)
+        same(bk.join_branch, *candidates, *random_branch(3, 7 * seed, 5, seed))
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])

@@ -121,6 +121,39 @@ def test_hostile_candidates_give_a_sound_tree_or_none(seed, batch, count, nodes,
 
 
 @property_test
+@given(seeds, st.integers(1, 4), st.integers(0, 40), st.integers(0, 9))
+def test_hostile_chains_join_sound_candidates_or_leave_them_refused(seed, batch, count, steps):
+    pick = torch.Generator().manual_seed(seed)
+    nan, inf = float("nan"), float("inf")
+    odd_tokens, odd_scores = [0, 1, INT64, -1, -INT64 - 1], [-1.0, -2.0, nan, -inf, inf, 3.0]
+    tokens, branch = (one_of(pick, odd_tokens[: 3 + seed % 3], (batch, n), torch.int64) for n in (count, steps))
+    scores, bounds = (one_of(pick, odd_scores, (batch, n), torch.float32) for n in (count, steps))
+    wild = one_of(pick, [-INT32 - 1, -2, -1, 0, 1, count - 1, count, count + steps - 1, INT32], (batch, count), torch.int32)
+    parents = torch.where(torch.rand(batch, count, generator=pick) < 0.3, wild, -1)
+    joined = [
+        bk.join_branch(tokens, scores, parents, branch, bounds, backend=name) for name in backends_of("join_branch")
+    ]
+    all_equal([[x.nan_to_num(nan=7.0) for x in each] for each in joined])
+    root = torch.zeros(batch, dtype=torch.int64)
+    before, after = (bk.build_tree(root, *x, 65, 100).size for x in ((tokens, scores, parents), joined[0]))
+    assert torch.equal(before == 0, after == 0)
+
+
+@property_test
+@given(seeds, st.integers(1, 4), st.integers(0, 70), st.integers(0, 64), st.sampled_from([1, 3, 1024]))
+def test_hostile_texts_are_looked_up(seed, batch, size, count, longest):
+    pick = torch.Generator().manual_seed(seed)
+    text = one_of(pick, [0, 0, 1, INT64, -1, -INT64 - 1][: 3 + seed % 4], (batch, size), torch.int64)
+    lengths = one_of(pick, [-INT32 - 1, -1, 0, 1, size // 2, size - 1, size, size + 1, INT32], (batch,), torch.int32)
+    found = [bk.lookup(text, lengths, count, longest=longest, backend=name) for name in backends_of("lookup")]
+    all_equal(found)
+    tokens, matched = found[0]
+    assert ((matched >= 0) & (matched <= lengths.sub(1).clamp(0, longest))).all()
+    assert (tokens >= -1).all() and (tokens.diff(dim=1)[tokens[:, :-1] < 0] == 0).all()
+    assert (tokens[matched == 0] == -1).all()
+
+
+@property_test
 @given(seeds, st.integers(1, 6), st.sampled_from([1, 3, 64, 1000]), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_hostile_logits_and_settings_choose_a_token(seed, rows, vocab, dtype):
     pick = torch.Generator().manual_seed(seed)

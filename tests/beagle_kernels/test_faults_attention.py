@@ -153,6 +153,20 @@ def calls(sizes: dict[str, int]) -> dict[str, Call]:
                 whole(1, B, M, dtype=torch.int32) - 1,
             ],
         ),
+        "lookup": (
+            lambda *given, backend: bk.lookup(*given, M, backend=backend),
+            [whole(3, B, S), torch.full((B,), S, dtype=torch.int32)],
+        ),
+        "join_branch": (
+            bk.join_branch,
+            [
+                whole(3, B, M),
+                -torch.rand(B, M, generator=pick).cumsum(1),
+                whole(1, B, M, dtype=torch.int32) - 1,
+                whole(3, B, N),
+                -torch.rand(B, N, generator=pick).cumsum(1),
+            ],
+        ),
         "accept_tree": (
             lambda *given, backend: bk.accept_tree(DraftTree(*given[:5], max_depth=6), given[5], backend=backend),
             [*tree, whole(3, B, N)],

@@ -24,6 +24,8 @@ CHECK_OF = {
     "choose_tokens": "choose_tokens",
     "perturb_logits": "choose_tokens",
     "top_candidates": "choose_tokens",
+    "lookup": "lookup",
+    "join_branch": "lookup",
     "build_tree": "trees",
     "accept_tree": "trees",
     "verify_tree": "trees",

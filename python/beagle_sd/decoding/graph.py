@@ -17,13 +17,15 @@ class GraphError(RuntimeError):
 
 
 OPS = (
+    "top_candidates",
+    "lookup",
+    "join_branch",
+    "build_tree",
+    "tree_attention",
     "adjust_logits",
     "choose_tokens",
-    "top_candidates",
-    "build_tree",
     "verify_tree",
     "compact_cache_",
-    "tree_attention",
 )
 """Of a round."""
 _INSTEAD = "allowed: graph=False, which decodes eagerly"
