@@ -62,18 +62,22 @@ def json_guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, schem
     try:
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": whitespace})
     except ValueError as error:
-        raise ValueError(f"llguidance cannot use the schema {schema}: {error}") from error
-    return _guide(vocabulary, tokenizer, grammar, f"schema {schema}")
+        raise ValueError(f"llguidance cannot use the schema {schema:.200}: {error}") from error
+    return _guide(vocabulary, tokenizer, grammar, f"schema {schema:.200}")
 
 
 def regex_guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, pattern: str) -> Guide:
     grammar = LLMatcher.grammar_from_regex(llguidance.regex_to_lark(pattern, "dw"))
-    return _guide(vocabulary, tokenizer, grammar, f"pattern {pattern}")
+    return _guide(vocabulary, tokenizer, grammar, f"pattern {pattern:.200}")
 
 
 def grammar_guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, grammar: str) -> Guide:
     kind = "llguidance" if grammar.lstrip().startswith("{") else "gbnf" if "::=" in grammar else "lark"
-    return _guide(vocabulary, tokenizer, llguidance.grammar_from(kind, grammar), f"grammar {grammar}")
+    try:
+        read = llguidance.grammar_from(kind, grammar)
+    except ValueError as error:
+        raise ValueError(f"llguidance cannot use the grammar {grammar:.200}: {error}") from error
+    return _guide(vocabulary, tokenizer, read, f"grammar {grammar:.200}")
 
 
 def _guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, grammar: str, what: str) -> Guide:

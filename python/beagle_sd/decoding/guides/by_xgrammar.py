@@ -53,20 +53,20 @@ def json_guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, schem
     separators = None if whitespace else (",", ":")
     return _guide(
         vocabulary,
-        f"schema {schema}",
+        f"schema {schema:.200}",
         lambda: compiler.compile_json_schema(schema, any_whitespace=whitespace, separators=separators),
     )
 
 
 def regex_guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, pattern: str) -> Guide:
     compiler = _compiler(vocabulary, tokenizer)
-    return _guide(vocabulary, f"pattern {pattern}", lambda: compiler.compile_regex(pattern))
+    return _guide(vocabulary, f"pattern {pattern:.200}", lambda: compiler.compile_regex(pattern))
 
 
 def grammar_guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, grammar: str) -> Guide:
     compiler = _compiler(vocabulary, tokenizer)
     compiled = compiler.compile_grammar if "::=" in grammar else compiler.compile_lark
-    return _guide(vocabulary, f"grammar {grammar}", lambda: compiled(grammar))
+    return _guide(vocabulary, f"grammar {grammar:.200}", lambda: compiled(grammar))
 
 
 def compiled_guide(compiled: xgrammar.CompiledGrammar, end_tokens) -> Guide:

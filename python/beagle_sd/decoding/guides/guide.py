@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from beagle_sd.decoding.guides.vocabulary import Vocabulary
@@ -62,7 +63,7 @@ class Guide(ABC):
         xgrammar passes over it, but allows no properties that are not named."""
         text = schema if isinstance(schema, str) else json.dumps({} if schema is None else schema)
         vocabulary = Vocabulary.of(target, tokenizer, end_tokens, special=False)
-        return _by(library).json_guide(vocabulary, tokenizer, text, whitespace)
+        return _begun(_by(library).json_guide(vocabulary, tokenizer, text, whitespace))
 
     @staticmethod
     def regex(
@@ -75,7 +76,7 @@ class Guide(ABC):
     ) -> Guide:
         r"""Text that as a whole matches the regular expression; \d and \w are those of ASCII."""
         vocabulary = Vocabulary.of(target, tokenizer, end_tokens, special=False)
-        return _by(library).regex_guide(vocabulary, tokenizer, pattern)
+        return _begun(_by(library).regex_guide(vocabulary, tokenizer, pattern))
 
     @staticmethod
     def grammar(
@@ -90,13 +91,13 @@ class Guide(ABC):
         "auto" takes xgrammar for GBNF, llguidance for the others, where that one is installed."""
         vocabulary = Vocabulary.of(target, tokenizer, end_tokens, special=True)
         order = list(_MODULES) if "::=" in grammar else [*reversed(_MODULES)]
-        return _by(library, order).grammar_guide(vocabulary, tokenizer, grammar)
+        return _begun(_by(library, order).grammar_guide(vocabulary, tokenizer, grammar))
 
     @staticmethod
     def compiled(grammar: Any, *, end_tokens: int | Sequence[int] | None = None) -> Guide:
         """Of an xgrammar.CompiledGrammar, with its own tokenizer info, whose vocab_size must be the target's;
         end_tokens None: its stop tokens."""
-        return _by("xgrammar").compiled_guide(grammar, end_tokens)
+        return _begun(_by("xgrammar").compiled_guide(grammar, end_tokens))
 
 
 def guide_of_processor(processor: Any) -> Guide | list[Guide] | None:
@@ -108,6 +109,18 @@ def guide_of_processor(processor: Any) -> Guide | list[Guide] | None:
     guides = {id(grammar): Guide.compiled(grammar) for grammar in processor.compiled_grammars}
     made = [guides[id(grammar)] for grammar in processor.compiled_grammars]
     return made[0] if len(made) == 1 else made
+
+
+def _begun(guide: Guide) -> Guide:
+    """The guide, once a text of it could begin; libraries see some of their limits only then."""
+    mask = torch.empty(1, guide.vocabulary.words, dtype=torch.int32)
+    try:
+        guide.begin().masks([[]], mask)
+    except RuntimeError as error:
+        raise ValueError(f"the grammar cannot be used: {error}") from error
+    if not bool(mask.any()):
+        raise ValueError("no token of the vocabulary can begin a text of the grammar; allowed: a grammar it can write")
+    return guide
 
 
 def _by(library: str, order: Sequence[str] = tuple(_MODULES)) -> ModuleType:

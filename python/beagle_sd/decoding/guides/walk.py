@@ -52,6 +52,7 @@ class Walk(ABC):
             self._over = ends = token in self.vocabulary.ends and _has(self._mask(), token)
             if not ends and not self._try(token):
                 self._back(steps)
+                self._here = None
                 raise ValueError(
                     f"token {token} was emitted as number {self._accepted + number} of the text, counted from 0, where "
                     "the grammar does not allow it; allowed: tokens of the mask"
