@@ -56,7 +56,8 @@ def mask_of(walk: Walk, *paths: Sequence[int]) -> Tensor:
 
 def tokens_of(mask: Tensor) -> list[int]:
     """The tokens whose bits are set in one row, by the definition: bit v % 32 of word v // 32."""
-    return [32 * word + bit for word in mask.nonzero()[:, 0].tolist() for bit in range(32) if mask[word] >> bit & 1]
+    token = torch.arange(32 * len(mask))
+    return token[(mask[token // 32] >> token % 32 & 1).bool()].tolist()
 
 
 def fresh_walk(guide: Guide, tokens: Sequence[int]) -> Walk | None:

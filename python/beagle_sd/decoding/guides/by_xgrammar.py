@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +18,8 @@ from beagle_sd.decoding.guides.walk import Walk
 from beagle_sd.models.ends import token_ids
 
 _compilers: WeakKeyDictionary[PreTrainedTokenizerBase, dict] = WeakKeyDictionary()
+_CONTROLS = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")
+"""All but the ends of lines."""
 
 
 class XGrammarGuide(Guide):
@@ -49,22 +52,23 @@ class _XGrammarWalk(Walk):
 
 
 def json_guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, schema: str, whitespace: bool) -> Guide:
-    compiler = _compiler(vocabulary, tokenizer)
+    compiler, controls = _compiler(vocabulary, tokenizer)
     separators = None if whitespace else (",", ":")
     return _guide(
-        vocabulary,
+        # JSON forbids them within strings, and the library lets them into those with a minLength or maxLength
+        replace(vocabulary, never=vocabulary.never | controls),
         f"schema {schema:.200}",
         lambda: compiler.compile_json_schema(schema, any_whitespace=whitespace, separators=separators),
     )
 
 
 def regex_guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, pattern: str) -> Guide:
-    compiler = _compiler(vocabulary, tokenizer)
+    compiler, _ = _compiler(vocabulary, tokenizer)
     return _guide(vocabulary, f"pattern {pattern:.200}", lambda: compiler.compile_regex(pattern))
 
 
 def grammar_guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, grammar: str) -> Guide:
-    compiler = _compiler(vocabulary, tokenizer)
+    compiler, _ = _compiler(vocabulary, tokenizer)
     compiled = compiler.compile_grammar if "::=" in grammar else compiler.compile_lark
     return _guide(vocabulary, f"grammar {grammar:.200}", lambda: compiled(grammar))
 
@@ -78,13 +82,19 @@ def compiled_guide(compiled: xgrammar.CompiledGrammar, end_tokens) -> Guide:
     return _guide(vocabulary, "compiled grammar", lambda: compiled)
 
 
-def _compiler(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> xgrammar.GrammarCompiler:
-    def make() -> xgrammar.GrammarCompiler:
+def _compiler(
+    vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
+) -> tuple[xgrammar.GrammarCompiler, frozenset[int]]:
+    """A compiler for these tokens, and those that hold control characters."""
+
+    def make() -> tuple[xgrammar.GrammarCompiler, frozenset[int]]:
         info = xgrammar.TokenizerInfo.from_huggingface(
             tokenizer, vocab_size=vocabulary.size, stop_token_ids=sorted(vocabulary.ends)
         )
         # the last schemas only: a server has as many as requests
-        return xgrammar.GrammarCompiler(info, max_threads=torch.get_num_threads(), cache_limit_bytes=64 << 20)
+        compiler = xgrammar.GrammarCompiler(info, max_threads=torch.get_num_threads(), cache_limit_bytes=64 << 20)
+        controls = {token for token, text in enumerate(info.decoded_vocab) if _CONTROLS.search(text)}
+        return compiler, frozenset(controls) - vocabulary.ends
 
     try:
         return made_once(_compilers, tokenizer, vocabulary, make)
