@@ -18,6 +18,8 @@ from beagle_sd.decoding.custom_generate import custom_generate, generate_saved
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.generate import Generated, generate
 from beagle_sd.decoding.graph import GraphError
+from beagle_sd.decoding.guides.guide import Guide
+from beagle_sd.decoding.many import Answer, Request, generate_many
 from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.config import BeagleConfig
@@ -28,6 +30,10 @@ from beagle_sd.models.layers.quantize import quantize_
 from beagle_sd.models.loading import load_bundled
 
 __all__ = [
+    "Answer",
+    "Guide",
+    "Request",
+    "generate_many",
     "AdaptiveTree",
     "BeagleConfig",
     "BeagleDraft",

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import beagle_kernels
 from beagle_sd.cli.app import app
-from beagle_sd.decoding import calibration
+from beagle_sd.decoding.trees import calibration
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "docs"))

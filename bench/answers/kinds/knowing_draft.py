@@ -22,11 +22,15 @@ def knowing(texts: list[Tensor], vocab: int, wrong: float = 0.25) -> Callable[..
     for row, text in enumerate(texts):
         known[row, : len(text)] = text
     spoiled = torch.rand(known.shape, generator=gen) < wrong
-    known = torch.where(spoiled, (known + 1) % vocab, known)
+    spoilt = torch.where(spoiled, (known + 1) % vocab, known)
 
-    def propose(draft, cache, lengths, root, sampling, depth, branch) -> Candidates:
+    def propose(draft, cache, lengths, root, sampling, depth, branch, shaped=None) -> Candidates:
         batch, level = len(root), torch.arange(depth, device=root.device)
-        right = known.to(root.device).gather(1, lengths.long()[:, None] + 1 + level)  # [B, depth]
+        # rows that ended change places with those that go on: a text is known by its last token there
+        here = known.to(root.device)[:, lengths.long()] == root  # [texts, B]
+        here = here.int() + torch.eye(*here.shape, dtype=torch.int32, device=root.device) * here
+        texts = spoilt.to(root.device)[here.argmax(0)]
+        right = texts.gather(1, lengths.long()[:, None] + 1 + level)  # [B, depth]
         other = torch.arange(branch - 1, 0, -1, device=root.device)
         others = (right[:, :, None] + 1 + other) % vocab
         tokens = torch.cat([others, right[:, :, None]], 2).flatten(1)

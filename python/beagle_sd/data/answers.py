@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from beagle_kernels import STATUS_NO_FINITE, Sampling, choose_tokens
 from beagle_sd.data import shards
-from beagle_sd.decoding.graph import GraphError, RoundGraph, check_capturable
-from beagle_sd.models.cache import causal
+from beagle_sd.decoding.engine import Engine
+from beagle_sd.decoding.graph import GraphError
+from beagle_sd.decoding.many import Many
+from beagle_sd.decoding.many import Request as Prompt
 from beagle_sd.models.supported import angles_change_at
-from beagle_sd.models.target import Target
 
-_PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}
-"""Prompt tokens run together, of prompts of about equal length, so that little is padding."""
-_LOOK_EVERY = 4
-"""Steps between looks at which rows have ended: looking waits for the device."""
 _PROMPT_TOKENS = 256
 """Room for a prompt in the first rows. Longer prompts wait, and are answered in fewer and longer rows."""
 
@@ -81,23 +77,36 @@ def write_answers(
     for name, value in (("batch", batch), ("max_new_tokens", max_new_tokens), ("context", context)):
         if value < 1:
             raise ValueError(f"{name} is {value}; allowed: at least 1")
-    with torch.inference_mode():
-        target = Target(model)
-        limit, prompt = longest_text(model, context), _PROMPT_TOKENS
-        room, captured = batch * (prompt + max_new_tokens), graph and target.device.type == "cuda"
-        pending: Iterator[Request] = (request for request in requests if len(request.ids) < limit)
-        while True:
-            longer: list[Request] = []
-            slots = min(limit, prompt + max_new_tokens)
-            rows = max(1, min(batch, room // slots))
-            writer = _Writer(target, ends, rows, slots, limit, max_new_tokens, seed, states, captured)
-            yield from writer.run(_up_to(prompt, pending, longer, max_new_tokens))
-            del writer  # before the next takes memory
-            if not longer:
-                return
-            while prompt < min(request.before_last(max_new_tokens) for request in longer):
-                prompt *= 2
-            pending = iter(longer)
+    limit, prompt = longest_text(model, context), _PROMPT_TOKENS
+    room = batch * (prompt + max_new_tokens)
+    pending: Iterator[Request] = (request for request in requests if len(request.ids) < limit)
+    while True:
+        longer: list[Request] = []
+        slots = min(limit, prompt + max_new_tokens)
+        rows = max(1, min(batch, room // slots))
+        engine = _engine(model, rows, slots, states, graph)
+        writer = _Writer(engine, ends, limit, max_new_tokens, seed)
+        yield from writer.run(_up_to(prompt, pending, longer, max_new_tokens))
+        del writer, engine  # before the next takes memory
+        if not longer:
+            return
+        while prompt < min(request.before_last(max_new_tokens) for request in longer):
+            prompt *= 2
+        pending = iter(longer)
+
+
+def _engine(model: PreTrainedModel, rows: int, slots: int, states: bool, graph: bool) -> Engine:
+    """An engine that decodes plainly; one kernel at a time, with a warning, where its rounds cannot be captured."""
+    made = functools.partial(Engine, model, None, batch=rows, capacity=slots, return_states=states)
+    try:
+        return made(graph=None if graph else False)
+    except GraphError as error:
+        _warn(error)
+        return made(graph=False)
+
+
+def _warn(error: GraphError) -> None:
+    warnings.warn(f"the rounds run one kernel at a time: {error}", stacklevel=2)
 
 
 def longest_text(model: PreTrainedModel, context: int) -> int:
@@ -156,164 +165,35 @@ class Text:
 
 
 class _Writer:
-    """Rows of one cache, each an answer in progress; a finished row takes the next prompt.
+    """Answers in the rows of an engine; a finished row takes the next prompt, or goes on with its chat."""
 
-    All that a step reads and writes lives on the device. token [B]: chosen, not yet run; answer [B, longest + 1]: what
-    was chosen (the last column takes what ended rows choose); count [B]: how much of it; room [B]: how much of it there
-    may be, of at most `longest` tokens, in a text of `limit`; done [B]: ended or free; ends [V] bool: what ends one.
-    """
-
-    def __init__(
-        self,
-        target: Target,
-        ends: Collection[int],
-        batch: int,
-        slots: int,
-        limit: int,
-        longest: int,
-        seed: int,
-        states: bool,
-        graph: bool,
-        fixed: bool = False,
-    ):
-        device = target.device
-        self.target, self.limit, self.longest, self.seed = target, limit, longest, seed
-        self.cache = target.new_cache(batch, slots, fixed=fixed)
-        vocab = target.head.size
-        self.end_ids = frozenset(one for one in ends if 0 <= one < vocab)
-        self.ends = torch.zeros(vocab, dtype=torch.bool, device=device)
-        self.ends[list(self.end_ids)] = True
-        self.sampling = Sampling.of(batch, device=device)
-        self.token = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.answer = torch.zeros(batch, longest + 1, dtype=torch.int64, device=device)
-        self.count = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.room = torch.full((batch,), longest, dtype=torch.int64, device=device)
-        self.done = torch.ones(batch, dtype=torch.bool, device=device)
-        self.status = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.numbers = torch.arange(batch, device=device)
-        self.depth = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.itself = causal(batch, 1, device)
-        shape = (batch, self.cache.capacity, target.config.hidden_size)
-        self.states = torch.zeros(shape, dtype=torch.bfloat16, device=device) if states else None
-        self.rows: list[Text | None] = [None] * batch
-        self.capture, self.play = graph, self._step
+    def __init__(self, engine: Engine, ends: Collection[int], limit: int, longest: int, seed: int):
+        self.engine, self.limit, self.longest, self.seed = engine, limit, longest, seed
+        self.ends = frozenset(one for one in ends if 0 <= one < engine.target.head.size)
 
     def run(self, requests: Iterator[Request]) -> Iterator[shards.Sequence]:
-        exhausted = False
+        many = Many(self.engine, (self._of(Text.of(request)) for request in requests), [*self.ends], 0)
         while True:
-            free = [row for row, text in enumerate(self.rows) if text is None]
-            if not exhausted and len(free) >= max(1, len(self.rows) // 16):
-                taken = list(islice(requests, len(free)))
-                exhausted = len(taken) < len(free)
-                for part in _groups(taken, _PREFILL_TOKENS[self.target.device.type]):
-                    self._admit([free.pop(0) for _ in part], part)
-            if all(text is None for text in self.rows):
+            try:
+                answer = next(many)
+            except StopIteration:
                 return
-            if self.capture:
-                self.capture, self.play = False, self._captured()
-            for _ in range(_LOOK_EVERY):
-                self.play()
-            yield from self._collect()
-
-    def _admit(self, rows: list[int], requests: list[Request]) -> None:
-        device = self.target.device
-        longest = max(len(request.ids) for request in requests)
-        padded = [request.ids + [0] * (longest - len(request.ids)) for request in requests]
-        tokens = torch.tensor(padded, device=device)
-        lengths = torch.tensor([len(request.ids) for request in requests], device=device)
-        into = torch.tensor(rows, device=device)
-        prompt = self.target.new_cache(*tokens.shape)
-        hidden = self.target.prefill(tokens, lengths, prompt)
-        self.cache.take(into, prompt)
-        if self.states is not None:
-            self.states[into, :longest] = hidden.to(torch.bfloat16)
-        seeds = [seed_of(self.seed, request) for request in requests]
-        self.sampling.seed[into] = torch.tensor(seeds, device=device)
-        self.sampling.temperature[into] = torch.tensor([request.temperature for request in requests], device=device)
-        self._choose_first(into, hidden[torch.arange(len(rows), device=device), lengths - 1], lengths)
-        for row, request in zip(rows, requests, strict=True):
-            self.rows[row] = Text.of(request)
-
-    def _go_on(self, row: int, text: Text) -> None:
-        """Begin the next answer of a chat, behind the keys of what is written."""
-        device = self.target.device
-        begin = len(text.ids) - 1  # of what was chosen last, but not run
-        text.turn(self.end_ids)
-        tokens = torch.tensor([text.ids[begin:]], device=device)
-        count = torch.tensor([tokens.shape[1]], device=device)
-        hidden = self.target.prefill(tokens, count, self.cache.row(row), begin)
-        if self.states is not None:
-            self.states[row, begin : len(text.ids)] = hidden[0].to(torch.bfloat16)
-        self._choose_first(torch.tensor([row], device=device), hidden[:, -1], begin + count)
-
-    def _choose_first(self, into: Tensor, last: Tensor, lengths: Tensor) -> None:
-        """The first tokens of the answers of some rows, by the states [rows, d] before them, and their room."""
-        settings = Sampling(*(field[into] for field in self.sampling))
-        chosen, status = choose_tokens(self.target.head(last), lengths, settings)
-        self.token[into], self.answer[into, 0] = chosen, chosen
-        self.count[into], self.status[into] = 1, status
-        self.room[into] = (self.limit - lengths).clamp(max=self.longest)
-        self.done[into] = self.ends[chosen] | (self.room[into] == 1)
-
-    def _captured(self) -> Callable[[], None]:
-        """The step as a graph's replay, captured while no row is live; as it is, with a warning, if it cannot be."""
-        device, done = self.target.device, self.done.clone()
-        try:
-            check_capturable(device, self.target.dtype)
-            self.done.fill_(True)
-            return RoundGraph(self._step, device, torch.cuda.graph_pool_handle()).replay
-        except GraphError as error:
-            warnings.warn(f"the step runs one kernel at a time: {error}", stacklevel=2)
-            return self._step
-        finally:
-            self.done.copy_(done)
-
-    def _step(self) -> None:
-        """Run the pending tokens and choose the next: no value is read on the host, all buffers stay in place."""
-        lengths = self.cache.lengths
-        hidden = self.target.forward(self.token[:, None], self.depth, self.itself, self.cache)[:, 0]
-        if self.states is not None:
-            self.states[self.numbers, lengths.long()] = hidden.to(torch.bfloat16)
-        live = ~self.done
-        self.cache.advance(live.long())
-        chosen, status = choose_tokens(self.target.head(hidden), lengths.long(), self.sampling)
-        self.status |= torch.where(live, status, 0)
-        self.token.copy_(torch.where(live, chosen, self.token))
-        self.answer[self.numbers, torch.where(live, self.count, self.longest)] = chosen
-        self.count += live
-        self.done |= self.ends[self.token] | (self.count >= self.room)
-
-    def _collect(self) -> Iterator[shards.Sequence]:
-        """Take the answers that have ended: chats go on, other texts are given out and free their rows."""
-        done = self.done.tolist()
-        ended = [(row, text) for row, text in enumerate(self.rows) if text is not None and done[row]]
-        if not ended:
-            return
-        which = torch.tensor([row for row, _ in ended], device=self.done.device)
-        answers, counts, status = (part[which].cpu() for part in (self.answer, self.count, self.status))
-        for (row, text), answer, count, bits in zip(ended, answers, counts.tolist(), status.tolist(), strict=True):
-            request = text.request
-            if bits & STATUS_NO_FINITE:
-                raise RuntimeError(
-                    f"prompt {request.index}: the target gave no finite logit; check its weights and dtype"
-                )
-            text.say(answer[:count].tolist())
-            if text.goes_on(self.limit):
-                self._go_on(row, text)
+            except GraphError as error:
+                _warn(error)
+                self.engine.graph = False
                 continue
-            before = len(text.ids) - 1
-            states = torch.empty(0) if self.states is None else self.states[row, :before].to("cpu", copy=True)
-            yield text.sequence(states)
-            self.rows[row] = None
+            text: Text = answer.request.key
+            text.say(answer.tokens.tolist())
+            if text.goes_on(self.limit):
+                text.turn(self.ends)
+                many.add(self._of(text))  # its row holds what is written
+                continue
+            states = answer.kept("states")
+            yield text.sequence(torch.empty(0) if states is None else states[: len(text.ids) - 1].to("cpu", copy=True))
 
-
-def _groups(requests: list[Request], tokens: int) -> Iterator[list[Request]]:
-    """The requests by length, in groups of about so many tokens with their padding."""
-    group: list[Request] = []
-    for request in sorted(requests, key=lambda request: len(request.ids)):
-        if group and len(request.ids) * (len(group) + 1) > tokens:
-            yield group
-            group = []
-        group.append(request)
-    if group:
-        yield group
+    def _of(self, text: Text) -> Prompt:
+        """What is asked of the engine for the next answer of a text."""
+        request = text.request
+        room = min(self.longest, self.limit - len(text.ids))
+        sampling = {"temperature": request.temperature, "seed": seed_of(self.seed, request)}
+        return Prompt(text.ids, key=text, max_new_tokens=room, **sampling)

@@ -122,8 +122,8 @@ class _Speculation:
         rows, width = input_ids.shape
         vocab_size = model.config.get_text_config().vocab_size
         mask = given.get("attention_mask")
-        padded = mask is not None and not bool((mask != 0).all())
-        sampling, rules = settings_of(processors, config.do_sample, width, vocab_size, padded)
+        padding = [0] * rows if mask is None else (mask == 0).sum(1).tolist()
+        sampling, rules = settings_of(processors, config.do_sample, width, vocab_size, padding)
         own = [c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
         if own and not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
             own = [_Together(own)]

@@ -18,6 +18,7 @@ from beagle_kernels import Sampling
 from beagle_sd.decoding.engine import Engine, Text
 from beagle_sd.decoding.loop import Decoding, Row
 from beagle_sd.decoding.report import Report
+from beagle_sd.decoding.settings.on_host import check_processors
 from beagle_sd.decoding.settings.rules import RuleArguments, Rules, check_names, rules_of
 from beagle_sd.decoding.settings.stopping import Stopping
 from beagle_sd.decoding.trees.adaptive import AdaptiveTree
@@ -151,6 +152,9 @@ def generate(
         raise ValueError(f"a streamer was given with {len(prompts)} rows; allowed: 1 row")
     ends, pad = ends_of(target, eos_token_id, pad_token_id)
     made = rules_of(wrapped.config.vocab_size, ends, len(prompts), **rules)
+    for row, rules_of_row in enumerate(made):
+        if row == 0 or rules_of_row.processors is not made[0].processors:
+            check_processors(rules_of_row, input_ids[row].tolist(), wrapped.config.vocab_size)
     texts = _texts(input_ids, prompts, lengths, sampling, max_new_tokens, made)
     settings = {**options, "return_logprobs": return_logprobs or prompt_logprobs, "top_logprobs": top_logprobs}
 

@@ -62,6 +62,7 @@ class EngineRun:
         engine = known or Engine(self.target, self.draft, batch=1, capacity=self.capacity, tree=self.tree)
         if isinstance(self.tree, AdaptiveTree):
             engine.tree = self.tree.again()
+        engine.forget()  # no contender has the answers before
         out = generate(
             self.target, self.draft, ids, max_new_tokens=max_new_tokens, temperature=self.temperature, engine=engine
         )

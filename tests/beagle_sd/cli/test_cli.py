@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from beagle_sd.cli.app import app
 from beagle_sd.data.shards import read_sequences
-from beagle_sd.decoding import calibration
+from beagle_sd.decoding.trees import calibration
 from beagle_sd.models.draft import BeagleDraft
 
 

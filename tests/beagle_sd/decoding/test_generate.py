@@ -8,11 +8,11 @@ import pytest
 import torch
 from decoding_cases import NEW, Recorder, assert_same_text, greedy, prompts, ragged
 from models import ARCHITECTURES, VOCAB, agreeable_target, small_draft, small_target
+from round_cases import decoded, texts
 
 from beagle_kernels import Sampling
 from beagle_sd import TreeShape, generate
 from beagle_sd.decoding.engine import Engine
-from beagle_sd.decoding.loop import Decoding
 
 SHAPES = [(1, 1, 2), (4, 1, 5), (3, 2, 7), (4, 4, 16), (6, 10, 60), (5, 8, 100)]
 
@@ -234,13 +234,12 @@ def test_after_any_round_both_caches_hold_true_states_only(shape):
     lengths = torch.tensor([11, 4, 7], dtype=torch.int32)
     engine = Engine(target, draft, batch=3, capacity=41, tree=TreeShape(*shape))
     with torch.inference_mode():
-        decoding = Decoding(engine, ids, lengths, 30)
-        accepted = sum(len(run) for runs in decoding.run(Sampling.of(3, 3, temperature=1.0), []) for run in runs)
-        assert accepted == 90 and decoding.report().tokens_per_round > 1.5
+        decoding, rows = decoded(engine, texts(ids, lengths.tolist(), 30, Sampling.of(3, 3, temperature=1.0)), [])
+        assert decoding.report().new_tokens == 90 and decoding.report().tokens_per_round > 1.5
     with torch.inference_mode():
         cache, draft_cache = engine.buffers.cache, engine.buffers.draft_cache
-        for row in range(3):
-            text = torch.cat((ids[row, : lengths[row]], decoding.new_tokens(0)[row]))[None, :-1]
+        for row, one in enumerate(sorted(rows, key=lambda one: one.slot)):
+            text = torch.tensor([one.text.ids + one.tokens[:-1]])
             count = text.shape[1]
             assert int(cache.lengths[row]) == count
             plain = target(text, use_cache=True, output_hidden_states=True)

@@ -6,17 +6,15 @@ import pytest
 import torch
 from decoding_cases import assert_same_text, prompts
 from models import agreeable_target, small_draft
-from round_cases import PATHS, TREE, begun, fixed_engine, rows
+from round_cases import PATHS, TREE, begin, begun, decoded, fixed_engine, rows, texts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, generate
 from beagle_sd.decoding.trees.adaptive import Costs
-from beagle_sd.decoding.settings.processors import Bias
-from beagle_sd.decoding.loop import Decoding
-from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import play_round
+from beagle_sd.decoding.settings.rules import Rules
 from beagle_sd.decoding.trees.tree import TreeShape
 
 
@@ -78,17 +76,10 @@ def test_buffers_stay_where_they_are(pair):
     target, draft = pair
     engine = begun(target, draft, page_size=7, return_logprobs=True, tree=TREE)
     places = {name: tensor.data_ptr() for name, tensor in engine.buffers.tensors().items()}
-    assert {"states_0", "lengths", "table_0", "draft_keys", "output", "logprobs", "news", "seed"} <= set(places)
+    assert {"states_0", "lengths", "table_0", "draft_keys", "text", "logprobs", "news", "seed"} <= set(places)
     for _ in range(3):
         play_round(engine.target, draft, engine.buffers, engine.shape)
-    engine.begin(
-        prompts(3, 5),
-        torch.tensor([5, 2, 3], dtype=torch.int32),
-        Sampling.of(3),
-        4,
-        [],
-        Clock(engine.target.device),
-    )
+    begin(engine, texts(prompts(3, 5), (5, 2, 3), 4, Sampling.of(3)), [])
     assert {name: tensor.data_ptr() for name, tensor in engine.buffers.tensors().items()} == places
 
 
@@ -126,20 +117,31 @@ def test_a_recorded_round_replays_as_any_later_one(pair, path, drafting):
     if drafting != "draft":
         draft = small_draft(target, window_keys=9) if drafting == "window" else None
     settings = {**PATHS[path], "tree": TREE, "return_logprobs": True}
-    settings["bias"] = Bias({7: -torch.inf, 8: 3.0}, {5: 9}) if path == "pages" else None
+    settings["rules"] = RULES if path == "pages" else None
     with torch.no_grad():
         ours, theirs = (begun(target, draft, tokens=40, **settings) for _ in range(2))
         with ours.buffers.at_rest(), Tape() as tape:
-            play_round(ours.target, draft, ours.buffers, ours.shape)
+            play_round(ours.target, draft, ours.buffers, ours.shape, ours.shaping)
         rounds = 0
         while bool(theirs.buffers.live.any()):
             tape.replay()
-            play_round(theirs.target, draft, theirs.buffers, theirs.shape)
+            play_round(theirs.target, draft, theirs.buffers, theirs.shape, theirs.shaping)
             assert torch.equal(ours.buffers.news, theirs.buffers.news)
             rounds += 1
         for name, tensor in theirs.buffers.tensors().items():
             assert torch.equal(ours.buffers.tensors()[name], tensor), name
     assert int(ours.buffers.emitted.sum()) > 3 + rounds and rounds > 3
+
+
+RULES = Rules(
+    added={7: -torch.inf, 8: 3.0},
+    phrases={(4, 5): -torch.inf, (8, 8, 1): 2.0},
+    repetition=1.2,
+    frequency=0.3,
+    presence=0.1,
+    first={5: 9},
+    ngram=3,
+)
 
 
 class TapeGraph:
@@ -173,6 +175,7 @@ def test_generate_by_replays_alone(pair, monkeypatch):
             settings["eos_token_id"] = int(free[1, -new // 3])
             if seed % 2 == 0:
                 settings |= {"logit_bias": {int(free[0, -new // 2]): -torch.inf}, "min_new_tokens": 7}
+                settings |= {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "bad_words_ids": [[4, 5], [8, 8, 1]]}
             want = generate(target, None, ids, **settings)
             made = generate(target, own, ids, engine=engine, **settings)
             assert torch.equal(made.sequences, want.sequences)
@@ -196,7 +199,7 @@ def test_rows_at_rest_keep_their_text(pair):
             for part in (
                 *(states[:, :, row, :, :length] for states in buffers.cache.states),
                 buffers.draft_cache.keys[row, :, :length],
-                buffers.output[row, : buffers.emitted[row]],
+                buffers.text[row, : buffers.prompts[row] + buffers.emitted[row]],
                 buffers.emitted,
                 buffers.live,
                 buffers.pending,
@@ -222,10 +225,12 @@ def test_the_host_may_lag_a_round_behind(pair, temperature):
         want = generate(target, draft, ids, **settings, tree=TREE)
         engine = fixed_engine(target, draft, 4, 41, tree=TREE)
         with torch.inference_mode():
-            decoding = Decoding(engine, ids, torch.full((4,), 11, dtype=torch.int32), 30, ahead=True)
-            assert decoding.most_playing == 2
-            list(decoding.run(Sampling.of(4, 0, temperature), ends))
-            assert torch.equal(decoding.new_tokens(0), want.sequences[:, 11:])
+            given = texts(ids, [11] * 4, 30, Sampling.of(4, 0, temperature))
+            decoding, written = decoded(engine, given, ends, ahead=True)
+            assert decoding._most_playing == 2
+        longest = want.sequences.shape[1] - 11
+        padded = [row.tokens + [0] * (longest - len(row.tokens)) for row in written]
+        assert padded == want.sequences[:, 11:].tolist()
         ours, theirs = decoding.report(), want.report
         ours.seconds = theirs.seconds = {}
         assert ours == theirs

@@ -9,12 +9,11 @@ import pytest
 import torch
 from decoding_cases import Recorder, assert_same_text, prompts
 from models import agreeable_target, small_draft, small_target
-from round_cases import PATHS, TREE, rows
+from round_cases import PATHS, TREE, begin, rows, texts
 
 from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, Engine, GraphError, generate
 from beagle_sd.decoding.trees.adaptive import Costs
-from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import play_round
 from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.draft import RMSNorm
@@ -71,8 +70,7 @@ def test_a_round_never_waits_for_the_host(pair, path, drafting):
         tree=TREE,
     )
     with torch.inference_mode():
-        lengths = torch.tensor([11, 4], dtype=torch.int32, device="cuda")
-        engine.begin(prompts(2).cuda(), lengths, Sampling.of(2, device="cuda"), 20, [], Clock(engine.target.device))
+        begin(engine, texts(prompts(2), (11, 4), 20, Sampling.of(2)), [])
         play_round(engine.target, engine.draft, engine.buffers, engine.shape)  # compiles what it needs
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -8,12 +8,11 @@ import pytest
 import torch
 from decoding_cases import prompts
 from models import small_draft
-from round_cases import TREE, rows
+from round_cases import TREE, decoded, rows, texts
 
 from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, BeagleDraft, Engine, generate
 from beagle_sd.decoding.trees.adaptive import Costs
-from beagle_sd.decoding.loop import Decoding
 from beagle_sd.decoding.trees.tree import TreeShape
 
 
@@ -77,14 +76,13 @@ def test_the_cache_keeps_its_size_and_prefill_the_tail(pair, monkeypatch):
     cache = engine.buffers.draft_cache
     size, place = cache.keys.nbytes, cache.keys.data_ptr()
     with torch.inference_mode():
-        decoding = Decoding(engine, ids, lengths, 100)
-        written = [len(run) for runs in decoding.run(Sampling.of(2, 3, temperature=1.0), []) for run in runs]
-    assert sum(written) == 200
+        decoding, rows = decoded(engine, texts(ids, lengths.tolist(), 100, Sampling.of(2, 3, temperature=1.0)), [])
+    assert decoding.report().new_tokens == 200
     assert engine.buffers.tokens == 400 and (cache.keys.nbytes, cache.keys.data_ptr()) == (size, place)
     assert computed[0] == max(computed) == 16, "of 300 positions"
     with torch.inference_mode():
-        for row in range(2):
-            text = torch.cat((ids[row, : lengths[row]], decoding.new_tokens(0)[row]))[:-1]
+        for row, one in enumerate(sorted(rows, key=lambda one: one.slot)):
+            text = torch.tensor(one.text.ids + one.tokens[:-1])
             last = torch.arange(len(text))[-16:]
             states = target(text[None], output_hidden_states=True).hidden_states[-1][0]
             for ours, theirs in zip((cache.keys, cache.values), keys_values(draft, states[last], last), strict=True):

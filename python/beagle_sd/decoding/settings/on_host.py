@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from beagle_sd.decoding.settings.rules import Rules
     from beagle_sd.decoding.settings.shaping import Slot
 
 
@@ -41,3 +42,25 @@ def processed(
             given = processor(texts, given)
         made[rows, nodes] = (given if token_ids is None else given[:, token_ids]).to(made.dtype)
     return made
+
+
+def check_processors(rules: Rules, ids: Sequence[int], vocab_size: int) -> None:
+    """ValueError for a processor that says something else of the same text after it was asked of another: it keeps a
+    state of the text from call to call, as plain decoding goes, and a tree has many texts."""
+    text = torch.tensor([[*ids]])
+    scores = torch.linspace(-4.0, 4.0, vocab_size)[None]
+    longer = torch.cat([text, text[:, :1]], 1)
+    for processor in rules.processors:
+        try:
+            first, _, again = (processor(one, scores.clone()) for one in (text, longer, text))
+            same = torch.equal(first.nan_to_num(), again.nan_to_num())
+        except Exception as error:
+            raise ValueError(
+                f"{type(processor).__name__} cannot be asked of a text twice ({type(error).__name__}: {error}); allowed: "
+                "functions of the tokens and scores they are given"
+            ) from error
+        if not same:
+            raise ValueError(
+                f"{type(processor).__name__} keeps a state from call to call; allowed: functions of the tokens and "
+                "scores they are given"
+            )

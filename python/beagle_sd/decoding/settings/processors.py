@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,15 +51,15 @@ _REFUSED = {
 
 
 def settings_of(
-    processors: LogitsProcessorList, do_sample: bool, width: int, vocab_size: int, padded: bool
+    processors: LogitsProcessorList, do_sample: bool, width: int, vocab_size: int, padding: list[int]
 ) -> tuple[dict[str, Any], RuleArguments]:
     """The sampling settings and the rules that prepared processors stand for, with prompts of padded width `width`;
-    padded: whether any has padding.
+    padding: how much of it each has.
 
     Those for which there is no rule, or that come in another order than rules have, act on the host, and all behind
     them. ValueError names a processor that cannot be had, why, and what unsets it.
     """
-    found = _Found(do_sample, width, vocab_size, padded)
+    found = _Found(do_sample, width, vocab_size, padding)
     for processor in processors:
         name = type(processor).__name__
         if name in _REFUSED:
@@ -78,7 +79,7 @@ class _Found:
     do_sample: bool
     width: int
     vocab_size: int
-    padded: bool
+    padding: list[int]
     rules: RuleArguments = field(default_factory=RuleArguments)
     sampling: dict[str, Any] = field(default_factory=dict)
     host: list[Processor] = field(default_factory=list)
@@ -108,7 +109,10 @@ class _Found:
 
     def _to_host(self, processor: Any) -> None:
         if isinstance(processor, PrefixConstrainedLogitsProcessor):
-            processor = _Allowing(processor._prefix_allowed_tokens_fn)
+            processor = _OfRow(functools.partial(_Allowing, processor._prefix_allowed_tokens_fn))
+        elif isinstance(ignored := getattr(processor, "prompt_ignore_length", None), Tensor):
+            kind, each = type(processor), ignored.tolist()
+            processor = _OfRow(lambda row: kind(processor.penalty, each[row]))
         self.host += [*self.warpers, processor]
         if self.warpers:
             self.warpers, self.sampling = [], {"temperature": 1.0}
@@ -122,10 +126,10 @@ class _Found:
             for tokens, value in processor.sequence_bias.items():
                 known[tokens] = known.get(tokens, 0.0) + value
             rules["sequence_bias"] = known
-        elif kind is RepetitionPenaltyLogitsProcessor and self._counts_text(processor, "repetition_penalty"):
+        elif kind is RepetitionPenaltyLogitsProcessor and self._counts_text(processor):
             rules["repetition_penalty"] = processor.penalty
-        elif kind is NoRepeatNGramLogitsProcessor and self._counts_text(processor, "no_repeat_ngram_size"):
-            rules["no_repeat_ngram_size"] = processor.ngram_size
+        elif kind is NoRepeatNGramLogitsProcessor and not any(self.padding) and "no_repeat_ngram_size" not in rules:
+            rules["no_repeat_ngram_size"] = processor.ngram_size  # transformers' counts padding
         elif kind is NoBadWordsLogitsProcessor:
             rules["bad_words_ids"] = [*rules.get("bad_words_ids", ()), *processor.sequence_bias]
         elif (guide := guide_of_processor(processor)) is not None and "guide" not in rules:
@@ -134,10 +138,11 @@ class _Found:
             return self._is_number(processor)
         return True
 
-    def _counts_text(self, processor: Any, name: str) -> bool:
-        """Whether the rule `name` counts the tokens that the processor does: transformers' count padding."""
-        whole = getattr(processor, "prompt_ignore_length", None) in (None, 0)
-        return whole and not self.padded and name not in self.rules
+    def _counts_text(self, penalty: RepetitionPenaltyLogitsProcessor) -> bool:
+        """Whether the rule, where it is still to be had, counts the tokens that the processor does: all but padding."""
+        ignored: Any = penalty.prompt_ignore_length
+        passed = ignored.tolist() if isinstance(ignored, Tensor) else [ignored or 0] * len(self.padding)
+        return passed == self.padding and "repetition_penalty" not in self.rules
 
     def _is_number(self, processor: Any) -> bool:
         """The same for those that look at no text but its length."""
@@ -161,14 +166,21 @@ class _Found:
         self.rules["not_before"] = known | {token: max(number, known.get(token, 0)) for token in tokens}
 
 
+class _OfRow:
+    """A processor that is another in each row of the batch (see rules)."""
+
+    def __init__(self, of_row: Callable[[int], Processor]):
+        self.of_row = of_row
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        raise RuntimeError("a processor that is another in each row was called for none")
+
+
 class _Allowing:
     """What prefix_allowed_tokens_fn says, which is given a row's number."""
 
-    def __init__(self, allowed: Callable[[int, Tensor], Any], row: int = 0):
+    def __init__(self, allowed: Callable[[int, Tensor], Any], row: int):
         self.allowed, self.row = allowed, row
-
-    def of_row(self, row: int) -> _Allowing:
-        return _Allowing(self.allowed, row)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         made = torch.full_like(scores, -math.inf)

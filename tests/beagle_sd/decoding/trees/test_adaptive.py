@@ -10,7 +10,7 @@ from decoding_cases import NEW, prompts, ragged
 from models import agreeable_target, small_draft, small_target
 
 from beagle_sd import AdaptiveTree, BeagleDraft, adaptive_tree, generate
-from beagle_sd.decoding import calibration
+from beagle_sd.decoding.trees import calibration
 from beagle_sd.decoding.trees.adaptive import Costs
 from beagle_sd.decoding.trees.tree import PLAIN, TreeShape
 from beagle_sd.models.loading import bundled_folder, measured_acceptance

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import small_draft, small_target
 
-from beagle_sd.decoding import calibration
+from beagle_sd.decoding.trees import calibration
 from beagle_sd.decoding.trees.adaptive import Costs
 from beagle_sd.decoding.trees.calibration import calibrated_costs, measure_costs
 from beagle_sd.decoding.trees.tree import PLAIN, TreeShape
