@@ -44,7 +44,7 @@ def test_texts_to_edit_are_in_the_package(tmp_path):
         (asked,) = prompt["turns"]
         request, text = asked.split("\n\n", 1)
         assert request == row["request"] and text.split("\n") == row["text"]
-        assert len(request) < 100 and 200 < len(text) < 700 and text == text.strip()
+        assert len(request) < 100 and 150 < len(text) < 700 and text == text.strip()
         assert text.count("```") in (0, 2)
     assert SET_NAMES[-1] == "editing" and ngrams(prompts[0]["turns"][0]) <= evaluation_ngrams(["editing"], tmp_path)
 
