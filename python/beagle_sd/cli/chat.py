@@ -90,7 +90,7 @@ def chat(
         chosen = shape or measured_tree(model, loaded, calibrate=False)
         session = Session(model, loaded, dialogue, room, chosen, max_new_tokens, options)
         session.warm_up()
-        if sys.stdin.isatty():
+        if _in_terminal():
             console.print("/help lists the commands", style="dim")
         for line in _lines():
             try:
@@ -109,11 +109,15 @@ def _context(model: PreTrainedModel, asked: int | None) -> int:
     return asked
 
 
+def _in_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
 def _lines() -> Iterator[str]:
     """What the user types, line by line; where it comes from a pipe it is shown, so that the answers have questions."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as_text says what is wrong with a line
-    if not sys.stdin.isatty():
+    if not _in_terminal():
         for line in sys.stdin:
             console.print(f"> {line.strip()}", style="bold", markup=False, highlight=False, soft_wrap=True)
             yield line

@@ -218,8 +218,7 @@ def read_prompts(source: str, tokenizer: PreTrainedTokenizerBase, count: int, ra
         chats = [[{"role": "user", "content": prompt["turns"][0]}] for prompt in evaluation_prompts(source)]
     elif not Path(source).is_file():
         raise ValueError(
-            f"{source!r} is no set of prompts and no file; allowed: {', '.join(SET_NAMES)}, or a "
-            ".jsonl or .txt file"
+            f"{source!r} is no set of prompts and no file; allowed: {', '.join(SET_NAMES)}, or a .jsonl or .txt file"
         )
     elif Path(source).suffix == ".txt":
         lines = read_text(source).splitlines()
