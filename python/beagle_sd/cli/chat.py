@@ -91,7 +91,7 @@ def chat(
         session = Session(model, loaded, dialogue, room, chosen, max_new_tokens, options)
         session.warm_up()
         if _in_terminal():
-            console.print("/help lists the commands", style="dim")
+            console.print("/help lists the commands", style="dim", highlight=False)
         for line in _lines():
             try:
                 if not session.take(as_text(line.strip())):
@@ -173,7 +173,7 @@ class Session:
             self.tally = Tally()
         elif command == "/report":
             for said in self.tally.lines():
-                console.print(said, highlight=False)
+                console.print(said, highlight=False, soft_wrap=True)
             console.print(f"context: {len(self.dialogue.ids)} of {self.context} tokens", highlight=False)
         elif command == "/help":
             console.print(_HELP, markup=False, highlight=False)
@@ -268,17 +268,16 @@ class Tally:
             f"last answer: {report.new_tokens} tokens in {sum(report.seconds.values()):.2f} s, "
             f"{report.tokens_per_second:.1f} tokens/s, prefill included",
             f"prefill: {report.seconds['prefill']:.3f} s, {report.prefilled} of {self.prompt} prompt tokens",
-            f"rounds: {report.rounds}, {report.tokens_per_round:.2f} tokens a round; drafted tokens accepted, by depth: "
-            f"{by_depth or 'none'}",
+            f"rounds: {report.rounds}, {report.tokens_per_round:.2f} tokens a round",
+            f"drafted tokens accepted, by depth: {by_depth or 'none'}",
         ]
 
     def _all(self) -> str:
         tokens = sum(report.new_tokens for report in self.reports)
         seconds = sum(sum(report.seconds.values()) for report in self.reports)
-        rounds = sum(report.rounds for report in self.reports)
+        rounds = sum(report.row_rounds for report in self.reports)
         in_rounds = sum(report.tokens_per_round * report.row_rounds for report in self.reports)
         return (
             f"the chat: {len(self.reports)} answers, {tokens} tokens in {seconds:.2f} s, "
-            f"{tokens / max(seconds, 1e-9):.1f} tokens/s, {rounds} rounds, {in_rounds / max(rounds, 1):.2f} tokens a "
-            "round"
+            f"{tokens / max(seconds, 1e-9):.1f} tokens/s, {in_rounds / max(rounds, 1):.2f} tokens a round"
         )

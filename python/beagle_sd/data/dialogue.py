@@ -63,7 +63,7 @@ class Dialogue:
         chat is as before."""
         if not answer:
             return
-        said = self.tokenizer.decode(self._without_end(answer), skip_special_tokens=False)
+        said = str(self.tokenizer.decode([*self._without_end(answer)], skip_special_tokens=False))
         self.turns += [{"role": "user", "content": prompt.turn}, {"role": "assistant", "content": said}]
         self.ids, self.text = [*prompt.ids, *answer], prompt.text + said
 

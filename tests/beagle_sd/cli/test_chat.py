@@ -122,7 +122,7 @@ def test_the_report_is_of_the_last_answer_and_of_the_chat(place, decoded):
     (prompt, answer, *_), total = decoded[1], sum(len(answer) for _, answer, *_ in decoded)
     assert f"last answer: {len(answer)} tokens in " in said and f"of {len(prompt)} prompt tokens" in said
     assert f"the chat: 2 answers, {total} tokens in " in said and "drafted tokens accepted, by depth: " in said
-    assert f"context: {len(prompt) + len(answer)} of 128 tokens" in said and "context: 0 of" in said
+    assert f"context: {len(prompt) + len(answer)} of 512 tokens" in said and "context: 0 of" in said
 
 
 def interrupted_in_round(monkeypatch, number: int, times: int) -> None:
