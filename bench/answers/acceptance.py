@@ -89,7 +89,7 @@ def main() -> None:
     )
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--draft", type=Path, help="a folder; default: the bundled one")
-    parser.add_argument("--prompts", default="mt-bench", help="mt-bench, humaneval or gsm8k")
+    parser.add_argument("--prompts", default="mt-bench", help="mt-bench, humaneval, gsm8k or editing")
     parser.add_argument("--count", type=int, default=80)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)

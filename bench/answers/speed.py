@@ -32,7 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--target", default="smollm2-135m")
     parser.add_argument("--draft", type=Path, help="a folder; default: the bundled one")
-    parser.add_argument("--prompts", nargs="+", default=["mt-bench"], help="mt-bench, humaneval, gsm8k or files")
+    parser.add_argument("--prompts", nargs="+", default=["mt-bench"], help="names of evaluation sets, or files")
     parser.add_argument("--count", type=int, default=20, help="prompts of each")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)

@@ -51,8 +51,8 @@ def pages_with_python() -> list:
 
 @pytest.mark.parametrize("page", pages_with_python())
 def test_blocks_run_in_the_order_of_the_page(page, tmp_path, monkeypatch):
-    """Python, and in blocks marked sh the command beagle-sd; "my-model" is a small target of the tests' own, and
-    "my-vision-model" one that takes pictures."""
+    """Python, and in blocks marked sh the command beagle-sd, with a file behind < as its input; "my-model" is a small
+    target of the tests' own, and "my-vision-model" one that takes pictures."""
     monkeypatch.chdir(tmp_path)
     if page.name != "README.md":
         monkeypatch.setenv("BEAGLE_CACHE", str(tmp_path / "cache"))
@@ -66,7 +66,9 @@ def test_blocks_run_in_the_order_of_the_page(page, tmp_path, monkeypatch):
         if kind == "python":
             exec(compile(text, f"{name_of(page)}, block {number}", "exec"), names)
         for line in text.splitlines() if kind == "sh" else ():
-            result = CliRunner().invoke(app, shlex.split(line)[1:])
+            command, _, source = line.partition(" < ")
+            typed = Path(source).read_text(encoding="utf-8") if source else None
+            result = CliRunner().invoke(app, shlex.split(command)[1:], input=typed)
             assert result.exit_code == 0, (line, result.output, result.exception)
 
 

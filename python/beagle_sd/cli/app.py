@@ -1,4 +1,4 @@
-"""The command `beagle-sd`: generate, bench, prompts, prepare, train, serve, plot, info."""
+"""The command `beagle-sd`: generate, chat, bench, prompts, prepare, train, serve, plot, info."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from beagle_kernels.__main__ import main as kernels_report
 from beagle_sd.cli.bench import bench
+from beagle_sd.cli.chat import chat
 from beagle_sd.cli.console import clear_errors, console
 from beagle_sd.cli.generate import generate
 from beagle_sd.cli.prepare import prepare
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (generate, bench, prompts, prepare, train):
+for command in (generate, chat, bench, prompts, prepare, train):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 

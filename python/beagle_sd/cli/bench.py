@@ -42,7 +42,7 @@ def bench(
     prompts: Annotated[
         list[str],
         typer.Option(
-            help="mt-bench, humaneval, gsm8k, a .jsonl of conversations or a .txt "
+            help="mt-bench, humaneval, gsm8k, editing, a .jsonl of conversations or a .txt "
             "of one prompt a line; may be given again."
         ),
     ] = ["mt-bench"],  # noqa: B006

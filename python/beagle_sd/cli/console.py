@@ -57,8 +57,13 @@ def clear_errors(after_interrupt: str = "") -> Iterator[None]:
     except BrokenPipeError:
         raise
     except (ValueError, OSError, TrainingStopped) as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        print_error(error)
         raise typer.Exit(1) from error
+
+
+def print_error(error: Exception) -> None:
+    """What a user can mend, as one line."""
+    console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
 def joined_processes(device: str | None) -> tuple[PartialState, Console]:

@@ -66,7 +66,7 @@ def generate(
     with clear_errors():
         if not prompt.strip():
             raise ValueError("the prompt is empty; allowed: a word or more")
-        prompt = _as_text(prompt)
+        prompt = as_text(prompt)
         shape = None if tree is None else TreeShape.parse(tree)
         if shape is not None and calibrate:
             raise ValueError("--calibrate was given with --tree; allowed: one or the other")
@@ -94,8 +94,8 @@ def generate(
             console.print(equal if same else first_difference(found.sequences, plain.sequences, ids.shape[1]))
 
 
-def _as_text(argument: str) -> str:
-    """An argument as the UTF-8 text that it is where the terminal's encoding, as in LANG=C, does not say so."""
+def as_text(argument: str) -> str:
+    """What a user gave as the UTF-8 text that it is where the terminal's encoding, as in LANG=C, does not say so."""
     try:
         argument.encode()
         return argument

@@ -35,17 +35,18 @@ def _exchange(before, after) -> None:
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[..., None]]:
-    """Inside the block the first Ctrl-C is noted, and raises KeyboardInterrupt where the function given is called,
-    after what that is given to do; a second one raises at once. In other threads than the main one, which alone is
-    interrupted, and where Ctrl-C is ignored, as under nohup, nothing changes."""
+def deferred_interrupt(quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """Inside the block the first Ctrl-C is noted, and said unless `quiet`; it raises KeyboardInterrupt where the
+    function given is called, after what that is given to do. A second one raises at once. In other threads than the
+    main one, which alone is interrupted, and where Ctrl-C is ignored, as under nohup, nothing changes."""
     interrupted = False
 
     def note(number, frame) -> None:
         nonlocal interrupted
         interrupted = True
         signal.signal(signal.SIGINT, before)
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        if not quiet:
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def check(first: Callable[[], object] = lambda: None) -> None:
         if interrupted:

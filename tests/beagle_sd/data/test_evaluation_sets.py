@@ -7,7 +7,8 @@ import pytest
 from evaluation_files import ROWS, write_set
 
 from beagle_sd.data import evaluation_sets
-from beagle_sd.data.evaluation_sets import evaluation_ngrams, evaluation_prompts, ngrams, wheel_file
+from beagle_sd.data.evaluation_sets import SET_NAMES, evaluation_ngrams, evaluation_prompts, ngrams, wheel_file
+from beagle_sd.data.prompts.templates import text_file
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,20 @@ def test_cached_sets_are_whole(name, count):
     assert len(prompts) == len({prompt["id"] for prompt in prompts}) == count
     assert all(turn.strip() for prompt in prompts for turn in prompt["turns"])
     assert {len(prompt["turns"]) for prompt in prompts} == ({2} if name == "mt-bench" else {1})
+
+
+def test_texts_to_edit_are_in_the_package(tmp_path):
+    """Each with one change asked for, and long enough that repeating the rest is most of the answer."""
+    prompts = evaluation_prompts("editing", tmp_path, download=False)
+    assert len({prompt["turns"][0] for prompt in prompts}) == len({prompt["id"] for prompt in prompts}) == 40
+    assert {prompt["category"] for prompt in prompts} == {"code", "data", "letter", "prose"}
+    for prompt, row in zip(prompts, text_file("editing.json"), strict=True):
+        (asked,) = prompt["turns"]
+        request, text = asked.split("\n\n", 1)
+        assert request == row["request"] and text.split("\n") == row["text"]
+        assert len(request) < 100 and 150 < len(text) < 700 and text == text.strip()
+        assert text.count("```") in (0, 2)
+    assert SET_NAMES[-1] == "editing" and ngrams(prompts[0]["turns"][0]) <= evaluation_ngrams(["editing"], tmp_path)
 
 
 def test_unknown_set_is_refused():

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from beagle_sd.data.conversations import stored_answers
 from beagle_sd.data.evaluation_sets import EVALUATION_SETS, evaluation_ngrams, ngrams
 from beagle_sd.data.prompts import sources, templates
-from beagle_sd.data.prompts.build import MIX, build_prompts
+from beagle_sd.data.prompts.build import MIX, barred_ngrams, build_prompts
 from beagle_sd.models import smollm2
 
 TEMPLATES = {"templates": 1.0}
@@ -126,6 +126,10 @@ def test_prompts_of_the_evaluation_sets_are_dropped(empty_cache):
     assert stolen in before and stolen not in after
     assert len(after) == 400
     assert not any(ngrams(text) & ngrams(stolen) for text in after)
+
+
+def test_texts_to_edit_are_barred_without_a_file(empty_cache):
+    assert barred_ngrams(empty_cache) == evaluation_ngrams(["editing"])
 
 
 def test_default_build_shares_nothing_with_the_evaluation_sets():

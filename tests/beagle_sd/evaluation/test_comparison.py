@@ -223,6 +223,14 @@ def test_prompts_of_a_file(tmp_path):
     assert len(read_prompts(str(chats), tokenizer, 9)) == 4
 
 
+def test_texts_to_edit_need_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("BEAGLE_CACHE", str(tmp_path))
+    tokenizer = small_tokenizer()
+    read = [tokenizer.decode(ids) for ids in read_prompts("editing", tokenizer, 4)]
+    assert len(set(read)) == 4 and not any(tmp_path.iterdir())
+    assert "def bill(items, discount):" in read[0] and read[0].endswith("<|im_start|>assistant\n")
+
+
 def test_what_is_wrong_is_named(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     for source, count, message in [

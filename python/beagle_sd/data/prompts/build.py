@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from beagle_sd.data.evaluation_sets import (
-    EVALUATION_SETS,
     EVALUATION_TEXTS,
+    SET_NAMES,
     EvaluationText,
     evaluation_ngrams,
     evaluation_text,
@@ -85,7 +85,7 @@ def build_prompts(
 def barred_ngrams(folder: Path) -> set[tuple[str, ...]]:
     """The n-grams of what there is of the evaluation in `folder` or the cache, set by set and text by text."""
     texts = [one for kind in EVALUATION_TEXTS.values() for one in kind]
-    sources: list[Callable[..., set]] = [partial(evaluation_ngrams, [name]) for name in EVALUATION_SETS]
+    sources: list[Callable[..., set]] = [partial(evaluation_ngrams, [name]) for name in SET_NAMES]
     sources += [partial(_text_ngrams, one) for one in texts]
     barred: set[tuple[str, ...]] = set()
     for source in sources:
