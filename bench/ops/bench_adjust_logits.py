@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def by_transformers(logits: torch.Tensor, rows: torch.Tensor, frequency: float, 
         from transformers.generation import logits_process
     except ImportError as error:
         return str(error)
-    chain = [logits_process.RepetitionPenaltyLogitsProcessor(REPETITION)]
+    chain: list[Any] = [logits_process.RepetitionPenaltyLogitsProcessor(REPETITION)]
     if ngram:
         chain.append(logits_process.NoRepeatNGramLogitsProcessor(ngram))
 

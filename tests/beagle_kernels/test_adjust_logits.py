@@ -55,7 +55,7 @@ def test_the_host_executor_is_the_reference(threads):
 
 @needs_cpu
 def test_a_row_in_parts_and_rows_of_odd_sizes():
-    """One node of a vocabulary long enough to be shared out over threads; phrases and the text's tokens in all parts."""
+    """One node of a vocabulary long enough to be shared out over threads, phrases and texts in all its parts."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -150,8 +150,8 @@ def test_nothing_set_is_a_copy(backend):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         z = torch.randn(2, 3, 100).to(dtype)
         z[0, 0, :4] = torch.tensor([INF, -INF, math.nan, -0.0])
-        paths = torch.zeros(2, 3, 2).long()
-        have = adjust_logits(z, paths, torch.zeros(2, 4).long(), ints(4, 2), ints(1, 0), Adjustments.of(2), backend=backend)
+        paths, text, off = torch.zeros(2, 3, 2).long(), torch.zeros(2, 4).long(), Adjustments.of(2)
+        have = adjust_logits(z, paths, text, ints(4, 2), ints(1, 0), off, backend=backend)
         same(have, z.float())
         assert have.data_ptr() != z.data_ptr()
 

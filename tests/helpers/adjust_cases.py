@@ -93,8 +93,8 @@ def of_token(z: Tensor, b: int, v: int, prefix: list[int], new: list[int], given
     bias = torch.zeros(()) if given.added is None else given.added[b, v].clone()
     for phrase, amount, row in zip(given.phrases.tolist(), given.phrase_bias, given.phrase_rows.tolist()):
         phrase = [token for token in phrase if token >= 0]
-        body = phrase[:-1]
-        if row in (-1, b) and phrase[-1] == v and len(body) <= len(prefix) and prefix[len(prefix) - len(body) :] == body:
+        begins = len(prefix) + 1 - len(phrase)
+        if row in (-1, b) and begins >= 0 and [*prefix[begins:], v] == phrase:
             bias = bias + amount
     z = z + bias
     if v in prefix and z != -INF:
