@@ -100,7 +100,7 @@ def adjust_logits(device: str) -> None:
     """Beside the definition on the host, to the bit."""
     text, paths = torch.randint(9, (2, 300)), torch.randint(9, (2, 5, 3))
     lengths, prompts = torch.tensor([[300, 40], [20, 40]], dtype=torch.int32)
-    phrases = [((3, 4), 0.5), ((2,), -torch.inf, 1)]
+    phrases = [((3, 4), 0.5, -1), ((2,), -torch.inf, 1)]
     tables = torch.randn(2, 49152), torch.randint(999, (2, 49152), dtype=torch.int32)
     settings = bk.Adjustments.of(2, repetition=1.2, frequency=0.1, presence=0.2, ngram=3, phrases=phrases)
     allowed = torch.randint(-(2**31), 2**31 - 1, (2, 5, 1536), dtype=torch.int32)
