@@ -1,6 +1,7 @@
 // Drives every op of the host executor on exactly sized buffers, for the sanitizers, and now and then the CUDA executor
 // in the emulator, which must give the same; sanitize.sh builds and runs it.
 #include "sanitize.h"
+#include "sanitize_adjust.h"
 #include "sanitize_drafts.h"
 #include "sanitize_layers.h"
 
@@ -289,6 +290,7 @@ int main(int, char** arguments) {
       const bool blocks = threads == 1 && round % 5 == 0, many = round % 10 == 5;
       choices(threads, blocks), trees(threads, blocks, many), chains(threads, blocks, many), caches(threads, blocks, many);
       for (int i = 0; i < 4; ++i) lookups(threads, blocks, many && !i), joins(threads, blocks, many && !i);
+      for (int i = 0; i < (blocks ? 8 : 3); ++i) adjustments(threads, blocks);
     }
     for (int i = 0; i < 4; ++i) attention(1), attention(3);
     linears(1), linears(3);

@@ -49,6 +49,7 @@ CHECKS: dict[str, Callable[[str], str | None]] = {
     "extend_attention": ops.extend_attention,
     "distill_loss:bf16": partial(ops.distill_loss, dtype=BF16),
     "distill_loss:fp32": partial(ops.distill_loss, dtype=FP32),
+    "adjust_logits": ops.adjust_logits,
     "choose_tokens": ops.choose_tokens,
     "trees": ops.trees,
     "lookup": ops.drafts_without_a_model,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import beagle_kernels as bk
 from beagle_kernels import Sampling, backends
+from beagle_kernels.adjust_logits import adjust_logits as reference_adjusted
 from beagle_kernels.decoder_layer import decoder_layer as defined_layer
 from beagle_kernels.reference.block_attention import visible_keys
 from beagle_kernels.reference.tree_attention import visible_slots
@@ -93,6 +94,23 @@ def limits(device: str) -> str:
         assert low < found[unit] < high, f"{found[unit]:.3g} {unit}; allowed: {low:g} to {high:g}"
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
     return f"{torch.cuda.get_device_name()}, {free:.0f} of {total:.0f} GiB free, {found}"
+
+
+def adjust_logits(device: str) -> None:
+    """Beside the definition on the host, to the bit."""
+    text, paths = torch.randint(9, (2, 300)), torch.randint(9, (2, 5, 3))
+    lengths, prompts = torch.tensor([[300, 40], [20, 40]], dtype=torch.int32)
+    phrases = [((3, 4), 0.5, -1), ((2,), -torch.inf, 1)]
+    tables = torch.randn(2, 49152), torch.randint(999, (2, 49152), dtype=torch.int32)
+    settings = bk.Adjustments.of(2, repetition=1.2, frequency=0.1, presence=0.2, ngram=3, phrases=phrases)
+    allowed = torch.randint(-(2**31), 2**31 - 1, (2, 5, 1536), dtype=torch.int32)
+    for dtype in (BF16, FP32):
+        for given in (settings, bk.Adjustments(*tables, *settings[2:])):
+            args = torch.randn(2, 5, 49152).to(dtype), paths, text, lengths, prompts, given
+            want = reference_adjusted(*args, allowed=allowed, backend="reference")
+            with poisoned():
+                have = bk.adjust_logits(*moved(args, device), allowed=allowed.to(device))
+            assert torch.equal(have.cpu(), want), "adjust_logits is not the definition's"
 
 
 def choose_tokens(device: str) -> None:

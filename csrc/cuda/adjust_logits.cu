@@ -1,5 +1,5 @@
-// Two launches: blocks that count a row's text, a position a thread, and a block for each part of each node, which writes
-// its columns, eight a thread, and then does what the text and the path do to a few of them.
+// Three launches: blocks that count a row's text, a position a thread; a block for each part of each node, which writes its
+// columns, eight a thread; a block for each node, for what the text and the path do to a few of them.
 #include "../core/adjust.h"
 #include "../core/logits.h"
 #include "executor.h"
@@ -77,17 +77,27 @@ __device__ __forceinline__ void write_columns(const AdjustedNode& node, int64_t 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) adjust_nodes(const AdjustLogits op) {
+__global__ void __launch_bounds__(kThreads) write_nodes(const AdjustLogits op) {
   __shared__ uint64_t slots[2][kWarps];
   Block team{slots};
   const AdjustedRow row = row_of(op, blockIdx.y);
   const AdjustedNode node(team, row, blockIdx.x / op.chunks);
   const int64_t columns = part_columns(op), begin = blockIdx.x % op.chunks * columns;
   const int64_t end = least(begin + columns, op.width);
+  let_next_start();
   for (int64_t i = begin + int64_t(threadIdx.x) * kEach; i < end; i += kThreads * kEach) write_columns<T>(node, i, end);
+  // the last kernel waits for this one alone
   wait_for_previous();
-  team.sync();
-  if (begin < end) adjust_tokens<T>(team, node, begin, end);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) adjust_nodes(const AdjustLogits op) {
+  __shared__ uint64_t slots[2][kWarps];
+  Block team{slots};
+  const AdjustedRow row = row_of(op, blockIdx.y);
+  const AdjustedNode node(team, row, blockIdx.x);
+  wait_for_previous();
+  adjust_tokens<T>(team, node, 0, op.width);
 }
 
 }  // namespace
@@ -97,7 +107,8 @@ void adjust_logits(const AdjustLogits& op, void* stream) {
   launch(count_texts, dim3(least<int64_t>((positions + kThreads - 1) / kThreads + 1, 64), op.batch), stream, op);
   by_dtype(op.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    launch_dependent(adjust_nodes<T>, dim3(op.chunks * op.nodes, op.batch), stream, op);
+    launch_dependent(write_nodes<T>, dim3(op.chunks * op.nodes, op.batch), stream, op);
+    launch_dependent(adjust_nodes<T>, dim3(op.nodes, op.batch), stream, op);
   });
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adjust_cases import case as adjustment_case
 from sampling_cases import mixed_sampling
 from test_compact_cache_ import case as compaction_case
 from test_extension import odd_logits
@@ -60,6 +61,15 @@ def test_choose_tokens_and_candidates(vocab, dtype):
         (want, scores), (have, have_scores) = both(bk.top_candidates, logits, k, torch.arange(9), sampling)
         assert torch.equal(have, want)
         torch.testing.assert_close(have_scores, scores, rtol=1e-5, atol=2e-5)
+
+
+def test_adjust_logits():
+    for seed in range(60):
+        args, options = adjustment_case(seed)
+        want = bk.adjust_logits(*args, **options, backend="cpu")
+        on_gpu = {name: to_gpu(value) for name, value in options.items()}
+        have = bk.adjust_logits(*map(to_gpu, args), **on_gpu, backend="cuda")
+        torch.testing.assert_close(have.cpu(), want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("nodes", [1, 16, 60, 65, 1024])

@@ -10,6 +10,7 @@ from tree_cases import random_tree
 
 import beagle_kernels as bk
 from beagle_kernels import BackendError, Sampling, backends, checks, extension
+from beagle_kernels.compiled.adjust_logits import adjust_logits
 from beagle_kernels.compiled.compact_cache_ import compact_cache_
 from beagle_kernels.compiled.top_candidates import top_candidates
 from beagle_kernels.compiled.verify_chain import verify_chain
@@ -50,6 +51,8 @@ def test_a_dtype_s_number_that_is_none_is_refused(code, monkeypatch):
     calls["tree_attention"] = lambda: bk.tree_attention(
         q, q.transpose(1, 2), q.transpose(1, 2), torch.zeros(1).int(), torch.ones(1, 3, 1).long(), backend="cpu"
     )
+    paths, one = torch.zeros(1, 3, 4).long(), torch.ones(1).int()
+    calls["adjust_logits"] = lambda: bk.adjust_logits(q[:, :, 0], paths, paths[:, 0], one, one, bk.Adjustments.of(1))
     for op, call in calls.items():
         with pytest.raises(RuntimeError, match=f"{op}: dtype is {code}; allowed: the values of _C.dtypes"):
             call()
@@ -85,7 +88,11 @@ def test_what_the_cuda_kernels_have_no_room_for_is_refused_before_they_run():
         with pytest.raises(BackendError, match="top_candidates: k is 1025; allowed by backend 'cuda': up to 1024"):
             top_candidates(z, 1025, at, *sampling)
         row, some = torch.empty(1, 1, 9), torch.empty(1).int()
+        text, given = torch.empty(many, 1).long(), bk.Adjustments.of(many)[2:]
         calls = {
+            "adjust_logits": lambda: adjust_logits(
+                row.expand(many, 1, 9), torch.empty(many, 1, 0).long(), text, some, some, None, None, *given, None, None
+            ),
             "top_candidates": lambda: top_candidates(torch.empty(1, 9).expand(many, 9), 2, at, *sampling),
             "verify_tree": lambda: verify_tree(
                 row.expand(many, 1, 9), torch.empty(many, 1).long(), *4 * [some], 3, at, *sampling

@@ -60,6 +60,11 @@ def sampling_of(*fields: Tensor) -> Sampling:
     return Sampling(*fields)
 
 
+def adjusted(z, paths, text, lengths, prompts, ids, allowed, *fields: Tensor, backend: str) -> Tensor:
+    options = {"token_ids": ids, "allowed": allowed, "backend": backend}
+    return bk.adjust_logits(z, paths, text, lengths, prompts, bk.Adjustments(*fields), **options)
+
+
 def layer_of(parts: Sequence[Tensor]) -> bk.LayerWeights:
     """Seven matrices, a norm of states and one of keys."""
     return bk.LayerWeights(*map(bk.Linear, parts[:7]), norm_in=bk.Norm(parts[7], 1e-6), norm_k=bk.Norm(parts[8], 1e-6))
@@ -137,6 +142,16 @@ def calls(sizes: dict[str, int]) -> dict[str, Call]:
         "perturb_logits": (
             lambda z, at, *fields, backend: bk.perturb_logits(z, at, sampling_of(*fields), backend=backend),
             [normal(R, V), whole(99, R), *knobs(R)],
+        ),
+        "adjust_logits": (
+            adjusted,
+            [
+                *(normal(B, N, V), whole(9, B, N, P), whole(9, B, T), one * 6, one * 2),
+                *(torch.arange(V) * 2, whole(2**31 - 1, B, N, (2 * V + 31) // 32, dtype=torch.int32)),
+                *(normal(B, 2 * V), whole(9, B, 2 * V, dtype=torch.int32)),
+                *(whole(9, K, L), normal(K), whole(B, K, dtype=torch.int32)),
+                *(normal(B).exp(), normal(B), normal(B), one * 3),
+            ],
         ),
         "top_candidates": (
             lambda z, at, ids, *fields, backend: bk.top_candidates(

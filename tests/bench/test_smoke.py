@@ -21,6 +21,7 @@ CHECK_OF = {
     "extend_attention": "extend_attention",
     "tree_attention": "tree_attention:64:bf16",
     "distill_loss": "distill_loss:bf16",
+    "adjust_logits": "adjust_logits",
     "choose_tokens": "choose_tokens",
     "perturb_logits": "choose_tokens",
     "top_candidates": "choose_tokens",

@@ -17,7 +17,7 @@ ANYTHING = ("beagle_sd", "beagle_sd.__main__")
 """The package's front door and its command: they may import every wing."""
 MOST_LINES = 350
 """Of a source file."""
-MOST_FILES = {"python": 13, "bench": 17, "tests": 34}
+MOST_FILES = {"python": 13, "bench": 18, "tests": 35}
 """Python files of any one folder below these; bench/ops has one an op, as has tests/beagle_kernels."""
 
 pytestmark = pytest.mark.skipif(not (ROOT / "python").is_dir(), reason="the sources are not beside the tests")
