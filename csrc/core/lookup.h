@@ -28,11 +28,11 @@ BEAGLE_FN uint64_t best_end(Team& team, const int64_t* text, int64_t length, int
   for (int64_t top = length - 1 - team.rank(); last >= 0 && top > found && found < longest; top -= kTile * step) {
     const int64_t before = text[length - 1 - found];
     if (const int64_t bottom = top - (kTile - 1) * step; bottom > found) {
-      bool hit = false;
+      int64_t hit = 0;
       BEAGLE_UNROLL
       for (int i = 0; i < kTile; ++i) {
-        const int64_t* token = text + top - 1 - i * step;
-        hit |= (token[0] == last) & (token[-found] == before);
+        const int64_t* token = text + bottom - 1 + i * step;
+        hit |= ((token[0] ^ last) | (token[-found] ^ before)) == 0;
       }
       if (!hit) continue;
     }
