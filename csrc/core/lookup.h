@@ -17,8 +17,8 @@ BEAGLE_FN int32_t matching(const int64_t* text, int64_t length, int64_t end, int
 }
 
 // The best earlier end as a key: how many tokens match before it, then where it is; 0 where none matches. Each member
-// goes back from the text's end, so that the first of equals is the latest, and an end has to match beyond what the member
-// has found already.
+// goes back from the text's end, so that the first of equals is the latest, and an end has to match beyond what the
+// member has found already.
 template <class Team>
 BEAGLE_FN uint64_t best_end(Team& team, const int64_t* text, int64_t length, int32_t longest) {
   constexpr int kTile = Team::kTile;

@@ -23,8 +23,8 @@ assert bk.__file__.startswith(folder), bk.__file__
 assert not torch.__version__.startswith(sys.argv[2]), f"torch {torch.__version__} is what the wheel was built beside"
 assert importlib.util.find_spec("transformers") is None
 cpu = torch.device("cpu")
-for op in ("choose_tokens", "perturb_logits", "top_candidates", "lookup", "join_branch", "build_tree", "accept_tree", "verify_tree",
-           "verify_chain", "compact_cache_", "tree_attention"):
+for op in ("choose_tokens", "perturb_logits", "top_candidates", "lookup", "join_branch", "build_tree", "accept_tree",
+           "verify_tree", "verify_chain", "compact_cache_", "tree_attention"):
     assert (reason := bk.backends.why_not(op, "cpu", cpu, torch.float32)) is None, (op, reason)
 try:
     import beagle_sd
