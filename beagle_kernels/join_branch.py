@@ -26,13 +26,14 @@ def join_branch(
     """Join a chain of tokens below the root with the candidates of each row.
 
     tokens int64 [B, M], scores f32 [B, M], parents int32 [B, M]: candidates as build_tree takes them. branch_tokens
-    int64 [B, D], the chain: it ends before the first negative token, score of -inf, or NaN. branch_scores f32 [B, D]: its
-    cumulative log-probabilities, each taken as the least of those up to it and 0. M and D may be 0.
+    int64 [B, D], the chain: it ends before the first negative token, score of -inf, or NaN. branch_scores f32 [B, D]:
+    its cumulative log-probabilities, each taken as the least of those up to it and 0. M and D may be 0.
 
-    Returns the same three, of M + D columns: a candidate that the chain meets (the first child with its token, of a score
-    above -inf) has the higher of both scores, the others are as given; token i of the chain is in column M + i unless it
-    was met, with the chain's score. Columns not used have token 0, score -inf and parent -1. A tree of the result may be
-    as deep as the chain: build_tree's max_depth must allow it. Raises ValueError or TypeError on wrong shapes and dtypes.
+    Returns the same three, of M + D columns: a candidate that the chain meets (the first child with its token, of a
+    score above -inf) has the higher of both scores, the others are as given; token i of the chain is in column M + i
+    unless it was met, with the chain's score. Columns not used have token 0, score -inf and parent -1. A tree of the
+    result may be as deep as the chain: build_tree's max_depth must allow it. Raises ValueError or TypeError on wrong
+    shapes and dtypes.
     """
     checks.tensor("join_branch", "tokens", tokens, (None, None), checks.INT64)
     checks.tensor("join_branch", "scores", scores, tokens.shape, checks.FLOAT32)
@@ -62,9 +63,7 @@ def _(tokens, scores, parents, branch_tokens, branch_scores, backend="auto"):
     return empty_candidates(tokens, scores, parents, branch_tokens.shape[1])
 
 
-def empty_candidates(
-    tokens: Tensor, scores: Tensor, parents: Tensor, more: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def empty_candidates(tokens: Tensor, scores: Tensor, parents: Tensor, more: int) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised candidates of so many more columns than those given."""
     batch, count = tokens.shape
     return tuple(x.new_empty(batch, count + more) for x in (tokens, scores, parents))  # type: ignore[return-value]

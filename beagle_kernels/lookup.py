@@ -1,8 +1,8 @@
 """Prompt lookup: what followed the text's own end when the same tokens stood earlier in the text.
 
 For an earlier end e of a text of L tokens let m(e) be how many tokens before e are those before L, `longest` at most.
-The largest m(e) wins, of equals the latest e, and what follows e is copied; where the copy reaches the text's end it goes
-on into what it has copied, as in LZ77, so that a text that repeats itself goes on repeating.
+The largest m(e) wins, of equals the latest e, and what follows e is copied; where the copy reaches the text's end it
+goes on into what it has copied, as in LZ77, so that a text that repeats itself goes on repeating.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def lookup(
 ) -> tuple[Tensor, Tensor]:
     """Copy `count` tokens from behind the longest earlier occurrence of the text's own end.
 
-    text int64 [B, S], of which row b has lengths[b] tokens, lengths int32 [B] (taken as 0 to S); what lies behind is not
-    used. count 0 to 64, longest 1 to 1024. A negative token, a placeholder, equals none.
+    text int64 [B, S], of which row b has lengths[b] tokens, lengths int32 [B] (taken as 0 to S); what lies behind is
+    not used. count 0 to 64, longest 1 to 1024. A negative token, a placeholder, equals none.
 
     Returns tokens int64 [B, count], from the first placeholder that would be copied on -1, and matched int32 [B], how
     many tokens before the text's end stood there earlier: 0 if not even the last one did, and then tokens are all -1.

@@ -16,10 +16,15 @@ for source in "$driver.cpp" cpu/pool.cpp cpu/dispatch.cpp cpu/rows.cpp cpu/produ
     cpu/tree_attention.cpp cpu/attention_exact.cpp cpu/linear.cpp cpu/skinny_linear.cpp cpu/int8_linear.cpp \
     cpu/decoder_layer.cpp cpu/layer_steps.cpp; do compile "$source" "$@"; done
 <<<<<<< HEAD
+<<<<<<< HEAD
 for op in choose_tokens perturb_logits adjust_logits top_candidates build_tree accept_tree verify_tree verify_chain compact_cache; do
 =======
 for op in choose_tokens perturb_logits top_candidates lookup join_branch build_tree accept_tree verify_tree verify_chain \
     compact_cache; do
+>>>>>>> lookup
+=======
+for op in choose_tokens perturb_logits top_candidates lookup join_branch build_tree accept_tree verify_tree \
+    verify_chain compact_cache; do
 >>>>>>> lookup
   compile "cpu/$op.cpp" "$@"
   compile "cuda/$op.cu" "$@" -Iemulator -include cuda_runtime.h -x c++

@@ -20,7 +20,9 @@ inline void lookups(int threads, bool blocks, bool many) {
     if (!below(200)) text[i] = -1 - below(2);
   }
   std::vector<int32_t> lengths, matched[2];
-  for (int64_t b = 0; b < batch; ++b) lengths.push_back(below(4) ? below(int(size) + 1) : below(2) ? INT32_MIN : INT32_MAX);
+  for (int64_t b = 0; b < batch; ++b) {
+    lengths.push_back(below(4) ? below(int(size) + 1) : below(2) ? INT32_MIN : INT32_MAX);
+  }
   std::vector<int64_t> tokens[2];
   for (const bool block : {false, true}) {
     tokens[block].assign(size_t(batch * count), 7), matched[block].assign(size_t(batch), 7);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -55,11 +55,11 @@ def of_texts(text: Tensor) -> Case:
     def ours(backend: str = "auto") -> tuple[Tensor, Tensor]:
         return lookup(text, lengths, COUNT, longest=LONGEST, backend=backend)
 
-    def by_transformers():
+    def by_transformers() -> Callable:
         search = prompt_lookup.searcher(COUNT, LONGEST, size)
-        return lambda: torch.stack([search(row[None]) for row in text])
+        return lambda: (torch.stack([search(row[None]) for row in text]),)
 
-    peers = {
+    peers: dict[str, Callable | str] = {
         "beagle": ours,
         "transformers": or_reason(prompt_lookup.why_not(text.device.type), by_transformers),
         "PyTorch, unfold": lambda: unfolded(text),
@@ -70,11 +70,11 @@ def of_texts(text: Tensor) -> Case:
             assert torch.equal(have, want), "lookup is wrong"
 
     def check_peer(name: str) -> None:
-        found = peers[name]()
-        for have, want in zip(found if isinstance(found, tuple) else (found,), ours()):
+        peer = peers[name]
+        assert not isinstance(peer, str), peer
+        for have, want in zip(peer(), ours()):
             assert torch.equal(have, want), f"{name} found something else"
 
-    # every token is read once
     return Case(
         f"lookup {batch} x {size} tokens",
         peers,
@@ -83,6 +83,7 @@ def of_texts(text: Tensor) -> Case:
         device=text.device.type,
         check_peer=check_peer,
         data="tokens as frequent as words",
+        # every token is read once
         work={"byte": float(text.nbytes)},
         series="lookup",
         at={"batch": batch, "tokens": size},

@@ -36,7 +36,7 @@ def or_reason(why: str | None, make: Callable[[], Callable]) -> Callable | str:
 def table(device: str) -> dict[str, str | None]:
     """Every peer by name, with the reason where it cannot be compared on `device`."""
     found = {}
-    for name in ("sdpa", "flex", "eagle2_tree", "liger", "flashinfer", "sglang"):
+    for name in ("sdpa", "flex", "eagle2_tree", "liger", "flashinfer", "sglang", "prompt_lookup"):
         module = importlib.import_module(f"bench.peers.{name}")
         found[module.NAME] = module.why_not(device)
     return found | LEFT_OUT

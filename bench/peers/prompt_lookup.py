@@ -16,11 +16,12 @@ def why_not(device: str) -> str | None:
 
 
 def searcher(count: int, longest: int, length: int) -> Callable[[Tensor], Tensor]:
-    """A function of text [1, S] that gives the tokens behind the first occurrence of its longest end that recurs, `count`
-    at most, or none."""
+    """A function of text [1, S] that gives what follows the first occurrence of its longest end that recurs: `count`
+    tokens at most, or none."""
     from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
     search = PromptLookupCandidateGenerator(
         num_output_tokens=count, max_matching_ngram_size=longest, max_length=length + count + 2
     )
-    return lambda text: search.get_candidates(text)[0][0, text.shape[1] :]
+    # it is said to take a LongTensor, which no tensor is to a type checker
+    return lambda text: search.get_candidates(text)[0][0, text.shape[1] :]  # type: ignore[arg-type]

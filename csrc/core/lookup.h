@@ -17,8 +17,8 @@ BEAGLE_FN int32_t matching(const int64_t* text, int64_t length, int64_t end, int
 }
 
 // The best earlier end as a key: how many tokens match before it, then where it is; 0 where none matches. Each member
-// goes back from the text's end, so that the first of equals is the latest, and an end has to match beyond what the member
-// has found already.
+// goes back from the text's end, so that the first of equals is the latest, and an end has to match beyond what the
+// member has found already.
 template <class Team>
 BEAGLE_FN uint64_t best_end(Team& team, const int64_t* text, int64_t length, int32_t longest) {
   constexpr int kTile = Team::kTile;
@@ -28,11 +28,11 @@ BEAGLE_FN uint64_t best_end(Team& team, const int64_t* text, int64_t length, int
   for (int64_t top = length - 1 - team.rank(); last >= 0 && top > found && found < longest; top -= kTile * step) {
     const int64_t before = text[length - 1 - found];
     if (const int64_t bottom = top - (kTile - 1) * step; bottom > found) {
-      bool hit = false;
+      int64_t hit = 0;
       BEAGLE_UNROLL
       for (int i = 0; i < kTile; ++i) {
-        const int64_t* token = text + top - 1 - i * step;
-        hit |= (token[0] == last) & (token[-found] == before);
+        const int64_t* token = text + bottom - 1 + i * step;
+        hit |= ((token[0] ^ last) | (token[-found] ^ before)) == 0;
       }
       if (!hit) continue;
     }

@@ -14,8 +14,8 @@ BEAGLE_CLONES void look_up_row(const Lookup& op, int64_t b) {
 }  // namespace
 
 void lookup(const Lookup& op, int threads) {
-  // waking a thread takes as long as reading some ten thousand tokens
-  const int64_t enough = 32768, grain = most<int64_t>(1, enough / most<int64_t>(1, op.size));
+  // waking a thread takes as long as reading some ten thousands of tokens
+  const int64_t enough = 131072, grain = most<int64_t>(1, enough / most<int64_t>(1, op.size));
   parallel((op.batch + grain - 1) / grain, threads, [&](int64_t task) {
     for (int64_t b = task * grain; b < least((task + 1) * grain, op.batch); ++b) look_up_row(op, b);
   });

@@ -128,7 +128,9 @@ def test_hostile_chains_join_sound_candidates_or_leave_them_refused(seed, batch,
     odd_tokens, odd_scores = [0, 1, INT64, -1, -INT64 - 1], [-1.0, -2.0, nan, -inf, inf, 3.0]
     tokens, branch = (one_of(pick, odd_tokens[: 3 + seed % 3], (batch, n), torch.int64) for n in (count, steps))
     scores, bounds = (one_of(pick, odd_scores, (batch, n), torch.float32) for n in (count, steps))
-    wild = one_of(pick, [-INT32 - 1, -2, -1, 0, 1, count - 1, count, count + steps - 1, INT32], (batch, count), torch.int32)
+    wild = one_of(
+        pick, [-INT32 - 1, -2, -1, 0, 1, count - 1, count, count + steps - 1, INT32], (batch, count), torch.int32
+    )
     parents = torch.where(torch.rand(batch, count, generator=pick) < 0.3, wild, -1)
     joined = [
         bk.join_branch(tokens, scores, parents, branch, bounds, backend=name) for name in backends_of("join_branch")

@@ -58,7 +58,9 @@ def check(text, lengths, count, longest, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size, longest", [(1, 16), (2, 1), (9, 3), (60, 16), (257, 16), (258, 1), (300, 1024), (800, 40)])
+@pytest.mark.parametrize(
+    "size, longest", [(1, 16), (2, 1), (9, 3), (60, 16), (257, 16), (258, 1), (300, 1024), (800, 40)]
+)
 def test_equals_a_plain_loop(size, longest, backend):
     found = []
     for seed in range(4):

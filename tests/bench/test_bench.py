@@ -161,6 +161,8 @@ def added(op):
         ("verify_tree", "verify_tree", off_by_one),
         ("verify_chain", "verify_chain", off_by_one),
         ("build_tree", "accept_tree", off_by_one),
+        ("lookup", "lookup", off_by_one),
+        ("join_branch", "join_branch", off_by_one),
         ("compact_cache", "compact_cache_", lambda op: lambda *args: None),
         ("extend_attention", "extend_attention", added),
     ],
