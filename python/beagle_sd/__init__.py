@@ -18,6 +18,7 @@ from beagle_sd.decoding.custom_generate import custom_generate, generate_saved
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.generate import Generated, generate
 from beagle_sd.decoding.graph import GraphError
+from beagle_sd.decoding.guides.guide import Guide
 from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.tree import TreeShape
 from beagle_sd.models.config import BeagleConfig
@@ -34,6 +35,7 @@ __all__ = [
     "Engine",
     "Generated",
     "GraphError",
+    "Guide",
     "Report",
     "TreeShape",
     "UnsupportedTarget",

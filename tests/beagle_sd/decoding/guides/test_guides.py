@@ -103,7 +103,11 @@ def test_a_missing_library_is_named(tokenizer, monkeypatch):
 def test_auto_takes_the_library_that_is_there(tokenizer, library, monkeypatch):
     other = "llguidance" if library == "xgrammar" else "xgrammar"
     monkeypatch.setitem(sys.modules, other, None)
-    for made in (Guide.json(SIZE, tokenizer), Guide.grammar(SIZE, tokenizer, GBNF), Guide.grammar(SIZE, tokenizer, LARK)):
+    for made in (
+        Guide.json(SIZE, tokenizer),
+        Guide.grammar(SIZE, tokenizer, GBNF),
+        Guide.grammar(SIZE, tokenizer, LARK),
+    ):
         assert type(made).__module__.endswith(f"by_{library}")
 
 
