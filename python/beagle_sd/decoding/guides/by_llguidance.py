@@ -88,7 +88,7 @@ def _guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, grammar: 
         return llguidance.hf.from_tokenizer(fast, n_vocab=size, eos_token=sorted(vocabulary.ends))
 
     try:
-        made = made_once(_tokenizers, tokenizer, vocabulary, make)
+        made = made_once(_tokenizers, tokenizer, (vocabulary.size, vocabulary.ends), make)
     except ValueError as error:
         raise ValueError(f"llguidance cannot use this tokenizer: {error}") from error
     return LLGuidanceGuide(vocabulary, made, grammar, what)

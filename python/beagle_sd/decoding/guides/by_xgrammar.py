@@ -99,7 +99,7 @@ def _compiler(
         return compiler, frozenset(controls) - vocabulary.ends
 
     try:
-        return made_once(_compilers, tokenizer, vocabulary, make)
+        return made_once(_compilers, tokenizer, (vocabulary.size, vocabulary.ends), make)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"xgrammar cannot use this tokenizer: {_reason(error)}") from error
 

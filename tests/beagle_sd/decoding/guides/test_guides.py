@@ -123,6 +123,15 @@ def test_sizes_and_ends_are_the_models(tokenizer, library):
     assert Guide.regex(model, tokenizer, "b", library=library, end_tokens=4).ends == {4}
 
 
+def test_tokens_that_a_tokenizer_gets_later_are_known(library):
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.add_tokens(["abc"])
+    size = len(tokenizer)
+    assert not tokens_of(mask_of(Guide.regex(size + 5, tokenizer, "xyz", library=library).begin())[0])[1:]
+    tokenizer.add_tokens(["xyz"])
+    assert size in tokens_of(mask_of(Guide.regex(size + 5, tokenizer, "xyz", library=library).begin())[0])
+
+
 def test_a_model_with_fewer_tokens_than_the_tokenizer(tokenizer, library):
     """Masks are those of all tokens, cut."""
     whole = mask_of(Guide.json(SIZE, tokenizer, library=library).begin())
