@@ -40,6 +40,7 @@ __all__ = [
     "Engine",
     "Generated",
     "GraphError",
+    "Guide",
     "Report",
     "TreeShape",
     "UnsupportedTarget",

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from beagle_sd.decoding.guides.guide import Guide
+from beagle_sd.decoding.guides.vocabulary import Vocabulary
 from beagle_sd.decoding.guides.walk import Walk
 
 SCHEMA = {
@@ -32,6 +33,47 @@ SCHEMA = {
 }
 TEXT = '{"kind":"río","name":"Zoë 🙂","at":{"x":-1.5e3,"y":42},"tags":["東京",7,"🙂"],"deep":true}'
 ENDS = [2, 0]
+
+
+class ListedGuide(Guide):
+    """Allows the texts it lists, whatever their tokens mean: for vocabularies that no tokenizer stands for."""
+
+    def __init__(self, texts: Sequence[Sequence[int]], size: int, ends: Sequence[int], never: Sequence[int] = ()):
+        super().__init__(Vocabulary(size, frozenset(ends), frozenset(never)))
+        self.texts = [list(text) for text in texts]
+
+    def begin(self) -> ListedWalk:
+        return ListedWalk(self)
+
+
+class ListedWalk(Walk):
+    """`calls` has what the matcher was asked to do: a token it was given, or how many it was to take back."""
+
+    def __init__(self, guide: ListedGuide):
+        super().__init__(guide.vocabulary, guide.vocabulary.words)
+        self.texts, self.taken = guide.texts, []
+        self.calls: list[tuple[str, int]] = []
+
+    def _next(self) -> set[int]:
+        size = len(self.taken)
+        nexts = {text[size] for text in self.texts if len(text) > size and text[:size] == self.taken}
+        return nexts | (self.vocabulary.ends if self.taken in self.texts else set())
+
+    def _step(self, token: int) -> bool:
+        self.calls.append(("step", token))
+        allowed = token in self._next()
+        self.taken += [token] * allowed
+        return allowed
+
+    def _fill(self, mask: Tensor) -> None:
+        self.calls.append(("fill", len(self.taken)))
+        # bits beyond the vocabulary, as libraries leave them
+        mask[0] = self.vocabulary.bits(self._next()) | ~self.vocabulary.bits(range(self.vocabulary.size))
+
+    def _roll_back(self, count: int) -> None:
+        self.calls.append(("back", count))
+        assert 0 <= count <= len(self.taken)
+        del self.taken[len(self.taken) - count :]
 
 
 def check_text(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import llguidance
@@ -72,7 +73,7 @@ def regex_guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, patt
 
 
 def grammar_guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, grammar: str) -> Guide:
-    kind = "llguidance" if grammar.lstrip().startswith("{") else "gbnf" if "::=" in grammar else "lark"
+    kind: Any = "llguidance" if grammar.lstrip().startswith("{") else "gbnf" if "::=" in grammar else "lark"
     try:
         read = llguidance.grammar_from(kind, grammar)
     except ValueError as error:
@@ -82,11 +83,12 @@ def grammar_guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, gr
 
 def _guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, grammar: str, what: str) -> Guide:
     def make() -> llguidance.LLTokenizer:
+        fast: Any = tokenizer
         size = max(vocabulary.size, len(tokenizer))  # fewer than the tokenizer has are refused
-        return llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=sorted(vocabulary.ends))
+        return llguidance.hf.from_tokenizer(fast, n_vocab=size, eos_token=sorted(vocabulary.ends))
 
     try:
-        made = made_once(_tokenizers, tokenizer, vocabulary, make)
+        made = made_once(_tokenizers, tokenizer, (vocabulary.size, vocabulary.ends), make)
     except ValueError as error:
         raise ValueError(f"llguidance cannot use this tokenizer: {error}") from error
     return LLGuidanceGuide(vocabulary, made, grammar, what)

@@ -69,7 +69,9 @@ def regex_guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, patt
 
 def grammar_guide(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, grammar: str) -> Guide:
     compiler, _ = _compiler(vocabulary, tokenizer)
-    compiled = compiler.compile_grammar if "::=" in grammar else compiler.compile_lark
+    compiled = compiler.compile_grammar if "::=" in grammar else getattr(compiler, "compile_lark", None)
+    if compiled is None:
+        raise ValueError("xgrammar of this version reads no Lark; allowed: GBNF, a later one, or library='llguidance'")
     return _guide(vocabulary, f"grammar {grammar:.200}", lambda: compiled(grammar))
 
 
@@ -97,7 +99,7 @@ def _compiler(
         return compiler, frozenset(controls) - vocabulary.ends
 
     try:
-        return made_once(_compilers, tokenizer, vocabulary, make)
+        return made_once(_compilers, tokenizer, (vocabulary.size, vocabulary.ends), make)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"xgrammar cannot use this tokenizer: {_reason(error)}") from error
 

@@ -37,17 +37,13 @@ class Vocabulary:
     ) -> Vocabulary:
         """Of a model, or of as many tokens; ends None: the model's, or else the tokenizer's. special: whether grammars
         may give special tokens."""
-        known = set(tokenizer.get_vocab().values())
         if isinstance(target, int):
             size, own = target, []
         else:
             size, own = target.config.get_text_config().vocab_size, end_tokens(target)
         ending = token_ids(ends) if ends is not None else own or end_tokens(tokenizer=tokenizer)
-        never = set(range(size)) - known
-        if not special:
-            # xgrammar takes their names for text: "<|im_start|>" would do within any string of JSON
-            never |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        return cls(size, frozenset(ending), frozenset(never) - frozenset(ending))
+        never = made_once(_nevers, tokenizer, (size, special), lambda: _never(tokenizer, size, special))
+        return cls(size, frozenset(ending), never - frozenset(ending))
 
     @property
     def words(self) -> int:
@@ -71,18 +67,28 @@ class Vocabulary:
         return torch.from_numpy(np.packbits(chosen, bitorder="little").view("<i4").astype(np.int32))
 
 
+def _never(tokenizer: PreTrainedTokenizerBase, size: int, special: bool) -> frozenset[int]:
+    never = set(range(size)).difference(tokenizer.get_vocab().values())
+    if not special:
+        # xgrammar takes their names for text: "<|im_start|>" would do within any string of JSON
+        never |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return frozenset(never)
+
+
 _Made = TypeVar("_Made")
+_nevers: WeakKeyDictionary[PreTrainedTokenizerBase, dict] = WeakKeyDictionary()
 
 
 def made_once(
     kept: WeakKeyDictionary[PreTrainedTokenizerBase, dict],
     tokenizer: PreTrainedTokenizerBase,
-    vocabulary: Vocabulary,
+    settings: tuple,
     make: Callable[[], _Made],
 ) -> _Made:
-    """What a library makes of a tokenizer, which takes it a quarter of a second and more."""
+    """What is made of a tokenizer by these settings, which takes up to half a second: kept while the tokenizer lives,
+    and made again where it has got more tokens."""
     made = kept.setdefault(tokenizer, {})
-    key = (len(tokenizer), vocabulary.size, vocabulary.ends)
+    key = (len(tokenizer), *settings)
     if key not in made:
         made[key] = make()
     return made[key]

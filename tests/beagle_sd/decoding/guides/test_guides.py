@@ -103,7 +103,11 @@ def test_a_missing_library_is_named(tokenizer, monkeypatch):
 def test_auto_takes_the_library_that_is_there(tokenizer, library, monkeypatch):
     other = "llguidance" if library == "xgrammar" else "xgrammar"
     monkeypatch.setitem(sys.modules, other, None)
-    for made in (Guide.json(SIZE, tokenizer), Guide.grammar(SIZE, tokenizer, GBNF), Guide.grammar(SIZE, tokenizer, LARK)):
+    for made in (
+        Guide.json(SIZE, tokenizer),
+        Guide.grammar(SIZE, tokenizer, GBNF),
+        Guide.grammar(SIZE, tokenizer, LARK),
+    ):
         assert type(made).__module__.endswith(f"by_{library}")
 
 
@@ -117,6 +121,15 @@ def test_sizes_and_ends_are_the_models(tokenizer, library):
     model.generation_config.eos_token_id = None
     assert Guide.regex(model, tokenizer, "b", library=library).ends == {tokenizer.eos_token_id}
     assert Guide.regex(model, tokenizer, "b", library=library, end_tokens=4).ends == {4}
+
+
+def test_tokens_that_a_tokenizer_gets_later_are_known(library):
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.add_tokens(["abc"])
+    size = len(tokenizer)
+    assert not tokens_of(mask_of(Guide.regex(size + 5, tokenizer, "xyz", library=library).begin())[0])[1:]
+    tokenizer.add_tokens(["xyz"])
+    assert size in tokens_of(mask_of(Guide.regex(size + 5, tokenizer, "xyz", library=library).begin())[0])
 
 
 def test_a_model_with_fewer_tokens_than_the_tokenizer(tokenizer, library):
