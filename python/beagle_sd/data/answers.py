@@ -136,6 +136,9 @@ class Text:
     learn: list[bool]
     later: list[list[int]]
 
+    def __str__(self) -> str:
+        return str(self.request.index)
+
     @classmethod
     def of(cls, request: Request) -> Text:
         return cls(request, [*request.ids], [False] * len(request.ids), [*request.later])

@@ -31,9 +31,10 @@ class Kept:
 
     def __init__(self, target: Target, batch: int, *, logprobs: bool, top: int, states: bool):
         device = target.device
-        self.logprobs = torch.zeros(batch, 0, device=device) if logprobs else None
+        f32 = torch.float32
+        self.logprobs = torch.zeros(batch, 0, dtype=f32, device=device) if logprobs else None
         self.top_tokens = torch.zeros(batch, 0, top, dtype=torch.int64, device=device) if top else None
-        self.top_logprobs = torch.zeros(batch, 0, top, device=device) if top else None
+        self.top_logprobs = torch.zeros(batch, 0, top, dtype=f32, device=device) if top else None
         size = target.config.hidden_size
         self.states = torch.zeros(batch, 0, size, dtype=torch.bfloat16, device=device) if states else None
 

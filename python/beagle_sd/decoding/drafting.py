@@ -80,16 +80,16 @@ class DraftCache:
     def _append_at(self, draft: BeagleDraft, states: Tensor, positions: Tensor) -> None:
         self.append(draft, states, positions % self.ring if self.ring else positions, positions)
 
-    def begin(self, draft: BeagleDraft, states: Tensor, lengths: Tensor, begins: Tensor) -> None:
-        """Write the true states [B, T, d] of prompts behind the `begins` [B] tokens that are there, of which a row's
-        first lengths[b] count; with a window, only the last `window` of those."""
+    def begin(self, draft: BeagleDraft, states: Tensor, lengths: Tensor, begins: Tensor | None = None) -> None:
+        """Write the true states [B, T, d] of prompts behind the `begins` [B] tokens that are there (None: none are), of
+        which a row's first lengths[b] count; with a window, only the last `window` of those."""
         step = torch.arange(states.shape[1], device=states.device)[: self.window]
         count = lengths.long()[:, None]
         places = torch.minimum(step, count)  # behind a row's end nobody sees what is written
         if self.window:
             places = (count - 1 - step).clamp(min=0)
         states = states.gather(1, places.clamp(max=states.shape[1] - 1)[:, :, None].expand(-1, -1, states.shape[2]))
-        self._append_at(draft, states, begins.long()[:, None] + places)
+        self._append_at(draft, states, places if begins is None else begins.long()[:, None] + places)
 
     def part(self, rows: slice) -> DraftCache:
         """Some rows as a cache of their own, in the same memory, until `reserve` moves it."""

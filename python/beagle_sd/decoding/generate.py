@@ -161,7 +161,7 @@ def generate(
     def decode() -> Generated:
         made = engine or Engine(target, draft, batch=len(texts), capacity=prompts.shape[1] + max_new_tokens, **settings)
         decoding = Decoding(made, ends, host_decides=bool(stopping_criteria))
-        rows = [Row(text) for text in texts]
+        rows = [Row(text, f"row {number}") for number, text in enumerate(texts)]
         stopping = Stopping(stopping_criteria, input_ids.to(wrapped.device), pad, decoding, rows)
         if streamer is not None:
             streamer.put(input_ids.cpu())

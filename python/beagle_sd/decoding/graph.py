@@ -17,13 +17,13 @@ class GraphError(RuntimeError):
 
 
 OPS = (
+    "choose_tokens",
     "top_candidates",
     "lookup",
     "join_branch",
     "build_tree",
     "tree_attention",
     "adjust_logits",
-    "choose_tokens",
     "verify_tree",
     "compact_cache_",
 )

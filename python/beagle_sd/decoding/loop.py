@@ -18,10 +18,11 @@ from beagle_sd.models.pictures import PicturePrompt
 
 @dataclass(eq=False)
 class Row:
-    """A text in progress. tokens: its new ones; run: those that nobody took yet; slot: its row of the engine; matched:
+    """A text in progress, `name` in errors. tokens: its new ones; run: those that nobody took yet; slot: its row of the engine; matched:
     how much of its end stood earlier in it."""
 
     text: Text
+    name: str = "row 0"
     tokens: list[int] = field(default_factory=list)
     run: list[int] = field(default_factory=list)
     live: bool = True
@@ -67,7 +68,10 @@ class Decoding:
             self._take(self.playing.popleft())
         free = self.free
         if len(rows) > len(free):
-            raise ValueError(f"{len(rows)} rows were given to an engine with {len(free)} free; allowed: as many")
+            raise ValueError(
+                f"{len(rows)} rows were given to an engine for {self.engine.batch}, of which {len(free)} are free; "
+                "allowed: as many"
+            )
         for number, row in enumerate(rows):
             if pictures is not None:  # which are in the order given
                 row.slot = free[number]
@@ -127,7 +131,7 @@ class Decoding:
         matches = []
         for row in live:
             drafted, emitted, goes_on, status, matched, agreed, *tokens = news[row.slot]
-            _raise_for(row.slot, status, self.engine)
+            _raise_for(row, status)
             run = tokens[: emitted - len(row.tokens)]
             if played is not None:
                 accepted.append(drafted)
@@ -170,12 +174,12 @@ class Decoding:
         return made
 
 
-def _raise_for(row: int, status: int, engine: Engine) -> None:
+def _raise_for(row: Row, status: int) -> None:
     if status & STATUS_NO_FINITE:
-        suppressed = engine.shaping is not None and engine.shaping.suppresses[row]
-        culprit = "the tokens that the call suppresses, or its weights" if suppressed else "its weights"
-        raise RuntimeError(f"row {row}: the target gave no finite logit; check {culprit} and dtype")
+        suppresses = row.text.rules.suppresses
+        culprit = "the tokens that the call suppresses, or its weights" if suppresses else "its weights"
+        raise RuntimeError(f"{row.name}: the target gave no finite logit; check {culprit} and dtype")
     if status & STATUS_BAD_TREE:
-        raise RuntimeError(f"row {row}: the draft gave an invalid tree; check its weights")
+        raise RuntimeError(f"{row.name}: the draft gave an invalid tree; check its weights")
 
 

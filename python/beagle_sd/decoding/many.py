@@ -33,8 +33,8 @@ class Request:
     """A prompt of its own length and how its text is written: as `generate` with one row, the same arguments and seed
     would write it.
 
-    input_ids: the prompt's tokens, a list or a tensor [T] or [1, T]; key: whatever the answer is to be known by;
-    streamer: is given the prompt, then each round's tokens. The other arguments are generate's.
+    input_ids: the prompt's tokens, a list or a tensor [T] or [1, T]; key: whatever the answer is to be known by, in
+    errors too; streamer: is given the prompt, then each round's tokens. The other arguments are generate's.
     """
 
     def __init__(
@@ -135,7 +135,9 @@ class Many(Iterator[Answer]):
             taken.append(request)
         if not taken:
             return
-        rows = [Row(request.text(self.engine.target, self.ends)) for request in taken]
+        texts = [request.text(self.engine.target, self.ends) for request in taken]
+        keys = [self.number + place if one.key is None else one.key for place, one in enumerate(taken)]
+        rows = [Row(text, f"request {key}") for text, key in zip(texts, keys, strict=True)]
         for request, row in zip(taken, rows, strict=True):
             shown = torch.tensor([request.ids])
             stopping = Stopping(request.stopping_criteria, shown, self.pad, self.decoding, [row])

@@ -4,13 +4,11 @@ import pytest
 import torch
 from models import VOCAB, small_target
 from tokenizers_for_tests import small_tokenizer
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from beagle_sd import generate
-from beagle_sd.data.answers import Request, _Writer, longest_text, requests_of, seed_of, write_answers
+from beagle_sd import Engine, generate
+from beagle_sd.data.answers import Request, longest_text, requests_of, seed_of, write_answers
 from beagle_sd.data.conversations import encode_chat, encode_turns
 from beagle_sd.models.ends import end_tokens
-from beagle_sd.models.target import Target
 from bench.answers.kinds.tiny_targets import tiny_target
 
 END = small_tokenizer().eos_token_id
@@ -91,13 +89,13 @@ def test_temperatures_go_round():
 def test_long_prompts_are_answered_up_to_the_context(monkeypatch):
     """In rows of their own, so that short ones cost what they cost alone; prompt and answer fill the context at most,
     or what the model has positions for."""
-    laid_out, made = [], _Writer.__init__
+    laid_out, made = [], Engine.__init__
 
-    def seen(writer, target, ends, rows, slots, *rest, **options):
-        laid_out.append((rows, slots))
-        made(writer, target, ends, rows, slots, *rest, **options)
+    def seen(engine, *models, **sizes):
+        laid_out.append((sizes["batch"], sizes["capacity"]))
+        made(engine, *models, **sizes)
 
-    monkeypatch.setattr(_Writer, "__init__", seen)
+    monkeypatch.setattr(Engine, "__init__", seen)
     monkeypatch.setattr("beagle_sd.data.answers._PROMPT_TOKENS", 8)
     model = small_target(max_position_embeddings=100)
     lengths = (3, 60, 99, 8, 30, 100, 31, 95)
@@ -143,34 +141,10 @@ def test_sampled_answers_follow_the_softmax():
     assert chi2 < 30, f"chi-square {chi2:.1f} with {len(groups) - 1} degrees of freedom"
 
 
-def test_a_step_reads_no_value_on_the_host():
-    """What a CUDA graph needs: under fake tensors, any look at a value raises."""
-    model = small_target()
-    target = Target(model)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        writer = _Writer(target, [END], 2, 16, 16, 8, 0, True, False, fixed=True)
-        writer._step()
-        with pytest.raises(DataDependentOutputException):
-            int(writer.cache.lengths.max())
-
-
-def test_a_step_keeps_its_buffers_in_place():
-    model = small_target()
-    with torch.inference_mode():
-        writer = _Writer(Target(model), [END, 5], 3, 24, 24, 8, 0, True, False)
-        tensors = {name: value.data_ptr() for name, value in vars(writer).items() if isinstance(value, torch.Tensor)}
-        tensors["lengths"] = writer.cache.lengths.data_ptr()
-        writer._admit([0, 2], [Request(0, [3, 4, 5], 0.0), Request(1, [6], 1.0)])
-        writer._step()
-    assert tensors.pop("lengths") == writer.cache.lengths.data_ptr()
-    assert tensors == {name: getattr(writer, name).data_ptr() for name in tensors}
-    assert writer.count.tolist() == [2, 0, 2] and writer.cache.lengths.tolist() == [4, 0, 2]
-
-
 def test_a_model_without_finite_logits_is_named():
     model = small_target()
     model.get_output_embeddings().weight.data[:] = float("nan")
-    with pytest.raises(RuntimeError, match="prompt 0: the target gave no finite logit"):
+    with pytest.raises(RuntimeError, match="request 0: the target gave no finite logit"):
         answers(model, requests(1), max_new_tokens=3)
 
 

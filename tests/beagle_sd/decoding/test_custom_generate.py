@@ -155,7 +155,7 @@ def test_a_streamer_is_given_every_token_once(pair, given_to):
             target.generate(prompts(1), max_new_tokens=4, custom_generate=by, streamer=Recorder())
 
 
-@pytest.mark.parametrize("wrong", [{"repetition_penalty": 1.2}, {"stopping_criteria": [lambda ids, scores: 1 / 0]}])
+@pytest.mark.parametrize("wrong", [{"guidance_scale": 1.2}, {"stopping_criteria": [lambda ids, scores: 1 / 0]}])
 def test_a_failing_call_ends_its_streamer(pair, wrong):
     """Whoever reads from it in another thread would wait for ever."""
     target, draft = pair
@@ -206,9 +206,12 @@ def test_what_the_models_own_generation_config_says_is_honoured():
     greedy = target.generate(ids, do_sample=False)
     assert torch.equal(target.generate(ids, do_sample=False, custom_generate=by), greedy) and (greedy != want).any()
     target.generation_config.repetition_penalty = 1.1
-    with pytest.raises(ValueError, match="RepetitionPenalty.*unset in the call, as repetition_penalty=1.0"):
-        target.generate(ids, custom_generate=by)
+    penalized = generate(target, None, ids, temperature=0.7, top_k=9, top_p=0.8, seed=3, repetition_penalty=1.1)
+    assert torch.equal(target.generate(ids, custom_generate=by), penalized.sequences[:, : 11 + NEW])
     assert torch.equal(target.generate(ids, repetition_penalty=1.0, custom_generate=by), want)
+    target.generation_config.guidance_scale = 1.5
+    with pytest.raises(ValueError, match="second forward.*unset in the call, as guidance_scale=1.0"):
+        target.generate(ids, custom_generate=by)
 
 
 def test_chats_of_unequal_length_and_stop_strings():
@@ -232,19 +235,13 @@ def test_chats_of_unequal_length_and_stop_strings():
     assert (want[1, -18:] == tokenizer.pad_token_id).all(), "the string did not stop its row"
 
 
-class Ban(LogitsProcessor):
-    def __call__(self, input_ids, scores):
-        return scores
-
-
 @pytest.mark.parametrize(
     "settings, named",
     [
         ({"num_beams": 2}, "beam_search"),
-        ({"repetition_penalty": 1.2}, "RepetitionPenalty"),
+        ({"guidance_scale": 1.2}, "ClassifierFree"),
         ({"assistant_model": agreeable_target()}, "assistant_model"),
         ({"position_ids": torch.arange(5, 16)[None]}, "position_ids"),
-        ({"logits_processor": LogitsProcessorList([Ban()])}, "Ban"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
         ({"cache_implementation": "static"}, "cache_implementation"),
         ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds"),

@@ -88,7 +88,7 @@ def test_out_of_memory_frees_the_buffers_and_leaves_all_usable(pair, own, monkey
     engine = None if own else fixed_engine(target, draft, 2, 40, tree=TREE)
     kept = []
 
-    def failing(wanted, draft, buffers, shape, timed=None):
+    def failing(wanted, draft, buffers, *rest):
         kept.append(weakref.ref(buffers))
         raise torch.OutOfMemoryError("CUDA out of memory.")
 

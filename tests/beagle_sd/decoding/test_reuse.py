@@ -118,5 +118,5 @@ def test_fewer_rows_than_the_engine_has(pair):
     for _ in range(2):
         made = generate(target, draft, ids, max_new_tokens=8, engine=engine)
         assert torch.equal(made.sequences, generate(target, draft, ids, max_new_tokens=8).sequences)
-    with pytest.raises(ValueError, match="4 rows were given to an engine with 3 free; allowed: as many"):
+    with pytest.raises(ValueError, match="4 rows were given to an engine for 3, of which 3 are free; allowed: as many"):
         generate(target, draft, prompts(4), max_new_tokens=8, engine=engine)

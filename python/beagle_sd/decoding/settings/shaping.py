@@ -57,10 +57,6 @@ class Shaping:
     def on_host(self) -> bool:
         return any(slot is not None and slot.rules.on_host for slot in self.slots)
 
-    @property
-    def suppresses(self) -> list[bool]:
-        return [slot is not None and slot.rules.suppresses for slot in self.slots]
-
     def set(self, row: int, slot: Slot | None) -> None:
         """Let a row's text be another, with its own rules."""
         rules = Rules() if slot is None else slot.rules
@@ -100,7 +96,7 @@ class Shaping:
             count, width = max(count, len(found)), max(width, longest)
             self.adjustments = self.adjustments._replace(
                 phrases=torch.full((count, width), -1, dtype=torch.int64, device=self.device),
-                phrase_bias=torch.zeros(count, device=self.device),
+                phrase_bias=torch.zeros(count, dtype=torch.float32, device=self.device),
                 phrase_rows=torch.full((count,), _NO_ROW, dtype=torch.int32, device=self.device),
             )
         if not count:

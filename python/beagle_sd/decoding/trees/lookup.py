@@ -29,7 +29,7 @@ class Lookup:
         self.levels = levels
         self.tokens = torch.full((batch, levels), -1, dtype=torch.int64, device=device)
         self.matched = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.gains = torch.tensor([math.log(max(usual, 1e-9)) for usual in USUAL], device=device)
+        self.gains = torch.tensor([math.log(max(usual, 1e-9)) for usual in USUAL], dtype=torch.float32, device=device)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"branch": self.tokens, "matched": self.matched, "gains": self.gains}

@@ -11,13 +11,13 @@ from beagle_sd import TreeShape
 from beagle_sd.decoding.trees.tree import PLAIN
 
 
-@pytest.mark.parametrize("shape", [PLAIN, TreeShape(4, 4, 8), TreeShape(64, 64, 1024)], ids=str)
+@pytest.mark.parametrize("shape", [PLAIN, TreeShape(4, 4, 8), TreeShape(64, 64, 1024), TreeShape(4, 4, 8, 12)], ids=str)
 def test_what_is_printed_is_read(shape):
     assert TreeShape.parse(str(shape)) == shape == TreeShape.parse(f" {str(shape).replace(',', ' , ')} ")
     assert pickle.loads(pickle.dumps(shape)) == shape and len({shape, TreeShape.parse(str(shape))}) == 1
 
 
-@pytest.mark.parametrize("text", ["", "4,4", "4,4,x", "4;4;8", "4,4,8,1", "-1,4,8", "4.0,4,8"])
+@pytest.mark.parametrize("text", ["", "4,4", "4,4,x", "4;4;8", "4,4,8,1,1", "4,4,8,x", "-1,4,8", "4.0,4,8"])
 def test_another_text_is_refused(text):
     with pytest.raises(ValueError, match=f"the tree is '{text}'; allowed: depth,branch,num_nodes, as 4,4,8"):
         TreeShape.parse(text)
@@ -31,6 +31,8 @@ def test_another_text_is_refused(text):
         ((1, 65, 2), "branch is 65; allowed: 1 to 64"),
         ((1, 1, 0), "num_nodes is 0; allowed: 1 to 1024"),
         ((1, 1, 1025), "num_nodes is 1025"),
+        ((1, 1, 2, -1), "lookup is -1; allowed: 0 to 64"),
+        ((1, 1, 2, 65), "lookup is 65"),
     ],
 )
 def test_sizes_out_of_range_are_refused(sizes, message):
