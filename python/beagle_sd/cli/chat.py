@@ -149,11 +149,8 @@ class Session:
         self.model, self.draft, self.dialogue, self.context, self.tree = model, draft, dialogue, context, tree
         self.max_new_tokens = max_new_tokens
         self.options = {**options, "eos_token_id": sorted(dialogue.ends)}
-        self.engine = self._new_engine()
+        self.engine = Engine(self.model, self.draft, batch=1, capacity=self.context, tree=self.tree)
         self.tally = Tally()
-
-    def _new_engine(self) -> Engine:
-        return Engine(self.model, self.draft, batch=1, capacity=self.context, tree=self.tree)
 
     def warm_up(self) -> None:
         """A few tokens that nobody sees: the first answer is as fast as the next, and wrong options are named now."""
@@ -193,9 +190,7 @@ class Session:
             try:
                 report = self._decode(prompt.ids, self.max_new_tokens, streamer)
             except KeyboardInterrupt:
-                if not streamer.between_rounds:
-                    self.engine.settle()
-                    self.engine = self._new_engine()
+                pass  # of a round that was broken off the engine keeps nothing
         self.dialogue.add(prompt, streamer.ids)
         self.tally.add(len(prompt.ids), report)
         self._explain_end(streamer.ids, stopped=report is None)
@@ -226,18 +221,15 @@ class Session:
 
 
 class _Stoppable(RunStreamer):
-    """Raises KeyboardInterrupt behind the round in which it came, where the engine is whole."""
+    """Raises KeyboardInterrupt behind the round in which it came, where the engine still holds the text."""
 
     def __init__(self, tokenizer, check_interrupt: Callable[..., None]):
         super().__init__(console, tokenizer)
-        self.check_interrupt, self.between_rounds = check_interrupt, False
+        self.check_interrupt = check_interrupt
 
     def put(self, value: Tensor) -> None:
         super().put(value)
-        self.check_interrupt(self._note)
-
-    def _note(self) -> None:
-        self.between_rounds = True
+        self.check_interrupt()
 
 
 class Tally:

@@ -306,7 +306,8 @@ class Engine:
         """Tell a row's rules the tokens that its text has more."""
         slot = None if self.shaping is None else self.shaping.slots[row]
         if slot is not None:
-            slot.say(run)
+            with _apart(self.target.device):
+                slot.say(run)
 
     def set_gains(self, gains: Sequence[float]) -> None:
         """Let the lookup branch be scored so (Lookup.gains)."""
@@ -338,12 +339,14 @@ class Engine:
 
     def swap(self, row: int, other: int) -> None:
         """Let two rows change places."""
+        reusable, self._reusable = self._reusable, [False] * self.batch
         with _apart(self.target.device):
             self.buffers.swap(row, other)
             if self.shaping is not None:
                 self.shaping.swap(row, other)
-        for values in (self._prompts, self._emitted, self._ends, self._reusable, self.live):
+        for values in (self._prompts, self._emitted, self._ends, reusable, self.live):
             values[row], values[other] = values[other], values[row]  # type: ignore[call-overload]
+        self._reusable = reusable
 
     def capture(self) -> None:
         """Capture now every graph that rounds may replay and that is not there yet, once the engine has had a text: no

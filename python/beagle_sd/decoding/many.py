@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ class Request:
         self.sampling = Sampling.of(1, seed, temperature, top_k, top_p, min_p)
         self.streamer, self.stopping_criteria, self.rules = streamer, stopping_criteria, rules
 
-    def text(self, target: Target, ends: Iterable[int]) -> Text:
+    def text(self, target: Target, ends: Collection[int]) -> Text:
         """As an engine takes it; ValueError for tokens that the target does not have, and rules out of range."""
         vocab_size = target.config.vocab_size
         if wrong := [token for token in self.ids if not 0 <= token < vocab_size]:

@@ -129,12 +129,12 @@ def interrupted_in_round(monkeypatch, number: int, times: int) -> None:
     """Ctrl-C, the real signal, in the middle of so many rounds' work, as often as given."""
     rounds, play = [], Engine.play
 
-    def playing(self, shape, clock):
-        rounds.append(shape)
+    def playing(self, *given):
+        rounds.append(given)
         if len(rounds) == number:
             for _ in range(times):
                 os.kill(os.getpid(), signal.SIGINT)
-        return play(self, shape, clock)
+        return play(self, *given)
 
     monkeypatch.setattr(Engine, "play", playing)
 
@@ -179,7 +179,6 @@ def test_interrupted_before_an_answer(place, decoded, monkeypatch):
     said = run(place, "ab\nc\n")
     assert "stopped before the answer: this turn is not kept" in said
     assert [prompt for prompt, *_ in decoded] == [encode_chat(small_tokenizer(), [{"role": "user", "content": "c"}])]
-    assert engines[2] is not engines[1], "nobody knows what the first held"
 
 
 def test_interrupted_at_the_prompt(place, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypedDict
 
@@ -106,7 +106,7 @@ def check_names(call: str, rules: Mapping) -> None:
         raise TypeError(f"{call}() got an unexpected keyword argument {unknown[0]!r}")
 
 
-def rules_of(vocab_size: int, ends: Iterable[int], rows: int, **given: Unpack[RuleArguments]) -> list[Rules]:
+def rules_of(vocab_size: int, ends: Collection[int], rows: int, **given: Unpack[RuleArguments]) -> list[Rules]:
     """The rules of each row that these arguments stand for; ValueError where one is out of range."""
     number = functools.partial(_number, given)
     least, ngram = given.get("min_new_tokens", 0), given.get("no_repeat_ngram_size", 0)
@@ -135,6 +135,12 @@ def rules_of(vocab_size: int, ends: Iterable[int], rows: int, **given: Unpack[Ru
     each = [guides] * rows if guides is None or isinstance(guides, Guide) else [*guides]
     if len(each) != rows:
         raise ValueError(f"{len(each)} guides were given for {rows} rows; allowed: one, or one a row")
+    for guide in filter(None, each):
+        if not guide.ends.intersection(ends):
+            raise ValueError(
+                f"the guide ends a text with {sorted(guide.ends)}, and the call's end tokens are {sorted(ends)}; allowed: "
+                "a guide whose end_tokens are of these"
+            )
     return [replace(rules, guide=one, processors=_of_row(rules.processors, row)) for row, one in enumerate(each)]
 
 
