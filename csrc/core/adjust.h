@@ -38,13 +38,13 @@ struct AdjustedRow {
   }
   BEAGLE_FN int64_t token(int64_t column) const { return op.token_ids ? op.token_ids[column] : column; }
 
-  // z of a token that is in the text, c times among the new tokens. What is -inf stays: it may be banned already.
+  // z of a token that is in the text, c times among the new tokens. What is -inf stays: it may be banned already. No
+  // branches: signs and counts are as good as random.
   BEAGLE_FN float penalised(float z, uint32_t c) const {
-    if (z == -kInf) return z;
-    z = z < 0.0f ? z * repetition : z / repetition;
-    if (c == 0) return z;
-    z = z - frequency * float(c);
-    return z - presence;
+    const float times = z * repetition, over = z / repetition, repeated = z < 0.0f ? times : over;
+    const float counted = repeated - frequency * float(c), less = counted - presence;
+    const float all = c == 0 ? repeated : less;
+    return z == -kInf ? z : all;
   }
 };
 
@@ -187,16 +187,15 @@ BEAGLE_FN void ban_repeated(Team& team, const AdjustedNode& node, int64_t begin,
   }
 }
 
-// All of it, after a barrier.
+// All of it, after a barrier; the penalties last, since what is banned stays so.
 template <class T, class Team>
 BEAGLE_FN void adjust_tokens(Team& team, const AdjustedNode& node, int64_t begin, int64_t end) {
   adjust_phrases<T>(team, node, begin, end);
-  if (node.row.penalises()) {
-    team.sync();
-    adjust_seen(team, node, begin, end);
-  }
   team.sync();
   ban_repeated(team, node, begin, end);
+  if (!node.row.penalises()) return;
+  team.sync();
+  adjust_seen(team, node, begin, end);
 }
 
 // Columns that one part takes: whole words of `allowed`.

@@ -90,8 +90,9 @@ __global__ void __launch_bounds__(kThreads) write_nodes(const AdjustLogits op) {
   wait_for_previous();
 }
 
+// Two blocks on a processor will do: aiming at more, ptxas spills around the division.
 template <class T>
-__global__ void __launch_bounds__(kThreads) adjust_nodes(const AdjustLogits op) {
+__global__ void __launch_bounds__(kThreads, 2) adjust_nodes(const AdjustLogits op) {
   __shared__ uint64_t slots[2][kWarps];
   Block team{slots};
   const AdjustedRow row = row_of(op, blockIdx.y);
