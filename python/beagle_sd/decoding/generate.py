@@ -202,8 +202,9 @@ def _generated(
             seen = slice(None) if mask is None else mask[row].to(echoed.device) != 0
             values = decoding.kept(text, "logprobs")
             assert values is not None
-            values[0] = 0.0  # nothing stands before it
-            echoed[seen] = values[: len(text.text.ids)]
+            told = values[: len(text.text.ids)].clone()
+            told[0] = 0.0  # nothing stands before it
+            echoed[seen] = told
     return made
 
 
