@@ -12,8 +12,6 @@ except ImportError as error:
         raise SystemExit(f"error: {error}") from None
     raise
 
-from beagle_sd.decoding.trees.adaptive import AdaptiveTree
-from beagle_sd.decoding.trees.calibration import adaptive_tree
 from beagle_sd.decoding.custom_generate import custom_generate, generate_saved
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.generate import Generated, generate
@@ -21,6 +19,8 @@ from beagle_sd.decoding.graph import GraphError
 from beagle_sd.decoding.guides.guide import Guide
 from beagle_sd.decoding.many import Answer, Request, generate_many
 from beagle_sd.decoding.report import Report
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree
+from beagle_sd.decoding.trees.calibration import adaptive_tree
 from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.config import BeagleConfig
 from beagle_sd.models.draft import BeagleDraft

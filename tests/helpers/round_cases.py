@@ -50,7 +50,9 @@ def begin(engine: Engine, given: list[Text], ends: list[int]) -> None:
     engine.receive()
 
 
-def decoded(engine: Engine, given: list[Text], ends: list[int], ahead: bool | None = None) -> tuple[Decoding, list[Row]]:
+def decoded(
+    engine: Engine, given: list[Text], ends: list[int], ahead: bool | None = None
+) -> tuple[Decoding, list[Row]]:
     """The texts written to their ends."""
     decoding, rows = Decoding(engine, ends, ahead=ahead), [Row(text) for text in given]
     decoding.admit(rows)

@@ -33,10 +33,10 @@ from beagle_sd.cli.generate import RunStreamer, as_text
 from beagle_sd.cli.interrupt import deferred_interrupt
 from beagle_sd.data.answers import longest_text
 from beagle_sd.data.dialogue import Dialogue
-from beagle_sd.decoding.trees.adaptive import AdaptiveTree
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.generate import generate as decode
 from beagle_sd.decoding.report import Report
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree
 from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 from beagle_sd.models.ends import end_tokens

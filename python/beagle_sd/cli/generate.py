@@ -34,9 +34,9 @@ from beagle_sd.cli.console import (
     waiting,
 )
 from beagle_sd.data.chats import encode_chat
-from beagle_sd.decoding.trees.adaptive import AdaptiveTree
 from beagle_sd.decoding.generate import generate as decode
 from beagle_sd.decoding.report import Report
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree
 from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 

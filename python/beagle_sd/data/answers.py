@@ -198,5 +198,5 @@ class _Writer:
         """What is asked of the engine for the next answer of a text."""
         request = text.request
         room = min(self.longest, self.limit - len(text.ids))
-        sampling = {"temperature": request.temperature, "seed": seed_of(self.seed, request)}
-        return Prompt(text.ids, key=text, max_new_tokens=room, **sampling)
+        seed = seed_of(self.seed, request)
+        return Prompt(text.ids, key=text, max_new_tokens=room, temperature=request.temperature, seed=seed)

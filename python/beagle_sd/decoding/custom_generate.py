@@ -26,11 +26,11 @@ from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthC
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from beagle_sd.decoding.trees.adaptive import AdaptiveTree
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.generate import ends_its_streamer, generate
-from beagle_sd.decoding.settings.processors import settings_of
 from beagle_sd.decoding.report import Report
+from beagle_sd.decoding.settings.processors import settings_of
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree
 from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.config import saved_draft
 from beagle_sd.models.draft import BeagleDraft

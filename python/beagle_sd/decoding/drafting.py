@@ -177,9 +177,7 @@ def propose(
         logits = draft.logits(state)
         if shaped is not None:
             logits = shaped(logits, paths, draft.draft_vocab)
-        child, gain = top_candidates(
-            logits.flatten(0, 1), branch, chosen, settings[width], token_ids=draft.draft_vocab
-        )
+        child, gain = top_candidates(logits.flatten(0, 1), branch, chosen, settings[width], token_ids=draft.draft_vocab)
         total = score[:, :, None] + gain.view(batch, width, branch).clamp(max=0.0)
         parents = number[:, :, None].expand(-1, -1, branch).to(torch.int32)
         found.append(Candidates(child.view(batch, -1), total.flatten(1), parents.flatten(1)))

@@ -188,10 +188,10 @@ class Engine:
 
     def _check(self, texts: Sequence[Text]) -> None:
         for text in texts:
-            need = len(text.ids) + text.max_new_tokens
-            if need > self.capacity:
+            prompt, new = len(text.ids), text.max_new_tokens
+            if prompt + new > self.capacity:
                 raise ValueError(
-                    f"a prompt of {len(text.ids)} tokens and max_new_tokens {text.max_new_tokens} need room for {need}; "
+                    f"a prompt of {prompt} tokens and max_new_tokens {new} need room for {prompt + new}; "
                     f"allowed: the engine's capacity, {self.capacity}"
                 )
         if self.draft is not None and self.draft.draft_vocab is not self._draft_vocab:

@@ -34,8 +34,8 @@ class Generated:
     """sequences [B, prompt + new] int64: the prompt as given, then the new tokens, padded with pad_token_id.
 
     If asked for: logprobs [B, new] f32 of the new tokens, padded with 0; top_tokens [B, new, k] int64 and top_logprobs
-    [B, new, k] f32, the target's k best in each new token's place, best first, padded with 0; prompt_logprobs [B, prompt]
-    f32 of the prompt's tokens, 0 for each row's first, and padding.
+    [B, new, k] f32, the target's k best in each new token's place, best first, padded with 0; prompt_logprobs
+    [B, prompt] f32 of the prompt's tokens, 0 for each row's first, and padding.
     """
 
     sequences: Tensor
@@ -113,13 +113,13 @@ def generate(
     after each token with the prompts as given and the new tokens behind them [B, T + new], ended rows padded, and no
     scores: a row ends with the first token at which one says so. return_logprobs gives log softmax of the target's own
     logits for each new token, at temperature 1, with nothing done to them: what scoring the text would give, so that
-    calls with different settings compare, and no emitted token is at -inf; top_logprobs the k best of them in its place;
-    prompt_logprobs those of the prompt's own tokens.
+    calls with different settings compare, and no emitted token is at -inf; top_logprobs the k best of them in its
+    place; prompt_logprobs those of the prompt's own tokens.
 
     On CUDA each round is one graph's replay (graph=False: eagerly); page_size keeps the target's cache in pages. An
-    engine keeps buffers and graphs from call to call, and the keys of the texts it holds: of a prompt that begins as one
-    of them only what is new is run. What shapes it (tree, return_logprobs, top_logprobs, graph, page_size) is then given
-    to it, not here.
+    engine keeps buffers and graphs from call to call, and the keys of the texts it holds: of a prompt that begins as
+    one of them only what is new is run. What shapes it (tree, return_logprobs, top_logprobs, graph, page_size) is then
+    given to it, not here.
 
     Raises ValueError for bad arguments, for targets or drafts that do not fit, and where the request does not fit the
     engine; TypeError for a tree that is none; RuntimeError where the target gives a row no finite logit; GraphError
@@ -140,7 +140,9 @@ def generate(
     }
     check_engine(engine, wrapped, draft, options)
     if prompt_logprobs and engine is not None and engine.buffers.kept.logprobs is None:
-        raise ValueError("prompt_logprobs given with an engine without room for them; allowed: return_logprobs=True there")
+        raise ValueError(
+            "prompt_logprobs given with an engine without room for them; allowed: return_logprobs=True there"
+        )
     beside = checked_inputs(wrapped, model_inputs)
     if beside and prompt_logprobs:
         raise ValueError("prompt_logprobs given with model_inputs; allowed: for prompts of text alone")
@@ -200,9 +202,9 @@ def _generated(
         made.prompt_logprobs = torch.zeros(input_ids.shape, device=decoding.engine.target.device)
         for row, (text, echoed) in enumerate(zip(rows, made.prompt_logprobs, strict=True)):
             seen = slice(None) if mask is None else mask[row].to(echoed.device) != 0
-            values = decoding.kept(text, "logprobs")
-            assert values is not None
-            told = values[: len(text.text.ids)].clone()
+            scored = decoding.kept(text, "logprobs")
+            assert scored is not None
+            told = scored[: len(text.text.ids)].clone()
             told[0] = 0.0  # nothing stands before it
             echoed[seen] = told
     return made
@@ -226,7 +228,13 @@ def _texts(
 ) -> list[Text]:
     shown, ids = input_ids.tolist(), prompts.tolist()
     return [
-        Text(ids[row][:length], max_new_tokens, Sampling(*(field[row : row + 1] for field in sampling)), rules[row], shown[row])
+        Text(
+            ids[row][:length],
+            max_new_tokens,
+            Sampling(*(field[row : row + 1] for field in sampling)),
+            rules[row],
+            shown[row],
+        )
         for row, length in enumerate(lengths.tolist())
     ]
 

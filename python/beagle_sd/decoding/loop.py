@@ -18,8 +18,8 @@ from beagle_sd.models.pictures import PicturePrompt
 
 @dataclass(eq=False)
 class Row:
-    """A text in progress, `name` in errors. tokens: its new ones; run: those that nobody took yet; slot: its row of the engine; matched:
-    how much of its end stood earlier in it."""
+    """A text in progress, `name` in errors. tokens: its new ones; run: those that nobody took yet; slot: its row of the
+    engine; matched: how much of its end stood earlier in it."""
 
     text: Text
     name: str = "row 0"
@@ -181,5 +181,3 @@ def _raise_for(row: Row, status: int) -> None:
         raise RuntimeError(f"{row.name}: the target gave no finite logit; check {culprit} and dtype")
     if status & STATUS_BAD_TREE:
         raise RuntimeError(f"{row.name}: the draft gave an invalid tree; check its weights")
-
-

@@ -148,7 +148,10 @@ def _keep(draft, buffers: Buffers, tree: DraftTree, verdict: Verdict, hidden: Te
         for states, span in zip(buffers.cache.states, buffers.cache.spans, strict=True):
             compact_cache_(states, verdict.path, verdict.num_accepted, lengths, block_table=buffers.cache.table(span))
     if buffers.draft_cache is not None or buffers.kept.states is not None:
-        states, places = hidden.gather(1, path[:, :, None].expand(-1, -1, hidden.shape[2])), lengths.long()[:, None] + step
+        states, places = (
+            hidden.gather(1, path[:, :, None].expand(-1, -1, hidden.shape[2])),
+            lengths.long()[:, None] + step,
+        )
         if buffers.draft_cache is not None:
             buffers.draft_cache.append_true(draft, states, places)
         if buffers.kept.states is not None:

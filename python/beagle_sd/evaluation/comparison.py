@@ -20,8 +20,8 @@ from beagle_sd.data.chats import encode_chat
 from beagle_sd.data.conversations import read_messages
 from beagle_sd.data.evaluation_sets import SET_NAMES, evaluation_prompts
 from beagle_sd.data.rows import read_text
-from beagle_sd.decoding.trees.adaptive import AdaptiveTree, Costs
 from beagle_sd.decoding.report import Report
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree, Costs
 from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.evaluation.contenders import BASELINE, PLAIN_LOOP, EngineRun, Runs, contenders, shape_name
 from beagle_sd.evaluation.memory import peak_bytes

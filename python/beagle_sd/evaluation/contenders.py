@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from beagle_sd.decoding.trees.adaptive import AdaptiveTree
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.generate import Generated, generate
 from beagle_sd.decoding.report import Report
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree
 from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.draft import BeagleDraft
 

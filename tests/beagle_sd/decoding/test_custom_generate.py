@@ -10,16 +10,14 @@ from tokenizers_for_tests import small_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    LogitsProcessor,
-    LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
 
 from beagle_sd import AdaptiveTree, Engine, custom_generate, generate
-from beagle_sd.decoding.trees.adaptive import Costs
 from beagle_sd.decoding.custom_generate import SpeculativeOutput
+from beagle_sd.decoding.trees.adaptive import Costs
 from beagle_sd.decoding.trees.tree import TreeShape
 
 

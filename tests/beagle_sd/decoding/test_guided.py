@@ -26,7 +26,9 @@ def listed(seed: int, count: int = 40) -> ListedGuide:
     gen = torch.Generator().manual_seed(seed)
     stretch = torch.randint(6, VOCAB, (9,), generator=gen).tolist()
     tails = torch.randint(6, 30, (count, 6), generator=gen).tolist()
-    return ListedGuide([tail[:3] + stretch + tail[3 : 3 + number % 4] for number, tail in enumerate(tails)], VOCAB, [END])
+    return ListedGuide(
+        [tail[:3] + stretch + tail[3 : 3 + number % 4] for number, tail in enumerate(tails)], VOCAB, [END]
+    )
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -113,7 +115,9 @@ def test_a_guide_with_rules_beside_it(pair):
 
 def test_what_does_not_fit_is_named(pair):
     guide = listed(1)
-    with pytest.raises(ValueError, match=r"ends a text with \[5\], and the call's end tokens are \[7\]; allowed: a guide"):
+    with pytest.raises(
+        ValueError, match=r"ends a text with \[5\], and the call's end tokens are \[7\]; allowed: a guide"
+    ):
         generate(*pair, prompts(1), eos_token_id=7, guide=guide)
     with pytest.raises(ValueError, match="2 guides were given for 3 rows; allowed: one, or one a row"):
         generate(*pair, prompts(3), eos_token_id=END, guide=[guide, guide])

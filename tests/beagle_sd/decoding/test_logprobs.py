@@ -25,7 +25,9 @@ def scored(target, text: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "repetition_penalty": 1.3, "seed": 2}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 1.0, "repetition_penalty": 1.3, "seed": 2}], ids=["greedy", "sampled"]
+)
 def test_they_are_those_of_scoring_the_text(pair, side, settings):
     target, draft = pair
     ids, mask = ragged(side)
@@ -42,7 +44,9 @@ def test_they_are_those_of_scoring_the_text(pair, side, settings):
         assert torch.equal(made.top_tokens[row], new.topk(4).indices)
         prompt = ids[row][seen]
         told = want[: len(prompt) - 1].gather(1, prompt[1:, None])[:, 0]
-        torch.testing.assert_close(made.prompt_logprobs[row][seen], torch.cat([torch.zeros(1), told]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            made.prompt_logprobs[row][seen], torch.cat([torch.zeros(1), told]), atol=1e-4, rtol=0
+        )
         assert not made.prompt_logprobs[row][~seen].any()
 
 
@@ -76,12 +80,17 @@ def test_an_engine_has_room_for_them_and_a_prompt_is_run_whole_for_its_own(pair)
     ids = prompts(1, 20)
     first = generate(target, draft, ids, max_new_tokens=9, engine=engine)
     again = generate(target, draft, ids, max_new_tokens=9, engine=engine, prompt_logprobs=True)
-    assert again.report.prefilled == 20 and generate(target, draft, ids, engine=engine, max_new_tokens=9).report.prefilled == 1
+    assert (
+        again.report.prefilled == 20
+        and generate(target, draft, ids, engine=engine, max_new_tokens=9).report.prefilled == 1
+    )
     torch.testing.assert_close(first.logprobs, again.logprobs)
     with pytest.raises(ValueError, match="top_logprobs given with an engine; allowed: give them to Engine"):
         generate(target, draft, ids, engine=engine, top_logprobs=3)
     bare = Engine(target, draft, batch=1, capacity=60, tree=TREE)
-    with pytest.raises(ValueError, match="prompt_logprobs given with an engine without room for them; allowed: return_log"):
+    with pytest.raises(
+        ValueError, match="prompt_logprobs given with an engine without room for them; allowed: return_log"
+    ):
         generate(target, draft, ids, engine=bare, prompt_logprobs=True)
     with pytest.raises(ValueError, match=f"top_logprobs is {VOCAB + 1}; allowed: 0 to {VOCAB}"):
         generate(target, draft, ids, top_logprobs=VOCAB + 1)

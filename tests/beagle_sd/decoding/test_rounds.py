@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, generate
-from beagle_sd.decoding.trees.adaptive import Costs
 from beagle_sd.decoding.rounds import play_round
 from beagle_sd.decoding.settings.rules import Rules
+from beagle_sd.decoding.trees.adaptive import Costs
 from beagle_sd.decoding.trees.tree import TreeShape
 
 

@@ -13,8 +13,8 @@ from round_cases import PATHS, TREE, begin, rows, texts
 
 from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, Engine, GraphError, generate
-from beagle_sd.decoding.trees.adaptive import Costs
 from beagle_sd.decoding.rounds import play_round
+from beagle_sd.decoding.trees.adaptive import Costs
 from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.draft import RMSNorm
 

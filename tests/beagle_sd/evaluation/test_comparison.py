@@ -11,10 +11,10 @@ from models import agreeable_target, small_draft, small_target
 from tokenizers_for_tests import small_tokenizer
 
 from beagle_sd import AdaptiveTree
-from beagle_sd.decoding.trees.adaptive import Costs
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.generate import generate
 from beagle_sd.decoding.report import Report
+from beagle_sd.decoding.trees.adaptive import Costs
 from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.evaluation.comparison import (
     BASELINE,

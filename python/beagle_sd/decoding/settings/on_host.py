@@ -56,8 +56,8 @@ def check_processors(rules: Rules, ids: Sequence[int], vocab_size: int) -> None:
             same = torch.equal(first.nan_to_num(), again.nan_to_num())
         except Exception as error:
             raise ValueError(
-                f"{type(processor).__name__} cannot be asked of a text twice ({type(error).__name__}: {error}); allowed: "
-                "functions of the tokens and scores they are given"
+                f"{type(processor).__name__} cannot be asked of a text twice ({type(error).__name__}: {error}); "
+                "allowed: functions of the tokens and scores they are given"
             ) from error
         if not same:
             raise ValueError(

@@ -122,12 +122,12 @@ def rules_of(vocab_size: int, ends: Collection[int], rows: int, **given: Unpack[
     )
     if rules.repetition <= 0.0:
         raise ValueError(f"repetition_penalty is {rules.repetition}; allowed: above 0, 1 for none")
-    for token, value in (given.get("logit_bias") or {}).items():
-        rules.add("logit_bias", (token,), value, vocab_size)
-    for tokens, value in (given.get("sequence_bias") or {}).items():
-        rules.add("sequence_bias", tokens, value, vocab_size)
-    for tokens in given.get("bad_words_ids") or ():
-        rules.add("bad_words_ids", tokens, -math.inf, vocab_size)
+    for token, added in (given.get("logit_bias") or {}).items():
+        rules.add("logit_bias", (token,), added, vocab_size)
+    for tokens, added in (given.get("sequence_bias") or {}).items():
+        rules.add("sequence_bias", tokens, added, vocab_size)
+    for words in given.get("bad_words_ids") or ():
+        rules.add("bad_words_ids", words, -math.inf, vocab_size)
     rules.not_before(ends, least)
     for token, first in (given.get("not_before") or {}).items():
         rules.not_before([token], first)
@@ -138,8 +138,8 @@ def rules_of(vocab_size: int, ends: Collection[int], rows: int, **given: Unpack[
     for guide in filter(None, each):
         if not guide.ends.intersection(ends):
             raise ValueError(
-                f"the guide ends a text with {sorted(guide.ends)}, and the call's end tokens are {sorted(ends)}; allowed: "
-                "a guide whose end_tokens are of these"
+                f"the guide ends a text with {sorted(guide.ends)}, and the call's end tokens are {sorted(ends)}; "
+                "allowed: a guide whose end_tokens are of these"
             )
     return [replace(rules, guide=one, processors=_of_row(rules.processors, row)) for row, one in enumerate(each)]
 
@@ -152,7 +152,7 @@ def _number(given: RuleArguments, name: str, unset: float) -> float:
 
 
 def _of_row(processors: list[Processor], row: int) -> list[Processor]:
-    """Those that differ from row to row as this row's; else the list itself, by which rows are known to have the same."""
+    """This row's of those that differ from row to row; else the list itself, so that rows that have the same have it."""
     if not any(hasattr(one, "of_row") for one in processors):
         return processors
-    return [one.of_row(row) if hasattr(one, "of_row") else one for one in processors]  # type: ignore[attr-defined]
+    return [one.of_row(row) if hasattr(one, "of_row") else one for one in processors]

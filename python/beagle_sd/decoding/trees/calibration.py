@@ -19,8 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import beagle_kernels
 from beagle_kernels.machine import cores, processor
-from beagle_sd.decoding.trees.adaptive import AdaptiveTree, Costs
 from beagle_sd.decoding.generate import generate
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree, Costs
 from beagle_sd.decoding.trees.tree import PLAIN, TreeShape
 from beagle_sd.files import cache_folder, write_json
 from beagle_sd.models import smollm2

@@ -51,7 +51,9 @@ SETTINGS = {
     "begin_suppress_tokens": lambda text: {"begin_suppress_tokens": text[:, 0].tolist()},
     "bad_words_ids": lambda text: {"bad_words_ids": [*text[:, 5:6].tolist(), *pairs_of(text)]},
     "sequence_bias": lambda text: {"sequence_bias": [[[int(text[0, 5])], -3.5], [[int(text[1, 5])], 4.0]]},
-    "phrases": lambda text: {"sequence_bias": [*([pair, -9.0] for pair in pairs_of(text)), [[3, 4, 5], 30.0], [[3], 4.0]]},
+    "phrases": lambda text: {
+        "sequence_bias": [*([pair, -9.0] for pair in pairs_of(text)), [[3, 4, 5], 30.0], [[3], 4.0]]
+    },
     "repetition_penalty": lambda text: {"repetition_penalty": 1.4},
     "encouraged": lambda text: {"repetition_penalty": 0.8},
     "no_repeat_ngram_size": lambda text: {"no_repeat_ngram_size": 2},
@@ -117,7 +119,9 @@ def test_a_setting_is_honoured_as_plain_generate_does(pair, free, setting, tree)
     given = SETTINGS[setting](free)
     for rows in (slice(0, 4), slice(1, 2)):  # the second has no padding
         want, ours = plain_and_ours(pair, ids[rows], mask[rows], given, tree)
-        without, _ = plain_and_ours(pair, ids[rows], mask[rows], {name: given[name] for name in given if name.startswith("eos")})
+        without, _ = plain_and_ours(
+            pair, ids[rows], mask[rows], {name: given[name] for name in given if name.startswith("eos")}
+        )
         if rows.stop == 4:
             assert want.shape != without.shape or (want != without).any(), "the setting changed nothing"
         for made in ours:
@@ -150,7 +154,10 @@ WARPERS = {
     "in another order": {"logits_processor": [TopPLogitsWarper(0.9)], "temperature": 0.5},
     "twice": {"logits_processor": [TopKLogitsWarper(5)], "top_k": 3},
     "more kept": {"top_k": 0, "logits_processor": [TopPLogitsWarper(0.3, min_tokens_to_keep=3)]},
-    "then suppressed": {"top_k": 0, "logits_processor": [TemperatureLogitsWarper(0.5), SuppressTokensLogitsProcessor([3])]},
+    "then suppressed": {
+        "top_k": 0,
+        "logits_processor": [TemperatureLogitsWarper(0.5), SuppressTokensLogitsProcessor([3])],
+    },
 }
 
 
