@@ -8,8 +8,8 @@ from models import VOCAB
 
 from beagle_kernels import Sampling
 from beagle_sd import Engine
-from beagle_sd.decoding.engine import Text
 from beagle_sd.decoding.loop import Decoding, Row
+from beagle_sd.decoding.prompts import Text
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.settings.rules import Rules
 from beagle_sd.decoding.trees.tree import TreeShape

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from beagle_kernels import Sampling
 from beagle_sd.decoding.buffers import Buffers
-from beagle_sd.decoding.drafting import DraftCache
 from beagle_sd.decoding.graph import RoundGraph, check_capturable
+from beagle_sd.decoding.prompts import Prefill, Text
 from beagle_sd.decoding.report import Clock
-from beagle_sd.decoding.rounds import begin_rows, play_round, run_prompts
-from beagle_sd.decoding.settings.rules import Rules
+from beagle_sd.decoding.rounds import play_round
 from beagle_sd.decoding.settings.shaping import Shaping, Slot
 from beagle_sd.decoding.trees.adaptive import AdaptiveTree
 from beagle_sd.decoding.trees.tree import PLAIN, TreeShape
@@ -28,20 +25,6 @@ from beagle_sd.models.target import Target
 
 _FIRST_TOKENS = 256
 """New tokens a row that there is room for at first, where buffers can grow."""
-_PROMPT_TOKENS = 32768
-"""Of prompts that a GPU runs together, so many with their padding."""
-
-
-@dataclass
-class Text:
-    """A prompt, how its tokens are chosen, and how many may come; shown: the prompt as processors are given it, with
-    padding."""
-
-    ids: list[int]
-    max_new_tokens: int
-    sampling: Sampling  # of one row, on the host
-    rules: Rules = field(default_factory=Rules)
-    shown: list[int] | None = None
 
 
 class Engine:
@@ -178,9 +161,13 @@ class Engine:
             self.live[row] = True
         with _apart(self.target.device), clock.phase("prefill"):
             self._reserve(_FIRST_TOKENS)
-            self._set(rows, texts, ends)
-            for members in self._groups(rows, texts, begins):
-                self._prefill(members, rows, texts, begins, pictures, echo)
+            prefill = Prefill(rows, texts, begins, pictures, echo)
+            prefill.write(self.buffers)
+            self.buffers.set_ends(ends)
+            most = max(end for end, live in zip(self._ends, self.live, strict=True) if live)
+            self.buffers.cache.end.fill_(most)
+            self._set_rules(rows, texts)
+            prefill.run(self.target, self.draft, self.buffers, self._shaping)
         for row in rows:
             self._reusable[row] = pictures is None
         self._send()
@@ -205,84 +192,17 @@ class Engine:
         most = max((min(self._prompts[row] + self._emitted[row] + new, self._ends[row]) for row in going), default=0)
         self.buffers.reserve(most, self.capacity)
 
-    def _set(self, rows: Sequence[int], texts: Sequence[Text], ends: list[int]) -> None:
-        """Write the texts' settings and prompts into their rows, as tensors of all of them at once."""
-        buffers = self.buffers
-        device = self.target.device
-        at = torch.tensor(rows, device=device)
-        longest = max(len(text.ids) for text in texts)
-        padded = torch.tensor([text.ids + [0] * (longest - len(text.ids)) for text in texts], device=device)
-        buffers.text[at, :longest] = padded
-        buffers.prompts[at] = torch.tensor([len(text.ids) for text in texts], device=device)
-        buffers.limit[at] = torch.tensor([text.max_new_tokens for text in texts], device=device)
-        buffers.emitted[at], buffers.live[at] = 0, True
-        for buffer, *given in zip(buffers.sampling, *(text.sampling for text in texts), strict=True):
-            buffer[at] = torch.cat(given).to(device)
-        buffers.set_ends(ends)
-        buffers.cache.end.fill_(max(end for end, live in zip(self._ends, self.live, strict=True) if live))
+    def _set_rules(self, rows: Sequence[int], texts: Sequence[Text]) -> None:
         if self.shaping is None and any(text.rules for text in texts):
-            self.shaping = Shaping(self.batch, self.target.config.vocab_size, device)
-        if self.shaping is not None:
-            for row, text in zip(rows, texts, strict=True):
-                shown = text.ids if text.shown is None else text.shown
-                self.shaping.set(row, Slot.of(text.rules, shown) if text.rules else None)
-            if self.shaping.moved:
-                self._shaped_graphs.clear()
-                self.shaping.moved = False
-
-    def _groups(self, rows: Sequence[int], texts: Sequence[Text], begins: Sequence[int]) -> Iterator[list[int]]:
-        """Which of the texts are run together: all, where they fill the engine; else each alone in its row, or, on a
-        GPU, new ones of about one length."""
-        if len(rows) == self.batch:
-            yield list(range(len(rows)))
+            self.shaping = Shaping(self.batch, self.target.config.vocab_size, self.target.device)
+        if self.shaping is None:
             return
-        apart = not self.buffers.cache.fixed or self.buffers.cache.page_size is not None
-        group: list[int] = []
-        for number in sorted(range(len(rows)), key=lambda number: len(texts[number].ids)):
-            if apart or begins[number]:
-                yield [number]
-                continue
-            if group and len(texts[number].ids) * (len(group) + 1) > _PROMPT_TOKENS:
-                yield group
-                group = []
-            group.append(number)
-        if group:
-            yield group
-
-    def _prefill(
-        self,
-        members: list[int],
-        rows: Sequence[int],
-        texts: Sequence[Text],
-        begins: Sequence[int],
-        pictures: PicturePrompt | None,
-        echo: bool,
-    ) -> None:
-        device, buffers = self.target.device, self.buffers
-        new = [texts[number].ids[begins[number] :] for number in members]
-        longest = max(map(len, new))
-        tokens = torch.tensor([one + [0] * (longest - len(one)) for one in new], device=device)
-        lengths = torch.tensor([len(one) for one in new], dtype=torch.int32, device=device)
-        before = torch.tensor([begins[number] for number in members], dtype=torch.int32, device=device)
-        at = [rows[number] for number in members]
-        if len(at) in (1, self.batch):
-            here = buffers if len(at) == self.batch else buffers.part(slice(at[0], at[0] + 1))
-            given = here.cache, here.draft_cache, tokens, lengths, before, pictures
-            hidden = run_prompts(self.target, self.draft, *given)
-            begin_rows(self.target, here, self._shaping(at), hidden, lengths, echo=echo)
-            return
-        into = torch.tensor(at, device=device)
-        cache, draft_cache = self.target.new_cache(len(at), longest + 1, fixed=True), None
-        if self.draft is not None and buffers.draft_cache is not None:
-            draft_cache = DraftCache(self.draft, len(at), longest + 1, self.shape.deepest, self.shape.branch)
-        hidden = run_prompts(self.target, self.draft, cache, draft_cache, tokens, lengths, before)
-        buffers.cache.take(into, cache)
-        if draft_cache is not None and buffers.draft_cache is not None:
-            buffers.draft_cache.take(into, draft_cache)
-        for number, row in enumerate(at):
-            one, of = buffers.part(slice(row, row + 1)), slice(number, number + 1)
-            count = len(new[number])
-            begin_rows(self.target, one, self._shaping([row]), hidden[of, :count], lengths[of], echo=echo)
+        for row, text in zip(rows, texts, strict=True):
+            shown = text.ids if text.shown is None else text.shown
+            self.shaping.set(row, Slot.of(text.rules, shown) if text.rules else None)
+        if self.shaping.moved:
+            self._shaped_graphs.clear()
+            self.shaping.moved = False
 
     def _shaping(self, rows: Sequence[int] | None = None) -> Shaping | None:
         """The rules of some rows that lie together, or of all; None where no text has any."""

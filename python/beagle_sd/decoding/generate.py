@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from beagle_kernels import Sampling
-from beagle_sd.decoding.engine import Engine, Text
+from beagle_sd.decoding.engine import Engine
 from beagle_sd.decoding.loop import Decoding, Row
+from beagle_sd.decoding.prompts import Text
 from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.settings.on_host import check_processors
 from beagle_sd.decoding.settings.rules import RuleArguments, Rules, check_names, rules_of

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from beagle_kernels import STATUS_BAD_TREE, STATUS_NO_FINITE
-from beagle_sd.decoding.engine import Engine, Text
+from beagle_sd.decoding.engine import Engine
+from beagle_sd.decoding.prompts import Text
 from beagle_sd.decoding.report import Clock, Report, Tally
 from beagle_sd.decoding.trees.adaptive import AdaptiveTree
 from beagle_sd.decoding.trees.tree import TreeShape

@@ -16,68 +16,22 @@ from beagle_kernels import (
     DraftTree,
     Verdict,
     build_tree,
-    choose_tokens,
     compact_cache_,
     join_branch,
     verify_tree,
 )
 from beagle_sd.decoding.buffers import NEWS, Buffers
-from beagle_sd.decoding.drafting import DraftCache, propose
+from beagle_sd.decoding.drafting import propose
 from beagle_sd.decoding.settings.shaping import Shaping
 from beagle_sd.decoding.trees.tree import TreeShape
-from beagle_sd.models.cache import TreeCache
 from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.models.pictures import PicturePrompt, prefill_pictures
 from beagle_sd.models.target import Target
 
 Timed = Callable[[str], AbstractContextManager[None]]
-_ECHO_ROWS = 256
-"""Of a prompt's logits made at once."""
 
 
 def _untimed(phase: str) -> AbstractContextManager[None]:
     return nullcontext()
-
-
-def run_prompts(
-    target: Target,
-    draft: BeagleDraft | None,
-    cache: TreeCache,
-    draft_cache: DraftCache | None,
-    tokens: Tensor,
-    lengths: Tensor,
-    begins: Tensor,
-    pictures: PicturePrompt | None = None,
-) -> Tensor:
-    """Run right-padded tokens [B, T], `lengths` [B] int32 of them, behind the first `begins` [B] int32 of each row,
-    whose keys are there, or whole prompts with pictures in them; top hidden states [B, T, d]."""
-    if pictures is not None:
-        hidden = prefill_pictures(target, pictures, cache)
-    else:
-        cache.offsets.zero_()
-        hidden = target.prefill(tokens, lengths, cache, begins)
-    if draft is not None and draft_cache is not None:
-        draft_cache.begin(draft, hidden, lengths, begins)
-    return hidden
-
-
-def begin_rows(
-    target: Target, buffers: Buffers, shaping: Shaping | None, hidden: Tensor, lengths: Tensor, *, echo: bool = False
-) -> None:
-    """Emit each row's first token, by the states [B, T, d] of its prompt's last lengths[b] tokens; echo: also keep what
-    the target gave the prompt's own tokens."""
-    begins, position = (buffers.prompts - lengths)[:, None], buffers.prompts
-    last = hidden.gather(1, (lengths.long() - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
-    logits = target.head(last)
-    nothing = position[:, None, None][:, :, :0]
-    token, status = choose_tokens(_shaped(logits, nothing, buffers, shaping)[:, 0], position, buffers.sampling)
-    if buffers.kept.states is not None:
-        step = torch.arange(hidden.shape[1], device=hidden.device)
-        _put(buffers.kept.states, begins + torch.minimum(step, lengths.long()[:, None]), hidden)
-    if echo:
-        _keep_prompt(target, buffers, hidden, begins, lengths)
-    none = torch.zeros_like(status)  # what a root accepts that has no children
-    _emit(buffers, Verdict(none[:, None], none, token, status), token[:, None], logits)
 
 
 def play_round(
@@ -95,13 +49,13 @@ def play_round(
         hidden = target.forward(tree.tokens, tree.depth, tree.mask, buffers.cache)
     with timed("verify"):
         logits = target.head(hidden)
-        scores = logits if shaping is None else _shaped(logits, paths_of(tree), buffers, shaping)
+        scores = logits if shaping is None else shaped(logits, paths_of(tree), buffers, shaping)
         verdict = verify_tree(scores, tree, buffers.cache.lengths.long() + 1, buffers.sampling)
     with timed("keep"):
         _keep(draft, buffers, tree, verdict, hidden, logits)
 
 
-def _shaped(
+def shaped(
     logits: Tensor, paths: Tensor, buffers: Buffers, shaping: Shaping | None, token_ids: Tensor | None = None
 ) -> Tensor:
     """The logits [B, N, V] that nodes choose by whose tokens below the text are paths [B, N, P]."""
@@ -128,7 +82,7 @@ def _draft_tree(draft: BeagleDraft | None, buffers: Buffers, shape: TreeShape, s
         return build_tree(root, none, none.float(), none.to(torch.int32), 1, 0)
     lean = None
     if shaping is not None:
-        lean = lambda logits, paths, ids: _shaped(logits, paths, buffers, shaping, ids)  # noqa: E731
+        lean = lambda logits, paths, ids: shaped(logits, paths, buffers, shaping, ids)  # noqa: E731
     candidates = propose(
         draft, buffers.draft_cache, buffers.cache.lengths, root, buffers.sampling, shape.depth, shape.branch, lean
     )
@@ -155,15 +109,15 @@ def _keep(draft, buffers: Buffers, tree: DraftTree, verdict: Verdict, hidden: Te
         if buffers.draft_cache is not None:
             buffers.draft_cache.append_true(draft, states, places)
         if buffers.kept.states is not None:
-            _put(buffers.kept.states, places, states)
+            put(buffers.kept.states, places, states)
     run = verdict.next_token[:, None]
     if path.shape[1] > 1:
         drafted = tree.tokens.gather(1, path).roll(-1, 1)
         run = torch.where(step < verdict.num_accepted[:, None], drafted, run)
-    buffers.cache.advance(_emit(buffers, verdict, run, logits))
+    buffers.cache.advance(emit(buffers, verdict, run, logits))
 
 
-def _emit(buffers: Buffers, verdict: Verdict, run: Tensor, logits: Tensor) -> Tensor:
+def emit(buffers: Buffers, verdict: Verdict, run: Tensor, logits: Tensor) -> Tensor:
     """Append run [B, L], of which num_accepted + 1 tokens count, to the live rows, each cut at its first end token and
     at its limit; returns how many were appended [B] int64."""
     count, live = run.shape[1], buffers.live
@@ -172,7 +126,7 @@ def _emit(buffers: Buffers, verdict: Verdict, run: Tensor, logits: Tensor) -> Te
     buffers.text.scatter_(1, places, run)
     if buffers.kept.logprobs is not None or buffers.kept.top_logprobs is not None:
         at = verdict.path.long().clamp(min=0)[:, :, None].expand(-1, -1, logits.shape[2])
-        _keep_logprobs(buffers, logits.gather(1, at), run, places)
+        keep_logprobs(buffers, logits.gather(1, at), run, places)
     end = torch.where(buffers.ends[run], step, count).amin(1)
     taken = torch.minimum(torch.minimum(verdict.num_accepted, end) + 1, buffers.limit - buffers.emitted) * live
     status = verdict.status * live
@@ -186,28 +140,19 @@ def _emit(buffers: Buffers, verdict: Verdict, run: Tensor, logits: Tensor) -> Te
     return taken
 
 
-def _put(kept: Tensor, places: Tensor, values: Tensor) -> None:
+def put(kept: Tensor, places: Tensor, values: Tensor) -> None:
     """Write values [B, n, ...] at places [B, n] of kept [B, S, ...]."""
     kept[torch.arange(len(kept), device=kept.device)[:, None], places] = values.to(kept.dtype)
 
 
-def _keep_logprobs(buffers: Buffers, logits: Tensor, tokens: Tensor, places: Tensor) -> None:
+def keep_logprobs(buffers: Buffers, logits: Tensor, tokens: Tensor, places: Tensor) -> None:
     """Keep, at places [B, n], log softmax of logits [B, n, V] for the tokens there [B, n], and the best ones."""
     rows, kept = logits.float(), buffers.kept
     rows = torch.where(rows.isnan(), -torch.inf, rows)
     total = rows.logsumexp(-1, keepdim=True)
     if kept.logprobs is not None:
-        _put(kept.logprobs, places, (rows.gather(2, tokens[:, :, None]) - total)[:, :, 0])
+        put(kept.logprobs, places, (rows.gather(2, tokens[:, :, None]) - total)[:, :, 0])
     if kept.top_tokens is not None and kept.top_logprobs is not None:
         best = rows.topk(kept.top_tokens.shape[2], dim=2)
-        _put(kept.top_tokens, places, best.indices)
-        _put(kept.top_logprobs, places, best.values - total)
-
-
-def _keep_prompt(target: Target, buffers: Buffers, hidden: Tensor, begins: Tensor, lengths: Tensor) -> None:
-    """Keep what the target gave each token of the prompts but the first, by the states [B, T, d] before it."""
-    for start in range(0, hidden.shape[1] - 1, _ECHO_ROWS):
-        part = hidden[:, start : min(start + _ECHO_ROWS, hidden.shape[1] - 1)]
-        step = start + 1 + torch.arange(part.shape[1], device=hidden.device)
-        places = begins + torch.minimum(step, lengths.long()[:, None])
-        _keep_logprobs(buffers, target.head(part), buffers.text.gather(1, places), places)
+        put(kept.top_tokens, places, best.indices)
+        put(kept.top_logprobs, places, best.values - total)

@@ -152,7 +152,7 @@ def _number(given: RuleArguments, name: str, unset: float) -> float:
 
 
 def _of_row(processors: list[Processor], row: int) -> list[Processor]:
-    """This row's of those that differ from row to row; else the list itself, so that rows that have the same have it."""
+    """This row's of those that differ from row to row; else the list itself, which rows that have the same share."""
     if not any(hasattr(one, "of_row") for one in processors):
         return processors
     return [one.of_row(row) if hasattr(one, "of_row") else one for one in processors]
