@@ -25,6 +25,9 @@ struct AdjustedRow {
   BEAGLE_FN int32_t* listed() const { return op.listed + b * op.slots; }
   BEAGLE_FN bool penalises() const { return repetition != 1.0f || frequency != 0.0f || presence != 0.0f; }
 
+  // Whether the tables' entries of a column stand where its token says.
+  BEAGLE_FN bool gathers() const { return op.token_ids && (op.added || op.first || op.allowed); }
+
   // The column of a token, -1 if it has none.
   BEAGLE_FN int32_t column(int64_t token) const {
     if (!op.token_ids) return token >= 0 && token < op.width ? int32_t(token) : -1;
