@@ -93,7 +93,7 @@ class Adjustments(NamedTuple):
         phrases: Sequence[tuple[Sequence[int], float] | tuple[Sequence[int], float, int]] = (),
         device: torch.device | str | None = None,
     ) -> Adjustments:
-        """The same settings for `batch` rows, all off but those given; added and first are taken as they are. A phrase
+        """The same settings for `batch` rows, all off but those given; added and first [batch, V] are tables. A phrase
         is (tokens, bias), or (tokens, bias, row) for one row alone.
 
         Raises ValueError for a repetition that is not above 0, numbers that are not finite, ngram below 0, a phrase
@@ -230,8 +230,8 @@ def check_adjustments(repetition: float, frequency: float, presence: float, ngra
     for name, value in (("frequency", frequency), ("presence", presence)):
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}; allowed: a finite number, 0 (off)")
-    if ngram < 0:
-        raise ValueError(f"ngram is {ngram}; allowed: 0 (off) or a positive integer")
+    if not 0 <= ngram < 2**31:
+        raise ValueError(f"ngram is {ngram}; allowed: 0 (off) or a positive integer below 2**31")
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:

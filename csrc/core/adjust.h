@@ -25,6 +25,9 @@ struct AdjustedRow {
   BEAGLE_FN int32_t* listed() const { return op.listed + b * op.slots; }
   BEAGLE_FN bool penalises() const { return repetition != 1.0f || frequency != 0.0f || presence != 0.0f; }
 
+  // Whether the tables' entries of a column stand where its token says.
+  BEAGLE_FN bool gathers() const { return op.token_ids && (op.added || op.first || op.allowed); }
+
   // The column of a token, -1 if it has none.
   BEAGLE_FN int32_t column(int64_t token) const {
     if (!op.token_ids) return token >= 0 && token < op.width ? int32_t(token) : -1;
@@ -160,10 +163,28 @@ BEAGLE_FN void adjust_seen(Team& team, const AdjustedNode& node, int64_t begin, 
   const AdjustedRow& row = node.row;
   float* out = node.out();
   const int32_t* listed = row.listed();
-  for (int64_t i = team.rank(); i < row.op.sizes[row.b]; i += team.size()) {
-    const int32_t column = listed[i];
-    if (column < begin || column >= end) continue;
-    out[column] = row.penalised(out[column], (row.counts[column] & ~kSeen) + node.on_path(column));
+  constexpr int kTile = Team::kTile;
+  const int32_t size = row.op.sizes[row.b];
+  for (int32_t i = team.rank() * kTile; i < size; i += team.size() * kTile) {
+    int32_t column[kTile];
+    uint32_t count[kTile];
+    float z[kTile];
+    BEAGLE_UNROLL
+    for (int t = 0; t < kTile; ++t) {
+      const int32_t at = i + t < size ? listed[i + t] : -1;
+      const bool within = at >= begin && at < end;
+      column[t] = within ? at : -1, z[t] = within ? out[at] : 0.0f, count[t] = within ? row.counts[at] & ~kSeen : 0;
+    }
+    for (int64_t j = 0; j < row.op.path_length; ++j) {
+      const int32_t place = node.places[j];
+      BEAGLE_UNROLL
+      for (int t = 0; t < kTile; ++t) count[t] += place == column[t];
+    }
+    BEAGLE_UNROLL
+    for (int t = 0; t < kTile; ++t) z[t] = row.penalised(z[t], count[t]);
+    BEAGLE_UNROLL
+    for (int t = 0; t < kTile; ++t)
+      if (column[t] >= 0) out[column[t]] = z[t];
   }
   for (int64_t j = team.rank(); j < row.op.path_length; j += team.size()) {
     const int32_t column = node.places[j];

@@ -28,14 +28,15 @@ BEAGLE_FN void copy_tile(const AdjustedNode& node, int64_t begin, int64_t end) {
   const int64_t table = node.row.b * op.vocab;
   const T* logits = node.logits<T>();
   float* out = node.out();
-  if (op.token_ids) {
+  if (node.row.gathers()) {
     for (int64_t i = begin; i < end; ++i) out[i] = node.plain<T>(i);
     return;
   }
-  for (int64_t i = begin; i < end; ++i) out[i] = to_float(logits[i]);
   if (op.added) {
     const float* added = op.added + table;
-    for (int64_t i = begin; i < end; ++i) out[i] = out[i] + added[i];
+    for (int64_t i = begin; i < end; ++i) out[i] = to_float(logits[i]) + added[i];
+  } else {
+    for (int64_t i = begin; i < end; ++i) out[i] = to_float(logits[i]);
   }
   if (op.first) {
     const int32_t *first = op.first + table, number = node.number();

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) count_texts(const AdjustLogits op) {
 
 constexpr int kEach = 8;
 
-// Columns [i, i + kEach), all of them the row's and each its own token.
+// Columns [i, i + kEach), all of them the row's, whose tables, if there are any, are by column.
 template <class T>
 __device__ __forceinline__ void plain_values(const AdjustedNode& node, int64_t i, float (&z)[kEach]) {
   const AdjustLogits& op = node.row.op;
@@ -58,7 +58,7 @@ __device__ __forceinline__ void plain_values(const AdjustedNode& node, int64_t i
 template <class T>
 __device__ __forceinline__ void write_columns(const AdjustedNode& node, int64_t i, int64_t end) {
   float* out = node.out() + i;
-  if (node.row.op.token_ids || i + kEach > end) {
+  if (node.row.gathers() || i + kEach > end) {
     for (int64_t j = i; j < least(i + kEach, end); ++j) node.out()[j] = node.plain<T>(j);
     return;
   }

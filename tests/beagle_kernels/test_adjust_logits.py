@@ -282,7 +282,7 @@ def test_bad_input():
     [
         *[("repetition", value) for value in (0.0, -1.0, INF, math.nan)],
         *[("frequency", value) for value in (INF, math.nan)],
-        *[("presence", -INF), ("ngram", -1)],
+        *[("presence", -INF), ("ngram", -1), ("ngram", 2**31)],
         *[("phrases", [phrase]) for phrase in (([], 1.0), ([-1, 2], 1.0), ([1], math.nan), ([1], 1.0, 2))],
     ],
 )
