@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../core/ops.h"
+#include "../core/layer_ops.h"
 #include "attention_tile.h"
 
 namespace beagle::cpu {

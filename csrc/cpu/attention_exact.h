@@ -3,7 +3,7 @@
 // row sees, in order and after the largest score is known. So nodes of a tree round as tokens decoded one at a time.
 #pragma once
 
-#include "../core/ops.h"
+#include "../core/layer_ops.h"
 #include "attention_tile.h"
 
 namespace beagle::cpu {

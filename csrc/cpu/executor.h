@@ -1,7 +1,7 @@
 // The host executor: one function an op, `threads` at most.
 #pragma once
 
-#include "../core/ops.h"
+#include "../core/layer_ops.h"
 
 namespace beagle::cpu {
 

@@ -2,7 +2,7 @@
 // A row's bits depend on that row alone, whatever rows come with it.
 #pragma once
 
-#include "../core/ops.h"
+#include "../core/layer_ops.h"
 
 namespace beagle::cpu {
 

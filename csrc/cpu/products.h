@@ -3,7 +3,7 @@
 // symbol.
 #pragma once
 
-#include "../core/ops.h"
+#include "../core/layer_ops.h"
 
 namespace beagle::cpu {
 
