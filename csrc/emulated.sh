@@ -15,17 +15,8 @@ ${CXX:-g++} -std=c++17 -O2 -c emulator/emulator.cpp -o "$build/emulator.o"
 for source in "$driver.cpp" cpu/pool.cpp cpu/dispatch.cpp cpu/rows.cpp cpu/products.cpp cpu/int8_product.cpp \
     cpu/tree_attention.cpp cpu/attention_exact.cpp cpu/linear.cpp cpu/skinny_linear.cpp cpu/int8_linear.cpp \
     cpu/decoder_layer.cpp cpu/layer_steps.cpp; do compile "$source" "$@"; done
-<<<<<<< HEAD
-<<<<<<< HEAD
-for op in choose_tokens perturb_logits adjust_logits top_candidates build_tree accept_tree verify_tree verify_chain compact_cache; do
-=======
-for op in choose_tokens perturb_logits top_candidates lookup join_branch build_tree accept_tree verify_tree verify_chain \
-    compact_cache; do
->>>>>>> lookup
-=======
-for op in choose_tokens perturb_logits top_candidates lookup join_branch build_tree accept_tree verify_tree \
+for op in choose_tokens perturb_logits adjust_logits top_candidates lookup join_branch build_tree accept_tree verify_tree \
     verify_chain compact_cache; do
->>>>>>> lookup
   compile "cpu/$op.cpp" "$@"
   compile "cuda/$op.cu" "$@" -Iemulator -include cuda_runtime.h -x c++
 done
