@@ -12,7 +12,7 @@ from beagle_kernels import lookup
 
 LONGEST = 16
 """Tokens of a match that are looked at: longer ones count as this long."""
-USUAL = (0.0, 0.2, 0.45, 0.6, 0.7, 0.75, 0.8, 0.85, *(0.9 for _ in range(8, LONGEST + 1)))
+USUAL = (0.0, 0.25, 0.5, 0.6, 0.7, 0.75, 0.8, 0.82, 0.85, 0.88, *(0.9 for _ in range(10, LONGEST)), 0.95)
 """How often the token that followed a match of so many tokens comes again, before a text has shown its own."""
 _WEIGHT, _MEMORY = 8.0, 400.0
 """What USUAL counts for, in tokens seen at a length, and after how many of them what was seen is forgotten."""

@@ -43,7 +43,7 @@ def test_a_text_that_repeats_takes_fewer_rounds(pair):
     found = {tree: generate(target, draft, prompts(1), max_new_tokens=100, tree=tree) for tree in (WITH, WITHOUT)}
     assert torch.equal(found[WITH].sequences, found[WITHOUT].sequences)
     assert found[WITH].report.tokens_per_round > 1.15 * found[WITHOUT].report.tokens_per_round
-    assert len(found[WITH].report.acceptance_by_depth) == 10
+    assert len(found[WITH].report.acceptance_by_depth) > 3, "deeper than the draft drafts"
 
 
 def test_a_branch_has_the_chances_of_its_match():
