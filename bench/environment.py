@@ -7,10 +7,12 @@ import importlib
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from beagle_kernels.machine import processor
 from bench.processes import ROOT
 
 SOURCES = (
@@ -29,10 +31,18 @@ def versions(*packages: str) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for package in packages:
         try:
-            found[package] = importlib.import_module(package).__version__
+            module = importlib.import_module(package)
+            found[package] = getattr(module, "__version__", None) or metadata.version(package)
         except ImportError:
             found[package] = None
     return found
+
+
+def machine() -> dict:
+    """The commit and sources that ran, and on what processor with how many threads: for the record of a run on a
+    CPU."""
+    threads = torch.get_num_threads()
+    return {"commit": commit(), "sources": sources(), "threads": threads, "processor": processor()}
 
 
 def device_name(device: str) -> str:

@@ -48,8 +48,13 @@ def _pace(answer: Answer) -> float:
 
 
 def ratios(theirs: Sequence[Answer], own: Sequence[Answer]) -> dict[str, float | None]:
-    """How many times as fast `own` is, by the same prompts: median, 20 and 80 percentiles, and `lower_bound`."""
-    found = sorted(_pace(their) / _pace(mine) for their, mine in zip(theirs, own, strict=True))
+    """How many times as fast `own` is, by the same prompts, as `spread` has it."""
+    return spread([_pace(their) / _pace(mine) for their, mine in zip(theirs, own, strict=True)])
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Median, 20 and 80 percentiles, and `lower_bound`."""
+    found = sorted(values)
     cuts = statistics.quantiles(found, n=10, method="inclusive") if len(found) > 1 else found * 9
     return {
         "low": round(cuts[1], 4),
