@@ -61,7 +61,9 @@ SCHEMAS: dict[str, dict] = {
         customer=_text(20),
         item=_object(name=_text(30), colour={"enum": ["red", "green", "blue", "black", "white", None]}),
         price={"type": "number", "minimum": 0, "maximum": 5000},
-        delivery=_object(days=_whole(1, 30), express={"type": "boolean"}, address=_object(city=_text(20), zip=_text(8))),
+        delivery=_object(
+            days=_whole(1, 30), express={"type": "boolean"}, address=_object(city=_text(20), zip=_text(8))
+        ),
     ),
     "review": _object(
         title=_text(40),

@@ -26,11 +26,14 @@ def acceptance_elsewhere() -> str:
 
 
 def _acceptance(measured: dict) -> str:
-    found = {(row["num_nodes"], row["depth"], row["branch"], row["temperature"]): row for row in measured["shapes"]}
+    sizes = "lookup", "num_nodes", "depth", "branch", "temperature"
+    found = {tuple(row.get(size, 0) for size in sizes): row for row in measured["shapes"]}
     lines = ["| tree | tokens a round, greedy | at T = 1 | accepted by depth, greedy |", "|---|---|---|---|"]
-    for nodes, depth, branch in sorted({key[:3] for key in found}):
-        greedy, sampled = found.get((nodes, depth, branch, 0.0)), found.get((nodes, depth, branch, 1.0))
-        name = f"chain of {depth}" if branch == 1 else f"{nodes} nodes (depth {depth}, branch {branch})"
+    for key in sorted({key[:4] for key in found}):
+        lookup, nodes, depth, branch = key
+        greedy, sampled = found.get((*key, 0.0)), found.get((*key, 1.0))
+        copied = f", {lookup} copied" if lookup else ""
+        name = f"chain of {depth}" if branch == 1 else f"{nodes} nodes (depth {depth}, branch {branch}{copied})"
         by_depth = " ".join(f"{share:.2f}" for share in greedy["acceptance_by_depth"]) if greedy else ""
         lines.append(f"| {name} | {_tokens(greedy)} | {_tokens(sampled)} | {by_depth} |")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from beagle_sd.decoding.trees.lookup import Copied
 from beagle_sd.decoding.trees.tree import PLAIN, TreeShape
@@ -113,11 +113,16 @@ class AdaptiveTree:
         """The shape expected to decode this text fastest, and its speedup over plain decoding."""
         ratio, pace = self.accepted / self.expected, self.pace[False] / self.pace[True]
         gains = {
-            shape: pace * self.costs.speedup(shape, 1.0 + max(ratio * (tokens - 1.0), self._copies(shape)))
-            for shape, tokens in self.measured.items()
+            shape: pace * self.costs.speedup(shape, 1.0 + max(ratio * self._drafted(shape), self._copies(shape)))
+            for shape in self.measured
         }
         shape = max(gains, key=lambda shape: gains[shape])
         return shape, gains[shape]
+
+    def _drafted(self, shape: TreeShape) -> float:
+        """The tokens a row that the draft is expected to bring: those of the same tree without a copied branch, if that
+        was measured too."""
+        return self.measured.get(replace(shape, lookup=0), self.measured[shape]) - 1.0
 
     def _copies(self, shape: TreeShape) -> float:
         """The tokens a row that the branch copied from its text is expected to bring."""
@@ -152,7 +157,7 @@ class AdaptiveTree:
         if drafted:
             keep = 1.0 - 1.0 / self.memory
             self.accepted = keep * self.accepted + accepted
-            self.expected = keep * self.expected + max(self.measured[shape] - 1.0, self._copies(shape))
+            self.expected = keep * self.expected + max(self._drafted(shape), self._copies(shape))
 
     def learn_lookup(self, matches: Sequence[tuple[int, int, int]], levels: int) -> None:
         """Of each text in the round: how long the match was, how many tokens of the branch of `levels` came, of how

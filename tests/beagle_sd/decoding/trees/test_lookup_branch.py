@@ -86,6 +86,13 @@ def test_the_adaptive_tree_takes_a_branch_where_the_text_repeats():
     assert tree.again().choose([LONGEST]) == TreeShape(2, 1, 12, 11)
 
 
+def test_without_a_match_a_branch_brings_what_the_tree_brings_without_it():
+    small, large = TreeShape(2, 1, 3), TreeShape(4, 4, 12)
+    shapes = {small: 1.6, large: 2.0, TreeShape(4, 4, 12, 11): 4.0}
+    tree = AdaptiveTree(Costs({1: 1.0, 3: 1.1, 12: 1.9}, dict.fromkeys(shapes, 0.1)), shapes, clock=lambda: 0.0)
+    assert tree.choose([0]) == small and tree.choose([9]) == TreeShape(4, 4, 12, 11)
+
+
 def test_an_adaptive_tree_learns_in_a_text(pair):
     target, draft = pair
     shapes = {WITHOUT: 1.5, WITH: 1.6}
