@@ -13,6 +13,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
+    pipeline,
 )
 
 from beagle_sd import AdaptiveTree, Engine, custom_generate, generate
@@ -313,3 +314,27 @@ def test_a_transformers_that_would_lose_streamers_is_refused(monkeypatch):
     module._hand_on_streamers.cache_clear()
     with pytest.raises(RuntimeError, match="a streamer given to it would be lost; allowed: beagle_sd.generate"):
         custom_generate(None)
+
+
+def test_a_chat_pipeline_prefills_what_is_new_of_each_turn():
+    target, tokenizer = agreeable_target(), small_tokenizer()
+    draft = small_draft(target)
+    engine = Engine(target, draft, batch=1, capacity=300, tree=TreeShape(3, 2, 6))
+    write = pipeline("text-generation", model=target, tokenizer=tokenizer)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
+    chat, prefilled = [], []
+    begin = engine.begin
+
+    def counting(*args, **more) -> int:
+        prefilled.append(begin(*args, **more))
+        return prefilled[-1]
+
+    engine.begin = counting  # type: ignore[method-assign]
+    for said in ("abc", "which one?", "why is that?"):
+        chat.append({"role": "user", "content": said})
+        by = custom_generate(draft, engine=engine)
+        made = write(chat, **options, custom_generate=by)[0]["generated_text"]
+        assert made == write(chat, **options)[0]["generated_text"]
+        chat = made
+    whole = len(tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True)["input_ids"])
+    assert len(prefilled) == 3 and prefilled[2] < whole / 2

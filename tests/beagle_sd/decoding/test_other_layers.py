@@ -7,7 +7,15 @@ import pytest
 import torch
 from models import small_draft
 
-from beagle_sd import TreeShape, UnsupportedTarget, adaptive_tree, custom_generate, generate
+from beagle_sd import (
+    Request,
+    TreeShape,
+    UnsupportedTarget,
+    adaptive_tree,
+    custom_generate,
+    generate,
+    generate_many,
+)
 from beagle_sd.decoding.engine import Engine
 from beagle_sd.models.layers.attention import Span
 from beagle_sd.models.target import Target
@@ -146,3 +154,27 @@ def test_a_prompt_in_parts_is_the_prompt(monkeypatch):
                 found.append(target.prefill(ids, lengths, target.new_cache(1, ids.shape[1])))
         for other in found[1:]:
             torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind, way", CASES)
+def test_chats_go_on_and_prompts_take_rows_that_ended(kind, way, monkeypatch):
+    """Texts of unequal length over two rows of an engine, each of two turns: in what a kind keeps of a text, what is
+    held may serve, or has to be run anew; the text is that of an engine that held nothing."""
+    model = tiny_target(kind)
+    monkeypatch.setattr("beagle_sd.models.target.AT_ONCE", 8)
+    draft, shape = small_draft(model), shape_of(model)
+    engine = Engine(model, draft, batch=2, capacity=100, tree=shape, **WAYS[way])
+    ids, mask = prompts()
+    starts = [row[seen == 1].tolist() for row, seen in zip(ids, mask, strict=True)] * 2
+    requests = [Request(one, key=one, max_new_tokens=6 + number) for number, one in enumerate(starts)]
+    many, count, prefilled = generate_many(model, draft, requests, engine=engine, eos_token_id=[]), 0, 0
+    for answer in many:
+        text, count = [*answer.request.key, *answer.tokens.tolist()], count + 1
+        alone = torch.tensor([answer.request.key])
+        new = {"max_new_tokens": answer.request.max_new_tokens, "eos_token_id": []}
+        assert text == generate(model, None, alone, **new).sequences[0].tolist()
+        prefilled += len(answer.request.key)
+        if count <= 6:
+            many.add(Request([*text, 5, 6, 7], key=[*text, 5, 6, 7], max_new_tokens=7))
+            many.add(Request([*text[:-3], 9], key=[*text[:-3], 9], max_new_tokens=4))  # parts before the text's end
+    assert count == 18 and many.report.prefilled < prefilled

@@ -39,6 +39,9 @@ def free(pair):
     return pair[0].generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)[:, 11:]
 
 
+TREES = [TREE, pytest.param(TreeShape(3, 1, 4), marks=pytest.mark.slow)]
+
+
 def pairs_of(text) -> list[list[int]]:
     """Tokens that follow each other in what is written."""
     return [[int(row[at]), int(row[at + 1])] for row in text for at in (2, 5, 9)]
@@ -112,7 +115,7 @@ def plain_and_ours(pair, ids, mask, given, tree=TREE):
     return want, ours
 
 
-@pytest.mark.parametrize("tree", [TREE, TreeShape(3, 1, 4)], ids=str)
+@pytest.mark.parametrize("tree", TREES, ids=str)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_setting_is_honoured_as_plain_generate_does(pair, free, setting, tree):
     ids, mask = ragged("left")
@@ -131,6 +134,7 @@ def test_a_setting_is_honoured_as_plain_generate_does(pair, free, setting, tree)
         assert ours[0].report.on_host == on_host
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", [TREE, TreeShape(3, 1, 4)], ids=str)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_sampled_text_with_a_setting_does_not_depend_on_the_draft(pair, free, setting, tree):
@@ -161,6 +165,7 @@ WARPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", WARPERS)
 def test_filters_that_the_kernels_do_not_have_are_applied_as_transformers_applies_them(pair, setting):
     """The same text with the draft and without it; and of one token, drawn often, the law that transformers gives."""
@@ -184,7 +189,7 @@ def test_filters_that_the_kernels_do_not_have_are_applied_as_transformers_applie
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
-@pytest.mark.parametrize("tree", [TREE, TreeShape(3, 1, 4)], ids=str)
+@pytest.mark.parametrize("tree", TREES, ids=str)
 @pytest.mark.parametrize(
     "rules",
     [
