@@ -70,7 +70,9 @@ def questions(tokenizer, lengths: Sequence[int], count: int, folder: Path | None
     return found
 
 
-def chats(tokenizer, lengths: Sequence[int], count: int, folder: Path | None = None) -> list[list[tuple[int, list[int]]]]:
+def chats(
+    tokenizer, lengths: Sequence[int], count: int, folder: Path | None = None
+) -> list[list[tuple[int, list[int]]]]:
     """`count` chats of one turn a length: (length, what stands before its answer and behind the one before)."""
     asked = questions(tokenizer, lengths, count, folder)
     found = []

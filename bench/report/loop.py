@@ -67,5 +67,24 @@ def many() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"lookups": lookups, "guided": guided, "many": many}
+def chat_turns() -> str:
+    """The prefill of later turns, by the length of the question."""
+    if not (results.RESULTS / "chat-turns.json").exists():
+        return "not measured"
+    lines = [
+        "| question | turns | held, new tokens | reused, ms | whole prompt, ms | new tokens alone, ms "
+        "| reused over alone, median (20%, 80%) | of the time saved |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results.read("chat-turns.json")["rows"]:
+        over, saved = row["over_alone"], row["saved"]["median"]
+        name = "all" if row["length"] is None else f"about {row['length']} tokens"
+        times = [f"{row[way]:.0f}" for way in ("reused_ms", "whole_ms", "alone_ms")]
+        ratio = f"{over['median']:.2f} ({over['low']:.2f}, {over['high']:.2f})"
+        cells = name, str(row["turns"]), f"{row['held']:,}, {row['new']}", *times, ratio, f"{saved:.0%}"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"lookups": lookups, "guided": guided, "many": many, "chat_turns": chat_turns}
 """By the name that the pages have."""

@@ -43,10 +43,10 @@ class TreeShape:
 
     @classmethod
     def default(cls, device: torch.device, *, chain: bool = False) -> TreeShape:
-        """The paper's tree on a GPU; a small one on the CPU, where every verified node costs time; or a chain as
-        deep."""
-        depth, branch, num_nodes = (6, 10, 60) if device.type == "cuda" else (4, 4, 8)
-        return cls(depth, 1, depth + 1) if chain else cls(depth, branch, num_nodes)
+        """The paper's tree on a GPU; a small one on the CPU, where every verified node costs time, with a branch copied
+        from the text; or a chain as deep."""
+        depth, branch, num_nodes, lookup = (6, 10, 60, 0) if device.type == "cuda" else (4, 4, 8, 7)
+        return cls(depth, 1, depth + 1) if chain else cls(depth, branch, num_nodes, lookup)
 
     @property
     def deepest(self) -> int:

@@ -46,4 +46,4 @@ def test_levels_that_can_be_kept():
 
 def test_the_default_is_the_papers_on_a_gpu():
     assert TreeShape.default(torch.device("cuda")) == TreeShape(6, 10, 60)
-    assert TreeShape.default(torch.device("cpu")) == TreeShape(4, 4, 8)
+    assert TreeShape.default(torch.device("cpu")) == TreeShape(4, 4, 8, 7)
