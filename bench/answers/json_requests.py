@@ -61,7 +61,9 @@ SCHEMAS: dict[str, dict] = {
         customer=_text(20),
         item=_object(name=_text(30), colour={"enum": ["red", "green", "blue", "black", "white", None]}),
         price={"type": "number", "minimum": 0, "maximum": 5000},
-        delivery=_object(days=_whole(1, 30), express={"type": "boolean"}, address=_object(city=_text(20), zip=_text(8))),
+        delivery=_object(
+            days=_whole(1, 30), express={"type": "boolean"}, address=_object(city=_text(20), zip=_text(8))
+        ),
     ),
     "review": _object(
         title=_text(40),
@@ -90,8 +92,8 @@ _ASKED: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "recipe": (
-        "Give me a recipe for {} as JSON: the dish, the minutes it takes, whether it is vegetarian, and the ingredients "
-        "with their grams.",
+        "Give me a recipe for {} as JSON: the dish, the minutes it takes, whether it is vegetarian, and the "
+        "ingredients with their grams.",
         (
             "pancakes", "lentil soup", "fried rice", "a potato salad", "spaghetti with tomatoes", "an apple pie",
             "chicken curry", "a mushroom omelette", "bean burritos", "grilled salmon",
