@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -41,6 +41,8 @@ from bench.environment import machine
 SETS = ("mt-bench", "humaneval", "gsm8k")
 LENGTHS = [50, 100, 200, 350]
 WAYS = ("reused", "whole", "alone")
+Chat = list[tuple[int, list[int]]]
+"""Its turns: about how long the question is, and the ids before its answer and behind the one before."""
 
 
 @dataclass
@@ -70,10 +72,8 @@ def questions(tokenizer, lengths: Sequence[int], count: int, folder: Path | None
     return found
 
 
-def chats(
-    tokenizer, lengths: Sequence[int], count: int, folder: Path | None = None
-) -> list[list[tuple[int, list[int]]]]:
-    """`count` chats of one turn a length: (length, what stands before its answer and behind the one before)."""
+def chats(tokenizer, lengths: Sequence[int], count: int, folder: Path | None = None) -> list[Chat]:
+    """`count` chats of one turn a length, each beginning with another."""
     asked = questions(tokenizer, lengths, count, folder)
     found = []
     for number in range(count):
@@ -97,7 +97,7 @@ class Player:
         given = torch.tensor([ids])
         return generate(self.target, self.draft, given, max_new_tokens=most, engine=self.engines[way])
 
-    def play(self, chat: Iterable[tuple[int, list[int]]], repeat: int) -> list[Turn]:
+    def play(self, chat: Chat, repeat: int) -> list[Turn]:
         """The later turns of a chat, each with one value a way."""
         self.engines["reused"].forget()
         text: list[int] = []
@@ -145,7 +145,7 @@ def row_of(length: int | None, turns: Sequence[Turn]) -> dict:
     }
 
 
-def measured(player: Player, played: Sequence[list[tuple[int, list[int]]]], repeats: int) -> list[Turn]:
+def measured(player: Player, played: Sequence[Chat], repeats: int) -> list[Turn]:
     """Every later turn of the chats with its repeats; SystemExit where answers differ beyond a tie."""
     found: list[Turn] = []
     for number, chat in enumerate(played):

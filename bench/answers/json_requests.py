@@ -92,8 +92,8 @@ _ASKED: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "recipe": (
-        "Give me a recipe for {} as JSON: the dish, the minutes it takes, whether it is vegetarian, and the ingredients "
-        "with their grams.",
+        "Give me a recipe for {} as JSON: the dish, the minutes it takes, whether it is vegetarian, and the "
+        "ingredients with their grams.",
         (
             "pancakes", "lentil soup", "fried rice", "a potato salad", "spaghetti with tomatoes", "an apple pie",
             "chicken curry", "a mushroom omelette", "bean burritos", "grilled salmon",

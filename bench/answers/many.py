@@ -121,7 +121,9 @@ WAYS: dict[str, Callable[[Engine, Sequence[Request]], Pass]] = {
 }
 
 
-def mixed_requests(tokenizer, count: int, least: int, most: int, seed: int, folder: Path | None = None):
+def mixed_requests(
+    tokenizer, count: int, least: int, most: int, seed: int, folder: Path | None = None
+) -> list[Request]:
     """`count` requests, of each set as many, shuffled, each with a limit of new tokens from `least` to `most`."""
     drawn = random.Random(seed)
     sizes = [count // len(SETS) + (number < count % len(SETS)) for number in range(len(SETS))]
@@ -208,9 +210,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     target, tokenizer, draft = load_bundled(device="cpu")
-    requests = mixed_requests(tokenizer, args.count, *args.limits, args.seed, args.folder)
+    least, most = args.limits
+    requests = mixed_requests(tokenizer, args.count, least, most, args.seed, args.folder)
     rows = measured_rows(target, draft, requests, args)
-    args.max_new_tokens = args.limits[1]
+    args.max_new_tokens = most
     header = described("smollm2-135m", ", ".join(SETS), len(requests), target, args) | machine()
     settings = {"batch": args.batch, "limits": args.limits, "repeats": args.repeats}
     write_json(args.out, header | settings | {"rows": rows})

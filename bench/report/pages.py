@@ -14,12 +14,12 @@ import json
 import re
 from pathlib import Path
 
-from bench.report import engines, loop, paper, tables, targets, tiles
+from bench.report import calls, engines, paper, tables, targets, tiles
 from bench.report.results import BUNDLED, ROOT
 
 DOCS = ("performance.md", "paper.md", "targets.md")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in DOCS), BUNDLED / "README.md")
-MEASURED = tables.TABLES | paper.TABLES | targets.TABLES | engines.TABLES | loop.TABLES
+MEASURED = tables.TABLES | paper.TABLES | targets.TABLES | engines.TABLES | calls.TABLES
 """What a page may name."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import metadata
 
 import torch
 
@@ -30,12 +31,16 @@ def test_sources_are_what_is_run(tmp_path):
 def test_versions_of_what_is_there_and_of_what_is_not(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     assert environment.versions("torch", "triton") == {"torch": torch.__version__, "triton": None}
+    monkeypatch.delattr(torch, "__version__")  # as xgrammar has none
+    assert environment.versions("torch") == {"torch": metadata.version("torch")}
 
 
 def test_the_record_of_a_run_names_commit_sources_and_machine(monkeypatch):
     monkeypatch.setenv("BEAGLE_COMMIT", "abc")
     found = environment.environment()
     assert found["commit"] == "abc" and found["sources"] == environment.sources()
+    own = environment.machine()
+    assert (own["commit"], own["sources"], own["threads"]) == ("abc", found["sources"], torch.get_num_threads())
     assert found["torch"] == torch.__version__ and (found["gpu"] is None) != torch.cuda.is_available()
     assert environment.device_name("cpu") == f"cpu, {torch.get_num_threads()} threads"
 
