@@ -1,4 +1,4 @@
-"""The tables of copied branches, guided answers, many prompts over a few rows and a chat's turns: docs/performance.md."""
+"""Tables of the loop: copied branches, guided answers, many prompts over a few rows, chats: docs/performance.md."""
 
 from __future__ import annotations
 
