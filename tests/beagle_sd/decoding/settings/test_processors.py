@@ -20,6 +20,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    WatermarkingConfig,
 )
 
 from beagle_sd import Engine, TreeShape, custom_generate, generate
@@ -67,6 +68,7 @@ SETTINGS = {
     "decay": lambda text: {"exponential_decay_length_penalty": (4, 1.5), "eos_token_id": 3},
     "begins later": lambda text: {"logits_processor": [SuppressTokensAtBeginLogitsProcessor(text[:, 2].tolist(), 13)]},
     "renormalize": lambda text: {"renormalize_logits": True, "repetition_penalty": 1.2},
+    "watermark": lambda text: {"watermarking_config": WatermarkingConfig(bias=4.0)},
     "in another order": lambda text: {
         "logits_processor": [RepetitionPenaltyLogitsProcessor(1.3), SequenceBiasLogitsProcessor([[[4], 2.0]])]
     },
@@ -87,7 +89,7 @@ SETTINGS = {
         "logits_processor": [odd_one],
     },
 }
-ON_HOST = {"a processor", "allowed", "forced", "decay", "begins later", "renormalize", "in another order"}
+ON_HOST = {"a processor", "allowed", "forced", "decay", "begins later", "renormalize", "watermark", "in another order"}
 
 
 def allowed(row: int, text: torch.Tensor) -> list[int]:
