@@ -70,7 +70,7 @@ def test_texts_are_whole_and_barred_from_training(folder, monkeypatch, tmp_path)
     assert gone and not gone & ngrams(text), "the set that needs no file is barred always"
     (tmp_path / "one" / readme.members[0]).parent.mkdir(parents=True)
     (tmp_path / "one" / readme.members[0]).write_bytes((folder / readme.members[0]).read_bytes())
-    assert build.barred_ngrams(tmp_path / "one") == ngrams(text) | gone, "one text is barred where the others are missing"
+    assert build.barred_ngrams(tmp_path / "one") == ngrams(text) | gone, "one is barred where others are missing"
     with pytest.raises(ValueError, match="kind is 'songs'; allowed: documents"):
         long_texts.prompts_of("songs", None, None, [1], 1)
 
