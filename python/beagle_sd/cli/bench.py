@@ -14,6 +14,7 @@ from beagle_sd.cli.console import (
     DraftFolder,
     Dtype,
     TargetName,
+    Temperature,
     Weights,
     clear_errors,
     console,
@@ -49,7 +50,7 @@ def bench(
     count: Annotated[int, typer.Option(help="Prompts of each.")] = 20,
     raw: Annotated[bool, typer.Option(help="Continue the prompts themselves, without a chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Temperature = 0.0,
     assistant: Annotated[str | None, typer.Option(help="A smaller model for transformers' own speculation.")] = None,
     tree: Annotated[
         list[str],

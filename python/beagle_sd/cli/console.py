@@ -36,6 +36,13 @@ Weights = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one.")]
 DraftFolder = Annotated[Path | None, typer.Option("--draft", help="Default: the draft bundled for the target.")]
 Calibrate = Annotated[bool, typer.Option(help="Measure this machine's costs anew, instead of those kept.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Keep the k best tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option(help="Keep the smallest set of this mass; 1 is off.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the best; 0 is off.")]
+Tree = Annotated[
+    str | None, typer.Option(help="depth,branch,num_nodes, as 4,4,8; default: adapts to cost and acceptance.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of sampling, of the data's order, or of the prompts.")]
 
 console = Console()

@@ -33,11 +33,11 @@ class Engine:
     The buffers grow with the text, up to `capacity`; graphs keep them where they are, and take all of it at once.
     generate makes one a call; keep one, and give it to generate, to allocate and capture once, and to prefill of a
     prompt that begins as a text it holds only what is new: it keeps the keys of the last text of each row until
-    `forget`, and with `return_states` the states. tree as in generate.
-    graph None: on CUDA every round is a graph's replay, on the CPU rounds run eagerly; False: eagerly; True: as on
-    CUDA, or GraphError. page_size: the target's cache in pages of so many slots. return_logprobs, top_logprobs,
-    return_states: room for them. fixed: on the CPU, too, take the path of a GPU, which reads nothing on the host. One
-    call at a time, and the weights must stay as and where they are. The draft is bound to the target.
+    `forget`. tree as in generate. graph None: on CUDA every round is a graph's replay, on the CPU rounds run eagerly;
+    False: eagerly; True: as on CUDA, or GraphError. page_size: the target's cache in pages of so many slots.
+    return_logprobs, top_logprobs, return_states: room for them. fixed: on the CPU, too, take the path of a GPU, which
+    reads nothing on the host. One call at a time, and the weights must stay as and where they are. The draft is bound
+    to the target.
 
     `tree` may be replaced between calls by one whose shapes are among those of the tree the engine was made with.
 
@@ -134,9 +134,8 @@ class Engine:
         self.live = [False] * self.batch
         with _apart(self.target.device):
             self.buffers.live.zero_()
-            for row, slot in enumerate(self.shaping.slots if self.shaping is not None else ()):
-                if slot is not None and self.shaping is not None:
-                    self.shaping.set(row, None)
+            if self.shaping is not None:
+                self.shaping.clear()
 
     def begin(
         self,
@@ -152,6 +151,10 @@ class Engine:
         many tokens were run. pictures: the same prompts, in all rows, with what is in them beside text. echo: keep what
         the target gave the prompts' tokens, of which then all are run."""
         self._check(texts)
+        if pictures is not None and len(rows) != self.batch:
+            raise ValueError(
+                f"{len(rows)} prompts with pictures were given to an engine for {self.batch} rows; allowed: as many"
+            )
         whole = echo or pictures is not None
         begins = [0 if whole else self.common(row, text.ids) for row, text in zip(rows, texts, strict=True)]
         for row, text in zip(rows, texts, strict=True):

@@ -106,7 +106,7 @@ def generate(
     device's default. Draft and tree decide the speed alone.
 
     rules: what is done to the logits before temperature and filters, by the text before each token: logit_bias,
-    sequence_bias, bad_words_ids, repetition_penalty, frequency_penalty, presence_penalty, min_new_tokens,
+    sequence_bias, bad_words_ids, repetition_penalty, frequency_penalty, presence_penalty, min_new_tokens, not_before,
     no_repeat_ngram_size, guide, logits_processor, as RuleArguments says.
 
     eos_token_id None takes the target's generation config's; an empty list never stops early. streamer (one row only)
@@ -136,8 +136,8 @@ def generate(
         "tree": tree,
         "graph": graph,
         "page_size": page_size,
-        "return_logprobs": return_logprobs or None,
-        "top_logprobs": top_logprobs or None,
+        "return_logprobs": return_logprobs,
+        "top_logprobs": top_logprobs,
     }
     check_engine(engine, wrapped, draft, options)
     if prompt_logprobs and engine is not None and engine.buffers.kept.logprobs is None:
@@ -157,12 +157,12 @@ def generate(
     made = rules_of(wrapped.config.vocab_size, ends, len(prompts), **rules)
     for row, rules_of_row in enumerate(made):
         if row == 0 or rules_of_row.processors is not made[0].processors:
-            check_processors(rules_of_row, input_ids[row].tolist(), wrapped.config.vocab_size)
+            check_processors(rules_of_row, input_ids[row].tolist(), wrapped.config.vocab_size, wrapped.device)
     texts = _texts(input_ids, prompts, lengths, sampling, max_new_tokens, made)
-    settings = {**options, "return_logprobs": return_logprobs or prompt_logprobs, "top_logprobs": top_logprobs}
+    options["return_logprobs"] |= prompt_logprobs
 
     def decode() -> Generated:
-        made = engine or Engine(target, draft, batch=len(texts), capacity=prompts.shape[1] + max_new_tokens, **settings)
+        made = engine or Engine(target, draft, batch=len(texts), capacity=prompts.shape[1] + max_new_tokens, **options)
         decoding = Decoding(made, ends, host_decides=bool(stopping_criteria))
         rows = [Row(text, f"row {number}") for number, text in enumerate(texts)]
         stopping = Stopping(stopping_criteria, input_ids.to(wrapped.device), pad, decoding, rows)
@@ -250,13 +250,17 @@ def checked_target(model: PreTrainedModel) -> Target:
     return target
 
 
+_UNSET = {"return_logprobs": False, "top_logprobs": 0}
+"""Of an engine's options, those that are not None where they are not given."""
+
+
 def check_engine(engine: Engine | None, target: Target, draft: BeagleDraft | None, options: dict) -> None:
     """ValueError where an engine is another's, or options were given that it has itself."""
     if engine is None:
         return
     if engine.model is not target.model or engine.draft is not draft:
         raise ValueError("the engine was made for another target or draft; allowed: the same two objects")
-    if given := [name for name, value in options.items() if value is not None]:
+    if given := [name for name, value in options.items() if value != _UNSET.get(name)]:
         raise ValueError(f"{', '.join(given)} given with an engine; allowed: give them to Engine")
 
 

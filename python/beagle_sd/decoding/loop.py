@@ -49,7 +49,7 @@ class Decoding:
         self.clock, self.tally = Clock(engine.target.device), Tally(engine.shape.levels)
         self.ahead = engine.graph if ahead is None else ahead
         self.host_decides = host_decides or isinstance(engine.tree, AdaptiveTree)
-        self.playing: deque[tuple[TreeShape, int]] = deque()
+        self.playing: deque[TreeShape] = deque()
         self.prefilled = self.new_tokens = 0
         self.asked_host = False
         engine.start()
@@ -95,7 +95,7 @@ class Decoding:
             while len(self.playing) < self._most_playing and self._more_after(len(self.playing)):
                 shape = self._choose()
                 engine.play(shape, self.clock, width)
-                self.playing.append((shape, width))
+                self.playing.append(shape)
             self._take(self.playing.popleft())
 
     @property
@@ -125,7 +125,7 @@ class Decoding:
         """Whether a row may still go on after so many rounds, each of which gives it a token or more."""
         return any(row.text.max_new_tokens - len(row.tokens) > rounds for row in self.live)
 
-    def _take(self, played: tuple[TreeShape, int] | None) -> None:
+    def _take(self, played: TreeShape | None) -> None:
         """Give each row the news of a round, or of the prefill (None)."""
         accepted, before, live = [], self.new_tokens, self.live
         news = self.engine.receive()
@@ -143,7 +143,7 @@ class Decoding:
             self.new_tokens += len(run)
             self.engine.say(row.slot, run)
         if played is not None and accepted:
-            self._learn(played[0], accepted, self.new_tokens - before, matches)
+            self._learn(played, accepted, self.new_tokens - before, matches)
 
     def _learn(self, shape: TreeShape, accepted: list[int], new: int, matches: list[tuple[int, int, int]]) -> None:
         self.tally.add(shape, accepted, new)

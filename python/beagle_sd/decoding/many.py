@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ class Request:
             raise ValueError(f"input_ids has {wrong[0]}; allowed: 0 to {vocab_size - 1}")
         target.check_length(len(self.ids), len(self.ids) + self.max_new_tokens)
         rules = rules_of(vocab_size, ends, 1, **self.rules)[0]
-        check_processors(rules, self.ids, vocab_size)
+        check_processors(rules, self.ids, vocab_size, target.device)
         return Text(self.ids, self.max_new_tokens, self.sampling, rules)
 
 
@@ -96,7 +97,6 @@ class Many(Iterator[Answer]):
         self.decoding = Decoding(engine, ends, host_decides=False)
         self.open: dict[int, tuple[Request, Row, Stopping]] = {}
         self.number = 0
-        self.exhausted = False
 
     @property
     def report(self) -> Report:
@@ -107,6 +107,18 @@ class Many(Iterator[Answer]):
         self.first.append(request)
 
     def __next__(self) -> Answer:
+        try:
+            return self._next_answer()
+        except StopIteration:
+            raise
+        except BaseException:  # whoever reads from a streamer would wait for ever
+            for request, *_ in self.open.values():
+                if request.streamer is not None:
+                    with suppress(Exception):
+                        request.streamer.end()
+            raise
+
+    def _next_answer(self) -> Answer:
         while True:
             for number, (request, row, stopping) in self.open.items():
                 stopping.ask()
@@ -141,7 +153,8 @@ class Many(Iterator[Answer]):
         rows = [Row(text, f"request {key}") for text, key in zip(texts, keys, strict=True)]
         for request, row in zip(taken, rows, strict=True):
             shown = torch.tensor([request.ids])
-            stopping = Stopping(request.stopping_criteria, shown, self.pad, self.decoding, [row])
+            device = self.engine.target.device
+            stopping = Stopping(request.stopping_criteria, shown.to(device), self.pad, self.decoding, [row])
             self.open[self.number] = request, row, stopping
             self.number += 1
             self.decoding.host_decides |= bool(request.stopping_criteria)
@@ -150,12 +163,7 @@ class Many(Iterator[Answer]):
         self.decoding.admit(rows)
 
     def _next(self) -> Request | None:
-        if self.first:
-            return self.first.popleft()
-        if not self.exhausted and (request := next(self.later, None)) is not None:
-            return request
-        self.exhausted = True
-        return None
+        return self.first.popleft() if self.first else next(self.later, None)
 
 
 def generate_many(
@@ -188,8 +196,8 @@ def generate_many(
         "tree": tree,
         "graph": graph,
         "page_size": page_size,
-        "return_logprobs": return_logprobs or None,
-        "top_logprobs": top_logprobs or None,
+        "return_logprobs": return_logprobs,
+        "top_logprobs": top_logprobs,
     }
     check_engine(engine, wrapped, draft, options)
     ends, pad = ends_of(wrapped.model, eos_token_id, None)
@@ -200,6 +208,5 @@ def generate_many(
         capacity = max((len(request.ids) + request.max_new_tokens for request in requests), default=2)
         batch = max(1, min(batch, len(requests)))
     if engine is None:
-        settings = {**options, "return_logprobs": return_logprobs, "top_logprobs": top_logprobs}
-        engine = Engine(wrapped.model, draft, batch=batch, capacity=max(2, capacity or 2), **settings)
+        engine = Engine(wrapped.model, draft, batch=batch, capacity=max(2, capacity or 2), **options)
     return Many(engine, requests, ends, pad)

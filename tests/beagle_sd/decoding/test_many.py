@@ -131,6 +131,20 @@ def test_a_wrong_request_is_named_before_any_is_begun(pair, make, message):
         generate_many(*pair, [Request([5]), make()])
 
 
+def test_a_failing_call_ends_its_streamers(pair):
+    """Whoever reads from one in another thread would wait for ever; an answer that was given is not ended twice."""
+    recorders = [Recorder() for _ in range(3)]
+    fails = lambda text, scores, **_: 1 / 0  # noqa: E731
+    requests = [
+        Request([3, 4, number], max_new_tokens=2 + 9 * number, streamer=recorders[number]) for number in range(2)
+    ]
+    requests.append(Request([5], streamer=recorders[2], stopping_criteria=[fails]))
+    many = generate_many(*pair, requests, batch=2, tree=TREE)
+    with pytest.raises(ZeroDivisionError):
+        list(many)
+    assert [recorder.ended for recorder in recorders] == [1, 1, 1]
+
+
 def test_an_unknown_argument_is_named(pair):
     with pytest.raises(TypeError, match="Request\\(\\) got an unexpected keyword argument 'penalty'"):
         Request([3], penalty=2)

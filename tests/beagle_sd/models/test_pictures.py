@@ -125,6 +125,8 @@ def test_an_engine_goes_from_pictures_to_text_and_back(kind, target, path):
     for _ in range(2):
         assert torch.equal(written(target, draft, prompt, engine=engine).sequences, want)
         assert torch.equal(generate(target, draft, ids, mask, max_new_tokens=NEW, engine=engine).sequences, text)
+    with pytest.raises(ValueError, match="1 prompts with pictures were given to an engine for 3 rows; allowed"):
+        written(target, draft, picture_prompts(kind, [[(4, 4)]]), engine=engine)
     moved = [name for name, place in places.items() if engine.buffers.tensors()[name].data_ptr() != place]
     assert not moved
 

@@ -44,11 +44,11 @@ def processed(
     return made
 
 
-def check_processors(rules: Rules, ids: Sequence[int], vocab_size: int) -> None:
+def check_processors(rules: Rules, ids: Sequence[int], vocab_size: int, device: torch.device) -> None:
     """ValueError for a processor that says something else of the same text after it was asked of another: it keeps a
     state of the text from call to call, as plain decoding goes, and a tree has many texts."""
-    text = torch.tensor([[*ids]])
-    scores = torch.linspace(-4.0, 4.0, vocab_size)[None]
+    text = torch.tensor([[*ids]], device=device)
+    scores = torch.linspace(-4.0, 4.0, vocab_size, device=device)[None]
     longer = torch.cat([text, text[:, :1]], 1)
     for processor in rules.processors:
         try:

@@ -73,6 +73,12 @@ class Shaping:
         self._set_tokens("first", row, rules.first, torch.int32)
         self._set_phrases()
 
+    def clear(self) -> None:
+        """Let no text have rules."""
+        for row, slot in enumerate(self.slots):
+            if slot is not None:
+                self.set(row, None)
+
     def _set_tokens(self, name: str, row: int, values: dict, dtype: torch.dtype) -> None:
         known = getattr(self.adjustments, name)
         if known is None:
