@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,13 @@ def test_the_bug_form_asks_for_the_report_and_the_seed():
     fields = {field["id"]: field for field in read(".github/ISSUE_TEMPLATE/bug.yml")["body"]}
     assert "python -m beagle_kernels" in fields["report"]["attributes"]["label"]
     assert fields["report"]["validations"]["required"] and "seed" in fields
+
+
+def test_a_checkout_travels_with_half_the_kit_to_a_gpu_machine():
+    """docs/gpu.md: 64 MiB a command, a file of the kit 45.5 of them, half a KiB a file for what carries it."""
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    assert len(files) > 500
+    assert sum(file.stat().st_size + 512 for file in files) <= 17.5 * 2**20
