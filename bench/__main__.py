@@ -26,7 +26,7 @@ from bench.registry import SIZES, Case, is_ours, measured
 
 MODULES = {
     file.stem.removeprefix("bench_"): f"bench.{folder}.{file.stem}"
-    for folder in ("ops", "loops")
+    for folder in ("ops", "loops", "peers")
     for file in sorted((Path(__file__).parent / folder).glob("bench_*.py"))
 }
 

@@ -1,7 +1,7 @@
 """Whole rounds: drafting, the target's forward over the tree, verification and all that is kept, beside plain decoding.
 
-A round's "share_beside_target" is all of it but the target's own forward, its LM head included; "share_beside_layers" is
-all but the layers alone, the head being counted with the rest. Both are of medians over rounds.
+"share_beside_target" is all of a round but the target's own forward, its LM head included; "share_beside_layers" is all
+but the layers alone, the head being counted with the rest. Both are of medians over rounds.
 
 The targets have random weights, so how many drafted tokens a round accepts is not theirs: it is REPLAYED from the
 paper's acceptance by depth (`replayed_acceptance.py`). A row says "replayed" wherever that is so. `python -m bench

@@ -69,7 +69,7 @@ class TargetTime:
             decoder.register_forward_pre_hook(before, with_kwargs=True),
             decoder.register_forward_hook(after, with_kwargs=True),
         ]
-        Head.__call__, RoundGraph.replay = head, replayed  # type: ignore[method-assign]
+        Head.__call__, RoundGraph.replay = head, replayed  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:

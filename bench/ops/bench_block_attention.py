@@ -1,5 +1,6 @@
 """block_attention against dense attention under the same mask, and causal attention of the same size; and on long
-texts with a reach, where its cost is linear. FlexAttention, which compiles for long, has bench_flex_attention.py."""
+texts with a reach, where its cost is linear. FlexAttention has a file of its own, bench/peers/bench_flex_attention.py.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +127,7 @@ def of_inputs(
         work={"flop": 4.0 * d * hq * pairs * (2.5 if backward else 1)},
         data="normal random, near keys raised",
         series="" if beside else f"block_attention {direction}",
-        at={"rows": rows, "heads": f"{hq}/{hkv} x {d}"},
+        at={"rows": rows, "heads": f"{hq}/{hkv} x {d}"} | ({} if reach is None else {"reach": reach}),
     )
 
 

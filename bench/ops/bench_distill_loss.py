@@ -151,6 +151,7 @@ def of_inputs(inputs: list[tuple]) -> Case:
         device=device.type,
         inputs=inputs,
         work={"flop": 6.0 * rows * width * vocab},
+        at={"rows": rows, "width": width, "vocabulary": vocab, "type": str(student.dtype)[6:]},
         notes=lambda name: {"peak_bytes": peak_memory(lambda: peers[name](*inputs[0]), device)},
     )
 

@@ -80,7 +80,7 @@ def of_logits(logits: torch.Tensor, tree: DraftTree, sampling: Sampling, data: s
         peers["top-p + EAGLE-2 on the host"] = lambda: [eagle2_tree.greedy(*row) for row in zip(hosts, nucleus())]
     dtype = str(logits.dtype)[6:]
     return Case(
-        f"verify_tree {mode} {batch} x {nodes} x {vocab} {dtype}",
+        f"verify_tree {mode} {batch} x {nodes} x {vocab} {dtype}" + data.removeprefix("normal random"),
         peers,
         lambda: same_as_truth(verify_tree, *args),
         bounds=("amax",),

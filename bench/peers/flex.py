@@ -1,4 +1,4 @@
-"""PyTorch's FlexAttention with given options of its kernels: each set of them, and each shape, is compiled by itself."""
+"""PyTorch's FlexAttention with given options of its kernels: each set of them, and each shape, is a compilation."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def attention(options: dict | None = None) -> Callable[..., Tensor]:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         run = compiled if q.is_cuda else flex_attention
-        return run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options)
+        gqa = q.shape[1] != k.shape[1]
+        return run(q, k, v, block_mask=mask, enable_gqa=gqa, kernel_options=options)  # type: ignore[arg-type]
 
     return attend

@@ -62,17 +62,23 @@ def _is_trial(row: dict, name: str) -> bool:
     return row["peer"] == "flex" and row["group"].startswith(f"{name}, beside FlexAttention")
 
 
-def beside_flex(inputs: list[tuple], backward: bool, options: str, peer: str = "flex", reach: int | None = None) -> Case:
+def beside_flex(
+    inputs: list[tuple], backward: bool, options: str, peer: str = "flex", reach: int | None = None
+) -> Case:
     """With options of flex.TRIED by name: they stand in the row, and in the case's name where they are tried."""
     device = inputs[0][0].device.type
     with_mask = options == flex.DEFAULT and peer == "flex" and not backward
     attend = flex.attention(flex.TRIED[backward][options] if device == "cuda" else None)
 
-    def others(limits: tuple) -> dict[str, Callable]:
+    def others(limits: tuple) -> dict[str, Callable | str]:
+        if backward and (why := flex.why_not(device)):
+            return {peer: why}
         first, end = limits
         rows, first = len(end), first if first.any() else None
         mask = flex.block_mask(end, rows, first)
-        found: dict[str, Callable] = {peer: lambda q, k, v: attend(*heads_first(q, k, v), mask)[0].transpose(0, 1)}
+        found: dict[str, Callable | str] = {
+            peer: lambda q, k, v: attend(*heads_first(q, k, v), mask)[0].transpose(0, 1)
+        }
         return found | ({"flex, its mask made": lambda q, k, v: flex.block_mask(end, rows, first)} if with_mask else {})
 
     tried = "FlexAttention" + (f" ({options})" if peer == "flex" else "")
