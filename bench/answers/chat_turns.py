@@ -105,7 +105,8 @@ class Player:
         for place, (length, part) in enumerate(chat):
             prompt = text + part
             ways = [WAYS[(repeat + place + step) % len(WAYS)] for step in range(len(WAYS))] if place else ["reused"]
-            held = self.engines["reused"].common(0, prompt)
+            reused = self.engines["reused"]
+            held = reused.common(reused.held([0])[0], prompt)
             turn, answers = Turn(length, held, len(prompt) - held), {}
             for way in ways:
                 answers[way] = self._answer(way, prompt, turn)

@@ -74,7 +74,7 @@ def test_another_answer_with_reuse_leaves_no_figures(folder, tmp_path, monkeypat
     real = chat_turns.generate
 
     def wrong(target, draft, ids, *, engine, **options):
-        held = engine.common(0, ids[0].tolist())
+        held = engine.common(engine.held([0])[0], ids[0].tolist())
         made = real(target, draft, ids, engine=engine, **options)
         if held > 20:
             made.sequences[0, ids.shape[1] + 1] = (made.sequences[0, ids.shape[1] + 1] + 1) % 90

@@ -66,5 +66,5 @@ class Recorder(BaseStreamer):
 
 def odd_one(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """Of the whole text: after an odd sum of it, tokens with odd numbers are less likely."""
-    odd = (input_ids.sum(1) % 2 == 1)[:, None] & (torch.arange(scores.shape[1]) % 2 == 1)
+    odd = (input_ids.sum(1) % 2 == 1)[:, None] & (torch.arange(scores.shape[1], device=scores.device) % 2 == 1)
     return torch.where(odd, scores - 40.0, scores)

@@ -23,13 +23,14 @@ def knowing(texts: list[Tensor], vocab: int, wrong: float = 0.25) -> Callable[..
         known[row, : len(text)] = text
     spoiled = torch.rand(known.shape, generator=gen) < wrong
     spoilt = torch.where(spoiled, (known + 1) % vocab, known)
+    known, spoilt = known.to(texts[0].device), spoilt.to(texts[0].device)  # nothing is copied inside a captured round
 
     def propose(draft, cache, lengths, root, sampling, depth, branch, shaped=None) -> Candidates:
         batch, level = len(root), torch.arange(depth, device=root.device)
         # rows that ended change places with those that go on: a text is known by its last token there
-        here = known.to(root.device)[:, lengths.long()] == root  # [texts, B]
+        here = known[:, lengths.long()] == root  # [texts, B]
         here = here.int() + torch.eye(*here.shape, dtype=torch.int32, device=root.device) * here
-        texts = spoilt.to(root.device)[here.argmax(0)]
+        texts = spoilt[here.argmax(0)]
         right = texts.gather(1, lengths.long()[:, None] + 1 + level)  # [B, depth]
         other = torch.arange(branch - 1, 0, -1, device=root.device)
         others = (right[:, :, None] + 1 + other) % vocab

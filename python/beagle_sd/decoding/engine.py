@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,9 @@ from beagle_sd.decoding.prompts import Prefill, Text
 from beagle_sd.decoding.report import Clock
 from beagle_sd.decoding.rounds import play_round
 from beagle_sd.decoding.settings.shaping import Shaping, Slot
-from beagle_sd.decoding.trees.adaptive import AdaptiveTree
+from beagle_sd.decoding.trees.adaptive import AdaptiveTree, checked_tree
 from beagle_sd.decoding.trees.tree import PLAIN, TreeShape
 from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.models.head import UnsupportedTarget
 from beagle_sd.models.pictures import PicturePrompt
 from beagle_sd.models.target import Target
 
@@ -75,11 +75,11 @@ class Engine:
         self.graph = device.type == "cuda" if graph is None else graph
         if self.graph:
             check_capturable(device, self.target.dtype)
-        # graphs read this head even where another call has bound the draft anew
-        self._head = draft.bind(target).head if draft is not None else None
+        if draft is not None:
+            draft.bind(target)
         self._draft_vocab = None if draft is None else draft.draft_vocab
         self.batch, self.capacity = batch, capacity
-        tree = _checked(tree, self.target)
+        tree = checked_tree(tree, self.target)
         self.tree = PLAIN if draft is None else tree
         self.shape = self.tree.largest if isinstance(self.tree, AdaptiveTree) else self.tree
         tokens = capacity if self.graph else min(capacity, _FIRST_TOKENS)
@@ -106,7 +106,8 @@ class Engine:
         self._sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._graphs: dict[TreeShape, RoundGraph] = {}
         self._shaped_graphs: dict[TreeShape, RoundGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self.graph else None
+        self._pool: Any = None
+        self._captured_heads: list = []  # graphs read them even where another call has bound the draft anew
 
     @property
     def nbytes(self) -> int:
@@ -117,16 +118,21 @@ class Engine:
         """Prefill the next prompts whole: to be called where the target's weights have changed in place."""
         self._reusable = [False] * self.batch
 
-    def common(self, row: int, ids: Sequence[int]) -> int:
-        """How many of the first tokens of a prompt need no prefill in this row, as it holds them."""
-        if not self._reusable[row]:
-            return 0
-        held = int(self.buffers.cache.lengths[row])
-        kept = self.buffers.text[row, :held].tolist()
-        most = min(held, len(ids) - 1)  # what the first new token is chosen by has to be run
-        found = next((place for place in range(most) if kept[place] != ids[place]), most)
-        found = self.buffers.cache.reusable(found, held)
-        return found if self.buffers.draft_cache is None else self.buffers.draft_cache.reusable(found, held)
+    def held(self, rows: Sequence[int]) -> list[list[int]]:
+        """The texts whose keys some rows hold, by one reading of the device."""
+        if not any(self._reusable[row] for row in rows):
+            return [[] for _ in rows]
+        lengths = self.buffers.cache.lengths.tolist()
+        at = torch.tensor(rows, device=self.target.device)
+        kept = self.buffers.text[at, : max(lengths[row] for row in rows)].tolist()
+        return [text[: lengths[row] * self._reusable[row]] for row, text in zip(rows, kept, strict=True)]
+
+    def common(self, held: Sequence[int], ids: Sequence[int]) -> int:
+        """How many of the first tokens of a prompt need no prefill in a row that holds `held`."""
+        most = min(len(held), len(ids) - 1)  # what the first new token is chosen by has to be run
+        found = next((place for place in range(most) if held[place] != ids[place]), most)
+        found = self.buffers.cache.reusable(found, len(held))
+        return found if self.buffers.draft_cache is None else self.buffers.draft_cache.reusable(found, len(held))
 
     def start(self) -> None:
         """Before the texts of a call: none is in progress, whatever became of those of the call before."""
@@ -156,7 +162,10 @@ class Engine:
                 f"{len(rows)} prompts with pictures were given to an engine for {self.batch} rows; allowed: as many"
             )
         whole = echo or pictures is not None
-        begins = [0 if whole else self.common(row, text.ids) for row, text in zip(rows, texts, strict=True)]
+        begins = [0 if whole else self.common(*both) for both in zip(self.held(rows), (text.ids for text in texts))]
+        if len(rows) < self.batch and self.buffers.cache.can_take:
+            # to run a prompt alone costs more than its first few tokens, as chats of one system prompt have them alike
+            begins = [count if 2 * count >= len(text.ids) else 0 for count, text in zip(begins, texts, strict=True)]
         for row, text in zip(rows, texts, strict=True):
             self._prompts[row], self._emitted[row] = len(text.ids), 0
             self._ends[row] = len(text.ids) + text.max_new_tokens
@@ -287,12 +296,17 @@ class Engine:
         return self._graphs if self._shaping() is None else self._shaped_graphs
 
     def _capture(self, shape: TreeShape) -> None:
+        if not self._graphs and not self._shaped_graphs:
+            self._pool = None  # that of graphs that are gone cannot be used again while a tensor lies in it
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
             with self.buffers.at_rest():
                 self._known[shape] = RoundGraph(lambda: self._round(shape), self.target.device, self._pool)
         except BaseException:
-            self._pool = torch.cuda.graph_pool_handle()  # the next try has one of its own
+            self._pool = None  # the next try has one of its own
             raise
+        if self.draft is not None:
+            self._captured_heads.append(self.draft.head)
 
     def _round(self, shape: TreeShape, clock: Clock | None = None, width: int | None = None) -> None:
         some = width is not None and width < self.batch
@@ -307,7 +321,7 @@ class Engine:
         event = None
         if self.buffers.news.is_cuda:
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self.target.device))
         self._sent.append((host, event))
 
     def receive(self) -> list[list[int]]:
@@ -333,18 +347,3 @@ def _apart(device: torch.device) -> Iterator[None]:
     """Compute as the weights are, whatever is on around the call; streamers and criteria run outside."""
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         yield
-
-
-def _checked(tree: TreeShape | AdaptiveTree | None, target: Target) -> TreeShape | AdaptiveTree:
-    chains = target.chains_only
-    if tree is None:
-        return TreeShape.default(target.device, chain=chains is not None)
-    if not isinstance(tree, TreeShape | AdaptiveTree):
-        raise TypeError(f"tree is {tree!r}; allowed: a TreeShape, an AdaptiveTree or None, the device's default")
-    shapes = tree.shapes if isinstance(tree, AdaptiveTree) else [tree]
-    if chains and (wide := [shape for shape in shapes if shape.branch > 1]):
-        raise UnsupportedTarget(
-            f"{chains}, and the tree {wide[0]} branches; use a chain: "
-            f"TreeShape({wide[0].depth}, 1, {wide[0].depth + 1}); allowed: branch 1"
-        )
-    return tree

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable
 
 import torch
@@ -56,7 +57,7 @@ class RoundGraph:
 
     def __init__(self, play: Callable[[], None], device: torch.device, pool):
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
+        with _one_at_a_time, torch.cuda.device(device):
             aside, current = _stream_aside(torch.cuda.current_device()), torch.cuda.current_stream(device)
             aside.wait_stream(current)
             with torch.cuda.stream(aside):
@@ -76,6 +77,10 @@ class RoundGraph:
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+_one_at_a_time = threading.RLock()
+"""Captures of several threads: they are on one stream, where one would record the work of the other."""
 
 
 @functools.cache

@@ -73,12 +73,10 @@ class Decoding:
                 f"{len(rows)} rows were given to an engine for {self.engine.batch}, of which {len(free)} are free; "
                 "allowed: as many"
             )
-        for number, row in enumerate(rows):
-            if pictures is not None:  # which are in the order given
-                row.slot = free[number]
-                continue
-            row.slot = max(free, key=lambda slot: self.engine.common(slot, row.text.ids))
-            free.remove(row.slot)
+        held = dict(zip(free, [[]] * len(free) if pictures is not None else self.engine.held(free)))
+        for row in rows:  # pictures are in the order given
+            row.slot = max(held, key=lambda slot: self.engine.common(held[slot], row.text.ids))
+            del held[row.slot]
         placed = sorted(rows, key=lambda row: row.slot)
         for row in placed:
             self.slots[row.slot] = row

@@ -78,7 +78,7 @@ class Prefill:
         if len(self.rows) == len(buffers.text):
             yield list(range(len(self.rows)))
             return
-        apart = not buffers.cache.fixed or buffers.cache.page_size is not None
+        apart = not buffers.cache.can_take
         group: list[int] = []
         for number in sorted(range(len(self.rows)), key=lambda number: len(self.texts[number].ids)):
             if apart or self.begins[number]:
@@ -117,7 +117,7 @@ def _run_aside(target: Target, draft, buffers: Buffers, rows: list[int], tokens:
     count, longest = tokens.shape
     cache, draft_cache = target.new_cache(count, longest + 1, fixed=True), None
     if draft is not None and buffers.draft_cache is not None:
-        draft_cache = DraftCache(draft, count, longest + 1, buffers.shape.deepest, buffers.shape.branch)
+        draft_cache = DraftCache(draft, count, longest, buffers.shape.deepest, buffers.shape.branch)
     hidden = run_prompts(target, draft, cache, draft_cache, tokens, lengths, torch.zeros_like(lengths))
     into = torch.tensor(rows, device=tokens.device)
     buffers.cache.take(into, cache)

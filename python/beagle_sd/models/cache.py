@@ -124,6 +124,11 @@ class TreeCache(Cache):
         return 1 << 40 if reach is None else -(-(reach + self.at_once) // (self.page_size or 1)) + 1
 
     @property
+    def can_take(self) -> bool:
+        """Whether prompts may be run in another cache, whose rows this one takes."""
+        return self.fixed and self.page_size is None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys, values and recurrent states."""
         states = [*self.states, *(state for one in self.recurrences.values() for state in one.states)]

@@ -10,6 +10,7 @@ import torch
 from decoding_cases import NEW, assert_same_text, odd_one, prompts
 from models import agreeable_target, small_draft
 from round_cases import PATHS
+from test_guided import END, listed
 from test_many import asked
 from test_other_layers import FIRST, shape_of
 from test_other_layers import prompts as prompts_of_kinds
@@ -90,6 +91,19 @@ def test_log_probabilities(pair):
             torch.testing.assert_close(one.cpu(), other, atol=1e-3, rtol=0, equal_nan=True)
 
 
+def test_guides(pair):
+    target, draft, host = pair
+    asked_for = {"max_new_tokens": 24, "temperature": 1.2, "seed": 2, "eos_token_id": END}
+    guides = [listed(row) for row in range(3)]
+    want = generate(host, None, prompts(3), guide=guides, **asked_for).sequences
+    made = generate(target, draft, prompts(3).to(DEVICE), guide=guides, tree=TREE, **asked_for)
+    assert made.report.on_host and torch.equal(made.sequences.cpu(), want)
+
+
+EAGER = ("gpt_oss", "qwen3_next", "nemotron_h", "gemma3n_text")
+"""Their own forwards ask the host: experts in fp32, tensors made of Python's numbers."""
+
+
 @pytest.mark.parametrize(
     "kind, path",
     [
@@ -103,7 +117,9 @@ def test_targets_of_other_kinds(kind, path):
     target = copy.deepcopy(host).to(DEVICE)
     draft, shape = small_draft(target), shape_of(target)
     want = generate(host, None, ids, mask, max_new_tokens=NEW).sequences
-    engine = Engine(target, draft, batch=3, capacity=ids.shape[1] + NEW, tree=shape, **PATHS[path])
+    graph = False if kind in EAGER else None
+    room = ids.shape[1] + NEW
+    engine = Engine(target, draft, batch=3, capacity=room, tree=shape, graph=graph, **PATHS[path])
     for _ in range(2):  # the second over what the first left
         made = generate(target, draft, ids.to(DEVICE), mask.to(DEVICE), max_new_tokens=NEW, engine=engine)
         assert_same_text(host, made.sequences.cpu(), want, ids.shape[1], mask=mask)

@@ -7,6 +7,7 @@ import torch
 from decoding_cases import Recorder, prompts
 from models import VOCAB, agreeable_target, small_draft
 
+import beagle_sd.decoding.prompts as prompts_module
 from beagle_sd import Engine, Request, TreeShape, generate, generate_many
 
 TREE = TreeShape(3, 2, 6)
@@ -65,6 +66,24 @@ def test_a_fixed_engine_admits_several_prompts_at_once(pair):
         want = generate(target, None, torch.tensor([ids]), return_logprobs=True, **given)
         assert answer.tokens.tolist() == want.sequences[0, len(ids) :].tolist()
         torch.testing.assert_close(answer.kept("logprobs")[len(ids) :], want.logprobs[0], atol=1e-4, rtol=0)
+
+
+def test_prompts_that_begin_alike_are_run_together(pair, monkeypatch):
+    """As chats of one system prompt do: what a row holds of them is not worth a run alone on a GPU. The longest prompts
+    leave room for one token."""
+    target, draft = pair
+    engine, ran = Engine(target, draft, batch=4, capacity=13, tree=TREE, fixed=True), []
+    real = prompts_module.run_prompts
+    monkeypatch.setattr(prompts_module, "run_prompts", lambda *given: ran.append(len(given[4])) or real(*given))
+    ids = [[5, 6, 7, *prompts(1, 5 + number % 5, seed=number)[0].tolist()] for number in range(20)]
+    ids[0], news = [1, 2], [11] + [1] * 19  # the first goes on while the others take turns
+    requests = [Request(one, key=number, max_new_tokens=news[number]) for number, one in enumerate(ids)]
+    answers = list(generate_many(target, draft, requests, engine=engine))
+    assert ran == [4, *[3] * 5, 1]
+    for answer in answers:
+        one, new = ids[answer.request.key], news[answer.request.key]
+        want = generate(target, None, torch.tensor([one]), max_new_tokens=new).sequences[0, len(one) :]
+        assert answer.tokens.tolist() == want.tolist()
 
 
 def test_requests_come_as_they_are_asked_for_and_are_streamed(pair):

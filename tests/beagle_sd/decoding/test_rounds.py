@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
+
 import pytest
 import torch
 from decoding_cases import assert_same_text, prompts
-from models import agreeable_target, small_draft
+from models import VOCAB, agreeable_target, small_draft
 from round_cases import PATHS, TREE, begin, begun, decoded, fixed_engine, rows, texts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -150,6 +153,7 @@ class TapeGraph:
     captured = 0
 
     def __init__(self, play, device, pool):
+        self.pool = pool
         play()
         with Tape() as self.tape:
             play()
@@ -159,11 +163,45 @@ class TapeGraph:
         self.tape.replay()
 
 
+def without_cuda(monkeypatch) -> None:
+    monkeypatch.setattr("beagle_sd.decoding.engine.RoundGraph", TapeGraph)
+    handles = itertools.count()
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: (0, next(handles)))
+
+
+def test_graphs_share_a_pool_while_there_are_any(pair, monkeypatch):
+    """The pool of graphs that are all gone is not used again: a tensor that lies in it keeps it from being emptied."""
+    target, draft = pair
+    without_cuda(monkeypatch)
+    engine, pools = fixed_engine(target, draft, 1, 40, tree=TREE), []
+    engine.graph = True
+    for rules in ({"frequency_penalty": 0.5}, {"logit_bias": {3: 1.0}}, {}, {"logit_bias": {4: 1.0, 5: 1.0}}):
+        generate(target, draft, prompts(1), max_new_tokens=5, engine=engine, **rules)
+        pools.append([graph.pool for graph in (*engine._graphs.values(), *engine._shaped_graphs.values())])
+    assert pools == [[(0, 0)], [(0, 1)], [(0, 1)] * 2, [(0, 1)] * 2]
+
+
+def test_a_captured_head_lives_as_long_as_its_graph(pair, monkeypatch):
+    """Though another call bind the draft anew in between."""
+    target, _ = pair
+    without_cuda(monkeypatch)
+    monkeypatch.setattr(TapeGraph, "__init__", lambda self, play, device, pool: setattr(self, "replay", play))
+    monkeypatch.setattr("beagle_sd.models.draft.BeagleDraft._is_head_of", lambda self, target: False)  # as on a GPU
+    draft = small_draft(target, draft_vocab=torch.arange(0, VOCAB, 2))
+    engine = fixed_engine(target, draft, 1, 40, tree=TREE)
+    engine.graph = True
+    generate(target, draft, prompts(1), max_new_tokens=5)
+    captured = weakref.ref(draft.head)
+    generate(target, draft, prompts(1), max_new_tokens=5, engine=engine)
+    generate(target, draft, prompts(1), max_new_tokens=5)
+    assert captured() is not draft.head and captured() is not None
+
+
 def test_generate_by_replays_alone(pair, monkeypatch):
     """The way of a GPU from end to end: one capture a shape, and one with a bias, serving texts of other lengths, ends
     and settings."""
     target, draft = pair
-    monkeypatch.setattr("beagle_sd.decoding.engine.RoundGraph", TapeGraph)
+    without_cuda(monkeypatch)
     shapes = {TreeShape(2, 1, 3): 2.0, TreeShape(4, 4, 16): 3.0}
     tree = AdaptiveTree(Costs({1: 1.0, 3: 1.1, 16: 1.2}, dict.fromkeys(shapes, 0.1)), shapes, probe=2)
     for own, options, most in ((draft, {"tree": TREE}, 1), (None, {}, 1), (draft, {"tree": tree, "page_size": 4}, 3)):

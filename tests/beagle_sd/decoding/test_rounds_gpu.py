@@ -10,6 +10,7 @@ import torch
 from decoding_cases import Recorder, assert_same_text, prompts
 from models import agreeable_target, small_draft, small_target
 from round_cases import PATHS, TREE, begin, rows, texts
+from test_rounds import RULES
 
 from beagle_kernels import Sampling
 from beagle_sd import AdaptiveTree, Engine, GraphError, generate
@@ -56,25 +57,28 @@ def test_captured_equals_eager_and_the_host(pair, path, temperature, batch):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("drafting", [True, False], ids=["draft", "plain"])
-def test_a_round_never_waits_for_the_host(pair, path, drafting):
+@pytest.mark.parametrize("tree", [TREE, TreeShape(3, 4, 16, 12), None], ids=["tree", "copied", "plain"])
+@pytest.mark.parametrize("rules", [None, RULES], ids=["free", "rules"])
+def test_a_round_never_waits_for_the_host(pair, path, tree, rules):
     target, draft, _ = pair
     engine = Engine(
         target,
-        draft if drafting else None,
+        draft if tree else None,
         batch=2,
         capacity=40,
         return_logprobs=True,
+        top_logprobs=3,
         graph=False,
         **PATHS[path],
-        tree=TREE,
+        tree=tree or TREE,
     )
     with torch.inference_mode():
-        begin(engine, texts(prompts(2), (11, 4), 20, Sampling.of(2)), [])
-        play_round(engine.target, engine.draft, engine.buffers, engine.shape)  # compiles what it needs
+        begin(engine, texts(prompts(2), (11, 4), 20, Sampling.of(2), rules), [])
+        given = engine.target, engine.draft, engine.buffers, engine.shape, engine._shaping()
+        play_round(*given)  # compiles what it needs
         torch.cuda.set_sync_debug_mode("error")
         try:
-            play_round(engine.target, engine.draft, engine.buffers, engine.shape)
+            play_round(*given)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert int(engine.buffers.emitted.min()) >= 3

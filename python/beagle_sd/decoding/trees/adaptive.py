@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 from beagle_sd.decoding.trees.lookup import Copied
 from beagle_sd.decoding.trees.tree import PLAIN, TreeShape
+from beagle_sd.models.head import UnsupportedTarget
+from beagle_sd.models.target import Target
 
 _CLIP = 2.0
 """A round that took longer or shorter by more than this says something of the machine's other work, not of its cost."""
@@ -164,3 +166,20 @@ class AdaptiveTree:
         many that came in all."""
         for matched, agreed, count in matches:
             self.copied.learn(matched, agreed, count, levels)
+
+
+def checked_tree(tree: TreeShape | AdaptiveTree | None, target: Target) -> TreeShape | AdaptiveTree:
+    """The tree to decode with, the device's default for None. TypeError for what is none, UnsupportedTarget for one
+    that branches where the target takes chains alone."""
+    chains = target.chains_only
+    if tree is None:
+        return TreeShape.default(target.device, chain=chains is not None)
+    if not isinstance(tree, TreeShape | AdaptiveTree):
+        raise TypeError(f"tree is {tree!r}; allowed: a TreeShape, an AdaptiveTree or None, the device's default")
+    shapes = tree.shapes if isinstance(tree, AdaptiveTree) else [tree]
+    if chains and (wide := [shape for shape in shapes if shape.branch > 1]):
+        raise UnsupportedTarget(
+            f"{chains}, and the tree {wide[0]} branches; use a chain: "
+            f"TreeShape({wide[0].depth}, 1, {wide[0].depth + 1}); allowed: branch 1"
+        )
+    return tree
