@@ -10,7 +10,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,9 @@ MODULES = {
     for file in sorted((Path(__file__).parent / folder).glob("bench_*.py"))
 }
 
+KINDS = ("ours", "bounds", "peers")
+"""What a case times: our own, what marks the machine's limits, and everybody else."""
+
 
 def main(arguments: list[str]) -> int:
     """Run the cases of the files named, all without a name; 1 where a case was refused its numbers."""
@@ -38,18 +41,23 @@ def main(arguments: list[str]) -> int:
         except base.BaseError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+    tiles = {}
     if options.tuned:
-        from bench.tuning import use
+        from bench.tuning import label, use
 
-        use(json.loads(options.tuned.read_text()))
+        entries = json.loads(options.tuned.read_text())
+        use(entries)
+        tiles = {"tiles": name} if (name := label(entries)) else {}
     used = ", ".join(f"{name} {version}" for name, version in versions("beagle_kernels", "torch").items())
     print(f"{used}, {device_name(options.device)}")
     print("20, 50 and 80 percentiles; x: how many times ours is faster")
     kept = options.go_on and options.json and options.json.exists()
     results = json.loads(options.json.read_text()) if kept else []
+    # a row of other tiles is no row of these
+    results = [row for row in results if row.get("tiles") == tiles.get("tiles")]
     for name in options.names:
-        for row in rows_of(name, options.device, options.size, results):
-            results.append(row | ({"tuned": True} if options.tuned else {}))
+        for row in rows_of(name, options.device, options.size, results, options.only):
+            add(results, row | tiles)
             if options.json:
                 # not above: transformers imports Triton, which may have to be asked for its interpreter first
                 from beagle_sd.files import write_json
@@ -72,6 +80,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tuned", type=Path, help="tile sizes that python -m bench.tuning found, for Triton's kernels")
     parser.add_argument("--json", type=Path, help="also write the results there, each as soon as it is known")
     parser.add_argument("--go-on", action="store_true", help="keep the results in the --json file, measure the others")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="time these alone (default: all)")
     parser.add_argument("--base", metavar="REF", help="compare with this commit, built in a temporary worktree of git")
     options = parser.parse_args(arguments)
     for name in options.names:
@@ -84,21 +93,38 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def rows_of(name: str, device: str, size: str, results: list[dict], only_ours: bool = False) -> Iterator[dict]:
-    """The rows of one file, each as soon as it is measured, except for cases that are complete in `results`; the rows
-    of a case that is incomplete there are removed from it. only_ours: no peer is timed."""
+def rows_of(name: str, device: str, size: str, results: list[dict], only: Sequence[str] = KINDS) -> Iterator[dict]:
+    """The rows of one file, each as soon as it is measured, except for cases that are complete in `results`; errors of
+    a case that is measured again are removed from it. only: the kinds of peers that are timed."""
     torch.manual_seed(0)
     try:
         for case in importlib.import_module(MODULES[name]).cases(device, size):
-            if only_ours:
-                case = replace(case, peers={peer: run for peer, run in case.peers.items() if is_ours(peer)})
+            case = replace(case, peers={peer: run for peer, run in case.peers.items() if kind_of(case, peer) in only})
             if is_complete(case, results):
                 continue
-            results[:] = [row for row in results if row["group"] not in (case.name, name)]
+            results[:] = [
+                row for row in results if row["group"] != name and ("error" not in row or row["group"] != case.name)
+            ]
             yield from measured(case)
     except Exception as error:  # a case that cannot be made leaves the other files their numbers
         print(f"\n{name}\n  refused: {type(error).__name__}: {error}", flush=True)
         yield {"group": name, "peer": "beagle", "error": f"{type(error).__name__}: {error}"}
+
+
+def kind_of(case: Case, peer: str) -> str:
+    """Of KINDS."""
+    return "ours" if is_ours(peer) else "bounds" if peer in case.bounds else "peers"
+
+
+def add(results: list[dict], row: dict) -> None:
+    """In place of the row that the peer had; an error in place of all that the case had."""
+    gone = (row["group"], row["peer"])
+    results[:] = [
+        old
+        for old in results
+        if (old["group"], old["peer"]) != gone and ("error" not in row or old["group"] != gone[0])
+    ]
+    results.append(row)
 
 
 def is_complete(case: Case, results: list[dict]) -> bool:
