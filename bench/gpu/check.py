@@ -229,8 +229,9 @@ def main(arguments: list[str]) -> int:
         record["steps"][entry] = done
         counts = ", ".join(f"{count} {kind}" for kind, count in done.get("counts", {}).items() if count)
         print(f"{step}: {done['status']}, {done.get('seconds', 0):.0f} s {done.get('why', counts)}", flush=True)
-        print(*figures.lines(done.get("rows", [])), sep="\n", end="\n" if done.get("rows") else "", flush=True)
         write_json(out, record)
+        if done.get("rows") and "not begun" not in done["status"]:
+            print(*figures.lines(done["rows"]), sep="\n", flush=True)
         if "signal" in done:
             return 128 + done["signal"]
     if now["gpu"] is None and not options.dry_run:
