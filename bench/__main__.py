@@ -53,10 +53,8 @@ def main(arguments: list[str]) -> int:
     print("20, 50 and 80 percentiles; x: how many times ours is faster")
     kept = options.go_on and options.json and options.json.exists()
     results = json.loads(options.json.read_text()) if kept else []
-    # a row of other tiles is no row of these
-    results = [row for row in results if row.get("tiles") == tiles.get("tiles")]
     for name in options.names:
-        for row in rows_of(name, options.device, options.size, results, options.only):
+        for row in rows_of(name, options.device, options.size, results, options.only, tiles.get("tiles")):
             add(results, row | tiles)
             if options.json:
                 # not above: transformers imports Triton, which may have to be asked for its interpreter first
@@ -93,14 +91,16 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def rows_of(name: str, device: str, size: str, results: list[dict], only: Sequence[str] = KINDS) -> Iterator[dict]:
-    """The rows of one file, each as soon as it is measured, except for cases that are complete in `results`; errors of
-    a case that is measured again are removed from it. only: the kinds of peers that are timed."""
+def rows_of(
+    name: str, device: str, size: str, results: list[dict], only: Sequence[str] = KINDS, tiles: str | None = None
+) -> Iterator[dict]:
+    """The rows of one file, each as soon as it is measured, except for cases that are complete in `results` with these
+    tiles; errors of a case that is measured again are removed from it. only: the kinds of peers that are timed."""
     torch.manual_seed(0)
     try:
         for case in importlib.import_module(MODULES[name]).cases(device, size):
             case = replace(case, peers={peer: run for peer, run in case.peers.items() if kind_of(case, peer) in only})
-            if is_complete(case, results):
+            if is_complete(case, [row for row in results if row.get("tiles") == tiles]):
                 continue
             results[:] = [
                 row for row in results if row["group"] != name and ("error" not in row or row["group"] != case.name)
@@ -117,14 +117,14 @@ def kind_of(case: Case, peer: str) -> str:
 
 
 def add(results: list[dict], row: dict) -> None:
-    """In place of the row that the peer had; an error in place of all that the case had."""
-    gone = (row["group"], row["peer"])
-    results[:] = [
-        old
-        for old in results
-        if (old["group"], old["peer"]) != gone and ("error" not in row or old["group"] != gone[0])
-    ]
-    results.append(row)
+    """In place of the row that the peer had; in place of all that the case had where this one is an error, or they are
+    of other tiles."""
+
+    def stays(old: dict) -> bool:
+        same = old["peer"] != row["peer"] and old.get("tiles") == row.get("tiles") and "error" not in row
+        return old["group"] != row["group"] or same
+
+    results[:] = [*filter(stays, results), row]
 
 
 def is_complete(case: Case, results: list[dict]) -> bool:

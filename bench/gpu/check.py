@@ -109,15 +109,16 @@ class Steps:
             self.record["limits"] = self._limits()
         file, tiles = self.logs / f"bench-{name}.json", self.logs / "tiles.json"
         command = [sys.executable, "-m", "bench", name, *self.device, "--json", str(file), "--go-on"]
-        of_rows = {}
+        of_step, of_rows = {}, {}
         if name in TILED:
             write_json(tiles, self.tiles())
             command += ["--tuned", str(tiles)]
-            of_rows = {"tiles": label(self.tiles()) or "shipped"}
+            # rows of a step that was stopped can be of those before
+            of_step, of_rows = {"tiles": label(self.tiles()) or "shipped"}, {"tiles": "shipped"}
         command += [*(["--size", "tiny"] if self.dry else []), *(["--only", *only] if only else [])]
         done = run(command, seconds, self.logs / f"bench-{name}.txt")
         rows = [of_rows | with_shares(row, self.record.get("limits", {})) for row in read(file, [])]
-        return done | of_rows | {"counts": {"numbers": sum("p50" in row for row in rows)}, "rows": rows}
+        return done | of_step | {"counts": {"numbers": sum("p50" in row for row in rows)}, "rows": rows}
 
     def round(self, name: str, seconds: float) -> dict:
         """Whole rounds of an 8B-shaped target, acceptance replayed."""

@@ -18,12 +18,13 @@ TUNED = {"kernel": "tree", "arch": 90, "head_size": 128, "dtype": "bfloat16", "c
 
 
 def test_rows_say_their_tiles(tmp_path, monkeypatch):
-    """Shipped or tuned; and those of other tiles are not kept."""
+    """Shipped or tuned; a step that is stopped with tuned ones can have rows of both."""
     row, commands = {"group": "g", "peer": "beagle", "p50": 2.0}, []
+    rows = [row]
 
     def run(command, seconds, log, **variables):
         commands.append(command)
-        Path(command[command.index("--json") + 1]).write_text(json.dumps([row]))
+        Path(command[command.index("--json") + 1]).write_text(json.dumps(rows))
         return {"status": "passed", "seconds": 1.0}
 
     monkeypatch.setattr(gpu_check, "run", run)
@@ -31,8 +32,10 @@ def test_rows_say_their_tiles(tmp_path, monkeypatch):
     assert steps.bench("tree_attention", 9)["rows"] == [row | {"tiles": "shipped"}]
     assert steps.ours("verify_tree", 9)["rows"] == [row] and commands[-1][-2:] == ["--only", "ours"]
     write_json(tmp_path / "tune.json", [TUNED])
+    rows.append(row | {"tiles": tuning.label([TUNED])})
     done = steps.bench("tree_attention", 9)
-    assert done["tiles"] == done["rows"][0]["tiles"] == tuning.label([TUNED]) != "shipped"
+    assert done["tiles"] == done["rows"][1]["tiles"] == tuning.label([TUNED]) != "shipped"
+    assert done["rows"][0]["tiles"] == "shipped"
     assert json.loads(Path(commands[-1][commands[-1].index("--tuned") + 1]).read_text()) == [TUNED]
 
 
@@ -85,7 +88,7 @@ def test_a_benchmark_goes_on(tmp_path, monkeypatch):
 
 
 def test_ours_alone_then_all(tmp_path, monkeypatch):
-    """The row that is measured again stays until the new one is there; other tiles' rows go."""
+    """The row that is measured again stays until the new one is there; then other tiles' rows of the case go."""
     from bench.ops import bench_verify_tree
 
     ran: list[str] = []
@@ -106,11 +109,12 @@ def test_ours_alone_then_all(tmp_path, monkeypatch):
     assert bench_main([*command]) == 0 and peers() == ["beagle", "amax", "peer"] and ran == ["one", True]
     assert json.loads(file.read_text())[0] != before[0]
     write_json(tiles, [TUNED])
-    one.check = lambda: ran.append("again")
+    before = json.loads(file.read_text())
+    one.check = lambda: ran.append(json.loads(file.read_text()) == before)
     monkeypatch.setattr("bench.tuning.use", lambda entries: None)
     for _ in range(2):
         assert bench_main([*command, "--tuned", str(tiles), "--only", "ours", "bounds"]) == 0
-    assert peers() == ["beagle", "amax"] and ran[2:] == ["again"]
+    assert peers() == ["beagle", "amax"] and ran[2:] == [True]
     assert {row["tiles"] for row in json.loads(file.read_text())} == {tuning.label([TUNED])}
 
 
