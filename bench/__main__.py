@@ -1,7 +1,9 @@
 """`python -m bench [NAME ...]`: every op on the CPU or on a GPU beside its peers, ratios in one run.
 
 Names select benchmark files (choose_tokens, tree_attention, ...); `pytest bench/ops/bench_tree_attention.py` runs one
-under pytest-benchmark. `--base REF` instead compares our own rows with those of another commit.
+under pytest-benchmark. `--base REF` instead compares our own rows with those of another commit. `--without-peers`
+measures ours and the bounds alone, every file's in a fraction of the time; the same `--json` file with `--go-on` and
+without that option then adds the peers, and measures ours again beside them.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +26,9 @@ from bench.registry import SIZES, Case, is_ours, measured
 
 MODULES = {
     file.stem.removeprefix("bench_"): f"bench.{folder}.{file.stem}"
-    for folder in ("ops", "loops")
+    for folder in ("ops", "loops", "peers")
     for file in sorted((Path(__file__).parent / folder).glob("bench_*.py"))
 }
-
-KINDS = ("ours", "bounds", "peers")
-"""What a case times: our own, what marks the machine's limits, and everybody else."""
 
 
 def main(arguments: list[str]) -> int:
@@ -54,15 +53,17 @@ def main(arguments: list[str]) -> int:
     kept = options.go_on and options.json and options.json.exists()
     results = json.loads(options.json.read_text()) if kept else []
     for name in options.names:
-        for row in rows_of(name, options.device, options.size, results, options.only, tiles.get("tiles")):
+        kept_peers = "bounds" if options.without_peers else "all"
+        for row in rows_of(name, options.device, options.size, results, kept_peers, tiles.get("tiles")):
             add(results, row | tiles)
             if options.json:
                 # not above: transformers imports Triton, which may have to be asked for its interpreter first
                 from beagle_sd.files import write_json
 
                 write_json(options.json, results)
-    print("\nnot compared:")
-    print(*(f"  {name}: {why}" for name, why in peers(options.device).items() if why), sep="\n")
+    if not options.without_peers:
+        print("\nnot compared:")
+        print(*(f"  {name}: {why}" for name, why in peers(options.device).items() if why), sep="\n")
     return int(any("error" in row for row in results))
 
 
@@ -78,28 +79,38 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tuned", type=Path, help="tile sizes that python -m bench.tuning found, for Triton's kernels")
     parser.add_argument("--json", type=Path, help="also write the results there, each as soon as it is known")
     parser.add_argument("--go-on", action="store_true", help="keep the results in the --json file, measure the others")
-    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="time these alone (default: all)")
+    parser.add_argument("--without-peers", action="store_true", help="ours and the bounds alone")
     parser.add_argument("--base", metavar="REF", help="compare with this commit, built in a temporary worktree of git")
     options = parser.parse_args(arguments)
     for name in options.names:
         if name not in MODULES:
             parser.error(f"{name!r}; allowed: {', '.join(MODULES)}")
-    if options.base and options.go_on:
-        parser.error("--base and --go-on were given; allowed: one of them")
+    for other in ("go_on", "without_peers"):
+        if options.base and getattr(options, other):
+            parser.error(f"--base and --{other.replace('_', '-')} were given; allowed: one of them")
     options.names = options.names or list(MODULES)
     options.size = options.size or ("full" if options.device == "cuda" else "small")
     return options
 
 
 def rows_of(
-    name: str, device: str, size: str, results: list[dict], only: Sequence[str] = KINDS, tiles: str | None = None
+    name: str, device: str, size: str, results: list[dict], peers: str = "all", tiles: str | None = None
 ) -> Iterator[dict]:
     """The rows of one file, each as soon as it is measured, except for cases that are complete in `results` with these
-    tiles; errors of a case that is measured again are removed from it. only: the kinds of peers that are timed."""
+    tiles; errors of a case that is measured again are removed from it. peers: "all" are timed, or of those that are not
+    ours only the "bounds", or "none". The caller adds each row to `results` before it asks for the next."""
     torch.manual_seed(0)
     try:
-        for case in importlib.import_module(MODULES[name]).cases(device, size):
-            case = replace(case, peers={peer: run for peer, run in case.peers.items() if kind_of(case, peer) in only})
+        module = importlib.import_module(MODULES[name])
+        if getattr(module, "OF_A_PEER", False):
+            made = module.cases(device, size, results) if peers == "all" else ()
+        else:
+            made = module.cases(device, size)
+        for case in made:
+            if peers != "all":
+                bounds = case.bounds if peers == "bounds" else ()
+                kept = {peer: run for peer, run in case.peers.items() if is_ours(peer) or peer in bounds}
+                case = replace(case, peers=kept)
             if is_complete(case, [row for row in results if row.get("tiles") == tiles]):
                 continue
             results[:] = [
@@ -109,11 +120,6 @@ def rows_of(
     except Exception as error:  # a case that cannot be made leaves the other files their numbers
         print(f"\n{name}\n  refused: {type(error).__name__}: {error}", flush=True)
         yield {"group": name, "peer": "beagle", "error": f"{type(error).__name__}: {error}"}
-
-
-def kind_of(case: Case, peer: str) -> str:
-    """Of KINDS."""
-    return "ours" if is_ours(peer) else "bounds" if peer in case.bounds else "peers"
 
 
 def add(results: list[dict], row: dict) -> None:

@@ -185,7 +185,7 @@ def main(arguments: list[str]) -> None:
         from bench.tuning import use
 
         use(json.loads(Path(tuned[0]).read_text()))
-    rows = list(rows_of(name, device, size, [], only=("ours",)))
+    rows = list(rows_of(name, device, size, [], peers="none"))
     Path(file).write_text(json.dumps(rows))
 
 

@@ -33,6 +33,7 @@ from typing import NamedTuple
 from beagle_sd.files import name_in_the_end, whole
 from bench.environment import commit
 from bench.processes import ROOT, end_on_signals, run
+from bench.report import bars
 
 SECONDS = 560.0
 LEAST = 20.0
@@ -56,11 +57,10 @@ LEFT = ("in", "out/kit", "out/scratch")
 """Folders of the work folder that are not brought back."""
 RESULTS_FILE = "results.tgz"
 ANSWER_MINUTES, TRAIN_MINUTES = 3.4, 6.6
+FIGURES = ("kernels", "bench", "answers", "rest")
+"""Calls that end with what was asked of the figures, and what came of it."""
 EVALUATION, TESTS = 130.0, 130.0
 """Seconds of these steps, which the ones before them leave."""
-PEERS = [*(f"bench:{name}" for name in ("block_attention", "training_step", "distill_loss")), "round"]
-PEERS += [f"bench:{name}" for name in ("tree_attention", "verify_tree", "top_candidates")]
-"""The figures that matter most beside everybody else's, those first that a ratio is asked for of."""
 
 
 class Step(NamedTuple):
@@ -130,20 +130,20 @@ def calls(work: Path, dry: bool) -> dict[str, Call]:
 
     setup = Step("setup", train("setup", math.inf, "--kit", str(work / "in")), 210)
     build = Step("build", check("build"), 165, shown=300)
-    peers, tests = Step("peers", check(*PEERS), shown=2600), Step("tests", check("tests"), least=60, shown=1300)
+    peers, tests = Step("peers", check("peers"), shown=1600), Step("tests", check("tests"), least=60, shown=1200)
     answers = Step("answers", train("answers", ANSWER_MINUTES), 60 * ANSWER_MINUTES + SAVING)
     training = Step("train", train("train", TRAIN_MINUTES), 60 * TRAIN_MINUTES + SAVING, EVALUATION, shown=1500)
     # a kernel that is broken is to be seen first; tests beside a benchmark would spoil its times
-    smoke = Step("smoke", check("smoke"), 165, shown=1900)
+    smoke = Step("smoke", check("smoke"), 165, shown=1600)
     return {
         "carry": Call([]),
         "kernels": Call(
-            [build, smoke, Step("figures", check("ours:round", "tune:first", "ours"), shown=4400), peers, tests]
+            [build, smoke, Step("figures", check("ours:round", "tune:first", "ours"), shown=3600), peers, tests]
         ),
         "bench": Call(
-            [build, Step("figures", check("tune:first", "ours:round", "ours"), shown=4800), peers._replace(shown=6000)]
+            [build, Step("figures", check("tune:first", "ours:round", "ours"), shown=3600), peers._replace(shown=4500)]
         ),
-        "answers": Call([setup, answers, peers._replace(leaves=TESTS, shown=6000), tests], ("answers-*.npz",)),
+        "answers": Call([setup, answers, peers._replace(leaves=TESTS, shown=4500), tests], ("answers-*.npz",)),
         "draft": Call(
             [setup, training, Step("evaluate", train("evaluate"), shown=2000)],
             ("model.safetensors", "checkpoint.part*"),
@@ -151,10 +151,10 @@ def calls(work: Path, dry: bool) -> dict[str, Call]:
         "rest": Call(
             [
                 setup,
-                Step("speed", speed, 120, shown=2500),
+                Step("speed", speed, 120, shown=2000),
                 Step("tune", check("tune"), 150, shown=800),
-                Step("ops", check("bench"), 220, shown=5000),
-                Step("search", train("search"), least=60, shown=2000),
+                Step("ops", check("bench"), 220, shown=3300),
+                Step("search", train("search"), least=60, shown=1200),
             ]
         ),
     }
@@ -207,6 +207,9 @@ def main(arguments: list[str]) -> int:
         passed &= done["status"] == "passed"
         if "signal" in done:
             return 128 + done["signal"]
+    record = work / "gpu.json"
+    if options.call in FIGURES and record.is_file():
+        print("", *bars.lines(json.loads(record.read_text(encoding="utf-8"))), sep="\n")
     return int(not passed)
 
 

@@ -1,13 +1,14 @@
 """Build for the GPU at hand, try every kernel, run the tests that need one, measure everything, and write one JSON.
 
 Run it as `bench/gpu/check.sh [OUT [PART ...]]`; parts: build, smoke, tests, round, bench, tune, speed, or a single
-benchmark as bench:verify_tree. "ours", "ours:round" and "ours:verify_tree" time no peers, "tune:first" tunes only the
-tiles of the figures that matter most. Without a part all of them are run, those figures first. A step that fails or
-takes too long is recorded with what it has until then, and the next one runs; none begins when the time is up. OUT is
-written after every step; the whole output of the steps and their own files are in the folder OUT.logs beside it. A run
-into the same OUT with the same sources on the same GPU repeats no step that is there and passed, and no benchmark's
-rows that are there, so calling it again goes on; only where tuning has found other tiles meanwhile are the benchmarks
-of their kernels measured again. --dry-run walks every step on the CPU at a tiny size.
+benchmark as bench:verify_tree. "ours" are those that matter most without their peers, "peers" the same with them;
+ours:round and ours:verify_tree are one without; "tune:first" tunes only the tiles of those figures. Without a part all
+of them are run, those figures first. A step that fails or takes too long is recorded with what it has until then, and
+the next one runs; none begins when the time is up. OUT is written after every step; the whole output of the steps and
+their own files are in the folder OUT.logs beside it. A run into the same OUT with the same sources on the same GPU
+repeats no step that is there and passed, and no benchmark's rows that are there, so calling it again goes on; only
+where tuning has found other tiles meanwhile are the benchmarks of their kernels measured again. --dry-run walks every
+step on the CPU at a tiny size.
 """
 
 from __future__ import annotations
@@ -26,15 +27,13 @@ from typing import Any
 from beagle_sd.files import write_json
 from bench.__main__ import MODULES
 from bench.environment import environment, native_arch
-from bench.gpu import HEADLINES, TILED, figures, run_tests
+from bench.gpu import HEADLINES, PEERS, TILED, figures, run_tests
 from bench.processes import GRACE, end_on_signals, run
 from bench.tuning import label
 
 SECONDS = {"build": 240, "smoke": 150, "tests": 240, "round": 180, "bench": 200, "tune": 240, "speed": 120}
 SECONDS |= {"ours": 130, "tune:first": 110}
 """A step's time limit, by its name or its kind."""
-OURS = {"training_step": ["ours", "bounds"]}
-"""What is timed without peers, where that is more than ours: a step's bounds are what its ratio is to."""
 WITHOUT_PEERS = "passed without peers"
 OPS = tuple(name for name in MODULES if name != "round")
 ALL = 530
@@ -102,9 +101,8 @@ class Steps:
         """What tuning has found so far."""
         return read(self.logs / "tune.json", [])
 
-    def bench(self, name: str, seconds: float, only: list[str] | None = None) -> dict:
-        """One op's rows, each with its share of the machine's limits; goes on from the rows of a stopped step. only:
-        the kinds of peers that are timed."""
+    def bench(self, name: str, seconds: float, peers: bool = True) -> dict:
+        """One op's rows, each with its share of the machine's limits; goes on from the rows of a stopped step."""
         if not self.record.get("limits") and not self.dry:
             self.record["limits"] = self._limits()
         file, tiles = self.logs / f"bench-{name}.json", self.logs / "tiles.json"
@@ -115,7 +113,7 @@ class Steps:
             command += ["--tuned", str(tiles)]
             # rows of a step that was stopped can be of those before
             of_step, of_rows = {"tiles": label(self.tiles()) or "shipped"}, {"tiles": "shipped"}
-        command += [*(["--size", "tiny"] if self.dry else []), *(["--only", *only] if only else [])]
+        command += [*(["--size", "tiny"] if self.dry else []), *([] if peers else ["--without-peers"])]
         done = run(command, seconds, self.logs / f"bench-{name}.txt")
         rows = [of_rows | with_shares(row, self.record.get("limits", {})) for row in read(file, [])]
         return done | of_step | {"counts": {"numbers": sum("p50" in row for row in rows)}, "rows": rows}
@@ -126,7 +124,7 @@ class Steps:
 
     def ours(self, name: str, seconds: float) -> dict:
         """A benchmark without its peers, which take most of its time."""
-        done = self.bench(name, seconds, OURS.get(name, ["ours"]))
+        done = self.bench(name, seconds, peers=False)
         return done | ({"status": WITHOUT_PEERS} if done["status"] == "passed" else {})
 
     def speed(self, name: str, seconds: float) -> dict:
@@ -179,12 +177,13 @@ def cores() -> int:
 
 def steps(parts: list[str]) -> list[str]:
     """The parts' steps by name, in the order to run them; without parts, of all."""
-    headlines = [f"bench:{name}" for name in HEADLINES]
-    rest = [f"bench:{name}" for name in OPS if name not in HEADLINES]
-    several = {"bench": [*headlines, *rest], "ours": [f"ours:{name}" for name in HEADLINES]}
+    ours = [f"ours:{name}" for name in HEADLINES]
+    peers = [name if name == "round" else f"bench:{name}" for name in PEERS]
+    rest = [f"bench:{name}" for name in OPS if name not in PEERS]
     if not parts:
-        first = ["build", "smoke", "ours:round", "tune:first", *several["ours"]]
-        return [*first, "tests", "round", *headlines, "tune", *rest, "speed"]
+        return ["build", "smoke", "ours:round", "tune:first", *ours, "tests", *peers, "tune", *rest, "speed"]
+    benches = [step for step in peers if step != "round"] + rest
+    several = {"ours": ours, "peers": peers, "bench": benches}
     return [step for part in parts for step in several.get(part, [part])]
 
 
@@ -244,7 +243,7 @@ def main(arguments: list[str]) -> int:
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
     """The options; what is not allowed ends the process as argparse does."""
-    allowed = [*SECONDS, *(f"{kind}:{name}" for kind in ("bench", "ours") for name in OPS), "ours:round"]
+    allowed = [*SECONDS, "peers", *(f"{kind}:{name}" for kind in ("bench", "ours") for name in OPS), "ours:round"]
     parser = argparse.ArgumentParser(
         prog="bench/gpu/check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

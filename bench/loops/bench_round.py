@@ -1,5 +1,8 @@
 """Whole rounds: drafting, the target's forward over the tree, verification and all that is kept, beside plain decoding.
 
+"share_beside_target" is all of a round but the target's own forward, its LM head included; "share_beside_layers" is all
+but the layers alone, the head being counted with the rest. Both are of medians over rounds.
+
 The targets have random weights, so how many drafted tokens a round accepts is not theirs: it is REPLAYED from the
 paper's acceptance by depth (`replayed_acceptance.py`). A row says "replayed" wherever that is so. `python -m bench
 round` times it.
@@ -17,9 +20,11 @@ from torch import Tensor
 
 from beagle_sd import BeagleDraft
 from beagle_sd.decoding.generate import generate
+from beagle_sd.decoding.report import Report
 from beagle_sd.decoding.trees.tree import TreeShape
 from bench.loops.random_models import random_model, weight_bytes
 from bench.loops.replayed_acceptance import accepted_lengths, replayed
+from bench.loops.target_time import TargetTime
 from bench.registry import Case, drive, label, parameters
 
 SMALL_TREE, TREE = TreeShape(4, 4, 8), TreeShape.default(torch.device("cuda"))
@@ -33,46 +38,6 @@ SHAPES = {
 }
 
 
-class ForwardTimer:
-    """Seconds of a module's calls on `tokens` new tokens, by hooks: on a GPU the last call's, by events that a graph
-    records anew when it is replayed."""
-
-    def __init__(self, module: torch.nn.Module, tokens: int, device: str):
-        self.tokens, self.device, self.began = tokens, device, 0.0
-        self.calls: list[float] = []
-        if device == "cuda":
-            self.events = [torch.cuda.Event(enable_timing=True, external=True) for _ in range(2)]
-        self.handles = [
-            module.register_forward_pre_hook(self._before, with_kwargs=True),
-            module.register_forward_hook(self._after, with_kwargs=True),
-        ]
-
-    def _counted(self, kwargs: dict) -> bool:
-        given = kwargs.get("input_ids")
-        return given is not None and given.shape[1] == self.tokens
-
-    def _before(self, module, args, kwargs) -> None:
-        if self._counted(kwargs):
-            if self.device == "cuda":
-                self.events[0].record()
-            self.began = time.perf_counter()
-
-    def _after(self, module, args, kwargs, output) -> None:
-        if self._counted(kwargs):
-            if self.device == "cuda":
-                self.events[1].record()
-            self.calls.append(time.perf_counter() - self.began)
-
-    def seconds(self) -> float:
-        """One call's: the median, or on a GPU the last one's."""
-        for handle in self.handles:
-            handle.remove()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            return self.events[0].elapsed_time(self.events[1]) / 1e3
-        return float(torch.tensor(self.calls).median())
-
-
 class Rounds:
     """The contenders of one shape: each gives the seconds of the tokens after the first, which the prefill gives."""
 
@@ -80,33 +45,38 @@ class Rounds:
         self.model, self.draft, self.prompt, self.new, self.tree = model, draft, prompt, new, tree
         self.device = model.device.type
         self.found: dict[str, dict] = {}
+        self.timers: dict[str, TargetTime] = {}
         self.lengths = accepted_lengths(len(prompt), tree.depth).to(model.device)
 
     def ours(self, name: str, draft: BeagleDraft | None, tree: TreeShape) -> float:
+        def decode() -> Report:
+            with replayed(self.lengths):
+                return generate(
+                    self.model, draft, self.prompt, max_new_tokens=self.new, eos_token_id=[], tree=tree
+                ).report
+
+        timer = self.timers.get(name) or TargetTime(self.model, tree.num_nodes)
         if self.device == "cuda":
+            if name not in self.timers:  # in a run of its own: it waits after each round
+                with timer.watching():
+                    decode()
             torch.cuda.reset_peak_memory_stats()
-        timer = ForwardTimer(self.model.base_model, tree.num_nodes, self.device)
-        with replayed(self.lengths):
-            report = generate(
-                self.model, draft, self.prompt, max_new_tokens=self.new, eos_token_id=[], tree=tree
-            ).report
+            report = decode()
+        else:
+            with timer.watching():
+                report = decode()
+        self.timers[name] = timer
         seconds = sum(spent for phase, spent in report.seconds.items() if phase not in ("prefill", "capture"))
-        a_round = seconds / report.rounds
-        notes = {
+        self.found[name] = {
             "tokens_per_round": report.tokens_per_round,
-            "round_ms": 1e3 * a_round,
+            "round_ms": 1e3 * seconds / report.rounds,
             "phases": report.seconds,
             "target_bytes": weight_bytes(self.model),
             "draft_bytes": weight_bytes(draft),
+            **target_share(timer, seconds / report.rounds),
         }
-        try:
-            forward = timer.seconds()
-            notes |= {"target_forward_ms": 1e3 * forward, "share_beside_target": 1 - forward / a_round}
-        except RuntimeError as error:  # an event that no graph recorded
-            notes["target_forward"] = f"not measured: {error}"
         if self.device == "cuda":
-            notes["peak_bytes"] = torch.cuda.max_memory_allocated()
-        self.found[name] = notes
+            self.found[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
         return seconds
 
     def replayed(self) -> float:
@@ -160,6 +130,21 @@ class Rounds:
 
     def notes(self, name: str) -> dict:
         return {**self.found.get(name, {}), "acceptance": "replayed" if name == "beagle" else "none"}
+
+
+def target_share(timer: TargetTime, a_round: float) -> dict:
+    """Of a round of so many seconds: the target's milliseconds, and the shares of all but them."""
+    try:
+        found = timer.medians()
+    except RuntimeError as error:  # no round, or an event that no graph recorded
+        return {"target_forward": f"not measured: {error}"}
+    return {
+        "target_layers_ms": 1e3 * found["layers"],
+        "target_head_ms": 1e3 * found["head"],
+        "target_forward_ms": 1e3 * found["all"],
+        "share_beside_target": 1 - found["all"] / a_round,
+        "share_beside_layers": 1 - found["layers"] / a_round,
+    }
 
 
 def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:

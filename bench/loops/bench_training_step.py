@@ -1,15 +1,18 @@
 """A training step of stage 2 beside one of stage 1 and beside a literal stage 2 of `k` passes: time and peak memory.
 
 `python -m bench training_step`. "beagle" is the one-pass simulation, and its ratio to stage 1 is what simulation costs:
-for the whole step (forward, loss, backward) and for the block alone, without the loss that dilutes the difference. Then
-the step by simulated steps, whose memory the paper says is constant, and Beagle's step without simulation beside
-EAGLE-2's. Before any time is taken, loss and gradients of the literal passes must equal those of the one pass.
+first as the trainer computes a step on a GPU, in bf16 autocast over a full step's tokens. Then, in fp32 on fewer rows,
+for the whole step (forward, loss, backward) and for the block alone, without the loss that dilutes the difference; the
+step by simulated steps, whose memory the paper says is constant; and Beagle's step without simulation beside EAGLE-2's.
+Before any time of fp32 is taken, loss and gradients of the literal passes must equal those of the one pass; in bf16
+loss and gradients must be near those of fp32 on the first sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from copy import copy
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from beagle_kernels import distill_loss
 from beagle_sd.data.batch import Batch
 from beagle_sd.models.draft import BeagleDraft
-from beagle_sd.training.objective import block_states, row_weights, simulated_states
+from beagle_sd.training.objective import block_states, draft_states, row_weights, simulated_states
 from bench.ops.bench_distill_loss import peak_memory
 from bench.peers.eagle2 import EagleDraft, eagle_states
 from bench.registry import Case
@@ -32,13 +35,15 @@ SHAPES = {
     "full": (2048, 4096, 14336, 32, 8, 128256, 32768),
 }
 """Small and full are SmolLM2-135M's and Llama 3 8B's."""
+AUTOCAST = {"tiny": 3, "full": 16}
+"""Sequences of so many rows that a step in bf16 has: 16 of 2048 are the trainer's default step of 32768 tokens."""
 
 
 class Setting:
     """Random weights and states of a shape, and what each peer computes on them."""
 
-    def __init__(self, shape: tuple[int, ...], device: str, window: int = WINDOW):
-        rows, width, inner, heads, key_heads, vocab, reduced = shape
+    def __init__(self, shape: tuple[int, ...], device: str, window: int = WINDOW, sequences: int = 1):
+        length, width, inner, heads, key_heads, vocab, reduced = shape
         torch.manual_seed(0)
         config = AutoConfig.for_model(
             "llama",
@@ -48,21 +53,25 @@ class Setting:
             vocab_size=vocab,
             num_key_value_heads=key_heads,
             num_hidden_layers=1,
-            max_position_embeddings=rows,
+            max_position_embeddings=length,
         )
-        target = AutoModelForCausalLM.from_config(config).to(device)
+        with torch.device(device):  # random weights of this size take a host long
+            target = AutoModelForCausalLM.from_config(config)
         self.draft = BeagleDraft.from_target(target, torch.arange(reduced))
         self.eagle = EagleDraft.from_target(target, torch.arange(reduced))
-        bounds, positions = torch.tensor([0, rows], dtype=torch.int32), torch.arange(rows)
+        rows = sequences * length
+        bounds = torch.arange(sequences + 1, dtype=torch.int32) * length
+        positions = torch.arange(length).repeat(sequences)
         parts = torch.randint(vocab, (rows,)), torch.randn(rows, width), torch.ones(rows, dtype=torch.bool)
         self.batch = Batch(*(part.to(device) for part in (*parts, bounds, positions)))
-        self.window, self.offset = window, torch.tensor([OFFSET % window], dtype=torch.int32, device=device)
+        self.window = window
+        self.offset = torch.full((sequences,), OFFSET % window, dtype=torch.int32, device=device)
         self.head = self.draft.head.float()
-        self.visible = self._visible()
 
-    def _visible(self) -> Tensor:
+    @cached_property
+    def visible(self) -> Tensor:
         """[T, 2T] bool: the true keys before a row's window, then the draft keys of its window before it. Rows without
-        a key are given the first one and counted nowhere."""
+        a key are given the first one and counted nowhere. Of one sequence."""
         index, offset = self.batch.positions, int(self.offset)
         start = index - (index - offset) % self.window
         true = (index < start[:, None]) & (index >= 0) & (index[:, None] >= offset)
@@ -125,15 +134,74 @@ class Setting:
         return run
 
 
+class Autocast(Setting):
+    """As the trainer computes with `autocast`: products in bf16, head and stored states in bf16, weights in fp32."""
+
+    def __init__(self, shape: tuple[int, ...], device: str, sequences: int):
+        super().__init__(shape, device, sequences=sequences)
+        self.head, self.dtype = self.head.bfloat16(), torch.bfloat16
+        self.batch = self.batch._replace(states=self.batch.states.bfloat16())
+
+    def first(self) -> Autocast:
+        """The first sequence alone, computed in fp32 from the same weights and states."""
+        one = copy(self)
+        length = int(self.batch.cu_seqlens[1])
+        rows = {name: getattr(self.batch, name)[:length] for name in ("tokens", "states", "loss_mask", "positions")}
+        one.batch = Batch(cu_seqlens=self.batch.cu_seqlens[:2], **rows)
+        one.offset = self.offset[:1]
+        return one
+
+    def in_fp32(self) -> Autocast:
+        one = copy(self)
+        one.head, one.dtype = self.head.float(), torch.float32
+        return one
+
+    def step_of(self, simulated: bool) -> Callable[[], tuple]:
+        """Forward and backward of stage 2 or 1, as Trainer._backward has them: (loss, gradients)."""
+        weights = self.weights(simulated=simulated)
+        parameters = list(self.draft.parameters())
+
+        def run():
+            keys_of, device = self.batch.states.float(), self.head.device.type
+            with torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                states = draft_states(
+                    self.draft, self.batch, keys_of, self.window, self.offset, simulated=simulated
+                ).to(self.dtype)
+            loss = distill_loss(states, self.batch.states.to(self.dtype), self.head, weights, tf32=True)
+            return loss, *torch.autograd.grad(loss, parameters)
+
+        return run
+
+
 def cases(device: str = "cpu", size: str | None = None) -> Iterator[Case]:
     size = size or ("full" if device == "cuda" else "small")
     if size not in SHAPES:
         return
+    if size in AUTOCAST:
+        yield in_bf16(Autocast(SHAPES[size], device, AUTOCAST[size]))
     setting = Setting(SHAPES[size], device)
     for loss in (True, False):
         yield stages(setting, loss)
     yield by_steps(setting)
     yield one_step(setting)
+
+
+def in_bf16(setting: Autocast) -> Case:
+    """Stage 2 beside stage 1 as they are trained."""
+    peers = {"beagle": setting.step_of(simulated=True), "stage 1": setting.step_of(simulated=False)}
+
+    def check() -> None:
+        few = setting.first()
+        for simulated in (True, False):
+            loss, *gradients = few.step_of(simulated)()
+            want, *truth = few.in_fp32().step_of(simulated)()
+            assert abs(loss / want - 1) < 0.01, f"the loss is {loss:.5g} in bf16, {want:.5g} in fp32"
+            off = sum((a - b).norm() ** 2 for a, b in zip(gradients, truth)) ** 0.5
+            size = sum(b.norm() ** 2 for b in truth) ** 0.5
+            assert off < 0.05 * size, f"gradients are off by {off / size:.3f} in bf16"
+
+    name = f"training step, k = {setting.window}, bf16 autocast"
+    return _case(setting, name, peers, check, bounds=("stage 1",))
 
 
 def stages(setting: Setting, loss: bool) -> Case:
@@ -183,7 +251,8 @@ def _case(setting: Setting, name: str, peers: dict, check: Callable[[], None], *
     def peak(name: str) -> dict:
         return {"peak_bytes": peak_memory(peers[name], torch.device(device))}
 
-    return Case(f"{name}, {rows} rows", peers, check, rounds=7, device=device, notes=peak, **options)
+    at: dict[str, object] = {"rows": rows, "products": "bf16" if isinstance(setting, Autocast) else "fp32"}
+    return Case(f"{name}, {rows} rows", peers, check, rounds=7, device=device, notes=peak, at=at, **options)
 
 
 def _finite(peers: dict) -> None:

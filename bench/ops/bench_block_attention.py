@@ -1,5 +1,6 @@
-"""block_attention against dense attention under the same mask, FlexAttention, and causal attention of the same size;
-and on long texts with a reach, where its cost is linear."""
+"""block_attention against dense attention under the same mask, and causal attention of the same size; and on long
+texts with a reach, where its cost is linear. FlexAttention has a file of its own, bench/peers/bench_flex_attention.py.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ import torch
 
 from beagle_kernels import block_attention
 from beagle_kernels.reference.block_attention import visible_keys
-from bench.peers import flex, sdpa
+from bench.peers import sdpa
 from bench.registry import Case, assert_near, drive, label, parameters
 
 SHAPES = {
     # size -> (rows, query heads, key heads, head size, dtype)
     "tiny": [(70, 4, 2, 16, torch.float32)],
     "small": [(512, 9, 3, 64, torch.float32), (2048, 9, 3, 64, torch.float32)],
-    "full": [(2**n, 32, 8, 128, torch.bfloat16) for n in range(11, 16)],
+    "full": [(2**n, 32, 8, 128, torch.bfloat16) for n in (13, 14, 15, 11, 12)],
     "scaling": [(2**n, 9, 3, 64, torch.float32) for n in range(7, 13)],
 }
 WINDOW, OFFSET = 5, 2
@@ -28,20 +29,17 @@ LONG = {
     "small": ((16384, 9, 3, 64, torch.float32), 256),
     "full": ((16384, 32, 8, 128, torch.bfloat16), 256),
 }
-FLEX_ROWS = (70, 8192, 32768)
-"""Where FlexAttention is compared: each shape and set of options costs seconds of compilation."""
 SAMPLE = 512
 """Rows whose gradients are compared where there are more."""
 
 
 def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
-    """FlexAttention's last: what its compilation takes, and whether it ends, costs the others nothing."""
     yield from of_all_keys(device, size)
     if size in LONG:
         (rows, hq, hkv, d, dtype), reach = LONG[size]
         inputs = [drawn(rows, hq, hkv, d, device, dtype) for _ in range(2)]
         for backward in (False, True):
-            yield of_inputs(inputs, backward, beside_flex=True, reach=reach)
+            yield of_inputs(inputs, backward, reach=reach)
 
 
 def of_all_keys(device: str = "cpu", size: str = "small") -> Iterator[Case]:
@@ -50,11 +48,6 @@ def of_all_keys(device: str = "cpu", size: str = "small") -> Iterator[Case]:
         inputs = [drawn(rows, hq, hkv, d, device, dtype) for _ in range(2)]
         for backward in (False, True):
             yield of_inputs(inputs, backward)
-    for rows, hq, hkv, d, dtype in SHAPES[size]:
-        if rows in FLEX_ROWS:
-            inputs = [drawn(rows, hq, hkv, d, device, dtype) for _ in range(2)]
-            for backward in (False, True):
-                yield of_inputs(inputs, backward, beside_flex=True)
 
 
 def drawn(rows: int, hq: int, hkv: int, d: int, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -73,19 +66,30 @@ def drawn(rows: int, hq: int, hkv: int, d: int, device: str, dtype: torch.dtype)
     return tuple(found)
 
 
-def of_inputs(inputs: list[tuple], backward: bool, beside_flex: bool = False, reach: int | None = None) -> Case:
-    """`backward` times the gradients alone, of outputs computed before. With a reach SDPA takes part beside Flex."""
+def name_of(rows: int, hq: int, hkv: int, d: int, dtype: torch.dtype, backward: bool) -> str:
+    """A case's name, but for what it is beside."""
+    return f"block_attention {'backward' if backward else 'forward'} {rows} x {hq}/{hkv} x {d} {str(dtype)[6:]}"
+
+
+def of_inputs(
+    inputs: list[tuple],
+    backward: bool,
+    reach: int | None = None,
+    others: Callable[[tuple], dict] | None = None,
+    beside: str = "",
+) -> Case:
+    """`backward` times the gradients alone, of outputs computed before. `others` makes the peers from the limits, SDPA
+    without it; `beside` says which, in the case's name."""
     q = inputs[0][0]
     (rows, hq, d), hkv, dtype, device = q.shape, inputs[0][1].shape[1], q.dtype, q.device.type
     offset = torch.tensor([OFFSET], dtype=torch.int32, device=device)
     limits = visible_keys(rows, WINDOW, offset, None, reach)
-    if reach is not None:
-        compiled = flex_peers(rows, limits, device, backward) if device == "cuda" else {"flex": flex.why_not(device)}
-        peers = {"sdpa mask": sdpa_peers(rows, limits, hq // hkv, device)["sdpa mask"], **compiled}
-    elif beside_flex:
-        peers = flex_peers(rows, limits, device, backward)
+    if others is not None:
+        peers = others(limits)
     else:
         peers = sdpa_peers(rows, limits, hq // hkv, device)
+        if reach is not None:
+            peers = {"sdpa mask": peers["sdpa mask"]}
     forward = {"beagle": lambda q, k, v: block_attention(q, k, v, WINDOW, offset, reach=reach)[0], **peers}
     run = {name: peer if isinstance(peer, str) else without_grad(peer) for name, peer in forward.items()}
     up = torch.randn(rows, hq, d, device=device, dtype=dtype)
@@ -110,9 +114,9 @@ def of_inputs(inputs: list[tuple], backward: bool, beside_flex: bool = False, re
 
     pairs = (limits[1] - limits[0]).sum().item()
     direction = "backward" if backward else "forward"
-    name = f"block_attention {direction} {rows} x {hq}/{hkv} x {d} {str(dtype)[6:]}"
+    name = name_of(rows, hq, hkv, d, dtype, backward) + (f", reach {reach}" if reach is not None else "")
     return Case(
-        name + (f", reach {reach}" if reach is not None else ", beside FlexAttention" * beside_flex),
+        name + (f", beside {beside}" if beside else ""),
         run,
         lambda: check_peer("beagle"),
         bounds=bounds,
@@ -122,8 +126,8 @@ def of_inputs(inputs: list[tuple], backward: bool, beside_flex: bool = False, re
         inputs=[(0,), (1,)] if backward else inputs,
         work={"flop": 4.0 * d * hq * pairs * (2.5 if backward else 1)},
         data="normal random, near keys raised",
-        series="" if beside_flex else f"block_attention {direction}",
-        at={"rows": rows, "heads": f"{hq}/{hkv} x {d}"},
+        series="" if beside else f"block_attention {direction}",
+        at={"rows": rows, "heads": f"{hq}/{hkv} x {d}"} | ({} if reach is None else {"reach": reach}),
     )
 
 
@@ -156,24 +160,7 @@ def sdpa_peers(rows: int, limits: tuple[torch.Tensor, torch.Tensor], group: int,
         return lambda q, k, v: attend(*heads_first(q, k, v), causal=True)[0].transpose(0, 1)
 
     backends = {f"sdpa causal {backend}": causal(backend) for backend in ("flash", "cudnn")} if device == "cuda" else {}
-    return {"sdpa mask": dense, "sdpa causal": causal(None), **backends}
-
-
-def flex_peers(rows: int, limits: tuple[torch.Tensor, torch.Tensor], device: str, backward: bool) -> dict:
-    """As sdpa_peers; each set of options is compiled when it is first called."""
-    first, end = limits
-    blocks = flex.block_mask(end, rows, first if first.any() else None)
-    plain = flex.attention()
-
-    def tuned(q, k, v):
-        q, k, v = heads_first(q, k, v)
-        return flex.tuned(q, k, v, blocks, backward)(q, k, v, blocks)[0].transpose(0, 1)
-
-    return {
-        "flex": lambda q, k, v: plain(*heads_first(q, k, v), blocks)[0].transpose(0, 1),
-        "flex, its mask made": lambda q, k, v: flex.block_mask(end, rows, first if first.any() else None),
-        "flex tuned": tuned if device == "cuda" else flex.why_not(device),
-    }
+    return {"sdpa causal": causal(None), **backends, "sdpa mask": dense}
 
 
 def dense_rows(q, k, v, limits, first: int, last: int) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""distill_loss with its gradient against plain PyTorch, torch.compile and Liger's loss: time and peak memory.
+"""distill_loss with its gradient against plain PyTorch, Liger's loss and torch.compile: time and peak memory; and its
+three matrix products alone, whose time over ours is the share of what they allow.
 
 `python -m bench distill_loss`. `python -m bench.ops.bench_distill_loss` compares the peak memory on this CPU with that
 of plain PyTorch, which for the large shape does not fit and is reckoned from few rows.
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from beagle_kernels import distill_loss
+from beagle_kernels.cpu import distill_loss as on_cpu
+from beagle_kernels.types import accumulation
 from bench.peers import liger, or_reason
 from bench.registry import Case, drive, label, parameters
 
@@ -64,8 +67,40 @@ def without_weights():
     return lambda student, teacher, weight, row_weight: loss(student, teacher, weight)
 
 
+PRODUCTS = "its products alone"
+
+
+def rows_at_once(rows: int, vocab: int, dtype: torch.dtype, device: str) -> int:
+    """The chunk that distill_loss takes there: its logits, student's and teacher's, fill the budget."""
+    if device == "cuda":
+        from beagle_kernels.triton import distill_loss as on_gpu  # not above: it needs Triton
+
+        return on_gpu.rows_at_once(-(-vocab // 16) * 16, dtype.itemsize, rows)
+    return max(1, min(on_cpu.BUDGET // (2 * vocab * accumulation(dtype).itemsize), rows))
+
+
+def products(student, teacher, weight, row_weight) -> torch.Tensor:
+    """What distill_loss multiplies, chunk by chunk into one buffer, and nothing else: on a GPU the student's and the
+    teacher's logits, on the CPU both at once, then the gradient through the head."""
+    (rows, _), vocab, device = student.shape, len(weight), student.device.type
+    chunk = rows_at_once(rows, vocab, student.dtype, device)
+    # rows a multiple of 16 apart, as the op has them on a GPU
+    stride = -(-vocab // 16) * 16 if device == "cuda" else vocab
+    logits = student.new_empty(2 * chunk, stride)[:, :vocab]
+    gradient = torch.empty_like(student)
+    for s, t, out in zip(student.split(chunk), teacher.split(chunk), gradient.split(chunk), strict=True):
+        z = logits[: len(s)]
+        if device == "cuda":
+            torch.mm(s, weight.T, out=z)
+            torch.mm(t, weight.T, out=logits[chunk : chunk + len(s)])
+        else:
+            torch.mm(torch.cat([s, t]), weight.T, out=logits[: 2 * len(s)])
+        torch.mm(z, weight, out=out)
+    return gradient
+
+
 def losses(device: str) -> dict[str, Any]:
-    """Callables by name, or the reason why one is left out."""
+    """Callables by name, or the reason why one is left out; the compiled one last, since its first call takes long."""
     return {
         "beagle": distill_loss,
         "eager": naive,
@@ -104,16 +139,19 @@ def of_inputs(inputs: list[tuple]) -> Case:
     def run(loss) -> Callable:
         return lambda *args: with_gradient(loss, *args)
 
-    peers: dict[str, Any] = {name: loss if isinstance(loss, str) else run(loss) for name, loss in found.items()}
+    timed: dict[str, Any] = {name: loss if isinstance(loss, str) else run(loss) for name, loss in found.items()}
+    peers = {"beagle": timed.pop("beagle"), PRODUCTS: products, **timed}
     return Case(
         f"distill_loss {rows} x {width}, {vocab} tokens, {student.dtype}",
         peers,
         lambda: check("beagle", found["beagle"], *few),
-        check_peer=lambda name: check(name, found[name], *few),
+        check_peer=lambda name: None if name == PRODUCTS else check(name, found[name], *few),
+        bounds=(PRODUCTS,),
         rounds=5,
         device=device.type,
         inputs=inputs,
         work={"flop": 6.0 * rows * width * vocab},
+        at={"rows": rows, "width": width, "vocabulary": vocab, "type": str(student.dtype)[6:]},
         notes=lambda name: {"peak_bytes": peak_memory(lambda: peers[name](*inputs[0]), device)},
     )
 

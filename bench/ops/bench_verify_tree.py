@@ -22,8 +22,9 @@ def trees(batch: int, nodes: int) -> DraftTree:
     return build_tree(root, tokens, scores, torch.tensor(parents).int(), nodes, nodes)
 
 
-FULL = [(1, 60, 128256), (8, 64, 128256)] + [(1, nodes, 128256) for nodes in (4, 16, 256)]
+FULL = [(8, 64, 128256), (1, 60, 128256)] + [(1, nodes, 128256) for nodes in (4, 16, 256)]
 FULL += [(1, 60, vocab) for vocab in (32768, 65536, 262144)]
+"""(batch, nodes, vocabulary) on a GPU: what the bars are set for first."""
 
 
 def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
@@ -36,10 +37,10 @@ def cases(device: str = "cpu", size: str = "small") -> Iterator[Case]:
             yield of_logits(logits, tree, Sampling.of(batch, device=device))
             yield of_logits(logits, tree, Sampling.of(batch, 0, 1.0, device=device))
             if (batch, nodes, vocab) in FULL[:2] and size == "full":
+                yield of_logits(logits, tree, Sampling.of(batch, 0, 1.0, 0, 0.9, device=device))
                 warm = Sampling.of(batch, 0, 1.0, device=device)
                 # a model's rows have a few likely tokens, and most of the others need no noise
                 yield of_logits(logits * 3, tree, warm, "normal random, deviation 3")
-                yield of_logits(logits, tree, Sampling.of(batch, 0, 1.0, 0, 0.9, device=device))
 
 
 def of_logits(logits: torch.Tensor, tree: DraftTree, sampling: Sampling, data: str = "normal random") -> Case:
@@ -65,21 +66,21 @@ def of_logits(logits: torch.Tensor, tree: DraftTree, sampling: Sampling, data: s
 
     if not sampling.temperature.any():
         mode = "greedy"
+        peers |= {"amax": lambda: logits.amax(-1), "SGLang": by_sglang(False)}
         peers["EAGLE-2 on the host"] = lambda: [eagle2_tree.greedy(*row) for row in zip(hosts, logits.argmax(-1))]
-        peers |= {"SGLang": by_sglang(False), "amax": lambda: logits.amax(-1)}
     elif (sampling.top_p == 1).all():
         mode = "sampled"
         draw = lambda: torch.multinomial(law().flatten(0, 1), 1).view(batch, nodes)  # noqa: E731
+        peers["SGLang"] = by_sglang(True)
         peers["multinomial + EAGLE-2 on the host"] = lambda: [eagle2_tree.greedy(*row) for row in zip(hosts, draw())]
         peers["EAGLE-2 on the host, rejection"] = lambda: [eagle2_tree.sampled(*row) for row in zip(hosts, law())]
-        peers["SGLang"] = by_sglang(True)
     else:
         mode, p = "top-p", sampling.top_p[0].item()
         nucleus = lambda: top_p(logits.flatten(0, 1), p).view(batch, nodes)  # noqa: E731
         peers["top-p + EAGLE-2 on the host"] = lambda: [eagle2_tree.greedy(*row) for row in zip(hosts, nucleus())]
     dtype = str(logits.dtype)[6:]
     return Case(
-        f"verify_tree {mode} {batch} x {nodes} x {vocab} {dtype}",
+        f"verify_tree {mode} {batch} x {nodes} x {vocab} {dtype}" + data.removeprefix("normal random"),
         peers,
         lambda: same_as_truth(verify_tree, *args),
         bounds=("amax",),

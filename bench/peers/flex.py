@@ -1,36 +1,43 @@
-"""PyTorch's FlexAttention: with its default options, and with the fastest of a few, timed on the first call."""
+"""PyTorch's FlexAttention with given options of its kernels: each set of them, and each shape, is a compilation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from bench.timing import event_times
-
 NAME = "FlexAttention"
-TRIED: tuple[dict, ...] = (
-    {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_warps": 8, "fwd_num_stages": 3},
-    {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3},
-    {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3},
-)
-TRIED_BACKWARD: tuple[dict, ...] = tuple(
-    {
-        "bwd_BLOCK_M1": m,
-        "bwd_BLOCK_N1": n,
-        "bwd_BLOCK_M2": n,
-        "bwd_BLOCK_N2": m,
-        "bwd_num_warps": warps,
-        "bwd_num_stages": 3,
-    }
-    for m, n, warps in ((64, 128, 8), (64, 64, 4), (32, 128, 8))
-)
-"""Options that do well on data-centre GPUs, forward and backward; the default is tried too."""
-_best: dict[bool, dict | None] = {}
+DEFAULT = "its default"
+
+
+def _forward(m: int, n: int, warps: int, stages: int, **more: bool) -> dict:
+    tiles = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages} | more
+    return {f"fwd_{name}": value for name, value in tiles.items()}
+
+
+def _backward(m: int, n: int, warps: int, stages: int) -> dict:
+    tiles = {"BLOCK_M1": m, "BLOCK_N1": n, "BLOCK_M2": n, "BLOCK_N2": m, "num_warps": warps, "num_stages": stages}
+    return {f"bwd_{name}": value for name, value in tiles.items()}
+
+
+TRIED: dict[bool, dict[str, dict | None]] = {
+    False: {
+        DEFAULT: None,
+        "128 x 128, 8 warps, 2 stages": _forward(128, 128, 8, 2),
+        "128 x 128, 8 warps, 2 stages, TMA": _forward(128, 128, 8, 2, USE_TMA=True),
+        "128 x 64, 4 warps, 3 stages": _forward(128, 64, 4, 3),
+    },
+    True: {
+        DEFAULT: None,
+        "64 x 64, 4 warps, 3 stages": _backward(64, 64, 4, 3),
+        "32 x 64, 4 warps, 3 stages": _backward(32, 64, 4, 3),
+    },
+}
+"""Options by name, forward (False) and backward (True). Its default on sm_90 for bf16 and heads of 128 is 128 x 64, 8
+warps, 3 stages forward and 64 x 128, 8 warps, 3 stages backward; the others are of Inductor's own search, whose whole
+would be 7 and 13 compilations, and its loads by TMA, which that search leaves out."""
 
 
 def why_not(device: str) -> str | None:
@@ -46,9 +53,13 @@ def block_mask(end: Tensor, rows: int, first: Tensor | None = None) -> BlockMask
     return create_block_mask(within, None, None, rows, rows, device=end.device)
 
 
-def attention(options: Any = None) -> Callable[..., Tensor]:
+def attention(options: dict | None = None) -> Callable[..., Tensor]:
     """attend(q, k, v, mask), compiled on a GPU, with these options of its kernels: q [B, Hq, N, D], k and v
-    [B, Hkv, S, D], mask from block_mask."""
+    [B, Hkv, S, D], mask from block_mask.
+
+    One compilation for all sizes would need dynamic shapes, and those cost its kernels the checks at the ends that
+    whole tiles do without: every size has its own.
+    """
     # every shape and every set of options is a compilation of the same function; past the limit it would run unfused
     torch._dynamo.config.recompile_limit = 128
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -56,26 +67,7 @@ def attention(options: Any = None) -> Callable[..., Tensor]:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         run = compiled if q.is_cuda else flex_attention
-        return run(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options)
+        gqa = q.shape[1] != k.shape[1]
+        return run(q, k, v, block_mask=mask, enable_gqa=gqa, kernel_options=options)  # type: ignore[arg-type]
 
     return attend
-
-
-def tuned(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, backward: bool) -> Callable[..., Tensor]:
-    """attention with the options that were fastest on the first call of its kind; later calls take the same."""
-    if backward not in _best:
-        up, seconds = torch.randn_like(q), {}
-        for number, options in enumerate((None, *(TRIED_BACKWARD if backward else TRIED))):
-            attend = attention(options)
-            try:
-                if backward:
-                    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-                    run: Callable = partial(torch.autograd.grad, attend(*leaves, mask), leaves, up, retain_graph=True)
-                else:
-                    run = partial(attend, q, k, v, mask)
-                seconds[number] = event_times(run, [()], 0.1).median().item()
-            except Exception as error:  # tiles that do not fit this GPU
-                print(f"  FlexAttention cannot use {options}: {type(error).__name__}")
-        best = min(seconds, key=lambda number: seconds[number])
-        _best[backward] = (None, *(TRIED_BACKWARD if backward else TRIED))[best]
-    return attention(_best[backward])

@@ -4,7 +4,7 @@ the numbers: python -m bench.report
 A table, or a figure within a sentence, stands between `<!-- NAME -->` and `<!-- end -->`; `--check` changes nothing and
 fails where one is stale.
 `--plots` draws the figures too; `--configs FILE` prints instead the tiles that a GPU's run found, as the lines of
-beagle_kernels/triton/configs.py.
+beagle_kernels/triton/configs.py. `--bars FILE` prints what a GPU's run gave of what it is asked for.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import json
 import re
 from pathlib import Path
 
-from bench.report import calls, engines, paper, tables, targets, tiles
+from bench.report import bars, calls, engines, gpu, paper, tables, targets, tiles
 from bench.report.results import BUNDLED, ROOT
 
 DOCS = ("performance.md", "paper.md", "targets.md")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in DOCS), BUNDLED / "README.md")
-MEASURED = tables.TABLES | paper.TABLES | targets.TABLES | engines.TABLES | calls.TABLES
+MEASURED = tables.TABLES | paper.TABLES | targets.TABLES | engines.TABLES | calls.TABLES | gpu.TABLES
 """What a page may name."""
 
 
@@ -43,7 +43,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if a table is stale")
     parser.add_argument("--plots", action="store_true", help="draw the figures too")
     parser.add_argument("--configs", type=Path, metavar="FILE", help="of bench.tuning, or of bench/gpu/check.sh")
+    parser.add_argument("--bars", type=Path, metavar="FILE", help="of bench/gpu/check.sh, or of python -m bench --json")
     options = parser.parse_args(arguments)
+    if options.bars:
+        print(*bars.lines(json.loads(options.bars.read_text(encoding="utf-8"))), sep="\n")
+        return 0
     if options.configs:
         found = json.loads(options.configs.read_text(encoding="utf-8"))
         print(tiles.lines_of(found if isinstance(found, list) else tiles.entries_of(found["steps"])))

@@ -123,26 +123,32 @@ def counts() -> str:
 def gpu() -> str:
     """Every op on the GPU beside its fastest peer, with its share of the limits measured in the same run."""
     head = [
-        "| op and shape | ours, µs | share of copy | share of matmul | fastest peer | ratio | bound, µs |",
-        "|---|---|---|---|---|---|---|",
+        "| op and shape | ours, µs | TFLOP/s | share of copy | share of matmul | fastest peer | ratio "
+        "| bound, µs (of ours) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines = []
     for group, rows in results.grouped(results.gpu_rows()).items():
         if any("error" in row for row in rows):
-            lines.append(f"| {group} | refused |  |  |  |  |  |")
+            lines.append(f"| {group} | refused |  |  |  |  |  |  |")
             continue
         our_row = next(row for row in rows if row["peer"] == "beagle")
         shares = [f"{our_row[name]:.0%}" if name in our_row else "" for name in ("share of copy", "share of matmul")]
-        bound = ", ".join(f"{row['peer']} {row['p50'] * 1e6:,.0f}" for row in rows if row.get("bound"))
+        rate = f"{our_row['flop/s'] / 1e12:,.1f}" if "flop/s" in our_row else ""
+        bound = ", ".join(
+            f"{row['peer']} {row['p50'] * 1e6:,.0f} ({row['p50'] / our_row['p50']:.0%})"
+            for row in rows
+            if row.get("bound")
+        )
         beside = "none was measured", ""  # a run that was stopped after ours
         if len(rows) > 1:
             ours, peer, time = results.against_fastest(rows)
             clock = next(row for row in rows if row["peer"] == peer).get("clock")
             clocks = f" (by {clock}, ours by {our_row['clock']})" if clock != our_row.get("clock") else ""
             beside = peer + clocks, f"{time / ours:.2f}x"
-        cells = (group, f"{our_row['p50'] * 1e6:,.1f}", *shares, *beside, bound)
+        cells = (group, f"{our_row['p50'] * 1e6:,.1f}", rate, *shares, *beside, bound)
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*head, *(lines or ["| every op | not measured |  |  |  |  |  |"])])
+    return "\n".join([*head, *(lines or ["| every op | not measured |  |  |  |  |  |  |"])])
 
 
 def compiled() -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from beagle_sd.files import write_json
 from bench import processes, tuning
-from bench.gpu import HEADLINES, TILED, run_tests
+from bench.gpu import HEADLINES, PEERS, TILED, run_tests
 from bench.gpu import check as gpu_check
 from bench.report import tiles
 
@@ -70,6 +70,11 @@ def test_what_matters_most_comes_first():
     assert order[:4] == ["build", "smoke", "ours:round", "tune:first"] and order[-1] == "speed"
     assert "distill_loss" in HEADLINES
     assert order[4 : order.index("tests")] == [f"ours:{name}" for name in HEADLINES]
+    assert order[order.index("tests") + 1] == "bench:flex_attention" and gpu_check.steps(["peers"])[3:5] == [
+        "round",
+        "bench:block_attention",
+    ]
+    assert {"round", *HEADLINES} < set(PEERS)
     benches = [f"bench:{name}" for name in gpu_check.OPS]
     kinds = set(gpu_check.SECONDS) - {"bench", "ours", "tune:first"}
     assert sorted(step for step in order if not step.startswith(("ours:", "tune:"))) == sorted([*kinds, *benches])
@@ -81,18 +86,18 @@ def test_peers_come_later(tmp_path, with_gpu, monkeypatch):
     monkeypatch.setattr(gpu_check.Steps, "ours", OURS)
     asked: list = []
 
-    def bench(self, name, seconds, only=None):
-        asked.append((name, only))
+    def bench(self, name, seconds, peers=True):
+        asked.append((name, peers))
         return {"status": "passed", "rows": []}
 
     monkeypatch.setattr(gpu_check.Steps, "bench", bench)
     for _ in range(2):
         assert gpu_check.main([str(out), "ours:verify_tree", "ours:training_step"]) == 0
-    assert asked == [("verify_tree", ["ours"]), ("training_step", ["ours", "bounds"])]
+    assert asked == [("verify_tree", False), ("training_step", False)]
     assert json.loads(out.read_text())["steps"]["bench:verify_tree"]["status"] == gpu_check.WITHOUT_PEERS
     for part in ("bench:verify_tree", "bench:verify_tree", "ours:verify_tree"):
         assert gpu_check.main([str(out), part]) == 0
-    assert asked[2:] == [("verify_tree", None)]
+    assert asked[2:] == [("verify_tree", True)]
 
 
 OURS = gpu_check.Steps.ours

@@ -30,7 +30,7 @@ def test_rows_say_their_tiles(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "run", run)
     steps = gpu_check.Steps(True, {"steps": {}}, tmp_path)
     assert steps.bench("tree_attention", 9)["rows"] == [row | {"tiles": "shipped"}]
-    assert steps.ours("verify_tree", 9)["rows"] == [row] and commands[-1][-2:] == ["--only", "ours"]
+    assert steps.ours("verify_tree", 9)["rows"] == [row] and commands[-1][-1] == "--without-peers"
     write_json(tmp_path / "tune.json", [TUNED])
     rows.append(row | {"tiles": tuning.label([TUNED])})
     done = steps.bench("tree_attention", 9)
@@ -102,8 +102,8 @@ def test_ours_alone_then_all(tmp_path, monkeypatch):
     def peers() -> list[str]:
         return [row["peer"] for row in json.loads(file.read_text())]
 
-    assert bench_main([*command, "--only", "ours"]) == 0 and peers() == ["beagle"]
-    assert bench_main([*command, "--only", "ours"]) == 0 and ran == ["one"]
+    assert bench_main([*command, "--without-peers"]) == 0 and peers() == ["beagle", "amax"]
+    assert bench_main([*command, "--without-peers"]) == 0 and ran == ["one"]
     before = json.loads(file.read_text())
     one.check = lambda: ran.append(json.loads(file.read_text()) == before)
     assert bench_main([*command]) == 0 and peers() == ["beagle", "amax", "peer"] and ran == ["one", True]
@@ -113,7 +113,7 @@ def test_ours_alone_then_all(tmp_path, monkeypatch):
     one.check = lambda: ran.append(json.loads(file.read_text()) == before)
     monkeypatch.setattr("bench.tuning.use", lambda entries: None)
     for _ in range(2):
-        assert bench_main([*command, "--tuned", str(tiles), "--only", "ours", "bounds"]) == 0
+        assert bench_main([*command, "--tuned", str(tiles), "--without-peers"]) == 0
     assert peers() == ["beagle", "amax"] and ran[2:] == [True]
     assert {row["tiles"] for row in json.loads(file.read_text())} == {tuning.label([TUNED])}
 

@@ -81,7 +81,7 @@ def test_the_gpu_s_tables_come_from_its_file(tmp_path, monkeypatch):
     rounds = [row("beagle", 1.0, **at, peak_bytes=17e9), row("target.generate", 3.0, **at | {"acceptance": "none"})]
     steps = {"bench:x": {"rows": ops}, "round": {"rows": rounds}}
     (tmp_path / "gpu.json").write_text(json.dumps({"environment": {"gpu": "a GPU"}, "steps": steps}))
-    assert "| g | 1,000.0 | 80% |  | sdpa | 2.00x |  |" in tables.gpu()
+    assert "| g | 1,000.0 |  | 80% |  | sdpa | 2.00x |  |" in tables.gpu()
     assert "| a GPU | 8B, batch 1 | beagle, replayed acceptance | 40.0 | 3.00 | 4.1 | 17.00 |" in paper.table_1()
 
 
@@ -93,9 +93,9 @@ def test_a_ratio_of_two_clocks_says_so_and_a_stopped_run_what_it_lacks(tmp_path,
     at = {"at": {"model": "8B", "batch": 1}, "token/s": 40.0, "tokens_per_round": 4.1, "acceptance": "replayed"}
     steps = {"bench:x": {"rows": ops}, "round": {"rows": [row("beagle", 1.0, **at)]}}
     (tmp_path / "gpu.json").write_text(json.dumps({"environment": {"gpu": "a GPU"}, "steps": steps}))
-    assert "| g | 1,000.0 |  |  | sdpa (by events, ours by graph replay) | 2.00x |  |" in tables.gpu()
-    assert "| h | 1,000.0 |  |  | sdpa | 2.00x |  |" in tables.gpu()
-    assert "| stopped | 1,000.0 |  |  | none was measured |  |  |" in tables.gpu()
+    assert "| g | 1,000.0 |  |  |  | sdpa (by events, ours by graph replay) | 2.00x |  |" in tables.gpu()
+    assert "| h | 1,000.0 |  |  |  | sdpa | 2.00x |  |" in tables.gpu()
+    assert "| stopped | 1,000.0 |  |  |  | none was measured |  |  |" in tables.gpu()
     assert "beagle, replayed acceptance | 40.0 | not measured | 4.1 |" in paper.table_1()
 
 
