@@ -1,6 +1,6 @@
 """Builds beagle_kernels._C with ninja: g++ always, nvcc where it is found.
 
-BEAGLE_CUDA=auto|0|1 (1: fail without nvcc), BEAGLE_CUDA_ARCHS="80;90a" (PTX of the newest is added), MAX_JOBS,
+BEAGLE_CUDA=auto|0|1 (1: fail without nvcc), BEAGLE_CUDA_ARCHS="80;90" (PTX of the newest is added), MAX_JOBS,
 CXX (nvcc's host compiler too), NVCC.
 """
 
@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-DEFAULT_ARCHS = "80;90a"
+DEFAULT_ARCHS = "80;90"
 AVX2 = "-mavx2 -mfma"
 AVX512 = "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 INSTRUCTION_SETS = {
@@ -33,6 +33,8 @@ INSTRUCTION_SETS = {
 """Of x86-64: the compiler's flags, and what is compiled with them besides the baseline; one is chosen at run time."""
 FUSED = ("tree_attention", "attention_exact", "products", "layer_steps")
 """With fused multiply-adds: the ops that have no exact twin on another backend."""
+SLOW = ("rows", "tree_attention")
+"""What compiles longest: with many cores, it is begun first."""
 LAUNCHERS = ("ccache", "distcc", "sccache")
 """What may stand before the compiler in CXX."""
 
@@ -113,8 +115,8 @@ def ninja_file(target: Path, nvcc: str | None, why_not: str) -> str:
         "rule link",
         f"  command = {linker} -shared $in -o $out -lpthread",
     ]
-    sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
-    sources += sorted((CSRC / "cuda").glob("*.cu")) if nvcc else []
+    sources = sorted((CSRC / "cpu").glob("*.cpp"), key=lambda source: (source.stem not in SLOW, source))
+    sources += [CSRC / "bindings.cpp", *(sorted((CSRC / "cuda").glob("*.cu")) if nvcc else [])]
     objects = []
     x86 = platform.machine() in ("x86_64", "AMD64")
     for name, (flags, stems) in INSTRUCTION_SETS.items() if x86 else ():

@@ -51,9 +51,8 @@ def device_name(device: str) -> str:
 
 
 def native_arch() -> str:
-    """The GPU's architecture as nvcc writes it, with Hopper's own instructions."""
-    major, minor = torch.cuda.get_device_capability()
-    return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+    """The GPU's architecture as nvcc writes it."""
+    return "".join(map(str, torch.cuda.get_device_capability()))
 
 
 def command_output(*command: str) -> str | None:

@@ -136,11 +136,17 @@ def _block_attention(direction: str, least: float) -> Iterator[Bar]:
 BARS: tuple[Bar, ...] = (
     *_block_attention("forward", 450),
     *_block_attention("backward", 300),
-    Bar("tree_attention, 16 nodes, 32k keys, of copy", share_of_copy("tree_attention", nodes=16, **TREE), percent=True),
-    Bar("tree_attention, 64 nodes, 32k keys, TFLOP/s", teraflops("tree_attention", nodes=64, **TREE)),
+    Bar(
+        "tree_attention, 16 nodes, 32k keys, of copy",
+        share_of_copy("tree_attention", nodes=16, **TREE),
+        0.8,
+        None,
+        True,
+    ),
+    Bar("tree_attention, 64 nodes, 32k keys, TFLOP/s", teraflops("tree_attention", nodes=64, **TREE), 350),
     *(
-        Bar(f"verify_tree {mode}, of copy", share_of_copy(f"verify_tree {mode}", **LOGITS), percent=True)
-        for mode in ("greedy", "sampled", "top-p")
+        Bar(f"verify_tree {mode}, of copy", share_of_copy(f"verify_tree {mode}", **LOGITS), least, percent=True)
+        for mode, least in (("greedy", 0.8), ("sampled", 0.6), ("top-p", 0.4))
     ),
     *(
         Bar(

@@ -230,6 +230,8 @@ def test_replayed_acceptance():
     rows = {row["peer"]: row for row in measured(case)}
     assert rows["beagle"]["acceptance"] == "replayed" and rows["beagle plain"]["acceptance"] == "none"
     assert 2.0 < rows["beagle"]["tokens_per_round"] <= 4.0 and 0 < rows["beagle"]["share_beside_target"] < 1
+    beside = [rows["beagle"][f"share_beside_{part}"] for part in ("target", "layers")]
+    assert beside[0] < beside[1] < 1 and rows["beagle"]["target_head_ms"] > 0  # the head is the target's own
     assert rows["beagle"]["token/s"] > 0 and rows["beagle"]["draft_bytes"] < rows["beagle"]["target_bytes"] * 2
     tree = trees(2, 9)
     with replayed_acceptance.replayed(torch.tensor([[1, 2], [0, 8]])):

@@ -1,6 +1,6 @@
 """What nvcc makes of csrc/cuda: each kernel's registers and its instructions, read by cuobjdump.
 
-code = kernels(assembled("compact_cache", "90a", folder))
+code = kernels(assembled("compact_cache", "90", folder))
 kernel = find(code, "move_columns", "Sixteen")
 loop = hot_loop(kernel)
 len(loop), kernel.registers, loads_in_flight(loop)

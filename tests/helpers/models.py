@@ -31,7 +31,11 @@ def small_target(kind: str = "llama", seed: int = 0, **overrides) -> PreTrainedM
     sizes = {**_SIZES, **overrides}
     if kind == "mistral":
         sizes.setdefault("sliding_window", None)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    config = AutoConfig.for_model(kind, **sizes)
+    capped = (
+        getattr(config, "attn_logit_softcapping", None) is not None
+    )  # sdpa, the default of some versions, has no cap
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager" if capped else None).eval()
 
 
 def agreeable_target(kind: str = "llama", seed: int = 0, **overrides) -> PreTrainedModel:

@@ -8,7 +8,7 @@ import machine_code
 import pytest
 from machine_code import CUDA, Kernel, find, hot_loop, loads_in_flight, loops, opcodes, read, ways
 
-ARCHS = ("80", "90a")
+ARCHS = ("80", "90")
 HOT = sorted(path.stem for path in CUDA.glob("*.cu") if path.stem != "why_not")
 """The files whose kernels may neither spill nor use local memory: all with an op in them."""
 

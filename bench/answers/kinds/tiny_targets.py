@@ -169,6 +169,8 @@ def tiny_target(kind: str, seed: int = 0, named: str | None = None, **overrides:
         config = parts[0] if parts else config
     torch.manual_seed(seed)
     model = model_class(config).float().eval()
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # sdpa, the default of some versions, has no cap
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(NOISE * torch.randn_like(parameter))

@@ -34,11 +34,18 @@ from beagle_sd.decoding.trees.adaptive import AdaptiveTree
 from beagle_sd.decoding.trees.tree import TreeShape
 from beagle_sd.models.config import saved_draft
 from beagle_sd.models.draft import BeagleDraft
+from beagle_sd.models.target import CACHE_ARGUMENTS
 
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-_CACHES = ("past_key_values", "cache")
-"""transformers' names of the cache it prepares."""
-_OWN = {"attention_mask", "use_cache", "cache_position", "logits_to_keep", "tokenizer", "assistant_tokenizer", *_CACHES}
+_OWN = {
+    "attention_mask",
+    "use_cache",
+    "cache_position",
+    "logits_to_keep",
+    "tokenizer",
+    "assistant_tokenizer",
+    *CACHE_ARGUMENTS,
+}
 """What it prepares that says nothing the loop does not know itself, or that it has used itself."""
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """0 for text."""
@@ -213,7 +220,7 @@ def _beside(given: dict, input_ids: Tensor) -> dict[str, Any] | None:
     ValueError for what cannot be honoured, and for positions of a text that do not count it."""
     if given.get("assistant_model") is not None:
         raise ValueError("assistant_model given to generate; allowed: none, the draft drafts")
-    for name in _CACHES:
+    for name in CACHE_ARGUMENTS:
         if (past := given.get(name)) is not None and past.get_seq_length() > 0:
             raise ValueError(f"{name} holds tokens; allowed: none, the loop has a cache of its own")
     own = _OWN | {"assistant_model", *(() if given.get("synced_gpus") else ("synced_gpus",))}

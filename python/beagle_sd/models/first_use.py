@@ -164,6 +164,12 @@ def _as_chains(target: Target, tokens: Tensor, cache: TreeCache) -> Tensor:
 
 
 def _check_attended(target: Target, cache: TreeCache) -> None:
+    own = getattr(target.config, "_attn_implementation", None)
+    if own == "sdpa" and any(attended.softcap for attended in cache.attended.values()):
+        raise UnsupportedTarget(
+            f"{type(target.model).__name__} caps its scores, which transformers leaves out under sdpa, as the model is "
+            'set, so that its texts are not those the cap gives; allowed: model.set_attn_implementation("eager")'
+        )
     if not cache.attended and any(one.heads for one in cache.kept):
         raise UnsupportedTarget(
             f"{type(target.model).__name__} does not take registered attention functions; allowed: "

@@ -44,6 +44,10 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
+"""transformers' names of the cache: the first from 5.24 on, model by model, where it warns of the older ones; the last
+in recurrent models."""
+
 _kept: WeakKeyDictionary[PreTrainedModel, tuple[tuple, tuple[Kept, ...]]] = WeakKeyDictionary()
 
 
@@ -62,9 +66,8 @@ class Target:
         self.config = config
         self.head: Head = head_of(model)
         self.decoder = decoder_of(model)
-        # transformers calls it `cache` from 5.24 on, model by model, and warns of the older name
         named = inspect.signature(self.decoder.forward).parameters
-        self.cache_argument = "cache" if "cache" in named else "past_key_values"
+        self.cache_argument = next((name for name in CACHE_ARGUMENTS if name in named), "past_key_values")
         self.embedding: nn.Module = model.get_input_embeddings()
         if self.dtype not in _DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)

@@ -114,6 +114,16 @@ def test_a_soft_cap_of_zero_is_off():
     assert torch.equal(generate(target, None, ids, max_new_tokens=8).sequences, greedy(target, ids, max_new_tokens=8))
 
 
+def test_a_soft_cap_that_the_models_own_attention_leaves_out_is_refused_with_the_remedy():
+    """As transformers 5.17 runs Gemma 2 unless told otherwise; newer versions refuse it themselves."""
+    target = small_target("gemma2", layer_types=["full_attention"] * 2, pad_token_id=0)
+    target.config._attn_implementation = "sdpa"
+    with pytest.raises(UnsupportedTarget, match="(caps its scores|does not support `softcap`).*eager"):
+        generate(target, None, prompts(1))
+    target.set_attn_implementation("eager")
+    generate(target, None, prompts(1), max_new_tokens=2)
+
+
 def test_a_soft_cap_of_zero_that_the_model_applies_is_refused():
     """Gemma 2's own attention divides by it: every key counts alike."""
     target = small_target("gemma2", layer_types=["full_attention"] * 2, attn_logit_softcapping=0.0, pad_token_id=0)

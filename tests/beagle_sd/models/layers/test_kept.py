@@ -34,8 +34,10 @@ def test_recurrent_layers_and_who_runs_them():
 
 
 def test_layers_of_other_sizes_and_layers_that_read_others():
-    kept = Target(tiny_target("gemma3n_text", num_kv_shared_layers=2)).kept
-    assert len(kept) > 2 and [bool(one.heads) for one in kept] == [True] * (len(kept) - 2) + [False] * 2
+    target = tiny_target("gemma3n_text", num_kv_shared_layers=2)
+    own = target.config.num_hidden_layers - 2
+    kept = Target(target).kept  # older versions of transformers have no entry of the others
+    assert own > 0 and [bool(one.heads) for one in kept] == [True] * own + [False] * (len(kept) - own)
     sizes = {(one.heads, one.key_width) for one in Target(tiny_target("gemma4_text")).kept if one.heads}
     assert len(sizes) > 1
 
