@@ -34,7 +34,8 @@ def counted(report: Path) -> dict[str, dict[str, int]]:
 
 
 CHOSEN = ["-m", "gpu and not slow"]
-"""Not the slow ones: a search for the best tiles compiles for a minute, and the step tune makes a wider one."""
+"""Not the slow ones, for which half an hour is too short: a search for the best tiles compiles for a minute, and the
+step tune makes a wider one; kinds of targets are tried on one path each."""
 
 
 def options() -> tuple[list[str], list[str]]:
