@@ -145,7 +145,7 @@ def calls(work: Path, dry: bool) -> dict[str, Call]:
         ),
         "answers": Call([setup, answers, peers._replace(leaves=TESTS, shown=4500), tests], ("answers-*.npz",)),
         "draft": Call(
-            [setup, training, Step("evaluate", train("evaluate"), shown=2000)],
+            [setup, training, Step("evaluate", train("evaluate"), shown=2500)],
             ("model.safetensors", "checkpoint.part*"),
         ),
         "rest": Call(
