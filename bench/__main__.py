@@ -40,10 +40,13 @@ def main(arguments: list[str]) -> int:
         except base.BaseError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+    tiles = {}
     if options.tuned:
-        from bench.tuning import use
+        from bench.tuning import label, use
 
-        use(json.loads(options.tuned.read_text()))
+        entries = json.loads(options.tuned.read_text())
+        use(entries)
+        tiles = {"tiles": name} if (name := label(entries)) else {}
     used = ", ".join(f"{name} {version}" for name, version in versions("beagle_kernels", "torch").items())
     print(f"{used}, {device_name(options.device)}")
     print("20, 50 and 80 percentiles; x: how many times ours is faster")
@@ -51,8 +54,8 @@ def main(arguments: list[str]) -> int:
     results = json.loads(options.json.read_text()) if kept else []
     for name in options.names:
         kept_peers = "bounds" if options.without_peers else "all"
-        for row in rows_of(name, options.device, options.size, results, kept_peers):
-            results.append(row | ({"tuned": True} if options.tuned else {}))
+        for row in rows_of(name, options.device, options.size, results, kept_peers, tiles.get("tiles")):
+            add(results, row | tiles)
             if options.json:
                 # not above: transformers imports Triton, which may have to be asked for its interpreter first
                 from beagle_sd.files import write_json
@@ -90,10 +93,12 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def rows_of(name: str, device: str, size: str, results: list[dict], peers: str = "all") -> Iterator[dict]:
-    """The rows of one file, each as soon as it is measured, except for cases that are complete in `results`; the rows
-    of a case that is incomplete there are removed from it. peers: "all" are timed, or of those that are not ours only
-    the "bounds", or "none". The caller adds each row to `results` before it asks for the next."""
+def rows_of(
+    name: str, device: str, size: str, results: list[dict], peers: str = "all", tiles: str | None = None
+) -> Iterator[dict]:
+    """The rows of one file, each as soon as it is measured, except for cases that are complete in `results` with these
+    tiles; errors of a case that is measured again are removed from it. peers: "all" are timed, or of those that are not
+    ours only the "bounds", or "none". The caller adds each row to `results` before it asks for the next."""
     torch.manual_seed(0)
     try:
         module = importlib.import_module(MODULES[name])
@@ -106,13 +111,26 @@ def rows_of(name: str, device: str, size: str, results: list[dict], peers: str =
                 bounds = case.bounds if peers == "bounds" else ()
                 kept = {peer: run for peer, run in case.peers.items() if is_ours(peer) or peer in bounds}
                 case = replace(case, peers=kept)
-            if is_complete(case, results):
+            if is_complete(case, [row for row in results if row.get("tiles") == tiles]):
                 continue
-            results[:] = [row for row in results if row["group"] not in (case.name, name)]
+            results[:] = [
+                row for row in results if row["group"] != name and ("error" not in row or row["group"] != case.name)
+            ]
             yield from measured(case)
     except Exception as error:  # a case that cannot be made leaves the other files their numbers
         print(f"\n{name}\n  refused: {type(error).__name__}: {error}", flush=True)
         yield {"group": name, "peer": "beagle", "error": f"{type(error).__name__}: {error}"}
+
+
+def add(results: list[dict], row: dict) -> None:
+    """In place of the row that the peer had; in place of all that the case had where this one is an error, or they are
+    of other tiles."""
+
+    def stays(old: dict) -> bool:
+        same = old["peer"] != row["peer"] and old.get("tiles") == row.get("tiles") and "error" not in row
+        return old["group"] != row["group"] or same
+
+    results[:] = [*filter(stays, results), row]
 
 
 def is_complete(case: Case, results: list[dict]) -> bool:

@@ -9,6 +9,7 @@ lines of beagle_kernels/triton/configs.py.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -51,9 +52,12 @@ STAGES = {
     ],
     "tiny": [[Shape(torch.float16, 16, 24, (2, 1), (1, 4, 20))], [Shape(torch.float32, 16, 24, (2, 1))]],
 }
+FIRST = " first"
+STAGES |= {size + FIRST: [stages[0][:1]] for size, stages in [*STAGES.items()]}
+"""Of each size the first shape alone: the one that headline figures are measured with."""
 WORKERS = 12
-COMPILE_SECONDS = {"cuda": 90, "cpu": 240}
-"""A stage's; what is not compiled by then is not tried."""
+COMPILE_SECONDS = {"full": 90, "full" + FIRST: 60, "tiny": 240, "tiny" + FIRST: 240}
+"""A stage's, by size; what is not compiled by then is not tried."""
 
 
 class Trial(NamedTuple):
@@ -173,7 +177,7 @@ def compile_stage(size: str, stage: int, device: str) -> dict[tuple[str, int], d
             stack.enter_context(started([*command, str(worker), str(workers), f"{folder}/{worker}"]))
             for worker in range(workers)
         ]
-        ends = time.monotonic() + COMPILE_SECONDS[device]
+        ends = time.monotonic() + COMPILE_SECONDS[size]
         while time.monotonic() < ends and any(worker.poll() is None for worker in processes):
             time.sleep(0.1)
         codes = [worker.poll() for worker in processes]
@@ -236,6 +240,13 @@ def use(entries: list[dict]) -> None:
         configs._tuned[key] = configs.Config(*entry["config"])
 
 
+def label(entries: list[dict]) -> str | None:
+    """A name for tiles that others are measured with: the same for the same tiles, None where all are the shipped."""
+    keys = ("kernel", "arch", "head_size", "dtype", "config")
+    found = sorted([entry[key] for key in keys] for entry in entries if entry["config"] != entry.get("shipped"))
+    return f"tuned {hashlib.sha256(json.dumps(found).encode()).hexdigest()[:6]}" if found else None
+
+
 def use_interpreter() -> None:
     """Triton's interpreter, and a clock for it: it has no GPU's."""
 
@@ -295,6 +306,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", nargs="?", help="the JSON to write")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: Triton's interpreter, tiny")
     parser.add_argument("--go-on", action="store_true", help="keep the winners that OUT has")
+    parser.add_argument("--first", action="store_true", help="the first shape alone")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device == "cpu":
@@ -306,7 +318,8 @@ def main(arguments: list[str]) -> int:
         return 0
     kept = options.go_on and options.out and options.out.exists()
     entries = json.loads(options.out.read_text()) if kept else []
-    failed = tune_all("full" if options.device == "cuda" else "tiny", options.device, options.out, entries)
+    size = ("full" if options.device == "cuda" else "tiny") + (FIRST if options.first else "")
+    failed = tune_all(size, options.device, options.out, entries)
     print(*(f"not tuned: {why}" for why in failed), sep="\n")
     return int(bool(failed))
 

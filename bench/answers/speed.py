@@ -17,7 +17,7 @@ from beagle_kernels.machine import processor
 from beagle_sd.cli.bench import comparison_table
 from beagle_sd.decoding.trees.calibration import adaptive_tree
 from beagle_sd.decoding.trees.tree import TreeShape
-from beagle_sd.evaluation.comparison import compare_on
+from beagle_sd.evaluation.comparison import Comparison, compare_on
 from beagle_sd.files import write_json
 from beagle_sd.models.loading import bundled_folder, load_draft, load_target
 from bench.environment import versions
@@ -43,7 +43,25 @@ def main() -> None:
     target, tokenizer = load_target(args.target, dtype=getattr(torch, args.dtype))
     draft = load_draft(args.draft or bundled_folder(args.target), target)
     tree = adaptive_tree(target, draft, calibrate=True)
-    rows, costs = compare_on(
+    about = {
+        "target": args.target,
+        "dtype": args.dtype,
+        "count": args.count,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
+        **versions("torch", "transformers"),
+    }
+
+    def write(found: Comparison) -> None:
+        """After each prompt: a run that is ended has those before it; a row says of how many answers it is."""
+        if args.out:
+            draft_ms = [[*vars(shape).values(), ms] for shape, ms in found.costs.draft.items()]
+            costs = {"verify_ms": found.costs.verify, "draft_ms": draft_ms}
+            write_json(args.out, {**about, **costs, "rows": [asdict(row) for row in found.rows]})
+
+    rows, _ = compare_on(
         args.prompts,
         target,
         tokenizer,
@@ -54,24 +72,10 @@ def main() -> None:
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         on_progress=lambda source, done, total: print(f"{source}: {done} of {total}", flush=True),
+        on_rows=write,
     )
     for source in args.prompts:
         Console(width=160).print(comparison_table(source, [row for row in rows if row.prompts == source]))
-    result = {
-        "target": args.target,
-        "dtype": args.dtype,
-        "count": args.count,
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "threads": torch.get_num_threads(),
-        "processor": processor(),
-        "verify_ms": costs.verify,
-        "draft_ms": [[*vars(shape).values(), ms] for shape, ms in costs.draft.items()],
-        **versions("torch", "transformers"),
-        "rows": [asdict(row) for row in rows],
-    }
-    if args.out:
-        write_json(args.out, result)
 
 
 if __name__ == "__main__":

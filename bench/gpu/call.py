@@ -1,15 +1,17 @@
 """Half an hour on a machine with one GPU and no network, as a few commands of less than ten minutes each:
 
     bench/gpu/call.sh carry RESULTS     only take in what came along
-    bench/gpu/call.sh kernels RESULTS   build, smoke, tests, the benchmarks that matter most
-    bench/gpu/call.sh answers RESULTS   setup, answers, search
+    bench/gpu/call.sh kernels RESULTS   build, smoke, figures that matter most with tuned tiles, peers, tests
+    bench/gpu/call.sh bench RESULTS     the same without smoke and tests
+    bench/gpu/call.sh answers RESULTS   setup, answers, what `kernels` left of peers and tests
     bench/gpu/call.sh draft RESULTS     setup, train, evaluate
-    bench/gpu/call.sh rest RESULTS      setup, speed with the new draft, all benchmarks, tuning
+    bench/gpu/call.sh rest RESULTS      setup, speed with the new draft, tuning, all benchmarks, search
 
 What came along lies in the folder kit: parts of the kit and what earlier calls brought back, in any number of calls.
-The steps work in --work, which can stay on the machine. After each of them, what is to be brought back is in RESULTS:
-at most 8 files of less than 16 MiB, among them results.tgz with all logs and small files. A step that fails or takes
-too long stops nothing, and the same command again goes on. docs/gpu.md has the whole sequence.
+The steps work in --work, which can stay on the machine. After each of them, and while they last, what is to be brought
+back is put into RESULTS: at most 8 files of less than 16 MiB, 60 MiB together, among them results.tgz with all logs and
+small files. A step that fails or takes too long stops nothing, and the same command again goes on. What is printed fits
+into 12,000 characters. docs/gpu.md has the whole sequence.
 """
 
 from __future__ import annotations
@@ -20,23 +22,28 @@ import math
 import shutil
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from beagle_sd.files import whole
-from bench.gpu import HEADLINES
+from beagle_sd.files import name_in_the_end, whole
+from bench.environment import commit
 from bench.processes import ROOT, end_on_signals, run
+from bench.report import bars
 
-SECONDS = 570.0
+SECONDS = 560.0
 LEAST = 20.0
-"""A step with fewer seconds left does not begin."""
-FILES = 8
-"""Of RESULTS."""
+"""A step with fewer seconds left does not begin, unless it says otherwise."""
+FILES, A_FILE, TOGETHER_BYTES = 8, 16 << 20, 60 << 20
+"""Of RESULTS: how many, and of what sizes."""
 SAVING = 20.0
 """Seconds of a step that are not its command's own: to end it and to save what it has."""
+EVERY = 45.0
+"""Seconds after which a step that goes on is brought back as far as it has come."""
 FOLDERS = {
     "kit.*": "in",
     "answers-*.npz": "out/answers",
@@ -49,17 +56,23 @@ TOGETHER = ("checkpoint.part*",)
 LEFT = ("in", "out/kit", "out/scratch")
 """Folders of the work folder that are not brought back."""
 RESULTS_FILE = "results.tgz"
-ANSWER_MINUTES, TRAIN_MINUTES = 4.8, 6.6
+ANSWER_MINUTES, TRAIN_MINUTES = 3.4, 6.6
+FIGURES = ("kernels", "bench", "answers", "rest")
+"""Calls that end with what was asked of the figures, and what came of it."""
+EVALUATION, TESTS = 130.0, 130.0
+"""Seconds of these steps, which the ones before them leave."""
 
 
 class Step(NamedTuple):
-    """command(seconds) is what does it in so many; seconds: at most, of those that are left; lines: of its output that
-    are shown."""
+    """command(seconds) is what does it in so many; seconds: at most, of those that are left after `leaves` for the
+    steps behind it; least: with fewer it does not begin; shown: as many characters of the end of its output."""
 
     name: str
     command: Callable[[float], list[str]]
     seconds: float = math.inf
-    lines: int = 6
+    leaves: float = 0.0
+    least: float = LEAST
+    shown: int = 600
 
 
 class Call(NamedTuple):
@@ -100,7 +113,8 @@ def calls(work: Path, dry: bool) -> dict[str, Call]:
         ]
 
     def speed(seconds: float) -> list[str]:
-        little = ["--count", "1", "--max-new-tokens", "4"] if dry else ["--count", "12", "--dtype", "bfloat16"]
+        little = ["--count", "1", "--max-new-tokens", "4"] if dry else ["--count", "6", "--dtype", "bfloat16"]
+        little += ["--trees", "4,6,16", "6,10,60"]
         draft = work / "out" / "train" / "draft"
         return [
             sys.executable,
@@ -115,38 +129,33 @@ def calls(work: Path, dry: bool) -> dict[str, Call]:
         ]
 
     setup = Step("setup", train("setup", math.inf, "--kit", str(work / "in")), 210)
+    slower = 2 if dry else 1  # the CPU that it is tried on may have few cores
+    build = Step("build", check("build"), 165 * slower, shown=300)
+    peers, tests = Step("peers", check("peers"), shown=1600), Step("tests", check("tests"), least=60, shown=1200)
+    answers = Step("answers", train("answers", ANSWER_MINUTES), 60 * ANSWER_MINUTES + SAVING)
+    training = Step("train", train("train", TRAIN_MINUTES), 60 * TRAIN_MINUTES + SAVING, EVALUATION, shown=1500)
+    # a kernel that is broken is to be seen first; tests beside a benchmark would spoil its times
+    smoke = Step("smoke", check("smoke"), 165 * slower, shown=1600)
     return {
         "carry": Call([]),
         "kernels": Call(
-            [
-                Step("build", check("build"), 165),
-                Step("smoke", check("smoke"), 165, lines=45),
-                Step("tests", check("tests"), 205, lines=25),
-                Step("bench", check("round", *(f"bench:{name}" for name in HEADLINES)), lines=20),
-            ]
+            [build, smoke, Step("figures", check("ours:round", "tune:first", "ours"), shown=3600), peers, tests]
         ),
-        "answers": Call(
-            [
-                setup,
-                Step("answers", train("answers", ANSWER_MINUTES), 60 * ANSWER_MINUTES + SAVING),
-                Step("search", train("search"), lines=30),
-            ],
-            ("answers-*.npz",),
+        "bench": Call(
+            [build, Step("figures", check("tune:first", "ours:round", "ours"), shown=3600), peers._replace(shown=4500)]
         ),
+        "answers": Call([setup, answers, peers._replace(leaves=TESTS, shown=4500), tests], ("answers-*.npz",)),
         "draft": Call(
-            [
-                setup,
-                Step("train", train("train", TRAIN_MINUTES), 60 * TRAIN_MINUTES + SAVING, lines=20),
-                Step("evaluate", train("evaluate"), lines=20),
-            ],
+            [setup, training, Step("evaluate", train("evaluate"), shown=2500)],
             ("model.safetensors", "checkpoint.part*"),
         ),
         "rest": Call(
             [
                 setup,
-                Step("speed", speed, 170, lines=20),
-                Step("ops", check("bench"), 200, lines=20),
-                Step("tune", check("tune")),
+                Step("speed", speed, 120, shown=2000),
+                Step("tune", check("tune"), 150, shown=800),
+                Step("ops", check("bench"), 220, shown=3300),
+                Step("search", train("search"), least=60, shown=1200),
             ]
         ),
     }
@@ -170,35 +179,63 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--carried", type=Path, default=ROOT / "kit", help="what came along (default: kit)")
     parser.add_argument("--work", type=Path, default=Path.home() / "beagle-work", help="default: beagle-work at home")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all steps (default {SECONDS:.0f})")
+    parser.add_argument("--began", type=float, help="when they began, in seconds of the epoch (default: now)")
     parser.add_argument("--dry-run", action="store_true", help="every step, on the CPU, at toy size")
     options = parser.parse_args(arguments)
-    ends = time.monotonic() + options.seconds
+    late = 0.0 if options.began is None else max(0.0, time.time() - options.began)
+    ends = time.monotonic() + options.seconds - late
     work, results = options.work.resolve(), options.results.resolve()
     (work / "log").mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
+    if commit() is None:
+        print("no git here: what is measured names no commit unless BEAGLE_COMMIT does")
     for taken in take_in(options.carried, work):
         print(f"taken in: {taken}")
     call, passed = calls(work, options.dry_run)[options.call], True
     for step in call.steps:
-        seconds = min(step.seconds, ends - time.monotonic())
-        if seconds < LEAST:
+        seconds = min(step.seconds, ends - time.monotonic() - step.leaves)
+        if seconds < step.least:
             print(f"== {step.name}: not begun, the time is up")
             passed = False
             continue
         log = work / "log" / f"{step.name}.txt"
-        done = run(step.command(seconds), seconds, log, BEAGLE_CACHE=str(work / "out" / "scratch"))
+        with keeping(work, results, call.brought):
+            done = run(step.command(seconds), seconds, log, BEAGLE_CACHE=str(work / "out" / "scratch"))
         print(f"== {step.name}: {done['status']}, {done['seconds']:.0f} s")
-        for output in (work / "gpu.logs" / log.name, log):  # the log of bench.gpu.check of a step, if it has one
-            print(*_lines(output)[-step.lines :], sep="\n", flush=True)
-        bring_back(work, results, call.brought)
+        # the log of bench.gpu.check of a step, if it has one
+        output = "\n".join(filter(None, map(_text, (work / "gpu.logs" / log.name, log))))
+        print(output[-step.shown :], *bring_back(work, results, call.brought), sep="\n", flush=True)
         passed &= done["status"] == "passed"
         if "signal" in done:
             return 128 + done["signal"]
+    record = work / "gpu.json"
+    if options.call in FIGURES and record.is_file():
+        print("", *bars.lines(json.loads(record.read_text(encoding="utf-8"))), sep="\n")
     return int(not passed)
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+
+
+@contextmanager
+def keeping(work: Path, results: Path, patterns: tuple[str, ...]) -> Iterator[None]:
+    """Bring back again and again while the block runs: where this process is killed with its step, RESULTS has what
+    the step had written by then."""
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(EVERY):
+            with suppress(OSError):  # a file that is just being written, or has gone
+                bring_back(work, results, patterns)
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def take_in(carried: Path, work: Path) -> Iterator[str]:
@@ -215,23 +252,37 @@ def take_in(carried: Path, work: Path) -> Iterator[str]:
             yield path.name
 
 
-def bring_back(work: Path, results: Path, patterns: tuple[str, ...]) -> None:
-    """Fill RESULTS: all small files as one, then those of `patterns`, as many as may be."""
+def bring_back(work: Path, results: Path, patterns: tuple[str, ...]) -> list[str]:
+    """Fill RESULTS: all small files as one, then those of `patterns`, in that order as many as may be. Returns what
+    stays behind, in words."""
     with whole(results / RESULTS_FILE) as partial, tarfile.open(partial, "w:gz") as tar:
         for path in sorted(path for path in work.rglob("*") if path.is_file()):
             name = path.relative_to(work)
-            separate = any(fnmatch(path.name, pattern) for pattern in FOLDERS)
+            separate = any(fnmatch(path.name, pattern) for pattern in FOLDERS) or name_in_the_end(path) != path
             if not separate and not any(name.is_relative_to(folder) for folder in LEFT):
                 tar.add(path, name)
-    room = FILES - 1
+    files, room = FILES - 1, TOGETHER_BYTES - (results / RESULTS_FILE).stat().st_size
+    remarks = []
     for pattern in patterns:
         found = sorted((work / FOLDERS[pattern]).glob(pattern))
-        fit = found[:room] if pattern not in TOGETHER or len(found) <= room else []
-        if len(fit) < len(found):
-            print(f"{len(found) - len(fit)} of {len(found)} files {pattern} stay in {work / FOLDERS[pattern]}")
-        room -= len(fit)
+        fit: list[Path] = []
+        for path in found:
+            if len(fit) < files and path.stat().st_size <= min(A_FILE, room - sum(map(_size, fit))):
+                fit.append(path)
+        if pattern in TOGETHER and len(fit) < len(found):
+            fit = []
+        if left := [path for path in found if path not in fit]:
+            remarks.append(f"{len(left)} of {len(found)} files {pattern} stay in {work / FOLDERS[pattern]}")
+        for path in left:  # one that fitted before is not of the same state as the rest
+            (results / path.name).unlink(missing_ok=True)
+        files, room = files - len(fit), room - sum(map(_size, fit))
         for path in fit:
             _copy(path, results / path.name)
+    return remarks
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _copy(path: Path, to: Path) -> None:

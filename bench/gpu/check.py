@@ -1,17 +1,21 @@
 """Build for the GPU at hand, try every kernel, run the tests that need one, measure everything, and write one JSON.
 
 Run it as `bench/gpu/check.sh [OUT [PART ...]]`; parts: build, smoke, tests, round, bench, tune, speed, or a single
-benchmark as bench:verify_tree; without one all of them, the figures that matter most before tuning. A step that fails
-or takes too long is recorded with what it has until then, and the next one runs; none begins when the time is up. OUT
-is written after every step; the whole output of the steps and their own files are in the folder OUT.logs beside it. A
-run into the same OUT with the same sources on the same GPU repeats no step that is there and passed, and no benchmark's
-rows that are there, so calling it again goes on. --dry-run walks every step on the CPU at a tiny size.
+benchmark as bench:verify_tree. "ours" are those that matter most without their peers, "peers" the same with them;
+ours:round and ours:verify_tree are one without; "tune:first" tunes only the tiles of those figures. Without a part all
+of them are run, those figures first. A step that fails or takes too long is recorded with what it has until then, and
+the next one runs; none begins when the time is up. OUT is written after every step; the whole output of the steps and
+their own files are in the folder OUT.logs beside it. A run into the same OUT with the same sources on the same GPU
+repeats no step that is there and passed, and no benchmark's rows that are there, so calling it again goes on; only
+where tuning has found other tiles meanwhile are the benchmarks of their kernels measured again. --dry-run walks every
+step on the CPU at a tiny size.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import sys
@@ -23,11 +27,14 @@ from typing import Any
 from beagle_sd.files import write_json
 from bench.__main__ import MODULES
 from bench.environment import environment, native_arch
-from bench.gpu import HEADLINES, run_tests
+from bench.gpu import HEADLINES, PEERS, TILED, figures, run_tests
 from bench.processes import GRACE, end_on_signals, run
+from bench.tuning import label
 
-SECONDS = {"build": 240, "smoke": 150, "tests": 240, "round": 180, "bench": 150, "tune": 240, "speed": 120}
-"""A step's time limit."""
+SECONDS = {"build": 240, "smoke": 150, "tests": 240, "round": 180, "bench": 200, "tune": 240, "speed": 120}
+SECONDS |= {"ours": 130, "tune:first": 110}
+"""A step's time limit, by its name or its kind."""
+WITHOUT_PEERS = "passed without peers"
 OPS = tuple(name for name in MODULES if name != "round")
 ALL = 530
 """Seconds after which no step goes on, unless --seconds says otherwise: a run ends within nine minutes."""
@@ -45,6 +52,8 @@ class Steps:
     def build(self, name: str, seconds: float) -> dict:
         """The extension, in place, for this GPU alone."""
         chosen = {"BEAGLE_CUDA": "0"} if self.dry else {"BEAGLE_CUDA": "1", "BEAGLE_CUDA_ARCHS": native_arch()}
+        # setup.py takes fewer where memory is little, and a virtual machine's can grow only as it is used
+        chosen |= {"MAX_JOBS": os.environ.get("MAX_JOBS") or str(cores())}
         return run([sys.executable, "setup.py", "build_ext", "--inplace"], seconds, self.logs / "build.txt", **chosen)
 
     def smoke(self, name: str, seconds: float) -> dict:
@@ -59,7 +68,17 @@ class Steps:
         report = self.logs / "tests.xml"
         report.unlink(missing_ok=True)
         options, missing = run_tests.options()
-        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-rfE", "--durations=20", "-m", "gpu", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-v",
+            "--tb=short",
+            "-rfE",
+            "--durations=20",
+            *run_tests.CHOSEN,
+            *options,
+        ]
         command += ["--collect-only"] if self.dry else [f"--junitxml={report}"]
         done = run([*command, *run_tests.files()], seconds, self.logs / "tests.txt")
         if missing:
@@ -75,28 +94,38 @@ class Steps:
         """The fastest tiles and what they gain over the shipped ones; benchmarks that follow measure with them."""
         found = self.logs / "tune.json"
         command = [sys.executable, "-m", "bench.tuning", *self.device, str(found), "--go-on"]
-        done = run(command, seconds, self.logs / "tune.txt")
+        done = run([*command, *(["--first"] if name else [])], seconds, self.logs / "tune.txt")
         return done | {"configs": read(found, [])}
 
-    def bench(self, name: str, seconds: float) -> dict:
+    def tiles(self) -> list[dict]:
+        """What tuning has found so far."""
+        return read(self.logs / "tune.json", [])
+
+    def bench(self, name: str, seconds: float, peers: bool = True) -> dict:
         """One op's rows, each with its share of the machine's limits; goes on from the rows of a stopped step."""
         if not self.record.get("limits") and not self.dry:
             self.record["limits"] = self._limits()
         file, tiles = self.logs / f"bench-{name}.json", self.logs / "tiles.json"
         command = [sys.executable, "-m", "bench", name, *self.device, "--json", str(file), "--go-on"]
-        if configs := self.record["steps"].get("tune", {}).get("configs"):
-            write_json(tiles, configs)
+        of_step, of_rows = {}, {}
+        if name in TILED:
+            write_json(tiles, self.tiles())
             command += ["--tuned", str(tiles)]
-        done = run([*command, *(["--size", "tiny"] if self.dry else [])], seconds, self.logs / f"bench-{name}.txt")
-        rows = read(file, [])
-        return done | {
-            "counts": {"numbers": sum("p50" in row for row in rows)},
-            "rows": [with_shares(row, self.record.get("limits", {})) for row in rows],
-        }
+            # rows of a step that was stopped can be of those before
+            of_step, of_rows = {"tiles": label(self.tiles()) or "shipped"}, {"tiles": "shipped"}
+        command += [*(["--size", "tiny"] if self.dry else []), *([] if peers else ["--without-peers"])]
+        done = run(command, seconds, self.logs / f"bench-{name}.txt")
+        rows = [of_rows | with_shares(row, self.record.get("limits", {})) for row in read(file, [])]
+        return done | of_step | {"counts": {"numbers": sum("p50" in row for row in rows)}, "rows": rows}
 
     def round(self, name: str, seconds: float) -> dict:
         """Whole rounds of an 8B-shaped target, acceptance replayed."""
         return self.bench("round", seconds)
+
+    def ours(self, name: str, seconds: float) -> dict:
+        """A benchmark without its peers, which take most of its time."""
+        done = self.bench(name, seconds, peers=False)
+        return done | ({"status": WITHOUT_PEERS} if done["status"] == "passed" else {})
 
     def speed(self, name: str, seconds: float) -> dict:
         """Whole answers of the bundled draft, where its target and the prompts are."""
@@ -141,13 +170,35 @@ def with_shares(row: dict, limits: dict) -> dict:
     return row | {names[unit]: row[unit] / limit for unit, limit in limits.items() if unit in row}
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def steps(parts: list[str]) -> list[str]:
     """The parts' steps by name, in the order to run them; without parts, of all."""
-    headlines = [f"bench:{name}" for name in HEADLINES]
-    rest = [f"bench:{name}" for name in OPS if name not in HEADLINES]
+    ours = [f"ours:{name}" for name in HEADLINES]
+    peers = [name if name == "round" else f"bench:{name}" for name in PEERS]
+    rest = [f"bench:{name}" for name in OPS if name not in PEERS]
     if not parts:
-        return ["build", "smoke", "tests", "round", *headlines, "tune", *rest, "speed"]
-    return [step for part in parts for step in ([*headlines, *rest] if part == "bench" else [part])]
+        return ["build", "smoke", "ours:round", "tune:first", *ours, "tests", *peers, "tune", *rest, "speed"]
+    benches = [step for step in peers if step != "round"] + rest
+    several = {"ours": ours, "peers": peers, "bench": benches}
+    return [step for part in parts for step in several.get(part, [part])]
+
+
+def entry_of(step: str) -> str:
+    """Under which name the record has a step: a benchmark without its peers under the whole one's."""
+    kind, _, name = step.partition(":")
+    return step if kind != "ours" else name if name == "round" else f"bench:{name}"
+
+
+def is_done(step: str, record: dict, tiles: list[dict]) -> bool:
+    """Whether the record has it: what was measured with other tiles than the present ones is to be measured again."""
+    found, now = record["steps"].get(entry_of(step), {}), label(tiles) or "shipped"
+    if step == "build" or found.get("tiles", now) != now:
+        return False
+    return found.get("status") in ("passed", *([WITHOUT_PEERS] if step.startswith("ours:") else []))
 
 
 def main(arguments: list[str]) -> int:
@@ -165,31 +216,35 @@ def main(arguments: list[str]) -> int:
     wanted, make = steps(options.parts), Steps(options.dry_run, record, logs)
     done: dict[str, Any]
     for step in wanted:
-        kind = step.partition(":")[0]
-        if kind != "build" and record["steps"].get(step, {}).get("status") == "passed":
+        kind, entry = step.partition(":")[0], entry_of(step)
+        if is_done(step, record, make.tiles()):
             continue
         if now["gpu"] is None and not options.dry_run:
             done = {"status": "skipped", "why": "torch finds no CUDA device"}
         elif (left := ends - time.monotonic()) < LEAST:
             over = f"not begun: the {options.seconds:.0f} s were over; run it again to go on"
-            done = record["steps"].get(step, {}) | {"status": over}
+            done = record["steps"].get(entry, {}) | {"status": over}
         else:
-            done = result_of(make, step, min(SECONDS[kind], left - GRACE))
-        record["steps"][step] = done
+            most = SECONDS.get(step, SECONDS[kind]) * (2 if options.dry_run else 1)  # a CPU of few cores is slower
+            done = result_of(make, step, min(most, left - GRACE))
+        record["steps"][entry] = done
         counts = ", ".join(f"{count} {kind}" for kind, count in done.get("counts", {}).items() if count)
         print(f"{step}: {done['status']}, {done.get('seconds', 0):.0f} s {done.get('why', counts)}", flush=True)
         write_json(out, record)
+        if done.get("rows") and "not begun" not in done["status"]:
+            print(*figures.lines(done["rows"]), sep="\n", flush=True)
         if "signal" in done:
             return 128 + done["signal"]
     if now["gpu"] is None and not options.dry_run:
         print(f"no GPU: {out} holds no numbers")
         return 0
-    return int(any(record["steps"][step]["status"] not in ("passed", "skipped") for step in wanted))
+    passed = ("passed", "skipped", WITHOUT_PEERS)
+    return int(any(record["steps"][entry_of(step)]["status"] not in passed for step in wanted))
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
     """The options; what is not allowed ends the process as argparse does."""
-    allowed = [*SECONDS, *(f"bench:{name}" for name in OPS)]
+    allowed = [*SECONDS, "peers", *(f"{kind}:{name}" for kind in ("bench", "ours") for name in OPS), "ours:round"]
     parser = argparse.ArgumentParser(
         prog="bench/gpu/check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -33,6 +33,11 @@ def counted(report: Path) -> dict[str, dict[str, int]]:
     return found
 
 
+CHOSEN = ["-m", "gpu and not slow"]
+"""Not the slow ones, for which half an hour is too short: a search for the best tiles compiles for a minute, and the
+step tune makes a wider one; kinds of targets are tried on one path each."""
+
+
 def options() -> tuple[list[str], list[str]]:
     """Options of pytest's plugins for as many workers as there are cores but two, and what is left out without them.
 

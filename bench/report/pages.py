@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.configs:
         found = json.loads(options.configs.read_text(encoding="utf-8"))
-        print(tiles.lines_of(found if isinstance(found, list) else found["steps"]["tune"]["configs"]))
+        print(tiles.lines_of(found if isinstance(found, list) else tiles.entries_of(found["steps"])))
         return 0
     if options.plots:
         from bench.report import plots  # not above: it needs matplotlib

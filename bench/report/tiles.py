@@ -15,6 +15,11 @@ def lines_of(entries: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def entries_of(steps: dict[str, dict]) -> list[dict]:
+    """What the steps of a GPU's run found: the whole search, or the first of it where that is all there was."""
+    return max((steps.get(name, {}).get("configs", []) for name in ("tune:first", "tune")), key=len)
+
+
 def _table_key(entry: dict) -> tuple[str, int, bool]:
     """The kernel, the architecture, and whether it is float32, whose tiles are not the table's."""
     return entry["kernel"], entry["arch"], entry["dtype"] == "float32"

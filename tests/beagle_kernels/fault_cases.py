@@ -1,8 +1,8 @@
 """Hostile input to the attention ops and the loss, in memory whose surroundings are NaN: what lies outside is neither
 used nor written.
 
-Each check takes a device, a number of rounds and a backend. `python fault_cases.py OP ROUNDS` runs one on the Triton
-backend under the interpreter.
+Each check takes a device, a number of rounds, a backend and the first round's number. `python fault_cases.py OP ROUNDS`
+runs one on the Triton backend under the interpreter.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def normal(pick: torch.Generator, device: str, *shape: int) -> Tensor:
     return guarded(torch.randn(shape, generator=pick), device)
 
 
-def check_block_attention(device: str, rounds: int, backend: str) -> int:
+def check_block_attention(device: str, rounds: int, backend: str, first: int = 0) -> int:
     """Windows, offsets and bounds of any value; ascending bounds give what the reference gives."""
-    for seed in range(rounds):
+    for seed in range(first, first + rounds):
         pick = torch.Generator().manual_seed(seed)
         sizes = [1, 7, 40, 40], [1, 4, 5, 64, 2**40], [1, 3, 5, 17, 2**40]
         rows, window, reach = (int(one_of(pick, values, (), torch.int64)) for values in sizes)
@@ -92,9 +92,9 @@ def check_block_attention(device: str, rounds: int, backend: str) -> int:
     return rounds
 
 
-def check_tree_attention(device: str, rounds: int, backend: str) -> int:
+def check_tree_attention(device: str, rounds: int, backend: str, first: int = 0) -> int:
     """Lengths, masks, page numbers, starts and sinks of any value, dense and paged: what the reference gives."""
-    for seed in range(rounds):
+    for seed in range(first, first + rounds):
         pick = torch.Generator().manual_seed(seed)
         nodes, slots = (int(one_of(pick, values, (), torch.int64)) for values in ([1, 5, 66], [1, 7, 40]))
         batch = 1 if nodes == 66 else 3
@@ -106,10 +106,10 @@ def check_tree_attention(device: str, rounds: int, backend: str) -> int:
         v = normal(pick, device, pages, 1, slots, (16, 24, 5)[seed % 3])
         table = guarded(one_of(pick, [-INT32 - 1, -1, 0, 1, 3, 4, INT32], (batch, 3), torch.int32), device)
         table = None if seed % 2 else table
-        first = one_of(pick, [-INT32 - 1, -1, 0, 1, slots, slots + 1, 2 * slots, INT32], (batch, nodes), torch.int32)
+        starts = one_of(pick, [-INT32 - 1, -1, 0, 1, slots, slots + 1, 2 * slots, INT32], (batch, nodes), torch.int32)
         sinks = one_of(pick, [-torch.inf, -3e38, 0.0, 1.0, 3e38, torch.inf, torch.nan], (2,), torch.float32)
         more = {
-            "starts": guarded(first, device) if seed % 5 < 3 else None,
+            "starts": guarded(starts, device) if seed % 5 < 3 else None,
             "sinks": guarded(sinks, device) if seed % 4 > 1 else None,
             "softcap": (None, 1.5, 1e-30, None, 1e30)[seed % 5],
         }
@@ -122,9 +122,9 @@ def check_tree_attention(device: str, rounds: int, backend: str) -> int:
     return rounds
 
 
-def check_extend_attention(device: str, rounds: int, backend: str) -> int:
+def check_extend_attention(device: str, rounds: int, backend: str, first: int = 0) -> int:
     """A row that is not a number spoils no other row, forward or backward."""
-    for seed in range(rounds):
+    for seed in range(first, first + rounds):
         pick = torch.Generator().manual_seed(seed)
         rows, m = (int(one_of(pick, values, (), torch.int64)) for values in ([1, 6, 33], [0, 1, 4]))
         clean = [
@@ -148,9 +148,9 @@ def check_extend_attention(device: str, rounds: int, backend: str) -> int:
     return rounds
 
 
-def check_distill_loss(device: str, rounds: int, backend: str) -> int:
+def check_distill_loss(device: str, rounds: int, backend: str, first: int = 0) -> int:
     """A row without weight may hold anything; one with weight spoils the loss, and no other row's gradient."""
-    for seed in range(rounds):
+    for seed in range(first, first + rounds):
         pick = torch.Generator().manual_seed(seed)
         rows, vocab = (int(one_of(pick, values, (), torch.int64)) for values in ([2, 5], [1, 300]))
         student, teacher, weight = (torch.randn(shape, 16, generator=pick) for shape in (rows, rows, vocab))

@@ -13,11 +13,8 @@ import pytest
 
 from beagle_sd.files import write_json
 from bench import processes, tuning
-from bench.__main__ import is_complete, rows_of
-from bench.__main__ import main as bench_main
-from bench.gpu import HEADLINES, run_tests
+from bench.gpu import HEADLINES, PEERS, TILED, run_tests
 from bench.gpu import check as gpu_check
-from bench.registry import Case
 from bench.report import tiles
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +47,7 @@ def with_gpu(monkeypatch):
 
     found = {"gpu": "a test's", "commit": None, "sources": "abc"}
     monkeypatch.setattr(gpu_check, "environment", lambda: dict(found))
-    for kind in gpu_check.SECONDS:
+    for kind in {step.partition(":")[0] for step in gpu_check.SECONDS}:
         monkeypatch.setattr(gpu_check.Steps, kind, step)
     return ran, found
 
@@ -67,12 +64,76 @@ def test_gpu_check_goes_on_and_resumes(tmp_path, with_gpu):
         gpu_check.main([str(out), "bench:nothing"])
 
 
-def test_what_matters_most_comes_before_tuning():
+def test_what_matters_most_comes_first():
+    """Without peers, and with tiles that were tuned for it."""
     order = gpu_check.steps([])
-    assert order[:4] == ["build", "smoke", "tests", "round"] and order[-1] == "speed"
-    assert sorted(order[4 : order.index("tune")]) == sorted(f"bench:{name}" for name in HEADLINES)
+    assert order[:4] == ["build", "smoke", "ours:round", "tune:first"] and order[-1] == "speed"
+    assert "distill_loss" in HEADLINES
+    assert order[4 : order.index("tests")] == [f"ours:{name}" for name in HEADLINES]
+    assert order[order.index("tests") + 1] == "bench:flex_attention" and gpu_check.steps(["peers"])[3:5] == [
+        "round",
+        "bench:block_attention",
+    ]
+    assert {"round", *HEADLINES} < set(PEERS)
     benches = [f"bench:{name}" for name in gpu_check.OPS]
-    assert sorted(order) == sorted([*(set(gpu_check.SECONDS) - {"bench"}), *benches])
+    kinds = set(gpu_check.SECONDS) - {"bench", "ours", "tune:first"}
+    assert sorted(step for step in order if not step.startswith(("ours:", "tune:"))) == sorted([*kinds, *benches])
+
+
+def test_peers_come_later(tmp_path, with_gpu, monkeypatch):
+    """A benchmark that passed without its peers is measured again with them, and then never again."""
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu_check.Steps, "ours", OURS)
+    asked: list = []
+
+    def bench(self, name, seconds, peers=True):
+        asked.append((name, peers))
+        return {"status": "passed", "rows": []}
+
+    monkeypatch.setattr(gpu_check.Steps, "bench", bench)
+    for _ in range(2):
+        assert gpu_check.main([str(out), "ours:verify_tree", "ours:training_step"]) == 0
+    assert asked == [("verify_tree", False), ("training_step", False)]
+    assert json.loads(out.read_text())["steps"]["bench:verify_tree"]["status"] == gpu_check.WITHOUT_PEERS
+    for part in ("bench:verify_tree", "bench:verify_tree", "ours:verify_tree"):
+        assert gpu_check.main([str(out), part]) == 0
+    assert asked[2:] == [("verify_tree", True)]
+
+
+OURS = gpu_check.Steps.ours
+TUNED = {"kernel": "tree", "arch": 90, "head_size": 128, "dtype": "bfloat16", "config": [64, 32, 4, 2], "shipped": [1]}
+
+
+def test_other_tiles_are_measured_again(tmp_path, with_gpu, monkeypatch):
+    """Benchmarks of kernels that have tiles, once; not the others, and not where the shipped tiles are the fastest."""
+    (ran, _), out = with_gpu, tmp_path / "gpu.json"
+
+    def step(self, name, seconds):
+        ran.append(name)
+        return {"status": "passed"} | ({"tiles": tuning.label(self.tiles()) or "shipped"} if name in TILED else {})
+
+    monkeypatch.setattr(gpu_check.Steps, "bench", step)
+    parts = ["bench:verify_tree", "bench:tree_attention"]
+    assert gpu_check.main([str(out), *parts]) == 0 and ran == ["verify_tree", "tree_attention"]
+    for entries, again in (
+        ([TUNED | {"config": [1]}], []),
+        ([TUNED], ["tree_attention"]),
+        ([TUNED], []),
+        ([TUNED, TUNED | {"head_size": 64}], ["tree_attention"]),
+    ):
+        ran.clear()
+        write_json(tmp_path / "gpu.logs" / "tune.json", entries)
+        assert gpu_check.main([str(out), *parts]) == 0 and ran == again
+
+
+def test_the_build_takes_every_core(tmp_path, monkeypatch):
+    given: list = []
+    monkeypatch.setattr(gpu_check, "run", lambda *args, **variables: given.append(variables) or {})
+    monkeypatch.setattr(gpu_check.os, "sched_getaffinity", lambda process: set(range(16)))
+    for jobs, wanted in (("", "16"), ("3", "3")):
+        monkeypatch.setenv("MAX_JOBS", jobs)
+        gpu_check.Steps(True, {}, tmp_path).build("", 9)
+        assert given[-1]["MAX_JOBS"] == wanted
 
 
 @pytest.mark.parametrize("name, other", [("sources", "def"), ("gpu", "another")])
@@ -98,7 +159,7 @@ def test_gpu_check_keeps_its_time(tmp_path, with_gpu):
 
 def test_a_step_without_time_keeps_what_it_had(tmp_path, with_gpu, monkeypatch):
     (_, _), out = with_gpu, tmp_path / "gpu.json"
-    half = {"status": "stopped after 9 s", "rows": [{"group": "g"}]}
+    half = {"status": "stopped after 9 s", "rows": [{"group": "g", "peer": "beagle"}]}
     monkeypatch.setattr(gpu_check.Steps, "round", lambda *args: dict(half))
     assert gpu_check.main([str(out), "round"]) == 1
     assert gpu_check.main([str(out), "round", "--seconds", "3"]) == 1
@@ -209,67 +270,6 @@ def test_tests_that_all_skip_are_no_pass(tmp_path, monkeypatch):
     assert done["status"] == "failed: nothing ran" and done["files"]["test_a"]["skipped"] == 1
 
 
-def test_rows_outlive_a_benchmark_that_is_killed(tmp_path, monkeypatch):
-    """Its file is whole after each row; a step that is stopped gives them, and the next run goes on from them."""
-    row = {"group": "g", "peer": "beagle", "p50": 2.0, "byte/s": 5.0}
-    code = "import json, sys, time; open({!r}, 'w').write(json.dumps([{!r}])); time.sleep(60)"
-    steps = gpu_check.Steps(False, {"steps": {}, "limits": {"byte/s": 10.0}}, tmp_path)
-
-    def run(command, seconds, log, **variables):
-        assert command[command.index("--json") + 1 :] == [str(tmp_path / "bench-verify_tree.json"), "--go-on"]
-        return processes.run([sys.executable, "-c", code.format(command[-2], row)], 1, log)
-
-    monkeypatch.setattr(gpu_check, "run", run)
-    done = steps.bench("verify_tree", 150)
-    assert done["status"] == "stopped after 1 s" and done["counts"] == {"numbers": 1}
-    assert done["rows"] == [row | {"share of copy": 0.5}]
-
-
-def a_case(name: str, ran: list[str], wrong: bool = False) -> Case:
-    def check() -> None:
-        ran.append(name)
-        assert not wrong, "wrong"
-
-    return Case(name, {"beagle": lambda: None, "peer": lambda: None}, check, rounds=1)
-
-
-def test_a_benchmark_goes_on(tmp_path, monkeypatch):
-    """Cases that are whole are kept; one without a peer's row, one with an error, and one of another file are not."""
-    from bench.ops import bench_verify_tree
-
-    ran: list[str] = []
-    broken = a_case("broken", ran, wrong=True)
-    monkeypatch.setattr(bench_verify_tree, "cases", lambda *args: [a_case("one", ran), broken, a_case("two", ran)])
-    file = tmp_path / "rows.json"
-    assert bench_main(["verify_tree", "--size", "tiny", "--json", str(file)]) == 1 and ran == ["one", "broken", "two"]
-    rows = json.loads(file.read_text())
-    assert [(row["group"], row["peer"]) for row in rows if "error" not in row] == [
-        ("one", "beagle"),
-        ("one", "peer"),
-        ("two", "beagle"),
-        ("two", "peer"),
-    ]
-    write_json(file, rows[:-1])
-    ran.clear()
-    broken.check = lambda: ran.append("mended")
-    assert bench_main(["verify_tree", "--size", "tiny", "--json", str(file), "--go-on"]) == 0
-    assert ran == ["mended", "two"] and all("error" not in row for row in json.loads(file.read_text()))
-    assert len(json.loads(file.read_text())) == 6 and [path.name for path in tmp_path.iterdir()] == ["rows.json"]
-
-
-def test_a_case_that_cannot_be_made_is_one_file_s_loss(monkeypatch):
-    from bench.ops import bench_verify_tree
-
-    def cases(*args):
-        yield a_case("one", [])
-        raise MemoryError("too large")
-
-    monkeypatch.setattr(bench_verify_tree, "cases", cases)
-    rows = list(rows_of("verify_tree", "cpu", "tiny", results := []))
-    assert [row["group"] for row in rows] == ["one", "one", "verify_tree"] and "MemoryError" in rows[-1]["error"]
-    assert not results and is_complete(a_case("one", []), rows) and not is_complete(a_case("two", []), rows)
-
-
 @pytest.mark.slow
 def test_a_dry_run_walks_the_steps(tmp_path):
     """Without git: tiles are compiled by workers and tuned in the interpreter and given to the benchmark, rounds are
@@ -283,22 +283,19 @@ def test_a_dry_run_walks_the_steps(tmp_path):
     out = tmp_path / "gpu.json"
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "GIT_CEILING_DIRECTORIES": "/"}
     environment.pop("BEAGLE_COMMIT", None)
-    command = [copy / "bench" / "gpu" / "check.sh", out, "--dry-run", "tests", "tune", "bench:tree_attention", "round"]
+    command = [copy / "bench" / "gpu" / "check.sh", out, "--dry-run", "tests", "ours:tree_attention", "tune:first"]
+    command += ["bench:tree_attention", "ours:round"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(out.read_text())
     assert record["environment"]["dry_run"] and record["environment"]["commit"] is None
-    tuned, rows = record["steps"]["tune"]["configs"], record["steps"]["bench:tree_attention"]["rows"]
+    tuned, rows = tiles.entries_of(record["steps"]), record["steps"]["bench:tree_attention"]["rows"]
     assert {entry["kernel"] for entry in tuned} == set(tuning.TIMED_BY)
-    assert all("cpu" in row["device"] and row["tuned"] for row in rows if "p50" in row)
+    assert all("cpu" in row["device"] and "tuned" in row["tiles"] for row in rows if "p50" in row)
     assert any(row.get("acceptance") == "replayed" for row in record["steps"]["round"]["rows"])
     lines = tiles.lines_of(tuned).splitlines()
     assert len(lines) == len(tuned) and lines[0].startswith('"block_dkv": 90: {16: Config(')
-    assert "test_triton_ops" in (tmp_path / "gpu.logs" / "tests.txt").read_text()
+    collected = (tmp_path / "gpu.logs" / "tests.txt").read_text()
+    assert "test_triton_ops" in collected and "test_tuning_on_a_gpu" not in collected
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0 and again.stdout == "" and json.loads(out.read_text())["steps"] == record["steps"]
-
-
-def test_shares_of_the_limits():
-    shares = gpu_check.with_shares({"byte/s": 4.0}, {"byte/s": 8.0, "flop/s": 1.0})
-    assert shares == {"byte/s": 4.0, "share of copy": 0.5}

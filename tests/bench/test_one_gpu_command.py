@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.recipes.one_gpu.__main__ import PARTS, main, parsed, parsed_kit
+from bench.recipes.one_gpu.evaluate import in_turn
 from bench.recipes.one_gpu.job import Budget, OutOfTime
 from bench.recipes.one_gpu.recipe import BASE
 from bench.recipes.one_gpu.search import CHOICES
@@ -71,6 +72,11 @@ def test_only_what_differs_from_the_cpu_is_named():
     on_cpu = [2.0, 0.5, 3.0, 1.0]
     assert deviations([2.05, 0.48, 3.1, 1.0], on_cpu) == {}
     assert deviations([2.0, 0.6, float("nan"), 1.0], on_cpu).keys() == {"gradient norm of stage 1", "loss of stage 2"}
+
+
+def test_what_is_asked_of_a_draft_is_measured_first():
+    assert in_turn()[:2] == [("mt-bench", 0.0, "4,6,16"), ("mt-bench", 0.0, "6,10,60")]
+    assert len(set(in_turn())) == len(in_turn())
 
 
 def test_the_budget_and_the_measure():

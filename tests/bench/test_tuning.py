@@ -89,6 +89,20 @@ def test_every_candidate_is_in_one_share(stage, workers):
         assert tried >= set(configs.CANDIDATES[kernel][width])
 
 
+def test_the_first_shape_is_that_of_the_headlines():
+    ((shape,),) = tuning.STAGES["full" + tuning.FIRST]
+    assert (shape.dtype, shape.head_size) == (torch.bfloat16, 128) and tuning.kernels(shape) == [*tuning.TIMED_BY]
+
+
+def test_tiles_have_a_name():
+    """Whatever their order; those that are the shipped ones count for nothing."""
+    one, two = ({"kernel": name, "arch": 90, "head_size": 64, "dtype": "float16"} for name in ("tree", "block_dq"))
+    tuned, same = {"config": [1, 2], "shipped": [2, 2]}, {"config": [1, 2], "shipped": [1, 2]}
+    assert tuning.label([one | tuned, two | tuned]) == tuning.label([two | tuned, one | tuned])
+    assert tuning.label([one | tuned, two | same]) == tuning.label([one | tuned]) != tuning.label([two | tuned])
+    assert tuning.label([one | same]) is None and tuning.label([]) is None
+
+
 def test_the_fastest_wins_and_is_written_at_once(stubs, monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "compile_stage", compiled_here)
     out, seen = tmp_path / "found.json", []

@@ -21,6 +21,13 @@ FIRST_TREES = ["4,6,16", "6,10,60", "4,1,5"]
 """What every evaluation set is measured with first; then MT-Bench with the other trees of a draft's card."""
 
 
+def in_turn() -> list[tuple[str, float, str]]:
+    """(set, temperature, tree), most important first: each is kept as soon as it is measured, and time may end."""
+    others = [shape for shape in TREES if shape not in FIRST_TREES]
+    first = [(name, t, shape) for name in EVALUATION_SETS for t in (0.0, 1.0) for shape in FIRST_TREES]
+    return first + [("mt-bench", t, shape) for t in (0.0, 1.0) for shape in others]
+
+
 def evaluate(job: Job) -> bool:
     """Acceptance and tokens a round of OUT/train/draft into OUT/evaluate/SET.json; MT-Bench's is the draft's card."""
     weights = job.out.require(job.out.path / "train" / "draft" / "model.safetensors", "train")
@@ -28,12 +35,9 @@ def evaluate(job: Job) -> bool:
     torch.set_float32_matmul_precision("highest")
     draft = load_draft(weights.parent, target)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    others = [shape for shape in TREES if shape not in FIRST_TREES]
-    todo = [(name, t, shape) for name in EVALUATION_SETS for t in (0.0, 1.0) for shape in FIRST_TREES]
-    todo += [("mt-bench", t, shape) for t in (0.0, 1.0) for shape in others]
     args = Namespace(batch=job.sizes.eval_batch, max_new_tokens=job.sizes.new_tokens, seed=0)
     last = 0.0
-    for name, temperature, text in todo:
+    for name, temperature, text in in_turn():
         tree, path = TreeShape.parse(text), job.out.part("evaluate") / f"{name}.json"
         prompts = encoded_prompts(name, tokenizer, job.sizes.count, job.out.kit / "evaluation")
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

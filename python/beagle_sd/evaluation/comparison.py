@@ -83,10 +83,11 @@ def compare_on(
     temperature: float = 0.0,
     assistant: PreTrainedModel | None = None,
     on_progress: Callable[[str, int, int], object] | None = None,
+    on_rows: Callable[[Comparison], object] | None = None,
 ) -> Comparison:
     """Compare on `count` prompts of each source (see `read_prompts`). shapes: which trees of fixed shape take part;
     none given, the chain and the tree that `tree` expects most of. on_progress(source, done, total) is called as it
-    goes."""
+    goes, on_rows after each prompt, with what has been measured so far."""
     sets = {source: read_prompts(source, tokenizer, count, raw) for source in dict.fromkeys(sources)}
     shapes = list(dict.fromkeys(shapes)) or [
         max(part, key=lambda shape: tree.costs.speedup(shape, tree.measured[shape]))
@@ -106,13 +107,15 @@ def compare_on(
     )
     peaks = warm_up(runs, longest, target.device)
     _prefill_all(runs[PLAIN_LOOP], chain(*sets.values()), target.device)
-    rows = []
+    rows: list[Row] = []
     for source, prompts in sets.items():
         answers: list[dict[str, Answer]] = []
         for answer in compare(runs, prompts, target.device):
             answers.append(answer)
             if on_progress is not None:
                 on_progress(source, len(answers), len(prompts))
+            if on_rows is not None:
+                on_rows(Comparison([*rows, *rows_of(source, answers, shapes, tree.costs, peaks)], tree.costs))
         rows += rows_of(source, answers, shapes, tree.costs, peaks)
     return Comparison(rows, tree.costs)
 

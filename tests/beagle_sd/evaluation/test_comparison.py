@@ -38,8 +38,8 @@ COSTS = Costs({1: 10.0, 3: 12.0, 6: 14.0}, {CHAIN: 1.0, TREE: 2.0})
 def test_every_contender_answers_every_prompt(tmp_path, temperature):
     target, texts = agreeable_target(), tmp_path / "questions.txt"
     texts.write_text("ab\n\ncd e\nf\n")
-    told = []
-    rows, _ = compare_on(
+    told, so_far = [], []
+    rows, costs = compare_on(
         [str(texts)],
         target,
         small_tokenizer(),
@@ -50,7 +50,10 @@ def test_every_contender_answers_every_prompt(tmp_path, temperature):
         temperature=temperature,
         assistant=small_target(seed=3),
         on_progress=lambda *now: told.append(now),
+        on_rows=so_far.append,
     )
+    assert [len(found.rows) for found in so_far] == [7, 7] and so_far[-1] == (rows, costs)
+    assert {row.answers for row in so_far[0].rows} == {1}
     assert [row.contender for row in rows] == [
         BASELINE,
         "transformers, prompt lookup",
