@@ -6,6 +6,7 @@ The peers' weights have one scale a row, ours one for each 64 elements: the resu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -59,23 +60,37 @@ def of_weights(weights: list[Tensor], scales: list[Tensor], x: Tensor) -> Case:
             assert torch.equal(have, int8_linear(x, weight, scale, backend="reference")), "int8_linear is wrong"
             assert (have - x @ exact.T).norm() < 0.02 * (x @ exact.T).norm(), "int8_linear is far from what it is for"
 
-    narrow = x.bfloat16()
-    peers = {
-        "beagle": each(lambda weight, scale: int8_linear(x, weight, scale), weights, scales),
-        "quantized.linear_dynamic": dynamic(weights, x, each),
-        "_weight_int8pack_mm bf16": each(
-            lambda weight, scale: torch._weight_int8pack_mm(narrow, weight, scale), weights, row_scales(scales)
+    narrow, packed = x.bfloat16(), prepacked(weights)
+    others: dict[str, tuple[Callable, list, Tensor]] = {
+        # what each makes of one weight, its weights in turn, and what the first of them stands for
+        "quantized.linear_dynamic": (partial(torch.ops.quantized.linear_dynamic, x), [packed], weights[0] / 127),
+        "_weight_int8pack_mm bf16": (
+            partial(torch._weight_int8pack_mm, narrow),
+            [weights, row_scales(scales)],
+            weights[0] * scales[0].mean(1, keepdim=True),
         ),
-        "F.linear fp32": each(lambda weight: F.linear(x, weight), wide),
-        "F.linear bf16": each(lambda weight: F.linear(narrow, weight), bf16),
-        "skinny_linear fp32": each(lambda weight: skinny_linear(x, weight), wide),
-        "skinny_linear bf16": each(lambda weight: skinny_linear(narrow, weight), bf16),
-        "reading the weight": each(lambda weight: weight.view(torch.int32).amax(), weights),
+        "F.linear fp32": (partial(F.linear, x), [wide], wide[0]),
+        "F.linear bf16": (partial(F.linear, narrow), [bf16], wide[0]),
+        "skinny_linear fp32": (partial(skinny_linear, x), [wide], wide[0]),
+        "skinny_linear bf16": (partial(skinny_linear, narrow), [bf16], wide[0]),
     }
+
+    def check_peer(name: str) -> None:
+        if name in others:
+            function, given, exact = others[name]
+            have, want = function(*(some[0] for some in given)).float(), x @ exact.T
+            assert (have - want).norm() < 0.03 * want.norm(), f"{name} is wrong: off by {(have - want).norm():.3g}"
+
+    peers: dict[str, Callable | str] = {"beagle": each(partial(int8_linear, x), weights, scales)}
+    for name, (function, given, _) in others.items():
+        missing = next((some for some in given if isinstance(some, str)), None)
+        peers[name] = missing or each(function, *given)
+    peers["reading the weight"] = each(lambda weight: weight.view(torch.int32).amax(), weights)
     return Case(
         f"int8_linear {len(x)} x {inputs} to {outputs} float32, groups of {GROUP}, {len(weights)} weights",
         peers,
         check,
+        check_peer=check_peer,
         bounds=("reading the weight",),
         rounds=9,
         series="int8_linear",
@@ -92,13 +107,20 @@ def row_scales(scales: list[Tensor]) -> list[Tensor]:
     return [scale.mean(1).bfloat16() for scale in scales]
 
 
-def dynamic(weights: list[Tensor], x: Tensor, each: Callable) -> Callable[[], None] | str:
-    """PyTorch's layer, x quantised as it comes by one scale for all its rows; the reason where this build has none."""
+def prepacked(weights: list[Tensor]) -> list | str:
+    """Weights for PyTorch's layer, which quantises x as it comes by one scale for all its rows; the reason where this
+    build has none."""
     try:
-        packed = [
+        return [
             torch.ops.quantized.linear_prepack(
                 torch.quantize_per_channel(
-                    weight.float() / 127, torch.full((len(weight),), 1 / 127), torch.zeros(len(weight)), 0, torch.qint8
+                    weight.float() / 127,
+                    torch.full((len(weight),), 1 / 127),
+                    torch.zeros(
+                        len(weight), dtype=torch.int64
+                    ),  # of floats it takes another scheme, and computes nothing
+                    0,
+                    torch.qint8,
                 ),
                 None,
             )
@@ -106,7 +128,6 @@ def dynamic(weights: list[Tensor], x: Tensor, each: Callable) -> Callable[[], No
         ]
     except RuntimeError as error:
         return str(error).splitlines()[0]
-    return each(lambda weight: torch.ops.quantized.linear_dynamic(x, weight), packed)
 
 
 @pytest.mark.parametrize("case, peer", parameters(list(cases(size="tiny"))), ids=label)
