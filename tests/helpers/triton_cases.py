@@ -151,6 +151,25 @@ def check_tree_attention(device: str, dtype: torch.dtype, group: str) -> int:
     return len(TREE_CASES[group])
 
 
+def check_combining(device: str, dtype: torch.dtype) -> int:
+    """As many splits as each size of tile takes, and of one row fewer in use: what the others hold is NaN."""
+    from beagle_kernels.triton.tree_combine import TILES, combine
+    from beagle_kernels.triton.tree_splits import MIN_KEYS
+
+    counts = [count for size in TILES for count in (size - 1, size)]
+    for splits in counts:
+        part = torch.randn(2, 1, 3, splits, 40, generator=torch.Generator().manual_seed(splits)).to(device)
+        lse, in_use = 4 * part[..., 0].contiguous(), torch.tensor([splits, splits - 3])
+        part[1, :, :, splits - 3 :] = lse[1, :, :, splits - 3 :] = torch.nan
+        lengths, out = (in_use * MIN_KEYS.value).int().to(device), torch.empty(2, 1, 3, 40, device=device)
+        combine(part, lse, lengths, None, None, out, 1 << 20, 1, 0)
+        for row, used in enumerate(in_use.tolist()):
+            weight = lse[row, :, :, :used].double().softmax(-1)
+            want = (weight[..., None] * part[row, :, :, :used].double()).sum(-2).float()
+            torch.testing.assert_close(out[row], want, msg=f"{splits} splits")
+    return len(counts)
+
+
 VARIANT_CASES = {
     # nodes, query heads, key heads, widths of keys and values, longest prefix
     "windows, sinks, caps": [(5, 4, 2, 40, 24, 300)],
@@ -227,7 +246,8 @@ CHECKS = {
     },
     "extend_attention": {"all": check_extend_attention},
     "tree_attention": {group: partial(check_tree_attention, group=group) for group in TREE_CASES}
-    | {group: partial(check_tree_variants, group=group) for group in VARIANT_CASES},
+    | {group: partial(check_tree_variants, group=group) for group in VARIANT_CASES}
+    | {"splits combined": check_combining},
     "distill_loss": {"all": check_distill_loss},
 }
 """By op and group of cases, each of few kernels: those named large are for a GPU."""
