@@ -87,7 +87,7 @@ def _listed(plain: str, more: str = "", **options: bool) -> list[Config]:
     return found
 
 
-# Those of a wider search whose loop over whole tiles keeps all in registers, as Triton 3.6 compiles it for sm_90. Some
+# Those of a wider search whose loop over whole tiles hardly uses local memory, as Triton 3.6 compiles it for sm_90. Some
 # of them spill outside of that loop, a few times a head.
 CANDIDATES: dict[str, dict[int, list[Config]]] = {
     "block_forward": {
@@ -96,7 +96,7 @@ CANDIDATES: dict[str, dict[int, list[Config]]] = {
         + _listed("", "128x64x8x3", ahead=True)
         + _listed("", "128x64x8x3", tma=True, ahead=True),
         128: _listed("128x64x8x2 128x64x8x3 128x32x8x3 128x32x8x4 256x64x8x2")
-        + _listed("", "128x64x8x3 128x64x8x4 128x128x8x2 128x128x8x3 128x32x8x4 128x64x4x3 64x64x4x3", tma=True)
+        + _listed("", "128x64x8x3 128x64x8x4 128x128x8x2 128x128x8x3 128x32x8x4 128x64x4x2 64x64x4x3", tma=True)
         + _listed("", "128x64x8x3", ahead=True)
         + _listed("", "128x64x8x3 128x128x8x2", tma=True, ahead=True),
         256: _listed("128x32x8x2", "128x32x8x3 128x64x8x2", tma=True),

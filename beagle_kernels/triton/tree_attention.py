@@ -70,7 +70,7 @@ def either(a, b):
 
 
 # What may change from one call of a loop to the next is not specialised, so nothing is compiled in its midst.
-@triton.jit(do_not_specialize="N slots num_pages page splits direct s_mb s_mn s_mw s_tb".split())
+@triton.jit(do_not_specialize="N slots num_pages page splits s_mb s_mn s_mw s_tb".split())
 def tree_attention_splits(
     p_q,
     p_k,
@@ -87,7 +87,6 @@ def tree_attention_splits(
     num_pages,
     page,
     splits,
-    direct,
     scale,
     squash,
     s_qb,
@@ -115,6 +114,7 @@ def tree_attention_splits(
     PAGED: tl.constexpr,
     NODES: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    DIRECT: tl.constexpr,
 ):
     # Tiles of the same keys follow each other, so that all but one of them find the keys in the cache.
     tiles = tl.cdiv(N * GROUP, BLOCK_M)
@@ -204,7 +204,7 @@ def tree_attention_splits(
     o_part = ((i_b * N + o_node) * HQ + o_head) * splits + i_split
     o_out = o_part[:, None] * DV + o_dv[None, :]
     m_out = m_row[:, None] & (o_dv[None, :] < DV)
-    if direct:
+    if DIRECT:
         tl.store(p_out + o_out, b_acc.to(p_out.dtype.element_ty), mask=m_out)
     else:
         tl.store(p_part + o_out, b_acc, mask=m_out)
@@ -237,8 +237,10 @@ def tree_attention(
     paged = block_table is not None
     config = tiles(config, nodes * group, max(wide, wide_v), paged)
     blocks = triton.cdiv(nodes * group, config.block_m) * k.shape[1] * batch
-    splits = splits_of(blocks, slots, running_at_once(config, wide, wide_v, paged, q))
-    direct = splits == 1 and sinks is None
+    at_once = running_at_once(config, wide, wide_v, paged, q)
+    splits = splits_of(blocks, slots, at_once)
+    # not where the cache is short: growing, it would have another kernel compiled
+    direct = at_once < 2 * blocks and sinks is None
     part = q.new_empty(0 if direct else (*q.shape[:3], splits, value_width), dtype=torch.float32)
     part_lse = q.new_empty(0 if direct else (*q.shape[:3], splits), dtype=torch.float32)
     if block_table is not None and block_table.stride(1) != 1:
@@ -246,7 +248,7 @@ def tree_attention(
     lengths, starts, sinks = lengths.contiguous(), contiguous(starts), contiguous(sinks)
     # a cap squashes scores to -1 .. 1 and makes softcap of 1
     scale, squash = (scale, 0.0) if softcap is None else (softcap, scale / softcap)
-    sizes = nodes, slots, k.shape[0], k.shape[2], splits, int(direct), scale, squash
+    sizes = nodes, slots, k.shape[0], k.shape[2], splits, scale, squash
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride()
     # as many variants as there are of the words of ancestor masks
     read = 0 if starts is None else 64 * triton.next_power_of_2(triton.cdiv(nodes, 64))
@@ -277,6 +279,7 @@ def tree_attention(
             BLOCK_N=config.block_n,
             PAGED=paged,
             SOFTCAP=softcap is not None,
+            DIRECT=direct,
             num_warps=config.warps,
             num_stages=config.stages,
             enable_fp_fusion=True,

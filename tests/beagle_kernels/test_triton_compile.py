@@ -104,7 +104,9 @@ def test_variants_of_block_attention(name, tiles, options, monkeypatch):
     ],
 )
 def test_candidates_keep_the_loop_in_registers(name, head_size, monkeypatch):
-    """Whatever is spilt is spilt outside of the loop over whole tiles, the shortest of those that multiply."""
+    """Whatever is spilt is spilt outside of the loop over whole tiles, the shortest of those that multiply: of its
+    instructions 2% at most are loads and stores of spills."""
+    spilling = []
     for config in configs.CANDIDATES[name][head_size]:
         monkeypatch.setitem(configs._tuned, (name, 90, head_size, torch.bfloat16), config)
         with compiling_for(90) as found:
@@ -114,10 +116,12 @@ def test_candidates_keep_the_loop_in_registers(name, head_size, monkeypatch):
                 compiled.tree_attention(head_size, torch.bfloat16, nodes=16 if name == "tree_few" else 64)
         (kernel,) = (kernel for kernel in found if kernel.name == BLOCK.get(name, "tree_attention_splits"))
         (code,) = machine_code.kernels(kernel.cubin)
-        products = [loop for loop in machine_code.loops(code) if any("MMA" in opcode for opcode in opcodes(loop))]
-        whole = opcodes(min(products, key=len))
-        assert not any(opcode.startswith(("LDL", "STL")) for opcode in whole), config
+        products = [loop for loop in map(opcodes, machine_code.loops(code)) if any("MMA" in opcode for opcode in loop)]
+        whole = min(products, key=lambda loop: loop.total())
+        if sum(whole[opcode] for opcode in whole if opcode.startswith(("LDL", "STL"))) > 0.02 * whole.total():
+            spilling.append(config)
         assert kernel.shared <= SHARED_LIMIT[90], config
+    assert not spilling
 
 
 @pytest.mark.parametrize("arch", [80, 90])
