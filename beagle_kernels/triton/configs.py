@@ -87,7 +87,7 @@ def _listed(plain: str, more: str = "", **options: bool) -> list[Config]:
     return found
 
 
-# Those of a wider search whose loop over whole tiles hardly uses local memory, as Triton 3.6 compiles it for sm_90. Some
+# Those of a wider search whose loop over whole tiles, by Triton 3.6 for sm_90, hardly uses local memory. Some
 # of them spill outside of that loop, a few times a head.
 CANDIDATES: dict[str, dict[int, list[Config]]] = {
     "block_forward": {

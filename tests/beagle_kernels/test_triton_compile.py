@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import machine_code  # noqa: E402
+import triton  # noqa: E402
 from machine_code import opcodes  # noqa: E402
 
 from beagle_kernels.triton import configs  # noqa: E402
@@ -105,8 +106,8 @@ def test_variants_of_block_attention(name, tiles, options, monkeypatch):
 )
 def test_candidates_keep_the_loop_in_registers(name, head_size, monkeypatch):
     """Whatever is spilt is spilt outside of the loop over whole tiles, the shortest of those that multiply: of its
-    instructions 2% at most are loads and stores of spills."""
-    spilling = []
+    instructions 2% at most are loads and stores of spills with 3.6, by which they were chosen."""
+    spilling, most = [], 0.02 if triton.__version__.startswith("3.6.") else 0.05
     for config in configs.CANDIDATES[name][head_size]:
         monkeypatch.setitem(configs._tuned, (name, 90, head_size, torch.bfloat16), config)
         with compiling_for(90) as found:
@@ -118,7 +119,7 @@ def test_candidates_keep_the_loop_in_registers(name, head_size, monkeypatch):
         (code,) = machine_code.kernels(kernel.cubin)
         products = [loop for loop in map(opcodes, machine_code.loops(code)) if any("MMA" in opcode for opcode in loop)]
         whole = min(products, key=lambda loop: loop.total())
-        if sum(whole[opcode] for opcode in whole if opcode.startswith(("LDL", "STL"))) > 0.02 * whole.total():
+        if sum(whole[opcode] for opcode in whole if opcode.startswith(("LDL", "STL"))) > most * whole.total():
             spilling.append(config)
         assert kernel.shared <= SHARED_LIMIT[90], config
     assert not spilling
