@@ -30,7 +30,7 @@ _numbers = itertools.count()
 
 class Compiled(NamedTuple):
     """A kernel as the assembler made it: registers and bytes of local memory (spills) a thread, bytes of shared memory
-    a block, seconds of compiling (None where it came from Triton's cache), and its PTX."""
+    a block, seconds of compiling (None where it came from Triton's cache), its PTX and its file of machine code."""
 
     name: str
     warps: int
@@ -40,6 +40,7 @@ class Compiled(NamedTuple):
     shared: int
     seconds: float | None
     ptx: str
+    cubin: Path
 
 
 @contextmanager
@@ -68,6 +69,7 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
                 metadata["shared"],
                 seconds,
                 files[".ptx"].read_text(),
+                files[".cubin"],
             )
         )
 
@@ -144,18 +146,19 @@ def tree_attention(
     sinks: bool = False,
     softcap: float | None = None,
 ) -> None:
-    """The splits and their combination; values as wide as keys unless `value_size` says otherwise."""
+    """The splits and their combination, of few heads, so that there is more than one split; values as wide as keys
+    unless `value_size` says otherwise."""
     from beagle_kernels.triton import tree_attention as kernels
 
-    q, lengths = torch.zeros(1, nodes, 32, head_size, dtype=dtype), torch.zeros(1, dtype=torch.int32)
+    q, lengths = torch.zeros(1, nodes, 8, head_size, dtype=dtype), torch.zeros(1, dtype=torch.int32)
     k, v = (
-        torch.zeros((64, 8, 16, size) if paged else (1, 8, 1024, size), dtype=dtype)
+        torch.zeros((64, 2, 16, size) if paged else (1, 2, 1024, size), dtype=dtype)
         for size in (head_size, value_size or head_size)
     )
     table = torch.zeros(1, 64, dtype=torch.int32) if paged else None
     mask = torch.zeros(1, nodes, -(-nodes // 64), dtype=torch.int64)
     first = torch.zeros(1, nodes, dtype=torch.int32) if starts else None
-    kernels.tree_attention(q, k, v, lengths, mask, table, 1.0, first, torch.zeros(32) if sinks else None, softcap)
+    kernels.tree_attention(q, k, v, lengths, mask, table, 1.0, first, torch.zeros(8) if sinks else None, softcap)
 
 
 def distill_loss(width: int, dtype: torch.dtype) -> None:

@@ -31,26 +31,29 @@ if TYPE_CHECKING:
 
 
 class Shape(NamedTuple):
-    """What block_attention is tuned on, and tree_attention's (batch, nodes, prefix) where that is tuned too."""
+    """What block_attention is tuned on, and tree_attention's (batch, nodes, prefix) of many and of few rows where that
+    is tuned too."""
 
     dtype: torch.dtype
     head_size: int
     rows: int
     heads: tuple[int, int]
     tree: tuple[int, int, int] | None = None
+    tree_few: tuple[int, int, int] | None = None
 
 
 BLOCK = {"block_forward": "forward", "block_dq": "backward", "block_dkv": "backward"}
-TIMED_BY = {**BLOCK, "tree": "tree"}
+TREE = {"tree": "tree", "tree_few": "tree of few rows"}
+TIMED_BY = {**BLOCK, **TREE}
 """The call whose time a kernel's tiles are judged by; both kernels of the backward share one."""
-LARGE = (32, 8), (8, 64, 2**15)
+LARGE = (32, 8), (8, 64, 2**15), (8, 16, 2**15)
 STAGES = {
     # size -> stages; float32, whose kernels take longest to compile, keeps nothing else waiting
     "full": [
         [Shape(torch.bfloat16, width, 8192, *LARGE) for width in (128, 64)],
         [Shape(torch.float32, width, 2048, (32, 8)) for width in (128, 64)],
     ],
-    "tiny": [[Shape(torch.float16, 16, 24, (2, 1), (1, 4, 20))], [Shape(torch.float32, 16, 24, (2, 1))]],
+    "tiny": [[Shape(torch.float16, 16, 24, (2, 1), (1, 40, 20), (1, 4, 20))], [Shape(torch.float32, 16, 24, (2, 1))]],
 }
 FIRST = " first"
 STAGES |= {size + FIRST: [stages[0][:1]] for size, stages in [*STAGES.items()]}
@@ -69,7 +72,7 @@ class Trial(NamedTuple):
 
 
 def kernels(shape: Shape) -> list[str]:
-    return [*TIMED_BY] if shape.tree else [*BLOCK]
+    return [*BLOCK, *(kernel for kernel in TREE if getattr(shape, kernel))]
 
 
 def key_of(shape: Shape, kernel: str, device: str) -> tuple[str, int, int, torch.dtype]:
@@ -119,11 +122,10 @@ def block_calls(shape: Shape, device: str) -> dict[str, Callable[[], object]]:
 
 
 @cache
-def tree_call(shape: Shape, device: str) -> Callable[[], object]:
+def tree_call(shape: Shape, kernel: str, device: str) -> Callable[[], object]:
     from beagle_kernels import tree_attention
 
-    assert shape.tree is not None
-    batch, nodes, prefix = shape.tree
+    batch, nodes, prefix = getattr(shape, kernel)
     q, k, v = bench_tree_attention.drawn(batch, nodes, prefix, *shape.heads, shape.head_size, device, shape.dtype)
     mask = bench_tree_attention.random_trees(batch, nodes).to(device)
     lengths = torch.full((batch,), prefix, dtype=torch.int32, device=device)
@@ -132,7 +134,7 @@ def tree_call(shape: Shape, device: str) -> Callable[[], object]:
 
 def call_of(shape: Shape, kernel: str, device: str) -> Callable[[], object]:
     """The call that launches the kernel at this shape."""
-    return tree_call(shape, device) if kernel == "tree" else block_calls(shape, device)[TIMED_BY[kernel]]
+    return tree_call(shape, kernel, device) if kernel in TREE else block_calls(shape, device)[TIMED_BY[kernel]]
 
 
 def compile_share(found: list[Trial], device: str, notes: Path) -> None:
@@ -219,7 +221,7 @@ def winner(shape: Shape, kernel: str, tried: dict[Config, str | None], device: s
         "timed": TIMED_BY[kernel],
         "shipped_ms": before,
         "tuned_ms": milliseconds(run),
-        "shape": [shape.rows, *shape.heads, *(shape.tree or ())],
+        "shape": [shape.rows, *shape.heads] if kernel in BLOCK else [*getattr(shape, kernel), *shape.heads],
         "refused": {" x ".join(map(str, config)): why for config, why in tried.items() if why},
     }
 

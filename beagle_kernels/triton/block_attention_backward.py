@@ -194,12 +194,13 @@ def dkv_tiles(
         b_dp = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)  # [BM, BN]
         # Pointers that differ by constants alone take no registers of their own.
         m_row = o_row < T if MASKED else None
-        b_p = tl.exp2(b_s * scale - tl.load(p_lse + start + o_n, mask=m_row)[None, :])
+        other = 0.0 if MASKED else None
+        b_p = tl.exp2(b_s * scale - tl.load(p_lse + start + o_n, mask=m_row, other=other)[None, :])
         if MASKED:
             m_s = (o_row[None, :] >= b_first[:, None]) & (o_row[None, :] < b_limit[:, None])
             b_p = tl.where(m_s, b_p, 0.0)
         b_dv = tl.dot(b_p.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
-        b_ds = b_p * (b_dp - tl.load(p_delta + start + o_n, mask=m_row)[None, :])
+        b_ds = b_p * (b_dp - tl.load(p_delta + start + o_n, mask=m_row, other=other)[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 

@@ -49,6 +49,13 @@ TABLE: Table = {
         100: {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 4), 256: Config(64, 32, 8, 3)},
         120: {64: Config(64, 64, 4, 3), 128: Config(32, 32, 4, 3), 256: Config(32, 32, 8, 2)},
     },
+    # Of few rows (tree_splits.FEW_ROWS), which take as long as their keys are read.
+    "tree_few": {
+        80: {64: Config(64, 64, 4, 3), 128: Config(64, 32, 8, 3), 256: Config(32, 32, 8, 2)},
+        90: {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 3), 256: Config(64, 32, 8, 3)},
+        100: {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 4), 256: Config(64, 32, 8, 3)},
+        120: {64: Config(64, 64, 4, 3), 128: Config(32, 32, 4, 3), 256: Config(32, 32, 8, 2)},
+    },
 }
 
 # The same of float32, whose products take three times the registers.
@@ -66,6 +73,7 @@ FLOAT32: Table = {
         90: {64: Config(32, 32, 4, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
     },
     "tree": {80: {64: Config(32, 32, 8, 1), 128: Config(16, 64, 8, 1), 256: Config(16, 64, 8, 1)}},
+    "tree_few": {80: {64: Config(32, 32, 8, 1), 128: Config(16, 64, 8, 1), 256: Config(16, 64, 8, 1)}},
 }
 
 
@@ -79,30 +87,42 @@ def _listed(plain: str, more: str = "", **options: bool) -> list[Config]:
     return found
 
 
-# Those of a wider search that Triton 3.9 compiled for sm_90 without spills (block_dkv of 256: the fewest).
+# Those of a wider search whose loop over whole tiles, by Triton 3.6 for sm_90, hardly uses local memory. Some
+# of them spill outside of that loop, a few times a head.
 CANDIDATES: dict[str, dict[int, list[Config]]] = {
     "block_forward": {
-        64: _listed("128x128x8x2 128x128x8x3 128x64x8x3 128x64x8x4 64x64x4x4", "128x128x8x2 128x128x8x3", tma=True)
+        64: _listed("128x128x8x2 128x128x8x3 128x64x8x3 128x64x4x3 64x64x4x4")
+        + _listed("", "128x128x8x2 128x128x8x3 128x64x4x3 256x64x8x3", tma=True)
         + _listed("", "128x64x8x3", ahead=True)
         + _listed("", "128x64x8x3", tma=True, ahead=True),
-        128: _listed("128x64x8x2 128x64x8x3 128x32x8x4", "128x64x8x3 128x64x8x4 128x128x8x2 128x128x8x3", tma=True)
-        + _listed("", "128x64x8x3 128x32x8x3", ahead=True)
-        + _listed("", "128x64x8x3", tma=True, ahead=True),
+        128: _listed("128x64x8x2 128x64x8x3 128x32x8x3 128x32x8x4 256x64x8x2")
+        + _listed("", "128x64x8x3 128x64x8x4 128x128x8x2 128x128x8x3 128x32x8x4 128x64x4x2 64x64x4x3", tma=True)
+        + _listed("", "128x64x8x3", ahead=True)
+        + _listed("", "128x64x8x3 128x128x8x2", tma=True, ahead=True),
         256: _listed("128x32x8x2", "128x32x8x3 128x64x8x2", tma=True),
     },
     "block_dq": {
-        64: _listed("128x64x8x2 128x64x8x3 128x128x8x2 64x64x4x3", "128x64x8x3 128x128x8x2", tma=True),
-        128: _listed("128x64x8x2 128x64x8x3 128x32x8x3 64x64x8x2 64x32x4x3", "128x64x8x2 128x64x8x3", tma=True),
+        64: _listed("128x64x8x2 128x64x8x3 128x128x8x2 64x64x4x3")
+        + _listed("", "128x64x8x3 128x128x8x2 128x64x4x2 64x64x4x3", tma=True),
+        128: _listed("128x64x8x2 128x64x8x3 128x32x8x3 64x64x4x2 64x32x4x3")
+        + _listed("", "128x64x8x2 128x64x8x3 128x128x8x2 64x64x4x2", tma=True),
         256: _listed("128x32x8x1 128x32x8x2", "128x32x8x2", tma=True),
     },
     "block_dkv": {
-        64: _listed("128x64x8x2 128x64x8x3 128x32x8x3", "128x64x8x2 128x64x8x3", tma=True),
-        128: _listed("128x32x8x2", "128x32x8x3 64x64x8x3 128x64x8x2", tma=True),
+        64: _listed("128x64x8x2 128x64x8x3 128x32x8x3 64x64x4x2 64x32x4x3")
+        + _listed("", "128x64x8x2 128x64x8x3 64x64x4x2 64x64x4x3", tma=True),
+        128: _listed("128x32x8x2 128x64x8x2 64x64x8x1 64x64x4x2 64x32x8x2")
+        + _listed("", "128x32x8x3 128x64x8x1 128x64x8x2 64x64x8x2 64x64x8x3 64x64x4x1 64x64x4x2 64x32x4x3", tma=True),
         256: _listed("64x16x8x2 32x32x8x1", "64x16x8x2 64x32x8x2", tma=True),
     },
     "tree": {
         64: _listed("64x64x4x3 64x64x4x4 64x128x4x3 128x64x4x3 128x64x8x3 128x128x8x3"),
-        128: _listed("64x64x4x3 64x64x8x3 64x128x8x2 128x64x8x2 128x64x8x3 128x128x8x2"),
+        128: _listed("64x64x4x3 64x64x8x3 64x128x8x2 128x64x8x2 128x64x8x3 128x64x8x4 128x128x8x2 128x128x8x3"),
+        256: _listed("64x64x8x2 64x32x8x3"),
+    },
+    "tree_few": {
+        64: _listed("64x64x4x3 64x64x4x4 64x64x4x5 64x128x4x2 64x128x4x3"),
+        128: _listed("64x64x4x2 64x64x4x3 64x64x4x4 64x128x4x2 64x32x4x4 64x32x4x5 64x64x8x3 64x128x8x2"),
         256: _listed("64x64x8x2 64x32x8x3"),
     },
 }

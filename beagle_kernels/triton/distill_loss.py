@@ -16,50 +16,63 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import implementation
+from .tiles import LN2, LOG2E
 
 BUDGET = 512 << 20
 """Bytes of logits that exist at one time."""
 BLOCK = 4096
 """Logits a program takes at a time."""
+NOTHING = tl.constexpr(-1e30)
+"""The logit of what is not there."""
+
+
+@triton.jit
+def load_logits(p_z, p_t, o_v, V, stride):
+    """fp32, and past V so low that they weigh nothing, yet finite: a lane may hold nothing else."""
+    m_held, m_v = o_v < stride, o_v < V
+    b_z = tl.load(p_z + o_v, mask=m_held, other=0.0).to(tl.float32)
+    b_t = tl.load(p_t + o_v, mask=m_held, other=0.0).to(tl.float32)
+    return tl.where(m_v, b_z, NOTHING), tl.where(m_v, b_t, NOTHING)
 
 
 @triton.jit
 def distill_loss_softmax(p_z, p_t, p_weight, p_loss, V, stride, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr):
     """Cross-entropy of one row: lse z - softmax(t) . z. Rows are `stride` apart, a multiple of 16: up to there all is
-    read and written, in whole vectors, though what is past V counts for nothing."""
+    read and written, in whole vectors, though what is past V counts for nothing. Each lane, a vector wide, has its own
+    maxima and sums, so that threads meet only at the end of the row. Exponents are in base 2."""
+    LANE: tl.constexpr = 128 // p_z.dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = BLOCK_V // LANE
     i_row = tl.program_id(0)
-    o_v = tl.arange(0, BLOCK_V)
+    o_v = tl.arange(0, LANES)[:, None] * LANE + tl.arange(0, LANE)[None, :]  # [lanes, LANE]
     p_z += i_row.to(tl.int64) * stride
     p_t += i_row.to(tl.int64) * stride
-    z_max = tl.full([], float("-inf"), tl.float32)
-    t_max = tl.full([], float("-inf"), tl.float32)
-    z_sum = tl.full([], 0.0, tl.float32)
-    t_sum = tl.full([], 0.0, tl.float32)
-    cross = tl.full([], 0.0, tl.float32)
+    b_z_max = tl.full([LANES], NOTHING, tl.float32)
+    b_t_max = tl.full([LANES], NOTHING, tl.float32)
+    b_z_sum = tl.zeros([LANES], tl.float32)
+    b_t_sum = tl.zeros([LANES], tl.float32)
+    b_cross = tl.zeros([LANES], tl.float32)
     for start in range(0, V, BLOCK_V):
-        m_v, m_held = start + o_v < V, start + o_v < stride
-        b_z = tl.load(p_z + start + o_v, mask=m_held, other=0.0).to(tl.float32)  # [BV]
-        b_t = tl.load(p_t + start + o_v, mask=m_held, other=0.0).to(tl.float32)  # [BV]
-        b_z, b_t = tl.where(m_v, b_z, float("-inf")), tl.where(m_v, b_t, float("-inf"))
-        z_new = tl.maximum(z_max, tl.max(b_z, 0))
-        t_new = tl.maximum(t_max, tl.max(b_t, 0))
-        b_p = tl.exp(b_t - t_new)
-        decay = tl.exp(t_max - t_new)
-        z_sum = z_sum * tl.exp(z_max - z_new) + tl.sum(tl.exp(b_z - z_new), 0)
-        t_sum = t_sum * decay + tl.sum(b_p, 0)
-        cross = cross * decay + tl.sum(b_p * tl.where(m_v, b_z, 0.0), 0)
-        z_max, t_max = z_new, t_new
-    tl.store(p_loss + i_row, z_max + tl.log(z_sum) - cross / t_sum)
+        b_z, b_t = load_logits(p_z, p_t, start + o_v, V, stride)
+        b_z_new = tl.maximum(b_z_max, tl.max(b_z, 1) * LOG2E)
+        b_t_new = tl.maximum(b_t_max, tl.max(b_t, 1) * LOG2E)
+        b_p = tl.exp2(b_t * LOG2E - b_t_new[:, None])
+        b_decay = tl.exp2(b_t_max - b_t_new)
+        b_z_sum = b_z_sum * tl.exp2(b_z_max - b_z_new) + tl.sum(tl.exp2(b_z * LOG2E - b_z_new[:, None]), 1)
+        b_t_sum = b_t_sum * b_decay + tl.sum(b_p, 1)
+        b_cross = b_cross * b_decay + tl.sum(b_p * b_z, 1)
+        b_z_max, b_t_max = b_z_new, b_t_new
+    z_max, t_max = tl.max(b_z_max, 0), tl.max(b_t_max, 0)
+    b_decay = tl.exp2(b_t_max - t_max)
+    z_sum = tl.sum(b_z_sum * tl.exp2(b_z_max - z_max), 0)
+    t_sum = tl.sum(b_t_sum * b_decay, 0)
+    tl.store(p_loss + i_row, (z_max + tl.log2(z_sum)) * LN2 - tl.sum(b_cross * b_decay, 0) / t_sum)
     if GRADIENT:
         weight = tl.load(p_weight + i_row)
         z_scale, t_scale = weight / z_sum, weight / t_sum
         for start in range(0, V, BLOCK_V):
-            m_v, m_held = start + o_v < V, start + o_v < stride
-            b_z = tl.load(p_z + start + o_v, mask=m_held, other=0.0).to(tl.float32)  # [BV]
-            b_t = tl.load(p_t + start + o_v, mask=m_held, other=0.0).to(tl.float32)  # [BV]
-            b_z, b_t = tl.where(m_v, b_z, float("-inf")), tl.where(m_v, b_t, float("-inf"))
-            b_dz = z_scale * tl.exp(b_z - z_max) - t_scale * tl.exp(b_t - t_max)
-            tl.store(p_z + start + o_v, b_dz.to(p_z.dtype.element_ty), mask=m_held)
+            b_z, b_t = load_logits(p_z, p_t, start + o_v, V, stride)
+            b_dz = z_scale * tl.exp2(b_z * LOG2E - z_max) - t_scale * tl.exp2(b_t * LOG2E - t_max)
+            tl.store(p_z + start + o_v, b_dz.to(p_z.dtype.element_ty), mask=start + o_v < stride)
 
 
 @contextmanager

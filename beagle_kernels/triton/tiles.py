@@ -19,7 +19,9 @@ L2_SHARE = 0.5
 """How much of the L2 may be taken by what is streamed at one time."""
 PROGRAMS = 4
 """A group of heads has at least this many programs a processor, so that its long ones end beside short ones."""
-ON_HOST = SimpleNamespace(L2_cache_size=50 << 20, multi_processor_count=132)
+ON_HOST = SimpleNamespace(
+    major=9, L2_cache_size=50 << 20, multi_processor_count=132, shared_memory_per_multiprocessor=228 << 10
+)
 """What CPU tensors, under the interpreter or where kernels are only compiled, take for a GPU's properties."""
 
 

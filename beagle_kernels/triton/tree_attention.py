@@ -3,7 +3,8 @@
 The nodes' query heads that share a key head are packed into the rows of one tile. How many splits do work follows from
 the lengths on the device; the grid follows from shapes alone, so a captured graph serves every length. The prefix runs
 without mask; the tree's slots start at a tile, so that tile w takes word w of the ancestor masks. Of several words, as
-where they show a window of keys, each split takes its share. With `starts` the keys begin at the least of a row's.
+where they show a window of keys, each split takes its share. With `starts` the keys begin at the least of a row's. A
+single split writes the output itself, unless there are sinks to be taken off.
 """
 
 from __future__ import annotations
@@ -17,10 +18,8 @@ from ..backends import implementation
 from ..extension import contiguous
 from .configs import Config, architecture, choose, tune
 from .tiles import LN2, LOG2E, block_d, positive_scale, rows_contiguous, softmax_step, tanh
-from .tree_splits import MOST_SPLITS, first_slot, running_at_once, splits_in_use, splits_of, tiles
-
-COMBINED = 64
-"""Columns of the head size that a program of the combining step takes."""
+from .tree_combine import combine
+from .tree_splits import first_slot, kind_of, running_at_once, splits_in_use, splits_of, tiles
 
 
 @triton.jit
@@ -82,6 +81,7 @@ def tree_attention_splits(
     p_starts,
     p_part,
     p_part_lse,
+    p_out,
     N,
     slots,
     num_pages,
@@ -114,6 +114,7 @@ def tree_attention_splits(
     PAGED: tl.constexpr,
     NODES: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    DIRECT: tl.constexpr,
 ):
     # Tiles of the same keys follow each other, so that all but one of them find the keys in the cache.
     tiles = tl.cdiv(N * GROUP, BLOCK_M)
@@ -199,50 +200,15 @@ def tree_attention_splits(
             b_acc, b_max, b_sum = attend(b_acc, b_max, b_sum, b_q, b_k, b_v, m_s, scale, squash, True, SOFTCAP)
 
     b_safe = tl.where(b_sum > 0, b_sum, 1.0)
+    b_acc = b_acc / b_safe[:, None]
     o_part = ((i_b * N + o_node) * HQ + o_head) * splits + i_split
-    p_out = p_part + o_part[:, None] * DV + o_dv[None, :]
-    tl.store(p_out, b_acc / b_safe[:, None], mask=m_row[:, None] & (o_dv[None, :] < DV))
-    tl.store(p_part_lse + o_part, (b_max + tl.log2(b_safe)) * LN2, mask=m_row)
-
-
-@triton.jit(do_not_specialize=["N", "slots", "words", "splits"])
-def tree_attention_combine(
-    p_part,
-    p_part_lse,
-    p_lengths,
-    p_starts,
-    p_sinks,
-    p_out,
-    N,
-    slots,
-    words,
-    splits,
-    HQ: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    NODES: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-):
-    """One program a node, head and BLOCK_D columns of values, D wide: the splits' results weighted by their
-    log-sum-exp, and the sink's share taken off."""
-    i_row = tl.program_id(0).to(tl.int64)
-    keys = tl.minimum(tl.maximum(tl.load(p_lengths + i_row // (N * HQ)), 0), slots)
-    if NODES:
-        keys -= first_slot(p_starts + i_row // (N * HQ) * N, N, keys, NODES)
-    o_split, o_d = tl.arange(0, MOST_SPLITS), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_split = o_split < splits_in_use(keys, words, splits)
-    b_lse = tl.load(p_part_lse + i_row * splits + o_split, mask=m_split, other=float("-inf"))  # [MOST_SPLITS]
-    p_tile = p_part + i_row * splits * D + o_split[:, None] * D + o_d[None, :]
-    b_part = tl.load(p_tile, mask=m_split[:, None] & (o_d[None, :] < D), other=0.0)  # [MOST_SPLITS, BD]
-    b_max = tl.max(b_lse, 0)
-    b_weight = tl.exp2((b_lse - tl.where(b_max == float("-inf"), 0.0, b_max)) * LOG2E)
-    b_total = tl.sum(b_weight, 0)
-    if HAS_SINKS:
-        # far above all scores a sink takes everything: its share is infinite, and the rest 0
-        b_sink = tl.exp2((tl.load(p_sinks + i_row % HQ) - b_max) * LOG2E)
-        b_total += tl.where(b_max == float("-inf"), 0.0, b_sink)
-    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(b_total == 0, 1.0, b_total)
-    tl.store(p_out + i_row * D + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
+    o_out = o_part[:, None] * DV + o_dv[None, :]
+    m_out = m_row[:, None] & (o_dv[None, :] < DV)
+    if DIRECT:
+        tl.store(p_out + o_out, b_acc.to(p_out.dtype.element_ty), mask=m_out)
+    else:
+        tl.store(p_part + o_out, b_acc, mask=m_out)
+        tl.store(p_part_lse + o_part, (b_max + tl.log2(b_safe)) * LN2, mask=m_row)
 
 
 @implementation("tree_attention", "triton")
@@ -267,13 +233,16 @@ def tree_attention(
     if q.numel() == 0 or slots == 0 or k.shape[0] == 0:
         return out.zero_()
     group, wide, wide_v = heads // k.shape[1], block_d(width), block_d(value_width)
-    config = choose("tree", architecture(q.device), max(wide, wide_v), q.dtype)
+    config = choose(kind_of(nodes * group), architecture(q.device), max(wide, wide_v), q.dtype)
     paged = block_table is not None
     config = tiles(config, nodes * group, max(wide, wide_v), paged)
     blocks = triton.cdiv(nodes * group, config.block_m) * k.shape[1] * batch
-    splits = splits_of(blocks, slots, running_at_once(config, wide, wide_v, paged, q))
-    part = q.new_empty(*q.shape[:3], splits, value_width, dtype=torch.float32)
-    part_lse = q.new_empty(*q.shape[:3], splits, dtype=torch.float32)
+    at_once = running_at_once(config, wide, wide_v, paged, q)
+    splits = splits_of(blocks, slots, at_once)
+    # not where the cache is short: growing, it would have another kernel compiled
+    direct = at_once < 2 * blocks and sinks is None
+    part = q.new_empty(0 if direct else (*q.shape[:3], splits, value_width), dtype=torch.float32)
+    part_lse = q.new_empty(0 if direct else (*q.shape[:3], splits), dtype=torch.float32)
     if block_table is not None and block_table.stride(1) != 1:
         block_table = block_table.contiguous()
     lengths, starts, sinks = lengths.contiguous(), contiguous(starts), contiguous(sinks)
@@ -283,8 +252,6 @@ def tree_attention(
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride()
     # as many variants as there are of the words of ancestor masks
     read = 0 if starts is None else 64 * triton.next_power_of_2(triton.cdiv(nodes, 64))
-    constants = dict(HQ=heads, NODES=read, enable_fp_fusion=True)
-    columns = min(wide_v, COMBINED)
     with torch.cuda.device_of(q):
         tree_attention_splits[(blocks, splits)](
             q,
@@ -296,10 +263,12 @@ def tree_attention(
             starts,
             part,
             part_lse,
+            out,
             *sizes,
             *strides,
             0 if block_table is None else block_table.stride(0),
-            **constants,
+            HQ=heads,
+            NODES=read,
             D=width,
             DV=value_width,
             BLOCK_D=wide,
@@ -310,25 +279,13 @@ def tree_attention(
             BLOCK_N=config.block_n,
             PAGED=paged,
             SOFTCAP=softcap is not None,
+            DIRECT=direct,
             num_warps=config.warps,
             num_stages=config.stages,
+            enable_fp_fusion=True,
         )
-        tree_attention_combine[(batch * nodes * heads, triton.cdiv(wide_v, columns))](
-            part,
-            part_lse,
-            lengths,
-            starts,
-            sinks,
-            out,
-            nodes,
-            slots,
-            mask.shape[2],
-            splits,
-            **constants,
-            D=value_width,
-            BLOCK_D=columns,
-            HAS_SINKS=sinks is not None,
-        )
+    if not direct:
+        combine(part, part_lse, lengths, starts, sinks, out, slots, mask.shape[2], read)
     return out
 
 
@@ -337,4 +294,6 @@ def tune_tree_attention(
 ) -> Config:
     """On request: find the fastest tiles for calls like this one, and use them from here on."""
     args = q, k, v, lengths, mask, block_table, q.shape[-1] ** -0.5
-    return tune("tree", architecture(q.device), block_d(q.shape[-1]), q.dtype, lambda: tree_attention(*args))
+    kind = kind_of(q.shape[1] * (q.shape[2] // k.shape[1]))
+    head_size = max(block_d(q.shape[-1]), block_d(v.shape[-1]))
+    return tune(kind, architecture(q.device), head_size, q.dtype, lambda: tree_attention(*args))

@@ -216,11 +216,14 @@ def test_splits_make_one_wave(processors, shared_kib, rows, head_size, wanted, m
     from beagle_kernels.triton import configs
     from beagle_kernels.triton import tree_attention as kernels
 
-    device = SimpleNamespace(multi_processor_count=processors, shared_memory_per_multiprocessor=shared_kib << 10)
+    arch = {228: 90, 164: 80, 100: 86}[shared_kib]
+    device = SimpleNamespace(
+        major=arch // 10, multi_processor_count=processors, shared_memory_per_multiprocessor=shared_kib << 10
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     on_gpu = SimpleNamespace(device=torch.device("cuda", 0), element_size=lambda: 2)
-    arch = {228: 90, 164: 80, 100: 86}[shared_kib]
-    config = kernels.tiles(configs.choose("tree", arch, head_size, torch.bfloat16), rows, head_size, False)
+    config = configs.choose(kernels.kind_of(rows), arch, head_size, torch.bfloat16)
+    config = kernels.tiles(config, rows, head_size, False)
     at_once = kernels.running_at_once(config, head_size, head_size, False, on_gpu)
     assert at_once % processors == 0 and at_once >= processors
     blocks = 8 * -(-rows // config.block_m)
@@ -231,13 +234,15 @@ def test_splits_make_one_wave(processors, shared_kib, rows, head_size, wanted, m
 
 
 def test_tiles_follow_the_rows():
-    """No taller than the rows; 4 warps for up to 64 of them; a stage more for pages, where there are stages."""
+    """No taller than the rows; 4 warps for up to 64 of them; of pages stages for the look-up too, where there are
+    stages."""
     pytest.importorskip("triton")
     from beagle_kernels.triton.configs import Config
-    from beagle_kernels.triton.tree_attention import tiles
+    from beagle_kernels.triton.tree_attention import kind_of, tiles
 
     tall, flat = Config(128, 64, 8, 3), Config(32, 32, 8, 1)
-    assert tiles(tall, 240, 128, False) == tall and tiles(tall, 240, 128, True) == Config(128, 64, 8, 4)
+    assert tiles(tall, 240, 128, False) == tall and tiles(tall, 240, 128, True) == Config(128, 64, 8, 5)
     assert tiles(tall, 33, 128, False) == Config(64, 64, 4, 3) and tiles(tall, 1, 64, False) == Config(16, 64, 4, 3)
     assert tiles(tall, 33, 256, False) == Config(64, 64, 8, 3) and tiles(tall, 16, 256, False) == Config(16, 64, 4, 3)
     assert tiles(flat, 240, 64, True) == flat
+    assert [kind_of(rows) for rows in (1, 64, 65)] == ["tree_few", "tree_few", "tree"]

@@ -16,7 +16,7 @@ from beagle_kernels.triton import configs  # noqa: E402
 from bench import tuning  # noqa: E402
 from bench.tuning import Shape, Trial  # noqa: E402
 
-SHAPES = {"tiny": [[Shape(torch.float16, 64, 8, (2, 1), (1, 2, 3))], [Shape(torch.float32, 64, 8, (2, 1))]]}
+SHAPES = {"tiny": [[Shape(torch.float16, 64, 8, (2, 1), (1, 40, 3), (1, 2, 3))], [Shape(torch.float32, 64, 8, (2, 1))]]}
 
 
 def cost(config: configs.Config, kernel: str) -> float:
@@ -137,7 +137,7 @@ def test_a_candidate_that_fails_is_noted_and_not_timed(stubs, monkeypatch, tmp_p
     monkeypatch.setattr(tuning, "compile_stage", compiled_here)
 
     def refuses(kernel, config):
-        if config.warps == 8 and kernel != "tree":
+        if config.warps == 8 and kernel not in tuning.TREE:
             raise error
 
     stubs.refuses = refuses
@@ -145,7 +145,7 @@ def test_a_candidate_that_fails_is_noted_and_not_timed(stubs, monkeypatch, tmp_p
     monkeypatch.setattr(configs, "choose", lambda *key, tma=False: configs._tuned.get(key, small))
     entries: list[dict] = []
     assert tuning.tune_all("tiny", "cpu", tmp_path / "found.json", entries) == []
-    assert len(entries) == 7 and all(entry["config"][2] == 4 for entry in entries if entry["kernel"] != "tree")
+    assert len(entries) == 8 and all(entry["config"][2] == 4 for entry in entries if entry["kernel"] in tuning.BLOCK)
     refused = entries[0]["refused"]
     assert refused and all(type(error).__name__ in why for why in refused.values())
     assert all(shape.split(" x ")[2] == "8" for shape in refused)
@@ -166,6 +166,7 @@ def test_a_kernel_that_cannot_be_tuned_leaves_the_others_their_turn(stubs, monke
         "block_forward",
         "block_dkv",
         "tree",
+        "tree_few",
         "block_forward",
         "block_dkv",
     ]
@@ -183,7 +184,7 @@ def test_tuning_goes_on(stubs, monkeypatch, tmp_path):
     all_of_it: list[dict] = []
     tuning.tune_all("tiny", "cpu", None, all_of_it)
     configs._tuned.clear()
-    kept, stubs.ran = [*all_of_it[:5]], []
+    kept, stubs.ran = [*all_of_it[:6]], []
     tuning.tune_all("tiny", "cpu", tmp_path / "found.json", kept)
     assert kept == all_of_it and {kernel for kernel, _ in stubs.ran} == {"block_dq", "block_dkv", "block_forward"}
     assert configs._tuned[("block_forward", 90, 64, torch.float16)] == configs.Config(*all_of_it[0]["config"])
@@ -222,3 +223,12 @@ def test_tuned_tiles_are_used(monkeypatch):
     entry = {"kernel": "tree", "arch": 90, "head_size": 128, "dtype": "bfloat16", "config": [64, 32, 4, 2]}
     tuning.use([entry])
     assert configs.choose("tree", 90, 128, torch.bfloat16) == configs.Config(64, 32, 4, 2)
+
+
+def test_few_rows_and_many_are_tuned_apart():
+    """On shapes whose rows are of the kind that they are tuned for."""
+    from beagle_kernels.triton.tree_splits import kind_of
+
+    for shape in (shape for stages in tuning.STAGES.values() for stage in stages for shape in stage):
+        for kernel in set(tuning.kernels(shape)) & set(tuning.TREE):
+            assert kind_of(getattr(shape, kernel)[1] * shape.heads[0] // shape.heads[1]) == kernel

@@ -141,6 +141,10 @@ def check_tree_attention(device: str, dtype: torch.dtype, group: str) -> int:
         table = order.view(3, -1).int().to(device)
         in_pages = tree_attention(q, *pages, lengths, mask, block_table=table, backend="triton")
         assert torch.equal(got, in_pages), what
+        if n == 4:
+            # as where the rows alone fill the device, so that the only split writes the output
+            with mock.patch("beagle_kernels.triton.tree_attention.running_at_once", lambda *args: 1):
+                assert torch.equal(got, tree_attention(q, k, v, spread, mask, backend="triton")), what
         for ring in (263, 1031) if n == 4 else ():  # a window of keys: one split, and several
             q, k, v, lengths, mask = (x.to(device) for x in ring_case(n, hq, hkv, d, ring, dtype)[0])
             got = tree_attention(q, k, v, lengths, mask, backend="triton")
@@ -149,6 +153,25 @@ def check_tree_attention(device: str, dtype: torch.dtype, group: str) -> int:
     nothing = tree_attention(q, k, v, lengths * 0, mask * 0, backend="triton")
     assert not nothing.any()
     return len(TREE_CASES[group])
+
+
+def check_combining(device: str, dtype: torch.dtype) -> int:
+    """As many splits as each size of tile takes, and of one row fewer in use: what the others hold is NaN."""
+    from beagle_kernels.triton.tree_combine import TILES, combine
+    from beagle_kernels.triton.tree_splits import MIN_KEYS
+
+    counts = [count for size in TILES for count in (size - 1, size)]
+    for splits in counts:
+        part = torch.randn(2, 1, 3, splits, 40, generator=torch.Generator().manual_seed(splits)).to(device)
+        lse, in_use = 4 * part[..., 0].contiguous(), torch.tensor([splits, splits - 3])
+        part[1, :, :, splits - 3 :] = lse[1, :, :, splits - 3 :] = torch.nan
+        lengths, out = (in_use * MIN_KEYS.value).int().to(device), torch.empty(2, 1, 3, 40, device=device)
+        combine(part, lse, lengths, None, None, out, 1 << 20, 1, 0)
+        for row, used in enumerate(in_use.tolist()):
+            weight = lse[row, :, :, :used].double().softmax(-1)
+            want = (weight[..., None] * part[row, :, :, :used].double()).sum(-2).float()
+            torch.testing.assert_close(out[row], want, msg=f"{splits} splits")
+    return len(counts)
 
 
 VARIANT_CASES = {
@@ -227,7 +250,8 @@ CHECKS = {
     },
     "extend_attention": {"all": check_extend_attention},
     "tree_attention": {group: partial(check_tree_attention, group=group) for group in TREE_CASES}
-    | {group: partial(check_tree_variants, group=group) for group in VARIANT_CASES},
+    | {group: partial(check_tree_variants, group=group) for group in VARIANT_CASES}
+    | {"splits combined": check_combining},
     "distill_loss": {"all": check_distill_loss},
 }
 """By op and group of cases, each of few kernels: those named large are for a GPU."""
