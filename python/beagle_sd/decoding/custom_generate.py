@@ -215,13 +215,20 @@ def _check(config: GenerationConfig, input_ids: Tensor) -> None:
         )
 
 
+def _holds_tokens(cache: Any) -> bool:
+    try:
+        return cache.get_seq_length() > 0
+    except ValueError:  # recurrent layers alone, which count none
+        return any(any(layer.has_previous_state.values()) for layer in cache.layers)
+
+
 def _beside(given: dict, input_ids: Tensor) -> dict[str, Any] | None:
     """What was given to generate, or prepared of it, for the prompt beside a text and its mask; None for a text alone.
     ValueError for what cannot be honoured, and for positions of a text that do not count it."""
     if given.get("assistant_model") is not None:
         raise ValueError("assistant_model given to generate; allowed: none, the draft drafts")
     for name in CACHE_ARGUMENTS:
-        if (past := given.get(name)) is not None and past.get_seq_length() > 0:
+        if (past := given.get(name)) is not None and _holds_tokens(past):
             raise ValueError(f"{name} holds tokens; allowed: none, the loop has a cache of its own")
     own = _OWN | {"assistant_model", *(() if given.get("synced_gpus") else ("synced_gpus",))}
     said = {name: value for name, value in given.items() if value is not None and name not in own}

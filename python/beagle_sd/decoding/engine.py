@@ -32,12 +32,12 @@ class Engine:
 
     The buffers grow with the text, up to `capacity`; graphs keep them where they are, and take all of it at once.
     generate makes one a call; keep one, and give it to generate, to allocate and capture once, and to prefill of a
-    prompt that begins as a text it holds only what is new: it keeps the keys of the last text of each row until
-    `forget`. tree as in generate. graph None: on CUDA every round is a graph's replay, on the CPU rounds run eagerly;
-    False: eagerly; True: as on CUDA, or GraphError. page_size: the target's cache in pages of so many slots.
-    return_logprobs, top_logprobs, return_states: room for them. fixed: on the CPU, too, take the path of a GPU, which
-    reads nothing on the host. One call at a time, and the weights must stay as and where they are. The draft is bound
-    to the target.
+    prompt that begins as a text it holds only what is new (on CUDA, where several but not all rows begin, of those of
+    which half or more is held): it keeps the keys of the last text of each row until `forget`. tree as in generate.
+    graph None: on CUDA every round is a graph's replay, on the CPU rounds run eagerly; False: eagerly; True: as on
+    CUDA, or GraphError. page_size: the target's cache in pages of so many slots. return_logprobs, top_logprobs,
+    return_states: room for them. fixed: on the CPU, too, take the path of a GPU, which reads nothing on the host. One
+    call at a time, and the weights must stay as and where they are. The draft is bound to the target.
 
     `tree` may be replaced between calls by one whose shapes are among those of the tree the engine was made with.
 
@@ -107,7 +107,6 @@ class Engine:
         self._graphs: dict[TreeShape, RoundGraph] = {}
         self._shaped_graphs: dict[TreeShape, RoundGraph] = {}
         self._pool: Any = None
-        self._captured_heads: list = []  # graphs read them even where another call has bound the draft anew
 
     @property
     def nbytes(self) -> int:
@@ -162,8 +161,9 @@ class Engine:
                 f"{len(rows)} prompts with pictures were given to an engine for {self.batch} rows; allowed: as many"
             )
         whole = echo or pictures is not None
-        begins = [0 if whole else self.common(*both) for both in zip(self.held(rows), (text.ids for text in texts))]
-        if len(rows) < self.batch and self.buffers.cache.can_take:
+        held = [[]] * len(rows) if whole else self.held(rows)
+        begins = [self.common(*both) for both in zip(held, (text.ids for text in texts), strict=True)]
+        if 1 < len(rows) < self.batch and self.buffers.cache.can_take:
             # to run a prompt alone costs more than its first few tokens, as chats of one system prompt have them alike
             begins = [count if 2 * count >= len(text.ids) else 0 for count, text in zip(begins, texts, strict=True)]
         for row, text in zip(rows, texts, strict=True):
@@ -305,8 +305,8 @@ class Engine:
         except BaseException:
             self._pool = None  # the next try has one of its own
             raise
-        if self.draft is not None:
-            self._captured_heads.append(self.draft.head)
+        if self.draft is not None:  # it is read even where another call has bound the draft anew
+            self._known[shape].reads = self.draft.head
 
     def _round(self, shape: TreeShape, clock: Clock | None = None, width: int | None = None) -> None:
         some = width is not None and width < self.batch

@@ -50,10 +50,11 @@ class RoundGraph:
     play runs a few times first, on a stream of its own, so that kernels are compiled and workspaces made before the
     capture: call this where doing so changes nothing (`Buffers.at_rest`). Graphs that share `pool`, a
     torch.cuda.graph_pool_handle(), share their intermediate memory: replay one at a time. Raises GraphError, with the
-    current stream what it was; a pool that a capture failed in is not to be used again.
+    current stream what it was; a pool that a capture failed in is not to be used again. reads: what must live as long.
     """
 
     WARM_UP = 2
+    reads: object = None
 
     def __init__(self, play: Callable[[], None], device: torch.device, pool):
         self.graph = torch.cuda.CUDAGraph()

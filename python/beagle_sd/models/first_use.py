@@ -49,8 +49,9 @@ def check_first_use(target: Target) -> None:
 
 
 def used_as(target: Target) -> tuple:
-    """What a model is known by: another dtype, device or module makes it another."""
-    return target.dtype, target.device, tuple(map(id, target.model.modules()))
+    """What a model is known by: another dtype, device, attention or module makes it another."""
+    attention = getattr(target.config, "_attn_implementation", None)
+    return target.dtype, target.device, attention, tuple(map(id, target.model.modules()))
 
 
 def _compare(target: Target) -> None:

@@ -123,7 +123,7 @@ def test_a_branching_tree_is_refused_and_the_default_is_a_chain(kind):
     assert Engine(model, draft, batch=1, capacity=20).shape == TreeShape(4, 1, 5)
 
 
-@pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "nemotron_h", "mamba"])
 def test_behind_transformers_own_call(kind):
     model, ids = tiny_target(kind), prompts()[0][:1]
     asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False}

@@ -122,6 +122,9 @@ def test_a_soft_cap_that_the_models_own_attention_leaves_out_is_refused_with_the
         generate(target, None, prompts(1))
     target.set_attn_implementation("eager")
     generate(target, None, prompts(1), max_new_tokens=2)
+    target.config._attn_implementation = "sdpa"  # what was fine once is asked again
+    with pytest.raises(ValueError, match="(caps its scores|does not support `softcap`).*eager"):
+        generate(target, None, prompts(1))
 
 
 def test_a_soft_cap_of_zero_that_the_model_applies_is_refused():
