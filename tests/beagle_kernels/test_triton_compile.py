@@ -97,20 +97,16 @@ def test_variants_of_block_attention(name, tiles, options, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, head_size", [("block_dkv", 128)])
-def test_candidates_keep_the_loop_in_registers(name, head_size, monkeypatch):
+def test_candidates_keep_the_loop_in_registers(monkeypatch):
     """Whatever is spilt is spilt outside of the loop over whole tiles, the shortest of those that multiply: of its
     instructions 2% at most are loads and stores of spills with 3.6, by which they were chosen. Those that come nearest
     to it stand for all, which take minutes to compile."""
     spilling, most = [], 0.02 if triton.__version__.startswith("3.6.") else 0.05
-    for config in configs.CANDIDATES[name][head_size]:
-        monkeypatch.setitem(configs._tuned, (name, 90, head_size, torch.bfloat16), config)
+    for config in configs.CANDIDATES["block_dkv"][128]:
+        monkeypatch.setitem(configs._tuned, ("block_dkv", 90, 128, torch.bfloat16), config)
         with compiling_for(90) as found:
-            if name in BLOCK:
-                compiled.block_attention(head_size, torch.bfloat16)
-            else:
-                compiled.tree_attention(head_size, torch.bfloat16, nodes=16 if name == "tree_few" else 64)
-        (kernel,) = (kernel for kernel in found if kernel.name == BLOCK.get(name, "tree_attention_splits"))
+            compiled.block_attention(128, torch.bfloat16)
+        (kernel,) = (kernel for kernel in found if kernel.name == BLOCK["block_dkv"])
         (code,) = machine_code.kernels(kernel.cubin)
         products = [loop for loop in map(opcodes, machine_code.loops(code)) if any("MMA" in opcode for opcode in loop)]
         whole = min(products, key=lambda loop: loop.total())
